@@ -1,0 +1,327 @@
+"""Weights on disk ↔ model: the released `.pt` format (read) and the own safetensors format (read, write).
+
+Takes: a path.  Gives: an ElitSiT.  May touch: the file.  Knows nothing of: graphs, engines.
+
+The only place that knows the key names of released checkpoints. Nothing is ever unpickled
+freely: `.pt` files are read with `weights_only=True` and one allowed class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from math import isqrt
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elit_export.errors import CheckpointError, InputError
+from elit_export.files import written_whole
+from elit_export.models.sit import ElitSiT
+from elit_export.spec import PIXELS, RELEASED_HEAD_DEPTH, SD_VAE, SIT_NAMES, SIT_SIZES, DataFacts, ModelSpec
+
+log = logging.getLogger(__name__)
+
+FORMAT = "elit_export/1"
+SHIPPED_PREFIX = "shipped:"
+Weights = dict[str, Tensor]
+Shape = tuple[int, ...]
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    num_heads: int | None = None,
+    head_depth: int | None = None,
+    tail_depth: int | None = None,
+) -> ElitSiT:
+    """Read a model in float32 from a released `.pt` file, an own `.safetensors` file or `shipped:NAME`.
+
+    `num_heads`, `head_depth` and `tail_depth` cannot be told from shapes; None reads them from the
+    file. The weights of a `.pt` stay mapped onto the file (copy on write): do not write into it
+    while the model lives. Raises CheckpointError naming what is wrong.
+    """
+    given = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
+    file = checkpoint_path(path)
+    if file.suffix == ".safetensors":
+        return _load_own(file, given)
+    return _load_released(file, given)
+
+
+def checkpoint_path(path: str | Path) -> Path:
+    """The file behind a path or `shipped:NAME`; raises CheckpointError if there is none."""
+    name = str(path)
+    if name.startswith(SHIPPED_PREFIX):
+        file = Path(str(files("elit_export"))) / "assets" / f"{name.removeprefix(SHIPPED_PREFIX)}.safetensors"
+    else:
+        file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"no checkpoint at {name}")
+    return file
+
+
+def _load_released(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
+    content = _read_pt(path)
+    weights = content.get("ema")
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise CheckpointError(f"{path}: no `ema` weights in it; a released checkpoint has model, ema, opt, args")
+    weights = dict(weights)
+    _drop_projectors(weights)
+    spec = _released_spec(path, weights, _args_of(content), given)
+    _add_missing_latent_positions(weights, spec)
+    model = _meta_model(spec, SD_VAE if spec.in_channels == 4 else PIXELS)
+    renamed = _renamed(path, weights, model)
+    model.load_state_dict(renamed, assign=True)
+    return model.eval()
+
+
+def _read_pt(path: Path) -> Mapping[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because reading it would run code or build unknown objects "
+            f"({_first_line(error)}); only tensors, plain values and argparse.Namespace are read"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: not a whole torch.save zip file (truncated, damaged, or saved in the old format): "
+            f"{_first_line(error)}; download or save it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a table of model, ema, opt and args")
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    args = content.get("args")
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def _drop_projectors(weights: Weights) -> None:
+    projectors = [name for name in weights if name.startswith("projectors.")]
+    if projectors:
+        log.warning("ignored %d tensors named projectors.* (used in training only)", len(projectors))
+    for name in projectors:
+        del weights[name]
+
+
+def _add_missing_latent_positions(weights: Weights, spec: ModelSpec) -> None:
+    if LATENT_POSITIONS not in weights:
+        log.warning("no %s in the checkpoint (older than 2026-03-24): taken as zeros", LATENT_POSITIONS)
+        weights[LATENT_POSITIONS] = torch.zeros(spec.tokens, spec.hidden_size)
+
+
+# ---------------------------------------------------------------- the spec of a released file
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The numbers that shapes do not tell."""
+
+    num_heads: int
+    head_depth: int
+    tail_depth: int
+
+
+def _released_spec(
+    path: Path, weights: Mapping[str, Tensor], args: Mapping[str, Any], given: Mapping[str, int | None]
+) -> ModelSpec:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    hidden = _hidden_numbers(path, shapes, args, given)
+    try:
+        from_shapes = _spec_from_shapes(shapes, hidden)
+        if args.get("model") not in SIT_NAMES:
+            return from_shapes
+        named = ModelSpec.named(
+            args["model"], resolution=args.get("resolution", from_shapes.input_size * 8), head_depth=hidden.head_depth
+        )
+        return replace(
+            named,
+            qk_norm=args.get("qk_norm", from_shapes.qk_norm),
+            num_classes=args.get("num_classes", from_shapes.num_classes),
+            group_size=args.get("elit_group_size", from_shapes.group_size),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{path}: missing tensor {error.args[0]}") from error
+    except (InputError, IndexError, ZeroDivisionError, TypeError) as error:
+        raise CheckpointError(f"{path}: its shapes and args do not describe an ELIT-SiT model: {error}") from error
+
+
+def _hidden_numbers(
+    path: Path, shapes: Mapping[str, Shape], args: Mapping[str, Any], given: Mapping[str, int | None]
+) -> _Hidden:
+    told = _told_by_file(shapes, args)
+    for name, value in given.items():
+        if value is not None and told.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name}={value} was asked for, but the file says {told[name]}; leave it out")
+    numbers = told | {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in given if name not in numbers]
+    if missing:
+        options = ", ".join(f"--{name} N".replace("_", "-") for name in missing)
+        raise CheckpointError(
+            f"{path}: its args name no known size (model={args.get('model')!r}) and shapes cannot tell "
+            f"{', '.join(missing)}; give them to load_checkpoint, or {options} on the command line"
+        )
+    return _Hidden(**numbers)
+
+
+def _told_by_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[str, int]:
+    told: dict[str, int] = {}
+    if "encoder_depth" in args:
+        told["head_depth"] = args["encoder_depth"]
+    if args.get("model") in SIT_NAMES:
+        size = args["model"].removeprefix("ELIT-SiT-").split("/")[0]
+        _, _, told["num_heads"], told["tail_depth"] = SIT_SIZES[size]
+        told.setdefault("head_depth", RELEASED_HEAD_DEPTH)
+    elif "blocks.0.attn.q_norm.weight" in shapes and "pos_embed" in shapes:
+        told["num_heads"] = shapes["pos_embed"][2] // shapes["blocks.0.attn.q_norm.weight"][0]
+    return told
+
+
+def _spec_from_shapes(shapes: Mapping[str, Shape], hidden: _Hidden) -> ModelSpec:
+    _, tokens, width = shapes["pos_embed"]
+    _, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    block_numbers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
+    depth = max(block_numbers, default=-1) + 1
+    return ModelSpec(
+        in_channels=channels,
+        input_size=isqrt(tokens) * patch,
+        patch_size=patch,
+        hidden_size=width,
+        num_heads=hidden.num_heads,
+        head_depth=hidden.head_depth,
+        core_depth=depth - hidden.head_depth - hidden.tail_depth,
+        tail_depth=hidden.tail_depth,
+        group_size=isqrt(shapes[LEARNED_QUERIES][0]),
+        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+    )
+
+
+# ---------------------------------------------------------------- released names
+
+READ = "input_token_editor.adapters.0."
+WRITE = "output_token_editor.adapters.0."
+LATENT_POSITIONS = f"{READ}latent_pos_embed"
+LEARNED_QUERIES = f"{READ}learned_query_embed"
+# Own prefix → released prefix; the first that fits counts.
+RELEASED_PREFIXES = {
+    "patch_embed.": "x_embedder.",
+    "y_embedder.": "y_embedder.embedding_table.",
+    "read.query": LEARNED_QUERIES,
+    "read.pos_embed": f"{READ}pos_embed",
+    "read.latent_pos_embed": LATENT_POSITIONS,
+    "read.attn.": f"{READ}fit_layer.latents_attend_to_patches.0.",
+    "read.mlp.": f"{READ}fit_layer.read_ff.0.",
+    "read.modulation.": f"{READ}fit_layer.modulation.",
+    "write.pos_embed": f"{WRITE}pos_embed",
+    "write.attn.": f"{WRITE}patches_attend_to_latents.0.",
+    "write.mlp.": f"{WRITE}write_ff.0.",
+    "final.": "final_layer.",
+}
+
+
+def released_name(name: str, spec: ModelSpec) -> str:
+    """The name that an own tensor has in a released checkpoint."""
+    first_block = {"head": 0, "core": spec.head_depth, "tail": spec.head_depth + spec.core_depth}
+    if match := re.match(r"(head|core|tail)\.(\d+)\.", name):
+        name = f"blocks.{first_block[match[1]] + int(match[2])}.{name[match.end() :]}"
+    for own, released in RELEASED_PREFIXES.items():
+        if name.startswith(own):
+            name = released + name.removeprefix(own)
+            break
+    return name.replace("modulation.linear.", "adaLN_modulation.1.")
+
+
+def _renamed(path: Path, weights: Weights, model: ElitSiT) -> Weights:
+    """Released weights under own names; refuses anything missing, extra or mis-shaped."""
+    own_names = {released_name(name, model.spec): name for name in model.state_dict()}
+    table = weights[LATENT_POSITIONS]
+    if table.dim() == 2 and table.shape[0] >= model.spec.tokens:
+        weights[LATENT_POSITIONS] = table[: model.spec.tokens]  # the released table has 4096 rows
+    expected = {released: tuple(model.state_dict()[own].shape) for released, own in own_names.items()}
+    _check_tensors(path, weights, expected)
+    return {own: weights[released].float() for released, own in own_names.items()}
+
+
+def _check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, the model needs {shape}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems += [
+        f"{name} holds {tensor.dtype}, not floating-point numbers"
+        for name, tensor in weights.items()
+        if not tensor.is_floating_point()
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path}: {'; '.join(problems[:5])}{more}")
+
+
+def _meta_model(spec: ModelSpec, data: DataFacts) -> ElitSiT:
+    with torch.device("meta"):
+        return ElitSiT(spec, data)
+
+
+# ---------------------------------------------------------------- own format
+
+
+def save_checkpoint(path: Path, model: ElitSiT, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write weights, spec and data facts as one safetensors file, whole or not at all."""
+    weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "format": FORMAT,
+        "spec": json.dumps(model.spec.to_dict()),
+        "data": json.dumps(model.data.to_dict()),
+    }
+    with written_whole(path) as temporary:
+        save_file(weights, temporary, metadata)
+
+
+def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        weights = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {_first_line(error)}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    try:
+        spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
+        data = DataFacts.from_dict(json.loads(metadata["data"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: unreadable metadata: {error}") from error
+    for name, value in given.items():
+        if value is not None and value != getattr(spec, name):
+            raise CheckpointError(
+                f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}; leave it out"
+            )
+    model = _meta_model(spec, data)
+    _check_tensors(path, weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return model.eval()

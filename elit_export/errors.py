@@ -1,0 +1,62 @@
+"""Every error a user can cause or meet.
+
+ElitExportError
+├── CheckpointError      a weights file cannot be read or does not describe a model
+├── RecipeError          a recipe is wrong; the message names the key
+├── ExportError          a model does not become a sound graph
+├── BuildError           a graph does not become a plan
+├── BundleError          what lies on disk is missing, altered or of another version
+├── BackendUnavailable   a backend, provider or device is not there
+├── EngineError          an engine failed or gave numbers that are not finite
+├── ParityError          an engine misses its tolerance
+├── CalibrationError     a calibration cannot be made or does not fit
+└── InputError           an argument is wrong (also a ValueError)
+
+Messages say what is wrong in the user's own words and numbers, then what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class ElitExportError(Exception):
+    """Base of all errors below; the command line turns it into exit status 2."""
+
+
+class CheckpointError(ElitExportError):
+    """A weights file cannot be read or does not describe a model."""
+
+
+class RecipeError(ElitExportError):
+    """A recipe is wrong; the message names the key."""
+
+
+class ExportError(ElitExportError):
+    """A model does not become a sound graph."""
+
+
+class BuildError(ElitExportError):
+    """A graph does not become a plan."""
+
+
+class BundleError(ElitExportError):
+    """What lies on disk is missing, altered or of another version."""
+
+
+class BackendUnavailable(ElitExportError):
+    """A backend, provider or device is not there."""
+
+
+class EngineError(ElitExportError):
+    """An engine failed or gave numbers that are not finite."""
+
+
+class ParityError(ElitExportError):
+    """An engine misses its tolerance."""
+
+
+class CalibrationError(ElitExportError):
+    """A calibration cannot be made or does not fit."""
+
+
+class InputError(ElitExportError, ValueError):
+    """An argument is wrong."""

@@ -1,0 +1,143 @@
+"""The elastic latent interface: group, Read, keep, restore, Write.
+
+Takes: spatial tokens.  Gives: latents for the core, and tokens back.  May touch: nothing.
+Knows nothing of: the backbone around it.
+
+Shapes: B batch, N spatial tokens, G groups, J latents per group, K kept, D width, h heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elit_export.models.layers import Mlp, Modulation, merge_heads, modulate, over_tokens, plain_norm, split_heads
+
+RMS_EPS = 1e-5
+
+
+# ---------------------------------------------------------------- group and ungroup
+
+
+def group(x: Tensor, grid: int, side: int) -> Tensor:
+    """Raster tokens → windows of side×side tokens, both row-major."""
+    windows = grid // side
+    x = x.unflatten(1, (windows, side, windows, side))  # (B, n/g, g, n/g, g, D)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, G, J, D)
+
+
+def ungroup(x: Tensor, grid: int, side: int) -> Tensor:
+    """Inverse of group."""
+    windows = grid // side
+    x = x.unflatten(2, (side, side)).unflatten(1, (windows, windows))  # (B, n/g, n/g, g, g, D)
+    return x.transpose(2, 3).flatten(1, 4)  # (B, N, D)
+
+
+# ---------------------------------------------------------------- keep and restore
+
+
+def keep(latents: Tensor, kept: Tensor) -> Tensor:
+    """The kept latents of every group, as one sequence for the core."""
+    return latents.index_select(2, kept).flatten(1, 2)  # (B, G·K, D)
+
+
+def restore(processed: Tensor, latents: Tensor, kept: Tensor) -> Tensor:
+    """Put processed latents back in front of the dropped ones, which keep their Read value."""
+    groups = latents.shape[1]
+    processed = processed.unflatten(1, (groups, kept.shape[0]))  # (B, G, K, D)
+    return torch.cat([processed, latents[:, :, kept.shape[0] :]], dim=2)  # (B, G, J, D)
+
+
+# ---------------------------------------------------------------- cross-attention
+
+
+class RmsScale(nn.Module):
+    """scale · x / (rms(x) + eps) over the full width; the eps stands outside the root (not RMSNorm)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x / (x.square().mean(-1, keepdim=True).sqrt() + RMS_EPS)
+
+
+class CrossAttention(nn.Module):
+    """Queries attend to a context inside each group; q and k are normalised before the head split."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = nn.Linear(width, width)
+        self.kv_proj = nn.Linear(width, 2 * width)
+        self.q_norm = RmsScale(width)
+        self.k_norm = RmsScale(width)
+        self.proj = nn.Linear(width, width)
+
+    def queries(self, x: Tensor) -> Tensor:  # (..., Q, D)
+        return split_heads(self.q_norm(self.q_proj(x)), self.num_heads)  # (..., h, Q, D/h)
+
+    def attend(self, queries: Tensor, context: Tensor) -> Tensor:  # (B, G, h, Q, D/h), (B, G, J, D)
+        k, v = self.kv_proj(context).chunk(2, dim=-1)
+        k = split_heads(self.k_norm(k), self.num_heads)
+        v = split_heads(v, self.num_heads)
+        # Four axes, as attention kernels want them: (B·G, h, Q or J, D/h).
+        attended = F.scaled_dot_product_attention(queries.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        projected: Tensor = self.proj(merge_heads(attended).unflatten(0, (-1, context.shape[1])))
+        return projected  # (B, G, Q, D)
+
+
+# ---------------------------------------------------------------- Read
+
+
+class Read(nn.Module):
+    """Pull the tokens of each group into its J latents.
+
+    The queries are parameters, the same for every group and input, so their projection is a
+    constant of the network: it is computed on (J, D) and expanded afterwards.
+    """
+
+    def __init__(self, width: int, num_heads: int, grid: int, side: int) -> None:
+        super().__init__()
+        self.grid, self.side = grid, side
+        self.query = nn.Parameter(torch.empty(side**2, width))
+        self.pos_embed = nn.Parameter(torch.empty(side**2, width))
+        self.latent_pos_embed = nn.Parameter(torch.empty(grid**2, width))  # raster order
+        self.attn = CrossAttention(width, num_heads)
+        self.norm1 = plain_norm(width)
+        self.norm2 = plain_norm(width)
+        self.mlp = Mlp(width, width, bias=False)
+        # Seven chunks, because the released weights have seven; the last is unused.
+        self.modulation = Modulation(width, chunks=7)
+
+    def forward(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N, D), (B, D)
+        """Latents and the grouped patches (with Read's position) that Write goes on from, (B, G, J, D) each."""
+        patches = group(tokens, self.grid, self.side) + self.pos_embed
+        shift_p, scale_p, gate_attn, shift_m, scale_m, gate_m, _ = self.modulation(c)
+        queries = self.attn.queries(self.query).expand(*patches.shape[:2], -1, -1, -1)  # (B, G, h, J, D/h)
+        attended = self.attn.attend(queries, modulate(self.norm1(patches), shift_p, scale_p))
+        latents = self.query + over_tokens(gate_attn, patches) * attended
+        mixed = self.mlp(modulate(self.norm2(latents), shift_m, scale_m))
+        latents = latents + over_tokens(gate_m, patches) * mixed
+        return latents + group(self.latent_pos_embed[None], self.grid, self.side), patches
+
+
+# ---------------------------------------------------------------- Write
+
+
+class Write(nn.Module):
+    """Put all J latents of each group back onto its tokens: no norm, no modulation, no gate."""
+
+    def __init__(self, width: int, num_heads: int, grid: int, side: int) -> None:
+        super().__init__()
+        self.grid, self.side = grid, side
+        self.pos_embed = nn.Parameter(torch.empty(side**2, width))
+        self.attn = CrossAttention(width, num_heads)
+        self.mlp = Mlp(width, width, bias=False)
+
+    def forward(self, patches: Tensor, latents: Tensor) -> Tensor:  # (B, G, J, D) each
+        patches = patches + self.pos_embed
+        patches = patches + self.attn.attend(self.attn.queries(patches), latents)
+        patches = patches + self.mlp(patches)
+        return ungroup(patches, self.grid, self.side)  # (B, N, D)

@@ -1,0 +1,376 @@
+"""The facts of a model: its shape, the budgets it can run, the tensors its graphs take and give.
+
+Takes: numbers and names.  Gives: Budget, Profile, ModelSpec, DataFacts, Precision, TensorSpec.
+May touch: nothing.  Knows nothing of: weights, files, backends.
+
+Legend: B batch, C channels, H=W input size, p patch, n=H/p, N=n² spatial tokens, g group side,
+J=g² latents per group, G=(n/g)² groups, K kept latents per group, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from enum import StrEnum
+from typing import Any, Self
+
+from elit_export.errors import InputError
+
+BUDGET_NAMES = {"full": 1, "half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16}
+FRACTION_TOLERANCE = 1e-3  # of a latent; a trained fraction like 0.0781 for 5/64 misses by 1.6e-3
+
+
+class Precision(StrEnum):
+    """The arithmetic baked into a graph."""
+
+    FP32 = "fp32"
+
+
+# ---------------------------------------------------------------- budgets
+
+
+@dataclass(frozen=True, order=True)
+class Budget:
+    """`kept` of `of` latents per group run through the core, written `4of16`."""
+
+    kept: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.kept <= self.of:
+            raise InputError(
+                f"budget {self.kept}of{self.of}: a model with {self.of} latents per group "
+                f"keeps 1 to {self.of} of them"
+            )
+
+    @classmethod
+    def parse(cls, text: str | int | Budget, of: int) -> Budget:
+        """Read `4`, `4of16`, `quarter` or a fraction with a point (`0.25`) for a model with `of` latents.
+
+        Raises InputError for anything that is not a whole number of latents.
+        """
+        if isinstance(text, Budget):
+            return text._of(of)
+        word = str(text).strip()
+        if word in BUDGET_NAMES:
+            return cls._named(word, of)
+        if match := re.fullmatch(r"(\d+)(?:of(\d+))?", word):
+            return cls(int(match[1]), int(match[2] or of))._of(of)
+        if re.fullmatch(r"\d*\.\d+|\d+\.", word):
+            return cls._from_fraction(float(word), of)
+        raise InputError(
+            f"budget {word!r} is not a number of latents (4), a share (4of16, 0.25) "
+            f"or a name ({', '.join(BUDGET_NAMES)})"
+        )
+
+    @classmethod
+    def _named(cls, name: str, of: int) -> Budget:
+        if of % BUDGET_NAMES[name]:
+            raise InputError(
+                f"budget {name!r}: {of} latents per group have no whole {name}; say how many, 1 to {of}"
+            )
+        return cls(of // BUDGET_NAMES[name], of)
+
+    @classmethod
+    def _from_fraction(cls, fraction: float, of: int) -> Budget:
+        kept = round(of * fraction)
+        if abs(of * fraction - kept) <= FRACTION_TOLERANCE and 1 <= kept <= of:
+            return cls(kept, of)
+        below = min(max(int(of * fraction), 1), of)
+        above = min(below + 1, of)
+        near = " or ".join(f"{k}of{of} ({k / of:g})" for k in sorted({below, above}))
+        raise InputError(f"budget {fraction:g} of {of} latents is not a whole number of latents; use {near}")
+
+    def _of(self, of: int) -> Budget:
+        if self.of != of:
+            raise InputError(f"budget {self} does not fit a model with {of} latents per group")
+        return self
+
+    @property
+    def share(self) -> float:
+        """Kept over all, for display only."""
+        return self.kept / self.of
+
+    def __str__(self) -> str:
+        return f"{self.kept}of{self.of}"
+
+
+@dataclass(frozen=True)
+class Range:
+    """A dimension an engine accepts: min ≤ opt ≤ max, all at least 1."""
+
+    min: int
+    opt: int
+    max: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max:
+            raise InputError(f"range {self}: needs 1 <= min <= opt <= max")
+
+    def __contains__(self, value: int) -> bool:
+        return self.min <= value <= self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.opt}..{self.max}"
+
+    def corners(self) -> tuple[int, int, int]:
+        """(min, opt, max), the points where an engine is checked."""
+        return self.min, self.opt, self.max
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named range of kept latents K and of engine rows that one engine serves."""
+
+    name: str
+    latents: Range
+    rows: Range
+
+
+def default_profiles(of: int, rows: Range) -> tuple[Profile, ...]:
+    """Profiles over (¾J, J], (¼J, ¾J], (⅛J, ¼J] and [1, ⅛J], tuned for J, J/2, J/4 and J/16.
+
+    Ranges without a whole number in them are left out.
+    """
+    bounds = {"full": (3 * of // 4, of), "half": (of // 4, 3 * of // 4), "quarter": (of // 8, of // 4)}
+    bounds["sixteenth"] = (0, of // 8)
+    tuned = {name: of // BUDGET_NAMES[name] for name in bounds}
+    return tuple(
+        Profile(name, Range(low + 1, min(max(tuned[name], low + 1), high), high), rows)
+        for name, (low, high) in bounds.items()
+        if low < high
+    )
+
+
+# ---------------------------------------------------------------- graph tensors
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph; a string in `shape` is a dynamic dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+ROWS = "rows"
+LATENTS = "latents"
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the numbers in a model's samples mean.
+
+    `kind` is "pixels" (values in [low, high]) or "vae" (latents of a VAE: decoder input =
+    sample / scale + shift). `class_names` may be empty.
+    """
+
+    kind: str
+    low: float = -1.0
+    high: float = 1.0
+    scale: float = 1.0
+    shift: float = 0.0
+    vae: str = ""
+    class_names: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"class_names": list(self.class_names)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "class_names": tuple(values.get("class_names", ()))})
+
+
+PIXELS = DataFacts(kind="pixels")
+SD_VAE = DataFacts(kind="vae", scale=0.18215, vae="stabilityai/sd-vae-ft-ema")
+
+
+# ---------------------------------------------------------------- models
+
+RELEASED_HEAD_DEPTH = 8  # `args.encoder_depth` of the released checkpoints, whatever the size
+# name -> (width, depth, heads, tail depth)
+SIT_SIZES = {"S": (384, 12, 6, 2), "B": (768, 12, 12, 2), "L": (1024, 24, 16, 4), "XL": (1152, 28, 16, 4)}
+SIT_PATCHES = (2, 4, 8)
+SIT_NAMES = tuple(f"ELIT-SiT-{size}/{patch}" for size in SIT_SIZES for patch in SIT_PATCHES)
+VAE_DOWNSAMPLING = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Everything that fixes the graph of an ELIT-SiT model, and nothing that its weights decide.
+
+    The fields are those of the released checkpoints; depths count blocks before Read (head),
+    between Read and Write (core) and after Write (tail).
+    """
+
+    in_channels: int
+    input_size: int
+    patch_size: int
+    hidden_size: int
+    num_heads: int
+    head_depth: int
+    core_depth: int
+    tail_depth: int
+    group_size: int
+    qk_norm: bool
+    mlp_ratio: float
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        positive = ("in_channels", "input_size", "patch_size", "hidden_size", "num_heads", "group_size", "num_classes")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"model spec: {name} is {getattr(self, name)}, must be at least 1")
+        for name in ("head_depth", "core_depth", "tail_depth"):
+            if getattr(self, name) < 0:
+                raise InputError(f"model spec: {name} is {getattr(self, name)}, must not be negative")
+        self._check_divides("input_size", self.input_size, "patch_size", self.patch_size)
+        self._check_divides("token grid", self.input_size // self.patch_size, "group_size", self.group_size)
+        self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
+        self._check_divides("hidden_size", self.hidden_size, "the 4 parts of the position code", 4)
+
+    @staticmethod
+    def _check_divides(what: str, value: int, by: str, divisor: int) -> None:
+        if value % divisor:
+            raise InputError(f"model spec: {what} {value} is not divisible by {by} {divisor}")
+
+    @classmethod
+    def named(cls, name: str, *, resolution: int = 256, head_depth: int = RELEASED_HEAD_DEPTH) -> Self:
+        """The released model of that name, e.g. `ELIT-SiT-XL/2`, on SD-VAE latents of a square image.
+
+        The group side is resolution/64, so that 256px at patch 2 has 16 groups of 16 latents and
+        512px 16 groups of 64. `head_depth=4` with XL gives the split of the paper.
+        """
+        if name not in SIT_NAMES:
+            raise InputError(f"unknown model {name!r}; known: {', '.join(SIT_NAMES)}")
+        if resolution < 64 or resolution % 64:
+            raise InputError(f"resolution {resolution} is not a multiple of 64")
+        size, patch = name.removeprefix("ELIT-SiT-").split("/")
+        width, depth, heads, tail = SIT_SIZES[size]
+        return cls(
+            in_channels=4,
+            input_size=resolution // VAE_DOWNSAMPLING,
+            patch_size=int(patch),
+            hidden_size=width,
+            num_heads=heads,
+            head_depth=head_depth,
+            core_depth=depth - head_depth - tail,
+            tail_depth=tail,
+            group_size=resolution // 64,
+            qk_norm=False,
+            mlp_ratio=4.0,
+            num_classes=1000,
+        )
+
+    # shapes
+
+    @property
+    def grid(self) -> int:
+        """n, spatial tokens along one side."""
+        return self.input_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """N, spatial tokens."""
+        return self.grid**2
+
+    @property
+    def latents(self) -> int:
+        """J, latents per group."""
+        return self.group_size**2
+
+    @property
+    def groups(self) -> int:
+        """G, groups."""
+        return (self.grid // self.group_size) ** 2
+
+    @property
+    def depth(self) -> int:
+        return self.head_depth + self.core_depth + self.tail_depth
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no class"."""
+        return self.num_classes
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.in_channels, self.input_size, self.input_size
+
+    # budgets
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """Every budget the model can run, smallest first."""
+        return tuple(Budget(kept, self.latents) for kept in range(1, self.latents + 1))
+
+    @property
+    def full(self) -> Budget:
+        return self.budgets[-1]
+
+    def budget(self, text: str | int | Budget) -> Budget:
+        """Read a budget and check that the model runs it."""
+        budget = Budget.parse(text, self.latents)
+        if budget not in self.budgets:
+            raise InputError(f"this model cannot run budget {budget}; it runs {listed(self.budgets)}")
+        return budget
+
+    @property
+    def named_budgets(self) -> dict[str, Budget]:
+        """The names (`full`, `half`, …) that are whole and runnable, largest first."""
+        whole = {name: self.latents // part for name, part in BUDGET_NAMES.items() if self.latents % part == 0}
+        return {name: Budget(kept, self.latents) for name, kept in whole.items()}
+
+    # graphs
+
+    @property
+    def conditioning(self) -> tuple[TensorSpec, ...]:
+        """The inputs beside x, t and latents."""
+        return (TensorSpec("y", "int64", (ROWS,)),)
+
+    @property
+    def step_inputs(self) -> tuple[TensorSpec, ...]:
+        x = TensorSpec("x", "float32", (ROWS, *self.sample_shape))
+        t = TensorSpec("t", "float32", (ROWS,))
+        return (x, t, *self.conditioning, TensorSpec("latents", "int64", (LATENTS,)))
+
+    @property
+    def step_outputs(self) -> tuple[TensorSpec, ...]:
+        velocity = TensorSpec("velocity", "float32", (ROWS, *self.sample_shape))
+        return velocity, TensorSpec("residual", "float32", (ROWS, self.tokens, self.hidden_size))
+
+    # storage
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of to_dict; raises InputError naming what is missing or unknown."""
+        known = {field.name for field in fields(cls)}
+        wrong = [f"missing {name}" for name in sorted(known - set(values))]
+        wrong += [f"unknown {name}" for name in sorted(set(values) - known)]
+        if wrong:
+            raise InputError(f"model spec: {', '.join(wrong)}")
+        return cls(**values)
+
+
+def listed(budgets: Iterable[Budget]) -> str:
+    """`1of16 to 16of16` for a run without gaps, else the members one by one."""
+    ordered = sorted(budgets)
+    if not ordered:
+        return "none"
+    first, last = ordered[0], ordered[-1]
+    if len(ordered) > 2 and len(ordered) == last.kept - first.kept + 1:
+        return f"{first} to {last}"
+    return ", ".join(str(budget) for budget in ordered)

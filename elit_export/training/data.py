@@ -1,0 +1,123 @@
+"""Labelled images for training, held in memory as bytes.
+
+Takes: a folder of images per class, or IDX files.  Gives: LabelledImages.  May touch: those files.
+Knows nothing of: models.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zlib import error as ZlibError
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from elit_export.errors import InputError
+
+Bytes = npt.NDArray[np.uint8]
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IDX_UBYTE = 0x08
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """`images` uint8 (n, C, H, W), `labels` int64 (n,), one name per class (may be empty)."""
+
+    images: Bytes
+    labels: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names) or int(self.labels.max()) + 1
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def load_images(folder: Path, *, split: str, size: int, class_names: Sequence[str] = ()) -> LabelledImages:
+    """Read `folder/CLASS/*.png` (with `folder/SPLIT/` if there is one) or `folder/SPLIT-images-idx3-ubyte[.gz]`.
+
+    Images become size×size: smaller ones are padded with black, larger ones scaled and cropped.
+    `split` is `train` or `t10k`, the names IDX data sets use. Raises InputError.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no data folder at {folder}")
+    idx = _idx_file(folder, f"{split}-images-idx3-ubyte")
+    if idx is None:
+        return _load_class_folders(folder / split if (folder / split).is_dir() else folder, size)
+    labels_file = _idx_file(folder, f"{split}-labels-idx1-ubyte")
+    if labels_file is None:
+        raise InputError(f"{folder}: {idx.name} has no {split}-labels-idx1-ubyte beside it")
+    images = np.stack([_fitted(Image.fromarray(image), size) for image in read_idx(idx, dims=3)])
+    labels = read_idx(labels_file, dims=1).astype(np.int64)
+    if len(images) != len(labels):
+        raise InputError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    if class_names and labels.max() >= len(class_names):
+        raise InputError(f"{len(class_names)} class names given, but there is a label {labels.max()}")
+    return LabelledImages(images, labels, tuple(class_names))
+
+
+# ---------------------------------------------------------------- IDX
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def read_idx(path: Path, *, dims: int) -> Bytes:
+    """An IDX file of bytes (LeCun's format, gzipped or not) with `dims` axes."""
+    try:
+        raw = path.read_bytes()
+        content = gzip.decompress(raw) if raw.startswith(GZIP_MAGIC) else raw
+    except (OSError, EOFError, ZlibError) as error:
+        raise InputError(f"{path}: unreadable: {error}") from error
+    if len(content) < 4 + 4 * dims or content[:4] != bytes((0, 0, IDX_UBYTE, dims)):
+        raise InputError(f"{path}: not an IDX file of bytes with {dims} axes")
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", count=dims, offset=4))
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
+    if values.size != np.prod(shape) or not values.size:
+        raise InputError(f"{path}: says shape {shape}, but holds {values.size} bytes")
+    return values.reshape(shape)
+
+
+# ---------------------------------------------------------------- folders
+
+
+def _load_class_folders(folder: Path, size: int) -> LabelledImages:
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    found = [
+        (path, label)
+        for label, name in enumerate(names)
+        for path in sorted((folder / name).iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        raise InputError(f"{folder}: neither IDX files nor folders of images, one per class")
+    opened = [_open(path) for path, _ in found]
+    mode = "L" if all(image.mode == "L" for image in opened) else "RGB"
+    images = np.stack([_fitted(image.convert(mode), size) for image in opened])
+    return LabelledImages(images, np.array([label for _, label in found], np.int64), tuple(names))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path}: not a readable image: {error}") from error
+
+
+def _fitted(image: Image.Image, size: int) -> Bytes:  # → (C, size, size)
+    if image.width > size or image.height > size:
+        image = ImageOps.fit(image, (size, size))
+    padded = Image.new(image.mode, (size, size))
+    padded.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+    pixels = np.asarray(padded, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

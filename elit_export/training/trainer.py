@@ -1,0 +1,222 @@
+"""Rectified-flow training with tail drop: every step runs the core on a random number of latents.
+
+Takes: a new model, labelled images, a TrainConfig.  Gives: records, an EMA model, resumable state.
+May touch: the state file it is told to write.  Knows nothing of: graphs, engines, the terminal.
+
+All randomness of step i is a function of (seed, i), so a resumed run equals an uninterrupted one
+bit for bit on the same machine and thread count.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elit_export.errors import CheckpointError, InputError
+from elit_export.files import written_whole
+from elit_export.models.sit import ElitSiT, initialise
+from elit_export.spec import DataFacts, ModelSpec
+from elit_export.training.data import LabelledImages
+
+STATE_FORMAT = "elit_export training state/1"
+BETAS = (0.9, 0.999)
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Choices of one run.
+
+    K is drawn uniformly from min_kept..J once per step for the whole batch, except for a share
+    `full_share` of the steps, which run the full budget.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    ema_decay: float
+    label_dropout: float
+    min_kept: int
+    full_share: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "warmup_steps", "min_kept"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name in ("ema_decay", "label_dropout", "full_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, must lie in 0..1")
+        if not 0 < self.learning_rate < math.inf:
+            raise InputError(f"learning_rate is {self.learning_rate}, must be positive")
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """What one finished step did; `loss` is the mean squared error of the velocity."""
+
+    step: int
+    loss: float
+    kept: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class FlowBatch:
+    """x_t = (1 − t)·data + t·noise and its true velocity noise − data."""
+
+    x: Tensor  # (B, C, H, W)
+    t: Tensor  # (B,)
+    y: Tensor  # (B,)
+    velocity: Tensor  # (B, C, H, W)
+
+
+def flow_batch(data: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> FlowBatch:
+    share = t[:, None, None, None]
+    return FlowBatch((1 - share) * data + share * noise, t, y, noise - data)
+
+
+def random_times(count: int, generator: torch.Generator) -> Tensor:
+    """t = sigmoid of a standard normal, (count,)."""
+    return torch.sigmoid(torch.randn(count, generator=generator))
+
+
+def to_signal(images: np.ndarray[Any, Any]) -> Tensor:
+    """Bytes → float32 in [−1, 1]."""
+    return torch.from_numpy(images).float() / 127.5 - 1
+
+
+def generator_for(*numbers: int) -> torch.Generator:
+    """A generator that depends on these numbers alone."""
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed))
+
+
+class Trainer:
+    """A run in progress: model, its moving average, optimizer, and how many steps are done."""
+
+    def __init__(self, spec: ModelSpec, facts: DataFacts, data: LabelledImages, config: TrainConfig) -> None:
+        self._check(spec, data, config)
+        self.config, self.data = config, data
+        self.model = initialise(ElitSiT(spec, facts), generator_for(config.seed))
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
+        )
+        self.step = 0
+
+    @staticmethod
+    def _check(spec: ModelSpec, data: LabelledImages, config: TrainConfig) -> None:
+        if data.images.shape[1:] != spec.sample_shape:
+            raise InputError(f"images are {data.images.shape[1:]}, the model takes {spec.sample_shape}")
+        if data.num_classes > spec.num_classes:
+            raise InputError(f"the data has {data.num_classes} classes, the model {spec.num_classes}")
+        if len(data) < config.batch_size:
+            raise InputError(f"batch_size {config.batch_size} is more than the {len(data)} images there are")
+        if config.min_kept > spec.latents:
+            raise InputError(f"min_kept {config.min_kept} is more than the model's {spec.latents} latents")
+
+    # ------------------------------------------------------------ running
+
+    def run(self) -> Iterator[TrainRecord]:
+        """Train to the last step, one record per step; stop or save between any two."""
+        self.model.train()
+        while self.step < self.config.steps:
+            yield self._train_step()
+
+    def _train_step(self) -> TrainRecord:
+        generator = generator_for(self.config.seed, self.step)
+        rate = self._learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        kept = self._draw_kept(generator)
+        batch = self._draw_batch(generator)
+        predicted = self.model(batch.x, batch.t, batch.y, torch.arange(kept))
+        loss = (predicted - batch.velocity).square().mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP_NORM)
+        self.optimizer.step()
+        self._update_ema()
+        self.step += 1
+        return TrainRecord(self.step, loss.item(), kept, rate)
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then cosine to zero."""
+        warmup, total = self.config.warmup_steps, self.config.steps
+        if self.step < warmup:
+            return self.config.learning_rate * (self.step + 1) / warmup
+        done = (self.step - warmup) / max(1, total - warmup)
+        return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+    def _draw_kept(self, generator: torch.Generator) -> int:
+        full = self.model.spec.latents
+        is_full = torch.rand((), generator=generator).item() < self.config.full_share
+        kept = int(torch.randint(self.config.min_kept, full + 1, (), generator=generator))
+        return full if is_full else kept
+
+    def _draw_batch(self, generator: torch.Generator) -> FlowBatch:
+        indices = self._indices()
+        data = to_signal(self.data.images[indices])
+        y = torch.from_numpy(self.data.labels[indices])
+        dropped = torch.rand(len(y), generator=generator) < self.config.label_dropout
+        y = torch.where(dropped, self.model.spec.null_class, y)
+        t = random_times(len(y), generator)
+        return flow_batch(data, t, y, torch.randn(data.shape, generator=generator))
+
+    def _indices(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """This step's share of the epoch's permutation; an incomplete last batch is left out."""
+        per_epoch = len(self.data) // self.config.batch_size
+        epoch, place = divmod(self.step, per_epoch)
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data))
+        return order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+
+    # ------------------------------------------------------------ state on disk
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on, whole or not at all."""
+        state = {
+            "format": STATE_FORMAT,
+            "run": self._identity(),
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with written_whole(path) as temporary:
+            torch.save(state, temporary)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a saved state; raises CheckpointError if it is damaged or of another run."""
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
+            raise CheckpointError(f"{path}: not a whole training state: {error}") from error
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+            raise CheckpointError(f"{path}: not a training state of this version")
+        mine, theirs = self._identity(), state["run"]
+        other = [f"{name} (was {theirs.get(name)}, now {mine[name]})" for name in mine if mine[name] != theirs.get(name)]
+        if other:
+            raise CheckpointError(f"{path}: belongs to another run: {', '.join(other)}; train into another folder")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {**asdict(self.config), **self.model.spec.to_dict(), "images": len(self.data)}
