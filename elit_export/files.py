@@ -26,6 +26,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
+        temporary.chmod(0o644)  # some libraries write files that only their owner may read
         flush_to_disk(temporary)
         temporary.replace(path)
     finally:

@@ -40,8 +40,7 @@ class Budget:
     def __post_init__(self) -> None:
         if not 1 <= self.kept <= self.of:
             raise InputError(
-                f"budget {self.kept}of{self.of}: a model with {self.of} latents per group "
-                f"keeps 1 to {self.of} of them"
+                f"budget {self.kept}of{self.of}: a model with {self.of} latents per group keeps 1 to {self.of} of them"
             )
 
     @classmethod
@@ -67,9 +66,7 @@ class Budget:
     @classmethod
     def _named(cls, name: str, of: int) -> Budget:
         if of % BUDGET_NAMES[name]:
-            raise InputError(
-                f"budget {name!r}: {of} latents per group have no whole {name}; say how many, 1 to {of}"
-            )
+            raise InputError(f"budget {name!r}: {of} latents per group have no whole {name}; say how many, 1 to {of}")
         return cls(of // BUDGET_NAMES[name], of)
 
     @classmethod

@@ -31,7 +31,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
-        return self.proj(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens: Tensor = self.proj(x)  # (B, D, n, n)
+        return tokens.flatten(2).transpose(1, 2)  # (B, N, D)
 
 
 class TimestepEmbedder(nn.Module):
@@ -64,7 +65,8 @@ def position_code(grid: int, width: int) -> Tensor:
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (..., L, D)
-    return x.unflatten(-1, (num_heads, -1)).transpose(-3, -2)  # (..., h, L, D/h)
+    heads: Tensor = x.unflatten(-1, (num_heads, -1))
+    return heads.transpose(-3, -2)  # (..., h, L, D/h)
 
 
 def merge_heads(x: Tensor) -> Tensor:  # (..., h, L, D/h)
@@ -147,7 +149,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + over_tokens(gate2, x) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        mixed: Tensor = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + over_tokens(gate2, x) * mixed
 
 
 class FinalLayer(nn.Module):

@@ -106,5 +106,5 @@ def initialise(model: ElitSiT, generator: torch.Generator) -> ElitSiT:
 
 def _zero_layers(model: ElitSiT) -> list[nn.Module]:
     blocks = [*model.head, *model.core, *model.tail, model.read, model.final]
-    adaptive = [block.modulation.linear for block in blocks]  # type: ignore[union-attr]
-    return [*adaptive, model.final.linear, model.write.attn.proj, model.write.mlp.fc2]  # type: ignore[list-item]
+    adaptive = [block.modulation.linear for block in blocks]
+    return [*adaptive, model.final.linear, model.write.attn.proj, model.write.mlp.fc2]

@@ -210,7 +210,9 @@ class Trainer:
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
             raise CheckpointError(f"{path}: not a training state of this version")
         mine, theirs = self._identity(), state["run"]
-        other = [f"{name} (was {theirs.get(name)}, now {mine[name]})" for name in mine if mine[name] != theirs.get(name)]
+        other = [
+            f"{name} (was {theirs.get(name)}, now {mine[name]})" for name in mine if mine[name] != theirs.get(name)
+        ]
         if other:
             raise CheckpointError(f"{path}: belongs to another run: {', '.join(other)}; train into another folder")
         self.model.load_state_dict(state["model"])

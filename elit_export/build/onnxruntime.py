@@ -1,0 +1,54 @@
+"""Graph → ONNX Runtime plan: the optimised model, written back as ONNX.
+
+Takes: a graph, profiles, a target.  Gives: one plan for all profiles, because ONNX Runtime has no
+optimization profiles.  May touch: the folder it is given.  Knows nothing of: weights' meaning.
+
+"Extended" optimisation is the highest level whose result does not depend on the CPU that ran it;
+what does depend on it is done again when the plan is opened.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+
+from elit_export.build.plan import BuiltPlan
+from elit_export.errors import BackendUnavailable, BuildError
+from elit_export.recipe import Target
+from elit_export.spec import Profile
+
+PLAN_FILE = "step.onnx"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+EXTERNAL_FROM_BYTES = "1024"
+
+
+def build_plans(graph: Path, folder: Path, profiles: Sequence[Profile], target: Target) -> Iterator[BuiltPlan]:
+    """Write the plan into `folder`; raises BuildError, or BackendUnavailable without the target's provider."""
+    provider = PROVIDERS[target.device]
+    if provider not in ort.get_available_providers():
+        raise BackendUnavailable(
+            f"this onnxruntime has no {provider} (it has {', '.join(ort.get_available_providers())}); "
+            f"build target device {target.device!r} on a machine that has it"
+        )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / PLAN_FILE)
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{PLAN_FILE}.data")
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_min_size_in_bytes", EXTERNAL_FROM_BYTES
+    )
+    try:
+        ort.InferenceSession(graph, options, providers=[provider])
+    except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
+        raise BuildError(f"onnxruntime cannot build {graph.name}: {error}") from error
+    yield BuiltPlan(
+        folder=folder,
+        file=PLAN_FILE,
+        profiles=tuple(profiles),
+        versions={"onnxruntime": ort.__version__},
+        built_on={"machine": platform.machine(), "system": platform.system()},
+    )

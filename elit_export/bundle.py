@@ -1,0 +1,328 @@
+"""What lies on disk between building and running: a folder with a manifest, written last.
+
+Takes: files made by a build.  Gives: verified paths.  May touch: the bundle folder.
+Knows nothing of: how plans are made or run.
+
+    manifest.json            what is here, with hashes; a folder without it is no bundle
+    graphs/NAME-HASH/        ONNX and weights; a copy for running may leave them out
+    plans/NAME-HASH/         what engines open
+    reference/NAME-HASH/     inputs and PyTorch outputs
+
+Artifacts are folders named by their content and never change once they have their name.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from elit_export.errors import BundleError, InputError
+from elit_export.files import flush_to_disk, sha256_of, write_text
+from elit_export.spec import Budget, DataFacts, ModelSpec, Precision, Profile, Range
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+LOCK = ".build.lock"
+STAGING = ".staging"
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # neither empty, hidden nor a way out of the folder
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------- manifest
+
+
+class FileFacts(_Facts):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Artifact(_Facts):
+    """A folder of files under `kind`/`name`."""
+
+    kind: str = Field(pattern=r"^(graphs|plans|reference)$")
+    name: Name
+    files: dict[Name, FileFacts] = Field(min_length=1)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+
+class Parity(_Facts):
+    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run."""
+
+    status: str = Field(pattern=r"^(passed|not run)$")
+    reason: str = ""
+    sqnr_db: float | None = None
+    max_relative: float | None = None
+
+
+class ReferenceCase(_Facts):
+    """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
+
+    profile: str
+    kept: int
+    rows: int
+
+
+class ReferenceTrajectory(_Facts):
+    """Arrays `trajectory/noise` and `trajectory/STEP` of the reference file, and how they were sampled."""
+
+    labels: tuple[int, ...]
+    steps: int
+    schedule: str
+    guidance: str
+    sampler: str
+
+
+class Reference(_Facts):
+    artifact: Artifact
+    cases: tuple[ReferenceCase, ...]
+    trajectory: ReferenceTrajectory
+
+
+class ProfileFacts(_Facts):
+    name: str
+    latents: tuple[int, int, int]
+    rows: tuple[int, int, int]
+    plan: Artifact
+    parity: Parity
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.name, Range(*self.latents), Range(*self.rows))
+
+
+class PlanSet(_Facts):
+    """The plans of one target in one precision. `plan_file` is the file an engine opens."""
+
+    target: str
+    backend: str
+    device: str
+    precision: Precision
+    options: dict[str, int | str | bool]
+    versions: dict[str, str]
+    built_on: dict[str, str]
+    plan_file: Name
+    profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
+    reference: Reference
+
+    @property
+    def plans(self) -> tuple[Artifact, ...]:
+        """Each plan once, however many profiles share it."""
+        return tuple({facts.plan.name: facts.plan for facts in self.profiles}.values())
+
+
+Spec = Annotated[
+    ModelSpec,
+    BeforeValidator(lambda value: ModelSpec.from_dict(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(ModelSpec.to_dict),
+]
+Data = Annotated[
+    DataFacts,
+    BeforeValidator(lambda value: DataFacts.from_dict(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(DataFacts.to_dict),
+]
+
+
+class ModelFacts(_Facts):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    name: str
+    spec: Spec
+    data: Data
+    checkpoint_sha256: str
+
+
+class Manifest(_Facts):
+    schema_version: int
+    package_version: str
+    model: ModelFacts
+    graphs: dict[str, Artifact]
+    plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
+
+    def artifacts(self) -> Iterator[Artifact]:
+        yield from self.graphs.values()
+        for plan_set in self.plan_sets:
+            yield from plan_set.plans
+            yield plan_set.reference.artifact
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Bundle:
+    """An existing bundle, its manifest read and checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Read the manifest; raises BundleError if it is missing, damaged or of another schema."""
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(
+                f"no bundle at {folder} (no {MANIFEST}); make one: elit-export build RECIPE --out {folder}"
+            )
+        return cls(folder, _read_manifest(path))
+
+    def verified(self, artifact: Artifact) -> Path:
+        """The folder of an artifact after checking every file's size and hash; raises BundleError."""
+        folder = self.folder / artifact.kind / artifact.name
+        for name, facts in artifact.files.items():
+            _check_file(folder / name, facts, self.folder)
+        return folder
+
+
+def _read_manifest(path: Path) -> Manifest:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise BundleError(
+            f"{path}: schema {version} is newer than this version reads ({SCHEMA}): pip install -U elit-export"
+        )
+    if version != SCHEMA:
+        raise BundleError(f"{path}: schema {version!r}, this version reads {SCHEMA}; {_rebuild(path.parent)}")
+    try:
+        return Manifest.model_validate(values)
+    except (ValidationError, InputError, TypeError) as error:
+        raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+
+
+def _rebuild(folder: Path) -> str:
+    return f"build it again: elit-export build RECIPE --out {folder}"
+
+
+def _check_file(path: Path, facts: FileFacts, bundle: Path) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; copy the bundle again or {_rebuild(bundle)}")
+    status = path.stat()
+    if status.st_size != facts.size_bytes:
+        raise BundleError(
+            f"{path}: has {status.st_size} bytes, {facts.size_bytes} were written; "
+            f"copy the bundle again or {_rebuild(bundle)}"
+        )
+    if _cached_sha256(path, status.st_size, status.st_mtime_ns) != facts.sha256:
+        raise BundleError(f"{path}: altered since the build (sha256); copy the bundle again or {_rebuild(bundle)}")
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_sha256(path: Path, _size_bytes: int, _mtime_ns: int) -> str:
+    return sha256_of(path)
+
+
+# ---------------------------------------------------------------- writing
+
+
+class BundleWriter:
+    """A bundle being built: stages artifacts, then makes them real by replacing the manifest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextmanager
+    def staged(self) -> Iterator[Path]:
+        """An empty folder on the bundle's disk; what is not adopted is gone afterwards."""
+        staging = self.folder / STAGING
+        staging.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=staging) as private:
+            folder = Path(private) / "artifact"  # with ordinary permissions, unlike its parent
+            folder.mkdir()
+            yield folder
+
+    def adopt(self, staged: Path, kind: str, prefix: str) -> Artifact:
+        """Hash a staged folder and move it to its content name; the same content is kept once."""
+        found = {path.name: _facts_of(path) for path in sorted(staged.iterdir())}
+        artifact = Artifact(kind=kind, name=f"{prefix}-{_content_hash(found)}", files=found)
+        final = self.folder / kind / artifact.name
+        final.parent.mkdir(exist_ok=True)
+        if not _is_whole(final, found):
+            shutil.rmtree(final, ignore_errors=True)
+            staged.rename(final)
+        return artifact
+
+    def commit(self, manifest: Manifest) -> Bundle:
+        """Write the manifest, the moment from which the bundle exists; then drop what it no longer names."""
+        write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        named = {(artifact.kind, artifact.name) for artifact in manifest.artifacts()}
+        for kind in ("graphs", "plans", "reference"):
+            for path in (self.folder / kind).glob("*"):
+                if (kind, path.name) not in named:
+                    shutil.rmtree(path)
+        return Bundle(self.folder, manifest)
+
+    def existing(self) -> Manifest | None:
+        """The manifest of an earlier build into this folder, if it is readable."""
+        try:
+            return Bundle.open(self.folder).manifest
+        except BundleError:
+            return None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[BundleWriter]:
+    """Lock a folder for one build; raises BundleError if another build holds it or it cannot be written."""
+    from filelock import FileLock, Timeout
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, timeout=0):
+            try:
+                yield BundleWriter(folder)
+            finally:
+                shutil.rmtree(folder / STAGING, ignore_errors=True)
+    except Timeout as error:
+        raise BundleError(f"another build is writing into {folder}; wait for it or choose another --out") from error
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise BundleError(f"cannot write into {folder}: {error}") from error
+
+
+def _facts_of(path: Path) -> FileFacts:
+    flush_to_disk(path)
+    return FileFacts(sha256=sha256_of(path), size_bytes=path.stat().st_size)
+
+
+def _content_hash(found: Mapping[str, FileFacts]) -> str:
+    listing = "".join(f"{name}:{facts.sha256};" for name, facts in sorted(found.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()[:12]
+
+
+def _is_whole(folder: Path, facts: Mapping[str, FileFacts]) -> bool:
+    return folder.is_dir() and all(
+        (folder / name).is_file() and _facts_of(folder / name) == known for name, known in facts.items()
+    )
+
+
+def budgets_of(plan_set: PlanSet, spec: ModelSpec) -> tuple[Budget, ...]:
+    """The budgets that some profile of a plan set serves."""
+    ranges = [facts.profile.latents for facts in plan_set.profiles]
+    return tuple(budget for budget in spec.budgets if any(budget.kept in latents for latents in ranges))
+
+
+def described(plan_sets: tuple[PlanSet, ...]) -> str:
+    return ", ".join(f"target={plan_set.target!r} precision={plan_set.precision.value!r}" for plan_set in plan_sets)
+
+
+def to_json(manifest: Manifest) -> Any:
+    return json.loads(manifest.model_dump_json())

@@ -1,0 +1,78 @@
+"""What every `step` graph must be, whatever wrote it.
+
+Takes: a graph file.  Gives: nothing, or ExportError.  May touch: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnx
+from onnx import checker, helper
+
+from elit_export.errors import ExportError
+from elit_export.spec import LATENTS, TensorSpec
+
+# Each would keep a compiler from planning shapes ahead, or hide a loop over the batch.
+FORBIDDEN = {"NonZero", "Loop", "If", "Scan", "ScatterND", "ScatterElements"}
+
+
+def check_graph(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    """Check names, types and symbolic dimensions, forbidden nodes, folded queries, and ONNX's own rules.
+
+    Raises ExportError with every problem found.
+    """
+    try:
+        checker.check_model(path)
+    except checker.ValidationError as error:
+        raise ExportError(f"{path}: not valid ONNX: {error}") from error
+    graph = onnx.load(path, load_external_data=False).graph
+    problems = [
+        *_signature_problems(graph.input, inputs, "input"),
+        *_signature_problems(graph.output, outputs, "output"),
+        *_forbidden_nodes(graph),
+        *_unfolded_nodes(graph),
+        *_latents_problems(graph, inputs),
+    ]
+    if problems:
+        raise ExportError(f"{path}: {'; '.join(problems)}")
+
+
+def _signature_problems(found: Sequence[onnx.ValueInfoProto], wanted: Sequence[TensorSpec], what: str) -> list[str]:
+    theirs = [_tensor_spec(value) for value in found]
+    if theirs == list(wanted):
+        return []
+    return [f"{what}s are {theirs}, wanted {list(wanted)}"]
+
+
+def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    tensor = value.type.tensor_type
+    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
+
+
+def _forbidden_nodes(graph: onnx.GraphProto) -> list[str]:
+    return [f"forbidden node {node.op_type} ({node.name})" for node in graph.node if node.op_type in FORBIDDEN]
+
+
+def _unfolded_nodes(graph: onnx.GraphProto) -> list[str]:
+    """Nodes that compute a constant at every call; the projected queries of Read are the usual ones."""
+    constants = {tensor.name for tensor in graph.initializer}
+    return [
+        f"node {node.op_type} ({node.name}) computes a constant"
+        for node in graph.node
+        if node.input and all(name in constants or not name for name in node.input)
+    ]
+
+
+def _latents_problems(graph: onnx.GraphProto, inputs: Sequence[TensorSpec]) -> list[str]:
+    """The length of `latents` is the budget: it selects by Gather, its values decide no shape."""
+    if all(tensor.name != LATENTS for tensor in inputs):
+        return []
+    # index_select flattens its index first; that is the same vector.
+    same = {LATENTS} | {node.output[0] for node in graph.node if node.op_type == "Reshape" and node.input[0] == LATENTS}
+    users = {node.op_type for node in graph.node if same & set(node.input)}
+    if "Gather" in users and users <= {"Gather", "Shape", "Reshape"}:
+        return []
+    return [f"`{LATENTS}` feeds {sorted(users)}, wanted a Gather (and its Shape)"]

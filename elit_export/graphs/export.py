@@ -1,0 +1,150 @@
+"""Model → ONNX.
+
+Takes: a model, a folder.  Gives: `step.onnx` with its weights beside it.  May touch: that folder.
+Knows nothing of: backends, budgets other than as a dynamic dimension.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnxscript import opset20 as op
+from onnxscript.optimizer import fold_constants
+from torch import Tensor, nn
+
+from elit_export.errors import ExportError
+from elit_export.graphs.check import check_graph
+from elit_export.models.sit import ElitSiT
+from elit_export.spec import LATENTS, ROWS, ModelSpec, TensorSpec
+
+OPSET = 20
+# Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
+# latent positions) becomes a constant of the graph, and nothing large can appear from it.
+NO_LIMIT = 1 << 40
+EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
+
+
+def export_step(model: ElitSiT, folder: Path) -> Path:
+    """Write the `step` graph of a float32 model into `folder` (made if missing) and check its structure.
+
+    Gives the path of the graph; its weights lie beside it as `step.onnx.data`. Raises ExportError.
+    """
+    path = folder / "step.onnx"
+    folder.mkdir(parents=True, exist_ok=True)
+    graph_model = step_model(model)
+    ir.save(graph_model, path, external_data=f"{path.name}.data")
+    check_graph(path, model.spec.step_inputs, model.spec.step_outputs)
+    return path
+
+
+def step_model(model: ElitSiT) -> ir.Model:
+    """The `step` graph in memory, with the model's tensors as its weights."""
+    spec = model.spec
+    step = _Step(model).eval()
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            step,
+            _example_inputs(spec),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[tensor.name for tensor in spec.step_inputs],
+            output_names=[tensor.name for tensor in spec.step_outputs],
+            dynamic_shapes=_dynamic_shapes(spec),
+            custom_translation_table=ATTENTION,
+            verbose=False,
+        )
+    if program is None:
+        raise ExportError("torch.onnx.export gave no graph")
+    graph_model: ir.Model = program.model
+    fold_constants(graph_model, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
+    RemoveUnusedNodesPass()(graph_model)
+    ClearMetadataAndDocStringPass()(graph_model)  # stack traces of the exporting machine
+    return graph_model
+
+
+class _Step(nn.Module):
+    """`ElitSiT.step` as a forward, which is what the exporter traces."""
+
+    def __init__(self, model: ElitSiT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.step(x, t, y, latents)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+def _example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
+    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: min(2, spec.latents)}
+
+    def example(tensor: TensorSpec) -> Tensor:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+
+    *others, latents = spec.step_inputs
+    return (*(example(tensor) for tensor in others), torch.arange(sizes[latents.name]))
+
+
+def _dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
+    dims = {ROWS: torch.export.Dim(ROWS, min=1)}
+    if spec.latents > 1:  # one latent is no dimension to choose from
+        dims[LATENTS] = torch.export.Dim(LATENTS, min=1, max=spec.latents)
+    return {
+        tensor.name: {axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims}
+        for tensor in spec.step_inputs
+    }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what the exporter says about torchvision and aliased names: it is harmless and constant."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        registration.setLevel(level)
+
+
+# ---------------------------------------------------------------- attention
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # (B, h, L, D/h) each
+    """softmax(q · kᵀ / √d) · v in six nodes.
+
+    The exporter's own form takes k apart and together again through its runtime shape, which
+    keeps backends from recognising attention.
+    """
+    assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
+    factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
+    scaled = op.Mul(query, op.Constant(value_float=factor))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.scaled_dot_product_attention.default: _attention
+}

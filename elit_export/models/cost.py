@@ -1,0 +1,97 @@
+"""What a forward pass costs, from the spec alone.
+
+Takes: a ModelSpec and a budget.  Gives: FLOPs by part.  May touch: nothing; needs no torch.
+
+FLOPs are 2 per multiply-add of matrix products, convolutions and attention; norms, activations and
+sums are not counted. They are for one image; multiply by the rows. L is a number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from elit_export.spec import Budget, ModelSpec
+
+TIME_FEATURES = 256
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of one image at one budget. Only `core` depends on the budget."""
+
+    head: int
+    read: int
+    core: int
+    write: int
+    tail: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def flops(spec: ModelSpec, budget: Budget) -> Cost:
+    """FLOPs of one forward pass of one image, Read's query projection included (graphs fold it)."""
+    return Cost(
+        head=spec.head_depth * _block(spec, spec.tokens),
+        read=_cross_attention(spec, spec.latents) + _interface_mlp(spec) + _modulation(spec, 7),
+        core=spec.core_depth * _block(spec, spec.groups * budget.kept),
+        write=_cross_attention(spec, spec.tokens) + _interface_mlp(spec),
+        tail=spec.tail_depth * _block(spec, spec.tokens),
+        other=_embedders(spec) + _final(spec),
+    )
+
+
+def guided_flops(spec: ModelSpec, strong: Budget, weak: Budget) -> int:
+    """FLOPs of one guided evaluation of one image: a call at each budget."""
+    return flops(spec, strong).total + flops(spec, weak).total
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _linear(tokens: int, inputs: int, outputs: int) -> int:
+    return 2 * tokens * inputs * outputs
+
+
+def _modulation(spec: ModelSpec, chunks: int) -> int:
+    return _linear(1, spec.hidden_size, chunks * spec.hidden_size)
+
+
+def _attention(queries: int, keys: int, width: int) -> int:
+    """q · kᵀ and the weighted sum of v, over all heads."""
+    return 2 * 2 * queries * keys * width
+
+
+def _block(spec: ModelSpec, tokens: int) -> int:
+    width = spec.hidden_size
+    projections = _linear(tokens, width, 3 * width) + _linear(tokens, width, width)
+    mlp = 2 * _linear(tokens, width, spec.mlp_size)
+    return projections + _attention(tokens, tokens, width) + mlp + _modulation(spec, 6)
+
+
+def _cross_attention(spec: ModelSpec, projected_queries: int) -> int:
+    """Inside every group J queries meet J keys; in Read only the J shared queries are projected."""
+    width, tokens = spec.hidden_size, spec.tokens
+    queries = _linear(projected_queries, width, width)
+    projections = _linear(tokens, width, 2 * width) + _linear(tokens, width, width)
+    return queries + projections + spec.groups * _attention(spec.latents, spec.latents, width)
+
+
+def _interface_mlp(spec: ModelSpec) -> int:
+    return 2 * _linear(spec.tokens, spec.hidden_size, spec.hidden_size)
+
+
+def _patch_size(spec: ModelSpec) -> int:
+    return spec.patch_size**2 * spec.in_channels
+
+
+def _embedders(spec: ModelSpec) -> int:
+    width = spec.hidden_size
+    time = _linear(1, TIME_FEATURES, width) + _linear(1, width, width)
+    return _linear(spec.tokens, _patch_size(spec), width) + time
+
+
+def _final(spec: ModelSpec) -> int:
+    return _linear(spec.tokens, spec.hidden_size, _patch_size(spec)) + _modulation(spec, 2)

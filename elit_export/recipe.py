@@ -1,0 +1,148 @@
+"""A model's deployment choices, read from TOML.
+
+Takes: a TOML file.  Gives: Recipe.  May touch: that file.  Knows nothing of: weights, plans.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from elit_export.backends import BACKENDS
+from elit_export.errors import InputError, RecipeError
+from elit_export.spec import ModelSpec, Precision, Profile, Range, default_profiles
+
+SHIPPED_RECIPE = "fashion.toml"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RangeTable(_Table):
+    """`{ min = 1, opt = 8, max = 64 }`"""
+
+    min: int
+    opt: int
+    max: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        self.value()
+        return self
+
+    def value(self) -> Range:
+        return Range(self.min, self.opt, self.max)
+
+
+class ProfileTable(_Table):
+    """One `[[profiles]]` entry; `rows` defaults to the recipe's."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    latents: RangeTable
+    rows: RangeTable | None = None
+
+
+def _known_backend(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    return name
+
+
+class Target(_Table):
+    """One `[targets.NAME]`: where its plans run and in which arithmetic. `threads = 0` uses all cores."""
+
+    backend: Annotated[str, AfterValidator(_known_backend)]
+    device: str
+    precision: Annotated[Precision, Field(strict=False)]
+    threads: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        backend = BACKENDS[self.backend]
+        for what, value, known in (
+            ("device", self.device, backend.devices),
+            ("precision", self.precision.value, backend.precisions),
+        ):
+            if value not in known:
+                raise ValueError(f"{what} {value!r}: backend {backend.name} has {', '.join(known)}")
+        return self
+
+
+class Recipe(_Table):
+    """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    checkpoint: str | None = None
+    rows: RangeTable
+    profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
+    targets: dict[str, Target] = Field(min_length=1)
+
+    def target(self, name: str) -> Target:
+        if name not in self.targets:
+            raise RecipeError(f"recipe {self.name} has no target {name!r}; it has {', '.join(self.targets)}")
+        return self.targets[name]
+
+    def profiles_for(self, spec: ModelSpec) -> tuple[Profile, ...]:
+        """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
+        rows = self.rows.value()
+        if not self.profiles:
+            return default_profiles(spec.latents, rows)
+        for number, table in enumerate(self.profiles):
+            if table.latents.max > spec.latents:
+                raise RecipeError(
+                    f"recipe {self.name}: profiles.{number}.latents.max is {table.latents.max}, "
+                    f"but the model has {spec.latents} latents per group"
+                )
+        return tuple(
+            Profile(table.name, table.latents.value(), table.rows.value() if table.rows else rows)
+            for table in self.profiles
+        )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe; raises RecipeError naming file and key. Paths in it become absolute."""
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from error
+    recipe = recipe_from_values(values, str(path))
+    if recipe.checkpoint and not recipe.checkpoint.startswith("shipped:"):
+        return recipe.model_copy(update={"checkpoint": str(path.parent / recipe.checkpoint)})
+    return recipe
+
+
+def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: " + "; ".join(_told(problem) for problem in error.errors())) from error
+    except InputError as error:  # a Range out of order: pydantic lets it through, since it is no plain ValueError
+        raise RecipeError(f"{source}: {error}") from error
+
+
+def _told(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = {**Recipe.model_fields, **Target.model_fields, **ProfileTable.model_fields, **RangeTable.model_fields}
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}"
+
+
+def shipped_recipe() -> Path:
+    """The recipe of the shipped model: inside the package when installed, in `engines/` in a checkout."""
+    package = Path(str(files("elit_export")))
+    installed = package / "engines" / SHIPPED_RECIPE
+    return installed if installed.is_file() else package.parent / "engines" / SHIPPED_RECIPE

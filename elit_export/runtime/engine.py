@@ -1,0 +1,80 @@
+"""The engine seam: what the runtime asks of an opened plan.
+
+Takes: named arrays.  Gives: named arrays.  May touch: nothing.  Knows nothing of: any backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+HostArray = npt.NDArray[Any]
+HOST_OUTPUTS = ("velocity", "distance")
+
+
+class DeviceArray(Protocol):
+    """An array where the backend keeps it; goes back into engines of the same backend as it is."""
+
+    def numpy(self) -> HostArray: ...
+
+
+Array = HostArray | DeviceArray
+
+
+class Engine(Protocol):
+    """One opened plan; a context manager.
+
+    `velocity` and `distance` come back as NumPy arrays, other outputs as the backend's own
+    (with `.numpy()`). What comes back belongs to the caller and is never written again.
+    Not safe to call from two threads at once: the bank holds a lock.
+    """
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def to_host(array: Array) -> HostArray:
+    return array if isinstance(array, np.ndarray) else array.numpy()
+
+
+class Kept:
+    """A NumPy array in the role of a DeviceArray."""
+
+    def __init__(self, values: HostArray) -> None:
+        self._values = values
+
+    def numpy(self) -> HostArray:
+        return self._values
+
+
+class FunctionEngine:
+    """Any function of NumPy arrays as an engine: PyTorch references, tests, your own backend."""
+
+    def __init__(self, function: Callable[[Mapping[str, HostArray]], Mapping[str, HostArray]]) -> None:
+        self._function = function
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        outputs = self._function({name: to_host(array) for name, array in inputs.items()})
+        return {name: array.copy() if name in HOST_OUTPUTS else Kept(array.copy()) for name, array in outputs.items()}
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

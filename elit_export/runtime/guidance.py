@@ -1,0 +1,92 @@
+"""Guidance: which second call steers the first, and how the two combine.
+
+    v = v_weak + scale · (v_strong − v_weak), where scale > 1 and low ≤ t ≤ high
+
+Takes: text.  Gives: Guidance values.  May touch: nothing.  Knows nothing of: engines.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from elit_export.errors import InputError
+from elit_export.spec import Budget, ModelSpec
+
+
+class Kind(StrEnum):
+    """What the weak branch is: nothing, no class, no class at a lower budget, same class at a lower budget."""
+
+    NONE = "none"
+    CFG = "cfg"
+    CCFG = "ccfg"
+    AUTOGUIDANCE = "autoguidance"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the two calls of a guided evaluation."""
+
+    budget: Budget
+    null_class: bool
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """A rule for the weak branch. `weak` is the budget of ccfg and autoguidance, None for the others."""
+
+    kind: Kind = Kind.NONE
+    scale: float = 1.0
+    weak: Budget | None = None
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or self.scale < 1:
+            raise InputError(f"guidance scale {self.scale} must be a finite number, 1 (no guidance) or more")
+        if not 0 <= self.low <= self.high <= 1:
+            raise InputError(f"guidance interval {self.low} {self.high}: needs 0 <= low <= high <= 1")
+        needs_weak = self.kind in (Kind.CCFG, Kind.AUTOGUIDANCE)
+        if needs_weak != (self.weak is not None):
+            raise InputError(f"guidance {self.kind.value}: {USAGE[self.kind]}")
+
+    @classmethod
+    def parse(cls, text: str, spec: ModelSpec, *, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
+        """Read `none`, `cfg:3`, `ccfg:4@sixteenth` or `autoguidance:2@2`; raises InputError."""
+        if text == "none":
+            return cls(low=interval[0], high=interval[1])
+        match = re.fullmatch(r"(\w+):([^@]+)(?:@(.+))?", text.strip())
+        if not match or match[1] not in USAGE or match[1] == Kind.NONE:
+            raise InputError(f"guidance {text!r} is none of: {', '.join(USAGE.values())}")
+        try:
+            scale = float(match[2])
+        except ValueError as error:
+            raise InputError(f"guidance scale {match[2]!r} is not a number") from error
+        weak = spec.budget(match[3]) if match[3] else None
+        return cls(Kind(match[1]), scale, weak, *interval)
+
+    def active(self, t: float) -> bool:
+        return self.kind is not Kind.NONE and self.scale > 1 and self.low <= t <= self.high
+
+    def branches(self, budget: Budget, t: float) -> tuple[Branch, ...]:
+        """The strong branch, and the weak one where guidance is active at t."""
+        strong = Branch(budget, null_class=False)
+        return (strong, self.weak_branch(budget)) if self.active(t) else (strong,)
+
+    def weak_branch(self, strong: Budget) -> Branch:
+        return Branch(self.weak or strong, null_class=self.kind is not Kind.AUTOGUIDANCE)
+
+    def __str__(self) -> str:
+        if self.kind is Kind.NONE:
+            return "none"
+        return f"{self.kind.value}:{self.scale:g}" + (f"@{self.weak.kept}" if self.weak else "")
+
+
+USAGE = {
+    Kind.NONE: "none",
+    Kind.CFG: "cfg:SCALE",
+    Kind.CCFG: "ccfg:SCALE@WEAK_BUDGET",
+    Kind.AUTOGUIDANCE: "autoguidance:SCALE@WEAK_BUDGET",
+}

@@ -1,0 +1,41 @@
+"""Samples → pictures.
+
+Takes: samples and what their numbers mean.  Gives: bytes and PIL images.  May touch: nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from elit_export.errors import InputError
+from elit_export.spec import DataFacts
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
+    """Pixels of a pixel model; raises InputError for latents of a VAE."""
+    if data.kind != "pixels":
+        raise InputError(
+            f"these samples are latents of a VAE ({data.vae or 'unknown'}): a decoder makes pictures of them, "
+            f"fed with latents / {data.scale:g} + {data.shift:g}; save them as .npz"
+        )
+    share = (samples - data.low) / (data.high - data.low)
+    return (share.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def grid(rows: Sequence[Pixels], *, gap: int = 2, zoom: int = 1) -> Image.Image:
+    """One picture with a row for each (B, H, W, C) batch."""
+    height, width, channels = rows[0].shape[1:]
+    columns = max(len(row) for row in rows)
+    sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            top, left = gap + i * (height + gap), gap + j * (width + gap)
+            sheet[top : top + height, left : left + width] = image
+    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)

@@ -1,0 +1,27 @@
+"""Noise that depends on (seed, sample) alone, never on the batch a sample runs in.
+
+Takes: a seed.  Gives: float64 arrays.  May touch: nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from elit_export.errors import InputError
+
+Float64 = npt.NDArray[np.float64]
+
+
+class SeededNoise:
+    """Streams of standard normal numbers, one per sample: first the start noise, then SDE noise in order."""
+
+    def __init__(self, seed: int, samples: int, shape: tuple[int, ...]) -> None:
+        if seed < 0:
+            raise InputError(f"seed {seed} must not be negative")
+        self._streams = [np.random.Generator(np.random.Philox(key=(seed, sample))) for sample in range(samples)]
+        self._shape = shape
+
+    def __call__(self) -> Float64:
+        """The next noise of every sample, (B, C, H, W)."""
+        return np.stack([stream.standard_normal(self._shape) for stream in self._streams])

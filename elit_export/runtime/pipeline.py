@@ -1,0 +1,225 @@
+"""From a bundle to samples: the object that applications embed.
+
+Takes: a bundle or a bank.  Gives: Samples, step by step or whole.  May touch: the bundle (reading).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self, TypedDict, Unpack
+
+import numpy as np
+import numpy.typing as npt
+
+from elit_export.backends import BACKENDS
+from elit_export.bundle import Bundle, PlanSet, described
+from elit_export.errors import BundleError, InputError
+from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.images import to_images
+from elit_export.runtime.noise import Float64, SeededNoise
+from elit_export.runtime.samplers import sampler_named
+from elit_export.runtime.sampling import Request, StepRecord, calls_needed, sampling_steps
+from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
+from elit_export.runtime.timegrid import warp
+from elit_export.spec import DataFacts, ModelSpec
+
+
+class Choices(TypedDict, total=False):
+    """What a sampling may choose beside its labels; what is left out takes the value in DEFAULTS."""
+
+    steps: int
+    schedule: ScheduleLike
+    guidance: str | Guidance
+    guidance_interval: tuple[float, float]
+    sampler: str
+    time_grid: str
+    seed: int
+    noise: npt.ArrayLike  # (B, C, H, W) start noise, in place of the seed's
+    step_noise: npt.ArrayLike  # (steps − 1, B, C, H, W) for stochastic samplers
+
+
+DEFAULTS = Choices(
+    steps=20, schedule="full", guidance="none", guidance_interval=(0.0, 1.0), sampler="ab2", time_grid="linear", seed=0
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A finished sampling: `latents` (B, C, H, W) float64 and how it went."""
+
+    latents: Float64
+    labels: tuple[int, ...]
+    records: tuple[StepRecord, ...]
+    seconds: float
+    data: DataFacts
+
+    @property
+    def images(self) -> npt.NDArray[np.uint8]:
+        """(B, H, W, C) for pixel models; raises InputError where a VAE decoder is needed."""
+        return to_images(self.latents, self.data)
+
+    @property
+    def engine_seconds(self) -> float:
+        return sum(call.engine_ms for record in self.records for call in record.calls) / 1e3
+
+    def summary(self) -> str:
+        """One line: images, steps, engine calls by budget, time."""
+        calls = Counter(str(call.budget) for record in self.records for call in record.calls)
+        by_budget = ", ".join(f"{count}×{budget}" for budget, count in calls.items())
+        return (
+            f"{len(self.labels)} images in {len(self.records)} steps, engine calls {by_budget}; "
+            f"{self.seconds:.2f} s, {self.seconds / len(self.labels) * 1e3:.0f} ms per image, "
+            f"{self.engine_seconds / self.seconds:.0%} in engines"
+        )
+
+
+class Pipeline:
+    """A model ready to sample. Owns its bank when loaded from a bundle: close it, or use it in `with`.
+
+    Safe to share between threads: calls take turns, and nothing is kept between samplings.
+    """
+
+    def __init__(self, bank: EngineBank, spec: ModelSpec, data: DataFacts) -> None:
+        self.bank, self.spec, self.data = bank, spec, data
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        target: str | None = None,
+        precision: str | None = None,
+        allow_unverified: bool = False,
+    ) -> Self:
+        """Verify and open a bundle's plans; `target` and `precision` are needed only where several fit.
+
+        Raises BundleError (missing, altered, never run on its device), BackendUnavailable, or
+        InputError listing the plan sets.
+        """
+        opened = Bundle.open(bundle)
+        plan_set = _chosen(opened.manifest.plan_sets, target, precision)
+        if not allow_unverified:
+            _check_verified(plan_set, opened.folder)
+        model = opened.manifest.model
+        return cls(open_bank(opened, plan_set), model.spec, model.data)
+
+    def sample(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Sample:
+        """Sample one image per label. Sample i depends on (seed, i), not on the batch around it."""
+        started = time.perf_counter()
+        records = tuple(self.steps(labels, **choices))
+        seconds = time.perf_counter() - started
+        return Sample(records[-1].x, tuple(labels), records, seconds, self.data)
+
+    def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Iterator[StepRecord]:
+        """The same, one record per step: for progress, previews and cancelling (close the generator).
+
+        Everything is checked before the first step; raises InputError.
+        """
+        request = self.request(labels, **choices)
+        for budget, rows in calls_needed(request):
+            self.bank.slot_for(budget, rows)
+        return sampling_steps(self.bank, request)
+
+    def request(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Request:
+        """Check the choices of one sampling against the model; raises InputError."""
+        chosen = Choices(**{**DEFAULTS, **choices})
+        sampler = sampler_named(chosen["sampler"])
+        if chosen["steps"] < sampler.min_steps:
+            raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {chosen['steps']}")
+        times = warp(sampler.times(chosen["steps"]), chosen["time_grid"])
+        guidance = chosen["guidance"]
+        if isinstance(guidance, str):
+            guidance = Guidance.parse(guidance, self.spec, interval=chosen["guidance_interval"])
+        y = self._checked_labels(labels)
+        name = self.spec.conditioning[0].name
+        seeded = SeededNoise(chosen["seed"], len(y), self.spec.sample_shape)
+        start, noise = seeded(), seeded.__call__
+        if "noise" in chosen:
+            start = _checked_array(chosen["noise"], start.shape, "noise")
+        if "step_noise" in chosen:
+            given = _checked_array(chosen["step_noise"], (chosen["steps"] - 1, *start.shape), "step_noise")
+            noise = iter(given).__next__
+        return Request(
+            start=start,
+            times=times,
+            schedule=resolve_schedule(chosen["schedule"], [float(t) for t in times], self.spec),
+            guidance=guidance,
+            sampler=sampler,
+            conditioning={name: y},
+            null_conditioning={name: np.full_like(y, self.spec.null_class)},
+            noise=noise,
+        )
+
+    def _checked_labels(self, labels: Sequence[int]) -> npt.NDArray[np.int64]:
+        y = np.asarray(labels)
+        if y.ndim != 1 or not len(y) or not np.issubdtype(y.dtype, np.integer):
+            raise InputError(f"labels must be a list of at least one whole number, not {labels!r}")
+        if y.min() < 0 or y.max() > self.spec.null_class:
+            wrong = next(label for label in y if not 0 <= label <= self.spec.null_class)
+            raise InputError(
+                f"label {wrong} is out of range: classes are 0 to {self.spec.num_classes - 1}, "
+                f"{self.spec.null_class} means no class"
+            )
+        return y.astype(np.int64)
+
+    def close(self) -> None:
+        self.bank.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Float64:
+    array = np.array(values, np.float64)
+    if array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, this sampling needs {shape}")
+    if not np.isfinite(array).all():
+        raise InputError(f"{name} holds values that are not finite")
+    return array
+
+
+# ---------------------------------------------------------------- opening plans
+
+
+def _chosen(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
+    fitting = tuple(
+        plan_set
+        for plan_set in plan_sets
+        if target in (None, plan_set.target) and precision in (None, plan_set.precision.value)
+    )
+    if len(fitting) == 1:
+        return fitting[0]
+    problem = "several plan sets fit" if fitting else f"no plan set for target={target!r} precision={precision!r}"
+    raise InputError(f"{problem}; this bundle has {described(plan_sets)}")
+
+
+def _check_verified(plan_set: PlanSet, folder: Path) -> None:
+    for facts in plan_set.profiles:
+        if facts.parity.status != "passed":
+            raise BundleError(
+                f"profile {facts.name} of target {plan_set.target} was never compared with PyTorch "
+                f"({facts.parity.reason}): run `elit-export verify {folder}` on its device, "
+                f"or load with allow_unverified=True"
+            )
+
+
+def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
+    """Verify and open the plans of one set, each once."""
+    engines = BACKENDS[plan_set.backend].engines()
+    with ExitStack() as stack:
+        opened = {
+            plan.name: stack.enter_context(engines.open_engine(bundle.verified(plan) / plan_set.plan_file, plan_set))
+            for plan in plan_set.plans
+        }
+        stack.pop_all()  # the bank owns them now
+    slots = [Slot(facts.profile, opened[facts.plan.name]) for facts in plan_set.profiles]
+    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision)

@@ -1,0 +1,29 @@
+"""The table of samplers."""
+
+from __future__ import annotations
+
+from elit_export.errors import InputError
+from elit_export.runtime.samplers.adams_bashforth import ab2, ab3
+from elit_export.runtime.samplers.base import Sampler
+from elit_export.runtime.samplers.dpm_solver import dpmpp_2m
+from elit_export.runtime.samplers.euler import euler
+from elit_export.runtime.samplers.euler_maruyama import euler_maruyama, sde_times
+from elit_export.runtime.samplers.heun import heun
+
+SAMPLERS = {
+    sampler.name: sampler
+    for sampler in (
+        Sampler("euler", euler, calls=1),
+        Sampler("heun", heun, calls=2),
+        Sampler("ab2", ab2, calls=1),
+        Sampler("ab3", ab3, calls=1),
+        Sampler("dpmpp-2m", dpmpp_2m, calls=1),
+        Sampler("euler-maruyama", euler_maruyama, calls=1, min_steps=2, uses_noise=True, times=sde_times),
+    )
+}
+
+
+def sampler_named(name: str) -> Sampler:
+    if name not in SAMPLERS:
+        raise InputError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

@@ -1,0 +1,35 @@
+"""What every sampler is: a generator of states along a time grid, over any velocity function.
+
+Time runs from t=1 (noise) to t=0 (data); the state is float64, (B, C, H, W). A sampler yields the
+state after each step and keeps no state between runs. Adding one: a file, and a row in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Float64 = npt.NDArray[np.float64]
+Velocity = Callable[[Float64, float, int], Float64]  # (x, t, step) → dx/dt, guidance already combined
+Noise = Callable[[], Float64]
+Run = Callable[[Velocity, Float64, Float64, Noise], Iterator[Float64]]
+
+
+def even_times(steps: int) -> Float64:
+    """steps + 1 times from 1 to 0."""
+    return np.linspace(1.0, 0.0, steps + 1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of the table. `calls` is what one step costs, in velocity evaluations."""
+
+    name: str
+    run: Run
+    calls: int
+    min_steps: int = 1
+    uses_noise: bool = False
+    times: Callable[[int], Float64] = even_times

@@ -1,0 +1,14 @@
+"""Euler's method, order 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from elit_export.runtime.samplers.base import Float64, Noise, Velocity
+
+
+def euler(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        x = x + (t_next - t) * velocity(x, t, step)
+        yield x

@@ -1,0 +1,18 @@
+"""Heun's method, order 2: two evaluations a step, one on the last (as the reference sampler)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from elit_export.runtime.samplers.base import Float64, Noise, Velocity
+
+
+def heun(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:
+    last = len(times) - 2
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        v = velocity(x, t, step)
+        if step < last:
+            v = (v + velocity(x + (t_next - t) * v, t_next, step)) / 2
+        x = x + (t_next - t) * v
+        yield x

@@ -1,0 +1,136 @@
+"""The sampling loop: a generator with one record per step.
+
+Takes: a bank and a checked Request.  Gives: StepRecords.  May touch: nothing.
+Knows nothing of: files, labels' meaning, pictures.
+
+The state is float64 on the host; engines get float32. Nothing outlives the generator, so closing
+it cancels a request between two steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from elit_export.errors import EngineError
+from elit_export.runtime.bank import EngineBank
+from elit_export.runtime.engine import HostArray, to_host
+from elit_export.runtime.guidance import Branch, Guidance
+from elit_export.runtime.samplers.base import Float64, Noise, Sampler
+from elit_export.spec import Budget
+
+Conditioning = Mapping[str, HostArray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sampling, checked: every step has a budget, every array its shape."""
+
+    start: Float64  # (B, C, H, W)
+    times: Float64  # (steps + 1,)
+    schedule: tuple[Budget, ...]
+    guidance: Guidance
+    sampler: Sampler
+    conditioning: Conditioning
+    null_conditioning: Conditioning
+    noise: Noise
+
+
+@dataclass(frozen=True)
+class Call:
+    """One engine call. Two branches at one budget share a call with twice the rows."""
+
+    budget: Budget
+    rows: int
+    profile: str
+    engine_ms: float
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A finished step from `t` to `t_next`; `x` (B, C, H, W) float64 is the state after it, read-only."""
+
+    index: int
+    t: float
+    t_next: float
+    budget: Budget
+    calls: tuple[Call, ...]
+    x: Float64
+
+
+def sampling_steps(bank: EngineBank, request: Request) -> Iterator[StepRecord]:
+    """Sample; raises EngineError naming the step if an engine fails or gives numbers that are not finite."""
+    velocity = GuidedVelocity(bank, request)
+    states = request.sampler.run(velocity, request.start, request.times, request.noise)
+    for index, x in enumerate(states):
+        x.flags.writeable = False
+        t, t_next = float(request.times[index]), float(request.times[index + 1])
+        yield StepRecord(index, t, t_next, request.schedule[index], velocity.take_calls(), x)
+
+
+class GuidedVelocity:
+    """The velocity a sampler sees: one or two branches, each at its own budget, combined."""
+
+    def __init__(self, bank: EngineBank, request: Request) -> None:
+        self._bank = bank
+        self._request = request
+        self._calls: list[Call] = []
+
+    def take_calls(self) -> tuple[Call, ...]:
+        """The calls since the last take."""
+        calls = tuple(self._calls)
+        self._calls.clear()
+        return calls
+
+    def __call__(self, x: Float64, t: float, step: int) -> Float64:
+        branches = self._request.guidance.branches(self._request.schedule[step], t)
+        try:
+            velocities = self._evaluate(x, t, branches)
+        except EngineError as error:
+            raise EngineError(f"step {step} (t={t:.4g}): {error}") from error
+        if len(velocities) == 1:
+            return velocities[0]
+        strong, weak = velocities
+        return weak + self._request.guidance.scale * (strong - weak)
+
+    def _evaluate(self, x: Float64, t: float, branches: Sequence[Branch]) -> list[Float64]:
+        budgets = {branch.budget for branch in branches}
+        if len(budgets) == 1:  # the branches share a call
+            joined = self._call(x, t, branches)
+            return [np.asarray(part, np.float64) for part in np.split(joined, len(branches))]
+        return [np.asarray(self._call(x, t, (branch,)), np.float64) for branch in branches]
+
+    def _call(self, x: Float64, t: float, branches: Sequence[Branch]) -> HostArray:
+        budget = branches[0].budget
+        inputs = self._inputs(x, t, branches)
+        rows = len(inputs["x"])
+        started = time.perf_counter()
+        outputs = self._bank(budget, inputs)
+        engine_ms = (time.perf_counter() - started) * 1e3
+        profile = self._bank.slot_for(budget, rows).profile.name
+        self._calls.append(Call(budget, rows, profile, engine_ms))
+        return to_host(outputs["velocity"])
+
+    def _inputs(self, x: Float64, t: float, branches: Sequence[Branch]) -> dict[str, HostArray]:
+        request = self._request
+        rows = len(x) * len(branches)
+        conditions = [request.null_conditioning if b.null_class else request.conditioning for b in branches]
+        return {
+            "x": np.concatenate([x.astype(np.float32)] * len(branches)),
+            "t": np.full(rows, t, np.float32),
+            **{name: np.concatenate([c[name] for c in conditions]) for name in request.conditioning},
+        }
+
+
+def calls_needed(request: Request) -> Iterator[tuple[Budget, int]]:
+    """Every (budget, rows) a request may call for, so that it can be refused before the first step."""
+    samples = len(request.start)
+    guidance = request.guidance
+    for budget in set(request.schedule):
+        yield budget, samples
+        if guidance.scale > 1:
+            weak = guidance.weak_branch(budget).budget
+            yield weak, samples * (2 if weak == budget else 1)

@@ -1,0 +1,29 @@
+"""Time grids: where on [0, 1] a sampler's evenly spaced points lie.
+
+Takes: text.  Gives: a function of evenly spaced times.  May touch: nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from elit_export.errors import InputError
+
+Times = npt.NDArray[np.float64]
+
+
+def warp(times: Times, grid: str) -> Times:
+    """`linear` leaves t as it is; `shift:S` gives S·t / (1 + (S − 1)·t), more steps near noise for S > 1."""
+    if grid == "linear":
+        return times
+    kind, _, number = grid.partition(":")
+    try:
+        shift = float(number)
+    except ValueError:
+        shift = math.nan
+    if kind != "shift" or not 0 < shift < math.inf:
+        raise InputError(f"time grid {grid!r} is neither linear nor shift:S with S > 0, e.g. shift:2.0")
+    return shift * times / (1 + (shift - 1) * times)
