@@ -1,0 +1,69 @@
+"""Models and bundles that are made once for the whole run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elit_export.bundle import Bundle
+from elit_export.checkpoint import save_checkpoint
+from elit_export.compile import compile_bundle
+from elit_export.models.sit import ElitSiT
+from elit_export.recipe import recipe_from_values, shipped_recipe
+from tests.helpers import Golden, golden, tiny_model
+
+
+@pytest.fixture(scope="session", params=["tiny_g4", "tiny_g2_qknorm"])
+def any_golden(request: pytest.FixtureRequest) -> Golden:
+    return golden(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden_g4() -> Golden:
+    return golden("tiny_g4")
+
+
+@pytest.fixture(scope="session")
+def golden_g4_model(golden_g4: Golden, tmp_path_factory: pytest.TempPathFactory) -> ElitSiT:
+    return golden_g4.load(tmp_path_factory.mktemp("g4"))
+
+
+def recipe_values(checkpoint: Path, name: str = "test") -> dict[str, object]:
+    """A recipe as TOML would give it."""
+    return {
+        "name": name,
+        "checkpoint": str(checkpoint),
+        "rows": {"min": 1, "opt": 2, "max": 8},
+        "targets": {"cpu": {"backend": "onnxruntime", "device": "cpu", "precision": "fp32", "threads": 2}},
+    }
+
+
+@pytest.fixture(scope="session")
+def golden_g4_bundle(golden_g4_model: ElitSiT, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """ONNX Runtime engines of the golden 4-channel model. Do not change it: copy it first."""
+    folder = tmp_path_factory.mktemp("g4_bundle")
+    save_checkpoint(folder / "g4.safetensors", golden_g4_model)
+    recipe = recipe_from_values(recipe_values(folder / "g4.safetensors"), "test")
+    return compile_bundle(recipe, "cpu", out=folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pixel model in the own format."""
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_checkpoint(path, tiny_model())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path) -> Bundle:
+    """ONNX Runtime engines of the tiny pixel model. Do not change it: copy it first."""
+    recipe = recipe_from_values(recipe_values(tiny_checkpoint), "test")
+    return compile_bundle(recipe, "cpu", out=tiny_checkpoint.parent / "bundle")
+
+
+@pytest.fixture(scope="session")
+def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The shipped model through its own recipe."""
+    return compile_bundle(shipped_recipe(), "cpu", out=tmp_path_factory.mktemp("fashion") / "bundle")

@@ -1,0 +1,126 @@
+"""What several tests share: weights anyone can recompute, golden numbers, small models, fault injection."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from elit_export.checkpoint import load_checkpoint
+from elit_export.models.sit import ElitSiT
+from elit_export.spec import ModelSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+Array = npt.NDArray[Any]
+
+
+# ---------------------------------------------------------------- weights by name
+
+
+def tensor_by_name(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
+    """A tensor that depends on (name, shape, seed) alone; no part of a model is zero or hidden."""
+    stream = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0x7FFFFFFF)
+    values = stream.standard_normal(shape)
+    if name.endswith(("q_norm.scale", "k_norm.scale", "q_norm.weight", "k_norm.weight")):
+        values = 1.0 + 0.1 * values
+    elif "embed" in name.rsplit(".", 1)[-1] or name.endswith("embedding_table.weight"):
+        values = 0.3 * values
+    elif len(shape) > 1:
+        values = values * (0.9 / np.sqrt(np.prod(shape[1:])))
+    else:
+        values = 0.1 * values
+    return values.astype(np.float32)
+
+
+def weights_by_name(shapes: Mapping[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(tensor_by_name(name, tuple(shape), seed)) for name, shape in shapes.items()}
+
+
+# ---------------------------------------------------------------- golden numbers
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Numbers of the reference implementation for one model."""
+
+    name: str
+    facts: dict[str, Any]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return ModelSpec(**self.facts["model"])
+
+    @property
+    def ema(self) -> dict[str, torch.Tensor]:
+        return weights_by_name(self.facts["shapes"], self.facts["weights_seed"])
+
+    @property
+    def budgets(self) -> list[int]:
+        return list(self.facts["budgets"])
+
+    def arrays(self, what: str) -> dict[str, Array]:
+        with np.load(GOLDEN / f"{self.name}_{what}.npz") as file:
+            return dict(file)
+
+    def save_pt(self, path: Path, **changes: Any) -> Path:
+        """A file in the released format; `changes` replace top-level entries."""
+        content = {
+            "model": {name: tensor + 1 for name, tensor in self.ema.items()},  # not the ones to use
+            "ema": self.ema,
+            "opt": {"state": {}, "param_groups": []},
+            "args": argparse.Namespace(model="ELIT-SiT-custom", encoder_depth=self.spec.head_depth),
+            "steps": 1234,
+        }
+        torch.save(content | changes, path)
+        return path
+
+    def load(self, folder: Path) -> ElitSiT:
+        """The model, through the checkpoint reader."""
+        path = self.save_pt(folder / f"{self.name}.pt")
+        return load_checkpoint(path, num_heads=self.spec.num_heads, tail_depth=self.spec.tail_depth)
+
+
+def golden(name: str) -> Golden:
+    return Golden(name, json.loads((GOLDEN / f"{name}.json").read_text()))
+
+
+def max_relative(found: Array, expected: Array) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+# ---------------------------------------------------------------- small models
+
+
+def tiny_spec(**changes: Any) -> ModelSpec:
+    """A pixel model that runs in a millisecond: 8×8 pixels, 16 tokens, 4 groups of 4 latents."""
+    facts = {
+        "in_channels": 1,
+        "input_size": 8,
+        "patch_size": 2,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "head_depth": 1,
+        "core_depth": 2,
+        "tail_depth": 1,
+        "group_size": 2,
+        "qk_norm": False,
+        "mlp_ratio": 2.0,
+        "num_classes": 3,
+    }
+    return ModelSpec(**(facts | changes))
+
+
+def tiny_model(**changes: Any) -> ElitSiT:
+    """A tiny model with nothing zero in it."""
+    model = ElitSiT(tiny_spec(**changes))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights_by_name(shapes, seed=3))
+    return model.eval()
