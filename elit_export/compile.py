@@ -75,7 +75,7 @@ def compile_bundle(
     backend = BACKENDS[chosen.backend].builder()
     with writing(Path(out)) as writer:
         progress("read checkpoint", 0.0)
-        model = load_checkpoint(source)
+        model = load_checkpoint(source, **recipe.architecture.model_dump())
         facts = ModelFacts(
             name=recipe.name,
             spec=model.spec,

@@ -74,11 +74,20 @@ class Target(_Table):
         return self
 
 
+class Architecture(_Table):
+    """Numbers that shapes do not tell; needed only for released-format files whose args do not say them."""
+
+    num_heads: int | None = None
+    head_depth: int | None = None
+    tail_depth: int | None = None
+
+
 class Recipe(_Table):
     """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     checkpoint: str | None = None
+    architecture: Architecture = Architecture()
     rows: RangeTable
     profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
     targets: dict[str, Target] = Field(min_length=1)
@@ -87,6 +96,14 @@ class Recipe(_Table):
         if name not in self.targets:
             raise RecipeError(f"recipe {self.name} has no target {name!r}; it has {', '.join(self.targets)}")
         return self.targets[name]
+
+    def only_target(self) -> str:
+        """The name of the one target there is; raises RecipeError if there are several."""
+        if len(self.targets) > 1:
+            raise RecipeError(
+                f"recipe {self.name} has several targets, choose one: --target {' | '.join(self.targets)}"
+            )
+        return next(iter(self.targets))
 
     def profiles_for(self, spec: ModelSpec) -> tuple[Profile, ...]:
         """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
@@ -134,7 +151,8 @@ def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
 def _told(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = {**Recipe.model_fields, **Target.model_fields, **ProfileTable.model_fields, **RangeTable.model_fields}
+        tables = (Recipe, Target, ProfileTable, RangeTable, Architecture)
+        known = [name for table in tables for name in table.model_fields]
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")

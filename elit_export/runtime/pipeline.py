@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,7 @@ class Choices(TypedDict, total=False):
 
 
 DEFAULTS = Choices(
-    steps=20, schedule="full", guidance="none", guidance_interval=(0.0, 1.0), sampler="ab2", time_grid="linear", seed=0
+    steps=20, schedule="full", guidance="none", guidance_interval=(0.0, 1.0), sampler="ab3", time_grid="linear", seed=0
 )
 
 
@@ -79,6 +79,10 @@ class Sample:
         )
 
 
+def ignore(_record: StepRecord) -> None:
+    """Listen to no step."""
+
+
 class Pipeline:
     """A model ready to sample. Owns its bank when loaded from a bundle: close it, or use it in `with`.
 
@@ -109,12 +113,20 @@ class Pipeline:
         model = opened.manifest.model
         return cls(open_bank(opened, plan_set), model.spec, model.data)
 
-    def sample(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Sample:
-        """Sample one image per label. Sample i depends on (seed, i), not on the batch around it."""
+    def sample(
+        self, labels: Sequence[int], *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
+    ) -> Sample:
+        """Sample one image per label; `on_step` hears every step.
+
+        Sample i depends on (seed, i), not on the batch around it. Raises InputError or EngineError.
+        """
         started = time.perf_counter()
-        records = tuple(self.steps(labels, **choices))
+        records = []
+        for record in self.steps(labels, **choices):
+            on_step(record)
+            records.append(record)
         seconds = time.perf_counter() - started
-        return Sample(records[-1].x, tuple(labels), records, seconds, self.data)
+        return Sample(records[-1].x, tuple(labels), tuple(records), seconds, self.data)
 
     def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Iterator[StepRecord]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
@@ -143,6 +155,8 @@ class Pipeline:
         if "noise" in chosen:
             start = _checked_array(chosen["noise"], start.shape, "noise")
         if "step_noise" in chosen:
+            if not sampler.uses_noise:
+                raise InputError(f"sampler {sampler.name} adds no noise: leave step_noise out")
             given = _checked_array(chosen["step_noise"], (chosen["steps"] - 1, *start.shape), "step_noise")
             noise = iter(given).__next__
         return Request(

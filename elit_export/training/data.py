@@ -22,6 +22,7 @@ Bytes = npt.NDArray[np.uint8]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 IDX_UBYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
+IDX_SPLITS = {"train": "train", "test": "t10k"}  # what IDX data sets call them
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,21 @@ class LabelledImages:
 
 
 def load_images(folder: Path, *, split: str, size: int, class_names: Sequence[str] = ()) -> LabelledImages:
-    """Read `folder/CLASS/*.png` (with `folder/SPLIT/` if there is one) or `folder/SPLIT-images-idx3-ubyte[.gz]`.
+    """Read IDX files (`train-images-idx3-ubyte[.gz]`, …) or images in `folder/CLASS/` or `folder/SPLIT/CLASS/`.
 
     Images become size×size: smaller ones are padded with black, larger ones scaled and cropped.
-    `split` is `train` or `t10k`, the names IDX data sets use. Raises InputError.
+    `split` is `train` or `test`; without split folders all images are for training. Raises InputError.
     """
     if not folder.is_dir():
         raise InputError(f"no data folder at {folder}")
-    idx = _idx_file(folder, f"{split}-images-idx3-ubyte")
+    prefix = IDX_SPLITS[split]
+    idx = _idx_file(folder, f"{prefix}-images-idx3-ubyte")
     if idx is None:
-        return _load_class_folders(folder / split if (folder / split).is_dir() else folder, size)
-    labels_file = _idx_file(folder, f"{split}-labels-idx1-ubyte")
+        is_whole = split == "train" and not (folder / split).is_dir()
+        return _load_class_folders(folder if is_whole else folder / split, size)
+    labels_file = _idx_file(folder, f"{prefix}-labels-idx1-ubyte")
     if labels_file is None:
-        raise InputError(f"{folder}: {idx.name} has no {split}-labels-idx1-ubyte beside it")
+        raise InputError(f"{folder}: {idx.name} has no {prefix}-labels-idx1-ubyte beside it")
     images = np.stack([_fitted(Image.fromarray(image), size) for image in read_idx(idx, dims=3)])
     labels = read_idx(labels_file, dims=1).astype(np.int64)
     if len(images) != len(labels):
@@ -61,6 +64,10 @@ def load_images(folder: Path, *, split: str, size: int, class_names: Sequence[st
     if class_names and labels.max() >= len(class_names):
         raise InputError(f"{len(class_names)} class names given, but there is a label {labels.max()}")
     return LabelledImages(images, labels, tuple(class_names))
+
+
+def has_split(folder: Path, split: str) -> bool:
+    return (folder / split).is_dir() or _idx_file(folder, f"{IDX_SPLITS[split]}-images-idx3-ubyte") is not None
 
 
 # ---------------------------------------------------------------- IDX
@@ -90,6 +97,8 @@ def read_idx(path: Path, *, dims: int) -> Bytes:
 
 
 def _load_class_folders(folder: Path, size: int) -> LabelledImages:
+    if not folder.is_dir():
+        raise InputError(f"no images at {folder}")
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     found = [
         (path, label)

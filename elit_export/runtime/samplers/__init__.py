@@ -5,7 +5,6 @@ from __future__ import annotations
 from elit_export.errors import InputError
 from elit_export.runtime.samplers.adams_bashforth import ab2, ab3
 from elit_export.runtime.samplers.base import Sampler
-from elit_export.runtime.samplers.dpm_solver import dpmpp_2m
 from elit_export.runtime.samplers.euler import euler
 from elit_export.runtime.samplers.euler_maruyama import euler_maruyama, sde_times
 from elit_export.runtime.samplers.heun import heun
@@ -13,12 +12,11 @@ from elit_export.runtime.samplers.heun import heun
 SAMPLERS = {
     sampler.name: sampler
     for sampler in (
-        Sampler("euler", euler, calls=1),
-        Sampler("heun", heun, calls=2),
-        Sampler("ab2", ab2, calls=1),
-        Sampler("ab3", ab3, calls=1),
-        Sampler("dpmpp-2m", dpmpp_2m, calls=1),
-        Sampler("euler-maruyama", euler_maruyama, calls=1, min_steps=2, uses_noise=True, times=sde_times),
+        Sampler("euler", euler),
+        Sampler("heun", heun, calls=lambda steps: 2 * steps - 1),
+        Sampler("ab2", ab2),
+        Sampler("ab3", ab3, calls=lambda steps: steps + 1),
+        Sampler("euler-maruyama", euler_maruyama, min_steps=2, uses_noise=True, times=sde_times),
     )
 }
 

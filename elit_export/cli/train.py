@@ -1,74 +1,18 @@
-"""The command line: the only file that prints or exits."""
+"""The command that trains."""
 
 from __future__ import annotations
 
 import json
-import logging
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from elit_export.errors import ElitExportError
+from elit_export.cli.common import FOLDER, console, progress_bar, stop_requested, write_json
+from elit_export.report.tables import table
 from elit_export.spec import DataFacts, ModelSpec
-
-console = Console()
-FOLDER = click.Path(file_okay=False, path_type=Path)
-
-
-class Commands(click.Group):
-    """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ElitExportError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted; nothing half-written was left behind", err=True)
-            ctx.exit(130)
-
-
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="elit-export")
-def main() -> None:
-    """Compile ELIT checkpoints into one engine per compute budget, and sample with them."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
-    )
-
-
-def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
-@contextmanager
-def stop_requested() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising it, so that work stops between two steps; the second one raises."""
-    seen: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        seen.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.signal(signal.SIGINT, note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-# ---------------------------------------------------------------- train
 
 
 def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, int, int]:
@@ -79,7 +23,7 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
     return head, core, tail
 
 
-@main.command()
+@click.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder for state.pt, model.safetensors and train.jsonl.")
 @click.option("--size", default=32, show_default=True, help="Image side in pixels; data is padded or cropped to it.")
@@ -115,11 +59,14 @@ def train(
     half: bool,
     **choices: Any,
 ) -> None:
-    """Train an ELIT-SiT on DATA: IDX files, or one folder of images per class. Run again to resume."""
+    """Train an ELIT-SiT on DATA: IDX files, or one folder of images per class. Run again to resume.
+
+    Held-out images (IDX t10k, or a folder test/) give the velocity error at every budget.
+    """
     import torch
 
-    from elit_export.checkpoint import save_checkpoint
-    from elit_export.training.data import load_images
+    from elit_export.checkpoint import load_checkpoint, save_checkpoint
+    from elit_export.training.data import has_split, load_images
     from elit_export.training.trainer import TrainConfig, Trainer
 
     names = [name.strip() for name in class_names.split(",") if name.strip()]
@@ -145,8 +92,12 @@ def train(
         trainer.resume(state)
         console.print(f"resumed at step {trainer.step}")
     run_training(trainer, state, save_every)
-    save_checkpoint(out / "model.safetensors", trainer.ema, dtype=torch.float16 if half else torch.float32)
-    console.print(f"wrote {out / 'model.safetensors'}")
+    weights = out / "model.safetensors"
+    save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
+    console.print(f"wrote {weights}")
+    if has_split(data, "test"):
+        held_out = load_images(data, split="test", size=size, class_names=names)
+        report_held_out(load_checkpoint(weights), held_out, out / "held_out.json")
 
 
 def run_training(trainer: Any, state: Path, save_every: int) -> None:
@@ -168,10 +119,26 @@ def run_training(trainer: Any, state: Path, save_every: int) -> None:
         sys.exit(130)
 
 
+def report_held_out(model: Any, images: Any, path: Path) -> None:
+    from elit_export.training.evaluate import held_out_errors
+
+    with progress_bar() as progress:
+        found = list(progress.track(held_out_errors(model, images, seed=0), total=model.spec.latents))
+    columns = ("budget", "velocity MSE", "± s.e.", "above full", "± s.e. (paired)")
+    cells = [
+        (
+            str(error.budget),
+            f"{error.mse:.5f}",
+            f"{error.standard_error:.5f}",
+            f"{error.above_full:+.5f}",
+            f"{error.above_full_error:.5f}",
+        )
+        for error in found
+    ]
+    console.print(table(f"held out: {len(images)} images", columns, cells))
+    write_json([asdict(error) | {"budget": str(error.budget)} for error in found], str(path))
+
+
 def append_json(path: Path, facts: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(facts) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,87 @@
+"""What the commands share: console, progress bars, errors, JSON.
+
+This folder is the only place that prints or exits.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from elit_export.errors import ElitExportError
+from elit_export.files import write_text
+
+console = Console()
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ElitExportError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing half-written was left behind", err=True)
+            ctx.exit(130)
+
+
+def progress_bar() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+@contextmanager
+def stop_requested() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising it, so that work stops between two steps; the second one raises."""
+    seen: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        seen.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def build_progress(progress: Progress) -> Callable[[str, float], None]:
+    """Show a build's stages in a bar of hundredths."""
+    task = progress.add_task("", total=100)
+
+    def show(stage: str, share: float) -> None:
+        progress.update(task, description=stage, completed=round(100 * share))
+
+    return show
+
+
+def write_json(facts: Any, where: str) -> None:
+    text = json.dumps(facts, indent=1)
+    if where == "-":
+        click.echo(text)
+    else:
+        write_text(Path(where), text + "\n")
+
+
+def architecture_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Numbers that a checkpoint of an unknown size does not tell."""
+    for name in ("--tail-depth", "--head-depth", "--num-heads"):
+        command = click.option(name, type=int, help="Only if the checkpoint does not say it.")(command)
+    return command
+
+
+JSON_OPTION = click.option("--json", "json_to", metavar="FILE|-", help="Write the facts as JSON too.")

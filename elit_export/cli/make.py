@@ -1,0 +1,51 @@
+"""Commands that make something of a checkpoint: export, build."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elit_export.cli.common import FILE, FOLDER, architecture_options, build_progress, console, progress_bar
+from elit_export.report.tables import inspection_tables
+
+DEFAULT_BUILD_FOLDER = Path("engines/build")
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--out", type=FOLDER, required=True, help="Folder for step.onnx and its weights.")
+@architecture_options
+def export(checkpoint: str, out: Path, **numbers: int | None) -> None:
+    """Export CHECKPOINT (.pt, .safetensors or shipped:fashion) as one ONNX graph for every budget."""
+    from elit_export.checkpoint import load_checkpoint
+    from elit_export.graphs.export import export_step
+
+    path = export_step(load_checkpoint(checkpoint, **numbers), out)
+    console.print(f"wrote {path} and {path.name}.data")
+
+
+@click.command()
+@click.argument("recipe", type=FILE)
+@click.option("--target", help="Which [targets.NAME]; needed if the recipe has several.")
+@click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
+@click.option("--checkpoint", help="In place of the recipe's checkpoint.")
+def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | None) -> None:
+    """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
+    from elit_export.compile import compile_bundle
+    from elit_export.recipe import load_recipe
+    from elit_export.report.inspection import bundle_facts
+
+    loaded = load_recipe(recipe)
+    folder = out or DEFAULT_BUILD_FOLDER / loaded.name
+    with progress_bar() as progress:
+        bundle = compile_bundle(
+            loaded,
+            target or loaded.only_target(),
+            out=folder,
+            checkpoint=checkpoint,
+            progress=build_progress(progress),
+        )
+    for made in inspection_tables(bundle_facts(bundle)):
+        console.print(made)
+    console.print(f"wrote {folder}; next: elit-export sample {folder}")

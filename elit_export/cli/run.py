@@ -1,0 +1,112 @@
+"""Commands that sample: demo, sample."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, build_progress, console, progress_bar, write_json
+from elit_export.errors import InputError
+from elit_export.files import written_whole
+from elit_export.report.tables import table
+from elit_export.runtime.images import grid
+from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+from elit_export.runtime.samplers import SAMPLERS
+from elit_export.spec import DataFacts, ModelSpec
+
+
+@click.command()
+@click.option("--out", type=FOLDER, default=Path("elit-export-demo"), show_default=True)
+@JSON_OPTION
+def demo(out: Path, json_to: str | None) -> None:
+    """Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them."""
+    from elit_export.demo import STEPS, build_demo, demo_rows, save_picture
+
+    with progress_bar() as progress:
+        pipeline = build_demo(out, build_progress(progress))
+    with pipeline, progress_bar() as progress:
+        task = progress.add_task("sampling", total=len(pipeline.spec.named_budgets) + 1)
+        rows = []
+        for row in demo_rows(pipeline):
+            rows.append(row)
+            progress.advance(task)
+    save_picture(rows, out / "demo.png")
+    full = rows[0]
+    facts = [
+        {
+            "row": row.name,
+            "guidance": row.guidance,
+            "ms_per_image": row.ms_per_image,
+            "gflop_per_image": row.flops_per_image / 1e9,
+        }
+        for row in rows
+    ]
+    cells = [
+        (
+            row.name,
+            row.guidance,
+            f"{row.ms_per_image:.1f}",
+            f"{row.ms_per_image / full.ms_per_image:.2f}",
+            f"{row.flops_per_image / full.flops_per_image:.2f}",
+        )
+        for row in rows
+    ]
+    columns = ("budget", "guidance", "ms per image", "time / full", "FLOPs / full")
+    console.print(table(f"{STEPS} steps, {len(full.sample.labels)} images at once", columns, cells))
+    console.print(f"wrote {out / 'demo.png'}, one row of images for each row of the table; engines in {out / 'bundle'}")
+    if json_to:
+        write_json(facts, json_to)
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--out", type=FILE, default=Path("samples.png"), show_default=True, help="A .npz is written beside it.")
+@click.option("--labels", default="", help="E.g. 3,3,7 or 0-9 or class names.  [default: the first ten classes]")
+@click.option("--seed", default=DEFAULTS["seed"], show_default=True)
+@click.option("--steps", default=DEFAULTS["steps"], show_default=True)
+@click.option("--schedule", default="full", show_default=True, help="full, 4, 0-9:quarter,10-19:full, 0.0-0.5:full,…")
+@click.option("--guidance", default="none", show_default=True, help="none, cfg:3, ccfg:4@sixteenth, autoguidance:2@2")
+@click.option("--guidance-interval", type=(float, float), default=(0.0, 1.0), show_default=True, metavar="LOW HIGH")
+@click.option("--sampler", default=DEFAULTS["sampler"], show_default=True, help=", ".join(SAMPLERS))
+@click.option("--time-grid", default="linear", show_default=True, help="linear or shift:2.0")
+@click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
+def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: str | None, **choices: Any) -> None:
+    """Sample images from BUNDLE into a PNG grid and a .npz."""
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
+        chosen = parse_labels(labels, pipeline.spec, pipeline.data)
+        task = progress.add_task("sampling", total=choices["steps"])
+        made = pipeline.sample(
+            chosen, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
+        )
+    arrays = out.with_suffix(".npz")
+    with written_whole(arrays) as temporary:
+        np.savez(temporary, latents=made.latents, labels=made.labels)
+    console.print(made.summary())
+    if made.data.kind == "pixels":
+        with written_whole(out.with_suffix(".png")) as temporary:
+            grid([made.images[i : i + 10] for i in range(0, len(chosen), 10)], zoom=2).save(temporary)
+        console.print(f"wrote {out.with_suffix('.png')} and {arrays}")
+    else:
+        console.print(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): a decoder is needed for a PNG")
+
+
+def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
+    """`3,3,7`, `0-9`, class names, or nothing for the first ten classes; raises InputError."""
+    if not text:
+        return list(range(min(10, spec.num_classes)))
+    names = {name.lower(): label for label, name in enumerate(data.class_names)}
+    labels: list[int] = []
+    for part in (part.strip() for part in text.split(",")):
+        first, _, last = part.partition("-")
+        if part.lower() in names:
+            labels.append(names[part.lower()])
+        elif first.isdigit() and (last.isdigit() or "-" not in part):
+            labels += range(int(first), int(last or first) + 1)
+        else:
+            known = f"; class names: {', '.join(data.class_names)}" if names else ""
+            raise InputError(f"label {part!r} is neither a number, a range like 0-9 nor a class name{known}")
+    return labels

@@ -1,0 +1,89 @@
+"""What a checkpoint or a bundle holds, as plain facts.
+
+Takes: a path.  Gives: a dict fit for JSON and for the tables.  May touch: the path (reading).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from elit_export.bundle import Bundle, PlanSet, budgets_of
+from elit_export.checkpoint import checkpoint_path, load_checkpoint
+from elit_export.models.cost import flops
+from elit_export.spec import DataFacts, ModelSpec, listed
+
+Facts = dict[str, Any]
+
+
+def inspect_path(path: str, **numbers: int | None) -> Facts:
+    """Facts of a bundle folder or a checkpoint file; raises BundleError or CheckpointError."""
+    if Path(path).is_dir():
+        return bundle_facts(Bundle.open(path))
+    return checkpoint_facts(path, **numbers)
+
+
+def checkpoint_facts(path: str, **numbers: int | None) -> Facts:
+    file = checkpoint_path(path)
+    model = load_checkpoint(path, **numbers)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    own = {"kind": "checkpoint", "file": file.name, "size_bytes": file.stat().st_size, "parameters": parameters}
+    return own | model_facts(model.spec, model.data)
+
+
+def bundle_facts(bundle: Bundle) -> Facts:
+    manifest = bundle.manifest
+    return {
+        "kind": "bundle",
+        "name": manifest.model.name,
+        "schema_version": manifest.schema_version,
+        "package_version": manifest.package_version,
+        "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        **model_facts(manifest.model.spec, manifest.model.data),
+        "graphs": {name: artifact.size_bytes for name, artifact in manifest.graphs.items()},
+        "plan_sets": [_plan_set_facts(plan_set, manifest.model.spec) for plan_set in manifest.plan_sets],
+    }
+
+
+def model_facts(spec: ModelSpec, data: DataFacts) -> Facts:
+    shapes = {
+        "tokens": spec.tokens,
+        "groups": spec.groups,
+        "latents_per_group": spec.latents,
+        "split": f"{spec.head_depth}-{spec.core_depth}-{spec.tail_depth}",
+    }
+    return {"spec": spec.to_dict(), "shapes": shapes, "data": data.to_dict(), "budgets": budget_facts(spec)}
+
+
+def budget_facts(spec: ModelSpec) -> list[Facts]:
+    """The named budgets, largest first, with FLOPs of one image's forward pass."""
+    full = flops(spec, spec.full).total
+    return [
+        {"name": name, "budget": str(budget), "flops": cost, "share_of_full": cost / full}
+        for name, budget in spec.named_budgets.items()
+        for cost in (flops(spec, budget).total,)
+    ]
+
+
+def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
+    return {
+        "target": plan_set.target,
+        "backend": plan_set.backend,
+        "device": plan_set.device,
+        "precision": plan_set.precision.value,
+        "versions": plan_set.versions,
+        "built_on": plan_set.built_on,
+        "covered": listed(budgets_of(plan_set, spec)),
+        "plans": {plan.name: plan.size_bytes for plan in plan_set.plans},
+        "reference_bytes": plan_set.reference.artifact.size_bytes,
+        "profiles": [
+            {
+                "name": facts.name,
+                "latents": str(facts.profile.latents),
+                "rows": str(facts.profile.rows),
+                "plan": facts.plan.name,
+                "parity": facts.parity.model_dump(),
+            }
+            for facts in plan_set.profiles
+        ],
+    }

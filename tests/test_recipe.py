@@ -1,0 +1,202 @@
+"""Recipes: the shipped one loads, and every mistake is told with its key."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elit_export.errors import RecipeError
+from elit_export.recipe import Recipe, load_recipe, recipe_from_values, shipped_recipe
+from elit_export.spec import Precision, Profile, Range, default_profiles
+from tests.helpers import tiny_spec
+
+RECIPE = """
+name = "mine"
+checkpoint = "weights/model.safetensors"
+rows = { min = 1, opt = 4, max = 8 }
+
+[[profiles]]
+name = "all"
+latents = { min = 1, opt = 2, max = 4 }
+
+[[profiles]]
+name = "few"
+latents = { min = 1, opt = 1, max = 2 }
+rows = { min = 1, opt = 1, max = 2 }
+
+[targets.cpu]
+backend = "onnxruntime"
+device = "cpu"
+precision = "fp32"
+threads = 2
+"""
+
+
+def recipe_file(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def changed(old: str, new: str) -> str:
+    assert old in RECIPE
+    return RECIPE.replace(old, new)
+
+
+def loaded(folder: Path, text: str = RECIPE) -> Recipe:
+    return load_recipe(recipe_file(folder, text))
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_the_shipped_recipe_loads() -> None:
+    recipe = load_recipe(shipped_recipe())
+    assert (recipe.name, recipe.checkpoint) == ("fashion", "shipped:fashion")
+    assert recipe.target("cpu").backend == "onnxruntime"
+    assert recipe.target("cpu").precision is Precision.FP32
+
+
+def test_the_shipped_recipe_serves_every_budget() -> None:
+    spec = tiny_spec(input_size=32, group_size=4)
+    profiles = load_recipe(shipped_recipe()).profiles_for(spec)
+    assert all(any(budget.kept in profile.latents for profile in profiles) for budget in spec.budgets)
+
+
+def test_a_recipe_is_read_whole(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path)
+    assert recipe.rows.value() == Range(1, 4, 8)
+    target = recipe.target("cpu")
+    assert (target.device, target.precision, target.threads) == ("cpu", Precision.FP32, 2)
+
+
+def test_profiles_take_the_rows_of_the_recipe_unless_they_have_their_own(tmp_path: Path) -> None:
+    assert loaded(tmp_path).profiles_for(tiny_spec()) == (
+        Profile("all", Range(1, 2, 4), Range(1, 4, 8)),
+        Profile("few", Range(1, 1, 2), Range(1, 1, 2)),
+    )
+
+
+def test_without_profiles_the_default_ones_are_built(tmp_path: Path) -> None:
+    text = re.sub(r"\[\[profiles\]\].*?(?=\[targets)", "", RECIPE, flags=re.DOTALL)
+    spec = tiny_spec()
+    assert loaded(tmp_path, text).profiles_for(spec) == default_profiles(spec.latents, Range(1, 4, 8))
+
+
+def test_threads_are_all_cores_unless_said(tmp_path: Path) -> None:
+    assert loaded(tmp_path, changed("threads = 2", "")).target("cpu").threads == 0
+
+
+# ---------------------------------------------------------------- paths
+
+
+def test_a_relative_checkpoint_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    assert loaded(tmp_path).checkpoint == str(tmp_path / "weights/model.safetensors")
+
+
+def test_an_absolute_checkpoint_stays(tmp_path: Path) -> None:
+    text = changed("weights/model.safetensors", "/models/model.safetensors")
+    assert loaded(tmp_path, text).checkpoint == "/models/model.safetensors"
+
+
+def test_a_shipped_checkpoint_is_no_path(tmp_path: Path) -> None:
+    assert loaded(tmp_path, changed("weights/model.safetensors", "shipped:fashion")).checkpoint == "shipped:fashion"
+
+
+def test_the_checkpoint_path_is_absolute_however_the_recipe_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = recipe_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(Path(path.name)).checkpoint == str(tmp_path / "weights/model.safetensors")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "none.toml"
+    with pytest.raises(RecipeError, match=re.escape(f"no recipe at {path}")):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("content", [b"name: mine", b"name = ", b"\xff\xfe\x00"])
+def test_what_is_not_toml_is_refused_with_the_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: not TOML")):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        # unknown keys
+        ("checkpoint =", "chekpoint =", r"chekpoint: unknown key \(did you mean 'checkpoint'\?\)"),
+        ("threads = 2", "thread = 2", r"targets\.cpu\.thread: unknown key \(did you mean 'threads'\?\)"),
+        ("opt = 4", "opt = 4, optt = 4", r"rows\.optt: unknown key \(did you mean 'opt'\?\)"),
+        ("threads = 2", "zzz = 2", r"targets\.cpu\.zzz: unknown key$"),
+        # wrong types
+        ('name = "mine"', "name = 3", "name: input should be a valid string"),
+        ("threads = 2", 'threads = "2"', r"targets\.cpu\.threads: input should be a valid integer"),
+        ("threads = 2", "threads = true", r"targets\.cpu\.threads: input should be a valid integer"),
+        ("opt = 4", "opt = 4.5", r"rows\.opt: input should be a valid integer"),
+        ("rows = { min = 1, opt = 4, max = 8 }", "rows = 8", "rows: "),
+        # missing keys
+        ('name = "mine"', "", "name: field required"),
+        ('device = "cpu"', "", r"targets\.cpu\.device: field required"),
+        ('precision = "fp32"', "", r"targets\.cpu\.precision: field required"),
+        (", max = 4", "", r"profiles\.0\.latents\.max: field required"),
+        # values that cannot be
+        ('backend = "onnxruntime"', 'backend = "onnx"', r"targets\.cpu\.backend: unknown .*'onnx'; known: onnxruntime"),
+        ('device = "cpu"', 'device = "tpu"', r"targets\.cpu: device 'tpu': backend onnxruntime has cpu, cuda"),
+        ('precision = "fp32"', 'precision = "fp3"', r"targets\.cpu\.precision: input should be .*'fp32'"),
+        ("threads = 2", "threads = -1", r"targets\.cpu\.threads: .*greater than or equal to 0"),
+        ("opt = 4", "opt = 9", r"rows: range 1\.\.9\.\.8: needs 1 <= min <= opt <= max"),
+        ("min = 1, opt = 4", "min = 0, opt = 4", r"rows: range 0\.\.4\.\.8: needs 1 <= min"),
+        ("min = 1, opt = 2, max = 4", "min = 3, opt = 2, max = 4", r"profiles\.0\.latents: range 3\.\.2\.\.4"),
+        ('name = "mine"', 'name = "my model"', "name: string should match pattern"),
+        ('name = "mine"', 'name = "a/b"', "name: string should match pattern"),
+    ],
+)
+def test_a_mistake_is_told_with_file_and_key(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = recipe_file(tmp_path, changed(old, new))
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: ") + told):
+        load_recipe(path)
+
+
+def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
+    text = changed("threads = 2", "thread = 2").replace('name = "mine"', "")
+    with pytest.raises(RecipeError, match=r"name: field required; .*cpu\.thread: unknown key"):
+        loaded(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden"])
+def test_a_name_that_would_leave_or_hide_its_folder_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RecipeError, match="name: "):
+        loaded(tmp_path, changed('"mine"', f'"{name}"'))
+
+
+def test_two_profiles_of_one_name_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"profiles.*'?all'?"):
+        loaded(tmp_path, changed('name = "few"', 'name = "all"'))
+
+
+def test_a_recipe_without_targets_is_refused() -> None:
+    values: dict[str, Any] = {"name": "mine", "rows": {"min": 1, "opt": 1, "max": 1}, "targets": {}}
+    with pytest.raises(RecipeError, match="here: targets: "):
+        recipe_from_values(values, "here")
+
+
+def test_an_unknown_target_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="mine has no target 'gpu'; it has cpu"):
+        loaded(tmp_path).target("gpu")
+
+
+def test_a_profile_beyond_the_latents_of_the_model_is_refused(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, changed("opt = 1, max = 2 }\nrows", "opt = 1, max = 5 }\nrows"))
+    with pytest.raises(RecipeError, match=r"profiles\.1\.latents\.max is 5, but the model has 4 latents"):
+        recipe.profiles_for(tiny_spec())
