@@ -15,6 +15,7 @@ import numpy as np
 from elit_export.backends import BACKENDS
 from elit_export.build.plan import BuiltPlan
 from elit_export.bundle import (
+    SCHEMA,
     Artifact,
     Bundle,
     BundleWriter,
@@ -34,16 +35,10 @@ from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, Target, load_recipe
 from elit_export.runtime.pipeline import open_bank
 from elit_export.spec import Profile
-from elit_export.verify.parity import REFERENCE_FILE, checked_profiles
-from elit_export.verify.reference import (
-    reference_cases,
-    reference_trajectory,
-    solved_cases,
-    torch_pipeline,
-    trajectory_states,
-)
+from elit_export.verify.cases import REFERENCE_FILE, reference_cases, reference_trajectory
+from elit_export.verify.parity import checked_profiles
+from elit_export.verify.reference import reference_arrays
 
-SCHEMA = 1
 NOT_RUN = Parity(status="not run", reason="being built")
 Progress = Callable[[str, float], None]
 
@@ -123,13 +118,7 @@ def _built(
 def _referenced(writer: BundleWriter, model: ElitSiT, profiles: tuple[Profile, ...]) -> Reference:
     cases = reference_cases(profiles)
     trajectory = reference_trajectory(profiles, model.spec)
-    arrays = {
-        f"{solved.index}/{name}": array
-        for solved in solved_cases(model, cases)
-        for name, array in solved.arrays.items()
-    }
-    states = trajectory_states(torch_pipeline(model), trajectory)
-    arrays |= {f"trajectory/{step}": state for step, state in enumerate(states)}
+    arrays = reference_arrays(model, cases, trajectory)
     with writer.staged() as folder:
         np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
         artifact = writer.adopt(folder, "reference", "reference")

@@ -24,6 +24,10 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+# Libraries that only some commands need, and the extra that brings them.
+LIBRARY_EXTRAS = dict.fromkeys(("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "filelock"), "export")
+
+
 class Commands(click.Group):
     """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line."""
 
@@ -32,6 +36,12 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except ElitExportError as error:
             click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except ModuleNotFoundError as error:
+            if error.name not in LIBRARY_EXTRAS:
+                raise
+            extra = LIBRARY_EXTRAS[error.name]
+            click.echo(f"error: this command needs {error.name}: pip install 'elit-export[{extra}]'", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing half-written was left behind", err=True)

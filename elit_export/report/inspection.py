@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from elit_export.bundle import Bundle, PlanSet, budgets_of
-from elit_export.checkpoint import checkpoint_path, load_checkpoint
 from elit_export.models.cost import flops
 from elit_export.spec import DataFacts, ModelSpec, listed
 
@@ -24,6 +23,8 @@ def inspect_path(path: str, **numbers: int | None) -> Facts:
 
 
 def checkpoint_facts(path: str, **numbers: int | None) -> Facts:
+    from elit_export.checkpoint import checkpoint_path, load_checkpoint  # a machine that only runs has no torch
+
     file = checkpoint_path(path)
     model = load_checkpoint(path, **numbers)
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -19,11 +19,10 @@ from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import LATENTS, ModelSpec
+from elit_export.verify.cases import REFERENCE_FILE, trajectory_states
 from elit_export.verify.metrics import Difference, difference, worst
-from elit_export.verify.reference import trajectory_states
 from elit_export.verify.tolerances import TOLERANCES, shortfall
 
-REFERENCE_FILE = "reference.npz"
 Arrays = dict[str, npt.NDArray[Any]]
 
 

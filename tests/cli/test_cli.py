@@ -1,0 +1,240 @@
+"""A person's path through the commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from elit_export.bundle import Bundle
+from elit_export.cli import main
+
+DATA = Path(__file__).parent.parent / "data" / "fashion"
+TINY_TRAINING = [
+    *("--size", "32", "--patch", "8", "--group", "2", "--width", "16", "--heads", "2"),
+    *("--split", "1-2-1", "--batch-size", "8", "--warmup-steps", "2"),
+]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def ok(*arguments: str | Path) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(*arguments: str | Path) -> str:
+    """The message of a command that ends with status 2 and no traceback."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+# ---------------------------------------------------------------- sample
+
+
+def test_sample_writes_a_grid_and_the_numbers(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "s.png"
+    said = ok("sample", tiny_bundle.folder, "--out", out, "--labels", "0-2,1", "--steps", "3", "--guidance", "cfg:2")
+    assert "4 images in 3 steps" in " ".join(said.split())
+    with np.load(out.with_suffix(".npz")) as arrays:
+        assert arrays["latents"].shape == (4, 1, 8, 8)
+        assert arrays["labels"].tolist() == [0, 1, 2, 1]
+    with Image.open(out) as picture:
+        assert picture.width > picture.height > 8
+
+
+def test_sample_repeats_itself_and_follows_its_seed(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def latents(name: str, seed: str) -> np.ndarray:
+        ok("sample", tiny_bundle.folder, "--out", tmp_path / name, "--steps", "2", "--seed", seed)
+        with np.load((tmp_path / name).with_suffix(".npz")) as arrays:
+            return arrays["latents"]
+
+    np.testing.assert_array_equal(latents("a.png", "1"), latents("b.png", "1"))
+    assert (latents("c.png", "2") != latents("a.png", "1")).any()
+
+
+def test_sample_of_a_vae_model_says_that_a_decoder_is_needed(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
+    said = ok("sample", golden_g4_bundle.folder, "--out", tmp_path / "s.png", "--steps", "2", "--labels", "1")
+    assert "decoder is needed" in " ".join(said.split())
+    assert (tmp_path / "s.npz").exists()
+    assert not (tmp_path / "s.png").exists()
+
+
+def test_class_names_serve_as_labels(fashion_bundle: Bundle, tmp_path: Path) -> None:
+    ok("sample", fashion_bundle.folder, "--out", tmp_path / "s.png", "--labels", "bag,Ankle boot", "--steps", "2")
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert arrays["labels"].tolist() == [8, 9]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--labels", "3"], "label 3 is out of range: classes are 0 to 2"),
+        (["--labels", "cat"], "label 'cat' is neither"),
+        (["--schedule", "0"], "budget 0of4"),
+        (["--schedule", "17of16"], "budget 17of16"),
+        (["--schedule", "0.3"], "use 1of4 (0.25) or 2of4 (0.5)"),
+        (["--steps", "4", "--schedule", "0-1:full"], "schedule gap"),
+        (["--steps", "4", "--schedule", "0-2:full,2-3:half"], "schedule overlap"),
+        (["--steps", "4", "--schedule", "0-4:full"], "past the last step"),
+        (["--guidance", "cfg:nan"], "guidance scale nan"),
+        (["--guidance", "magic:2"], "guidance 'magic:2' is none of"),
+        (["--sampler", "rk4"], "unknown sampler 'rk4'"),
+        (["--labels", "0,0,0,0,0,0,0,0,0"], "9 rows at budget 4of4"),
+        (["--target", "gpu"], "no plan set for target='gpu'"),
+    ],
+)
+def test_sample_refuses_what_is_wrong(tiny_bundle: Bundle, tmp_path: Path, options: list[str], said: str) -> None:
+    assert said in refused("sample", tiny_bundle.folder, "--out", tmp_path / "s.png", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- export, build, inspect
+
+
+def test_build_then_inspect(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(
+        f"""
+        name = "tiny"
+        checkpoint = "{tiny_checkpoint}"
+        rows = {{ min = 1, opt = 2, max = 4 }}
+        [[profiles]]
+        name = "high"
+        latents = {{ min = 3, opt = 4, max = 4 }}
+        [targets.here]
+        backend = "onnxruntime"
+        device = "cpu"
+        precision = "fp32"
+        """
+    )
+    assert "wrote" in ok("build", recipe, "--out", tmp_path / "bundle")
+    facts = json.loads(ok("inspect", tmp_path / "bundle", "--json", "-"))
+    assert facts["kind"] == "bundle"
+    assert facts["plan_sets"][0]["covered"] == "3of4, 4of4"
+    assert facts["budgets"][0] == {"name": "full", "budget": "4of4", "flops": facts["budgets"][0]["flops"]} | {
+        "share_of_full": 1.0
+    }
+    assert "no profile covers budget 1of4" in refused("sample", tmp_path / "bundle", "--schedule", "1")
+
+
+def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
+    said = ok("inspect", tiny_checkpoint)
+    assert "1-2-1" in said
+    assert "4of4" in said
+    assert json.loads(ok("inspect", tiny_checkpoint, "--json", "-"))["shapes"]["latents_per_group"] == 4
+
+
+def test_export_writes_a_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    ok("export", tiny_checkpoint, "--out", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"step.onnx", "step.onnx.data"}
+
+
+def test_build_refuses_a_device_that_is_not_there(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """The library itself would quietly use the CPU."""
+    recipe = tmp_path / "gpu.toml"
+    recipe.write_text(
+        f'name = "gpu"\ncheckpoint = "{tiny_checkpoint}"\nrows = {{ min = 1, opt = 1, max = 1 }}\n'
+        '[targets.gpu]\nbackend = "onnxruntime"\ndevice = "cuda"\nprecision = "fp32"\n'
+    )
+    assert "CUDAExecutionProvider" in refused("build", recipe, "--out", tmp_path / "bundle")
+    assert not (tmp_path / "bundle" / "manifest.json").exists()
+
+
+def test_recipe_errors_name_the_key(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('name = "r"\nrowz = 1\n[targets.cpu]\nbackend = "onnxruntime"\n')
+    assert "rowz: unknown key (did you mean 'rows'?)" in refused("build", tmp_path / "r.toml")
+
+
+def test_recipe_without_a_checkpoint_says_how_to_give_one(tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent.parent / "engines" / "elit-sit-xl-2-256.toml"
+    assert "--checkpoint FILE" in refused("build", recipe, "--out", tmp_path / "bundle")
+
+
+def test_damaged_plan_is_a_clear_error(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
+    next(copied.glob("plans/*/step.onnx")).unlink()
+    assert "missing" in refused("sample", copied)
+
+
+def test_bench_compares_the_samplers(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    said = ok("bench", tiny_bundle.folder, "--images", "2", "--json", tmp_path / "b.json")
+    assert "ab3" in said
+    assert {"sampler": "heun", "steps": 8, "calls": 15}.items() <= json.loads((tmp_path / "b.json").read_text())[
+        2
+    ].items()
+
+
+# ---------------------------------------------------------------- train
+
+
+def test_train_ships_weights_that_sample(tmp_path: Path) -> None:
+    said = ok("train", DATA, "--out", tmp_path / "run", "--steps", "4", *TINY_TRAINING)
+    assert "held out: 32 images" in said
+    held_out = json.loads((tmp_path / "run" / "held_out.json").read_text())
+    assert [row["budget"] for row in held_out] == ["4of4", "3of4", "2of4", "1of4"]
+    assert "1-2-1" in ok("inspect", tmp_path / "run" / "model.safetensors")
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "elit_export", *(str(argument) for argument in arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(path: Path, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ("train", DATA, "--out", out, "--steps", "100000", "--save-every", "5", *TINY_TRAINING)
+    process = start(*command)
+    wait_for(out / "train.jsonl")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command to go on" in " ".join(said.split())
+    assert {path.name for path in out.iterdir()} == {"state.pt", "train.jsonl"}
+    stopped = json.loads((out / "train.jsonl").read_text().splitlines()[-1])["step"]
+    process = start(*command)
+    while "resumed at step" not in (line := process.stdout.readline() if process.stdout else ""):
+        assert line, process.communicate()[1]
+    process.kill()
+    process.communicate()
+    assert f"resumed at step {stopped}" in line
+
+
+def test_interrupted_sampling_leaves_no_file(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "s.png"
+    process = start("sample", golden_g4_bundle.folder, "--out", out, "--steps", "1000000", "--labels", "1")
+    assert process.stderr is not None
+    time.sleep(4)  # well inside the million steps, well after the start
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_command() -> None:
+    said = ok("--help")
+    assert all(name in said for name in ("bench", "build", "demo", "export", "inspect", "sample", "train"))

@@ -1,0 +1,119 @@
+"""One contract over every engine that runs on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from elit_export.bundle import Bundle
+from elit_export.errors import BackendUnavailable, EngineError
+from elit_export.models.sit import ElitSiT
+from elit_export.runtime.engine import Engine, HostArray, to_host
+from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from elit_export.runtime.pipeline import open_bank
+from elit_export.verify.reference import torch_engine
+
+Inputs = dict[str, HostArray]
+
+
+def step_inputs(rows: int, kept: int, seed: int = 0) -> Inputs:
+    generator = np.random.default_rng(seed)
+    return {
+        "x": generator.standard_normal((rows, 4, 16, 16)).astype(np.float32),
+        "t": generator.uniform(0.1, 0.9, rows).astype(np.float32),
+        "y": generator.integers(0, 1001, rows),
+        "latents": np.arange(kept),
+    }
+
+
+@pytest.fixture(scope="module", params=["function", "onnxruntime"])
+def engine(request: pytest.FixtureRequest, golden_g4_model: ElitSiT, golden_g4_bundle: Bundle) -> Iterator[Engine]:
+    if request.param == "function":
+        with torch_engine(golden_g4_model) as made:
+            yield made
+        return
+    with open_bank(golden_g4_bundle, golden_g4_bundle.manifest.plan_sets[0]) as bank:
+        yield bank.slots[0].engine
+
+
+def test_velocity_is_numpy_and_residual_the_backends_own(engine: Engine) -> None:
+    outputs = engine(step_inputs(rows=2, kept=4))
+    velocity, residual = outputs["velocity"], outputs["residual"]
+    assert isinstance(velocity, np.ndarray)
+    assert velocity.dtype == np.float32
+    assert velocity.shape == (2, 4, 16, 16)
+    assert not isinstance(residual, np.ndarray)
+    assert residual.numpy().shape == (2, 64, 64)
+
+
+def test_outputs_belong_to_the_caller(engine: Engine) -> None:
+    first = engine(step_inputs(rows=2, kept=4))
+    kept = {name: to_host(array).copy() for name, array in first.items()}
+    engine(step_inputs(rows=2, kept=4, seed=1))
+    for name, array in first.items():
+        np.testing.assert_array_equal(to_host(array), kept[name])
+
+
+def test_inputs_are_not_changed(engine: Engine) -> None:
+    inputs = step_inputs(rows=2, kept=3)
+    before = {name: array.copy() for name, array in inputs.items()}
+    engine(inputs)
+    for name, array in inputs.items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_equal_calls_give_equal_results(engine: Engine) -> None:
+    first, second = (engine(step_inputs(rows=3, kept=5)) for _ in range(2))
+    np.testing.assert_array_equal(to_host(first["velocity"]), to_host(second["velocity"]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kept", [1, 2, 7, 16])
+def test_every_shape_equals_pytorch(engine: Engine, golden_g4_model: ElitSiT, rows: int, kept: int) -> None:
+    inputs = step_inputs(rows, kept)
+    found, expected = engine(inputs), torch_engine(golden_g4_model)(inputs)
+    for name in ("velocity", "residual"):
+        error = np.abs(to_host(found[name]) - to_host(expected[name])).max()
+        assert error <= 5e-6 * np.abs(to_host(expected[name])).max()
+
+
+def test_arrays_that_are_not_contiguous_are_taken(engine: Engine) -> None:
+    inputs = step_inputs(rows=2, kept=4)
+    strided = {**inputs, "x": np.asfortranarray(inputs["x"])}
+    np.testing.assert_array_equal(to_host(engine(strided)["velocity"]), to_host(engine(inputs)["velocity"]))
+
+
+# ---------------------------------------------------------------- onnxruntime alone
+
+
+def plan_of(bundle: Bundle) -> OnnxRuntimeEngine:
+    plan_set = bundle.manifest.plan_sets[0]
+    path = bundle.verified(plan_set.plans[0]) / plan_set.plan_file
+    return OnnxRuntimeEngine(path, device="cpu", threads=1)
+
+
+def test_wrong_shape_is_an_engine_error(golden_g4_bundle: Bundle) -> None:
+    with plan_of(golden_g4_bundle) as engine, pytest.raises(EngineError, match="onnxruntime failed"):
+        engine({**step_inputs(rows=1, kept=1), "x": np.zeros((1, 3, 16, 16), np.float32)})
+
+
+def test_its_own_arrays_go_back_in(golden_g4_bundle: Bundle) -> None:
+    """`x` is not what will be fed back later, but any input shows that no host copy is needed."""
+    inputs = step_inputs(rows=1, kept=2)
+    with plan_of(golden_g4_bundle) as engine:
+        from onnxruntime import OrtValue
+
+        from elit_export.runtime.onnxruntime_engine import OrtArray
+
+        device = {**inputs, "x": OrtArray(OrtValue.ortvalue_from_numpy(inputs["x"]))}
+        np.testing.assert_array_equal(to_host(engine(device)["velocity"]), to_host(engine(inputs)["velocity"]))
+
+
+def test_absent_provider_is_refused_not_replaced(golden_g4_bundle: Bundle) -> None:
+    """ONNX Runtime itself falls back to the CPU without a word."""
+    plan_set = golden_g4_bundle.manifest.plan_sets[0]
+    path = golden_g4_bundle.verified(plan_set.plans[0]) / plan_set.plan_file
+    with pytest.raises(BackendUnavailable, match="CUDAExecutionProvider"):
+        OnnxRuntimeEngine(path, device="cuda", threads=0)

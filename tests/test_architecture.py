@@ -1,0 +1,129 @@
+"""The rooms of the package and what each may import, and other promises about its structure."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "elit_export"
+
+# room → what it may import beside itself, `errors` and `files`. A file belongs to the longest name that fits.
+ROOMS: dict[str, set[str]] = {
+    "errors": set(),
+    "files": set(),
+    "spec": set(),
+    "backends": set(),
+    "recipe": {"spec", "backends"},
+    "bundle": {"spec"},
+    "checkpoint": {"spec", "models"},
+    "models": {"spec"},
+    "training": {"spec", "models", "checkpoint"},
+    "graphs": {"spec", "models"},
+    "build": {"spec", "recipe", "bundle", "backends"},
+    "runtime": {"spec", "bundle", "backends"},
+    "verify": {"spec", "bundle", "runtime", "models", "checkpoint"},
+    "report": {"spec", "bundle", "verify", "models", "checkpoint"},
+    "compile": {
+        *("spec", "recipe", "bundle", "backends", "checkpoint", "models", "graphs", "build", "runtime", "verify"),
+    },
+    "demo": {"spec", "recipe", "compile", "models", "runtime", "report"},
+    "cli": {"*"},
+    "__main__": {"cli"},
+    "__init__": {"*"},
+}
+# library → the only places that may name it
+LIBRARIES: dict[str, set[str]] = {
+    "onnxruntime": {"build/onnxruntime.py", "runtime/onnxruntime_engine.py"},
+    "onnx": {"graphs/"},
+    "onnx_ir": {"graphs/"},
+    "onnxscript": {"graphs/"},
+    "torch": {"models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"},
+    "safetensors": {"checkpoint.py"},
+    "click": {"cli/"},
+    "filelock": {"bundle.py"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module a file imports, also inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_file_imports_only_what_its_room_may(path: Path) -> None:
+    room = room_of(path)
+    allowed = ROOMS[room] | {room, "errors", "files"}
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("elit_export.")}
+    assert "*" in allowed or used <= allowed
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_library_is_named_only_where_it_belongs(library: str) -> None:
+    users = {
+        str(path.relative_to(PACKAGE)) for path in FILES if any(name.split(".")[0] == library for name in imports(path))
+    }
+    assert all(any(user.startswith(place) for place in LIBRARIES[library]) for user in users), users
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    pattern = re.compile(r"(?<![\w.])(print|exit)\(|sys\.exit|console\.print")
+    users = [path for path in FILES if pattern.search(path.read_text(encoding="utf-8")) and room_of(path) != "cli"]
+    assert users == []
+
+
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib")
+
+
+def modules_after(code: str) -> set[str]:
+    script = f"{code}\nimport sys; print('\\n'.join(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.split(".")[0] for name in done.stdout.split()}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import elit_export",
+        "from elit_export import Budget, ModelSpec, ElitExportError, Pipeline",
+        "import elit_export.cli",
+        "import elit_export.runtime.pipeline, elit_export.verify.parity",
+        "from elit_export.report.inspection import bundle_facts",
+    ],
+)
+def test_importing_loads_no_heavy_library(code: str) -> None:
+    assert modules_after(code).isdisjoint(HEAVY)
+
+
+def test_every_module_has_a_docstring() -> None:
+    empty_packages = [path for path in FILES if path.name == "__init__.py" and not path.read_text().strip()]
+    silent = [path for path in FILES if ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None]
+    assert set(silent) == set(empty_packages)
+
+
+def test_readme_tree_names_every_file_of_the_package() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tree -->")[1]
+    named = set(re.findall(r"[\w/-]+\.(?:py|toml|safetensors|md)\b", tree))
+    present = {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and path.suffix in {".py", ".safetensors", ".md"} and path.read_bytes().strip()
+    }
+    present |= {f"engines/{path.name}" for path in (ROOT / "engines").glob("*.toml")}
+    assert named == present

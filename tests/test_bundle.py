@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elit_export import Pipeline, compile_bundle
+from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle, writing
+from elit_export.errors import BundleError, CheckpointError, InputError, ParityError
+from elit_export.models.sit import ElitSiT
+from elit_export.recipe import Recipe, recipe_from_values
+from elit_export.verify import parity
+from elit_export.verify.tolerances import Tolerance
+from tests.conftest import recipe_values
+
+
+@pytest.fixture
+def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
+
+
+@pytest.fixture
+def recipe(tiny_checkpoint: Path) -> Recipe:
+    return recipe_from_values(recipe_values(tiny_checkpoint), "test")
+
+
+def plan_file(folder: Path) -> Path:
+    return next((folder / "plans").glob("*/step.onnx"))
+
+
+def rewrite_manifest(folder: Path, **changes: Any) -> None:
+    values = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(values | changes))
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_missing_plan_is_named_with_the_remedy(copied: Path) -> None:
+    plan_file(copied).unlink()
+    with pytest.raises(BundleError, match=r"step\.onnx: missing; copy the bundle again or build it again"):
+        Pipeline.load(copied)
+
+
+def test_altered_plan_is_refused_before_a_backend_sees_it(copied: Path) -> None:
+    content = bytearray(plan_file(copied).read_bytes())
+    content[len(content) // 2] ^= 1
+    plan_file(copied).write_bytes(content)
+    with pytest.raises(BundleError, match="altered since the build"):
+        Pipeline.load(copied)
+
+
+def test_truncated_weights_are_refused(copied: Path) -> None:
+    weights = plan_file(copied).with_name("step.onnx.data")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(BundleError, match=r"bytes, .* were written"):
+        Pipeline.load(copied)
+
+
+def test_newer_schema_says_to_upgrade(copied: Path) -> None:
+    rewrite_manifest(copied, schema_version=99)
+    with pytest.raises(BundleError, match=r"schema 99 is newer .*pip install -U"):
+        Pipeline.load(copied)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema_version": "1"}', '{"schema_version": 1}'])
+def test_damaged_manifest_is_refused(copied: Path, content: str) -> None:
+    (copied / MANIFEST).write_text(content)
+    with pytest.raises(BundleError, match="build it again"):
+        Pipeline.load(copied)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "..", ".hidden", ""])
+def test_artifact_names_cannot_leave_the_bundle(copied: Path, name: str) -> None:
+    plan_sets = json.loads((copied / MANIFEST).read_text())["plan_sets"]
+    plan_sets[0]["profiles"][0]["plan"]["name"] = name
+    rewrite_manifest(copied, plan_sets=plan_sets)
+    with pytest.raises(BundleError, match="damaged"):
+        Pipeline.load(copied)
+
+
+def test_no_bundle_names_the_command(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no bundle at .*elit-export build RECIPE"):
+        Pipeline.load(tmp_path)
+
+
+def test_unknown_target_lists_what_there_is(copied: Path) -> None:
+    with pytest.raises(InputError, match=r"target='gpu'.*target='cpu' precision='fp32'"):
+        Pipeline.load(copied, target="gpu")
+
+
+def test_never_verified_plan_needs_consent(copied: Path) -> None:
+    plan_sets = json.loads((copied / MANIFEST).read_text())["plan_sets"]
+    plan_sets[0]["profiles"][0]["parity"] = {"status": "not run", "reason": "built without its device"}
+    rewrite_manifest(copied, plan_sets=plan_sets)
+    with pytest.raises(BundleError, match=r"built without its device.*allow_unverified=True"):
+        Pipeline.load(copied)
+    Pipeline.load(copied, allow_unverified=True).close()
+
+
+def test_plan_of_a_newer_onnxruntime_is_refused(copied: Path) -> None:
+    plan_sets = json.loads((copied / MANIFEST).read_text())["plan_sets"]
+    plan_sets[0]["versions"]["onnxruntime"] = "99.0.0"
+    rewrite_manifest(copied, plan_sets=plan_sets)
+    with pytest.raises(BundleError, match=r"built with onnxruntime 99\.0\.0"):
+        Pipeline.load(copied)
+
+
+# ---------------------------------------------------------------- what works
+
+
+def test_moved_bundle_works(copied: Path, tmp_path: Path) -> None:
+    moved = copied.rename(tmp_path / "moved")
+    with Pipeline.load(moved) as pipeline:
+        assert pipeline.sample([0], steps=2).latents.shape == (1, 1, 8, 8)
+
+
+def test_copy_for_running_needs_no_graphs_and_no_reference(copied: Path) -> None:
+    shutil.rmtree(copied / "graphs")
+    shutil.rmtree(copied / "reference")
+    with Pipeline.load(copied) as pipeline:
+        assert pipeline.sample([0], steps=2).latents.shape == (1, 1, 8, 8)
+
+
+def test_sampling_loads_neither_torch_nor_onnx(copied: Path) -> None:
+    script = textwrap.dedent(
+        f"""
+        import sys
+        from elit_export import Pipeline
+        with Pipeline.load({str(copied)!r}) as pipeline:
+            pipeline.sample([0, 1], steps=3, guidance="ccfg:2@1")
+        print([name for name in ("torch", "onnx", "onnxscript", "safetensors") if name in sys.modules])
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_second_build_into_one_folder_is_refused(copied: Path, recipe: Recipe) -> None:
+    with writing(copied), pytest.raises(BundleError, match="another build is writing into"):
+        compile_bundle(recipe, "cpu", out=copied)
+
+
+def test_failed_build_leaves_the_old_bundle(copied: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan is made and opened, but misses an impossible tolerance: nothing of it may count."""
+    before = (copied / MANIFEST).read_bytes()
+    impossible = {precision: Tolerance(step_db=1e4, trajectory_db=0.0) for precision in parity.TOLERANCES}
+    monkeypatch.setattr(parity, "TOLERANCES", impossible)
+    with pytest.raises(ParityError, match=r"profile full of target cpu: .* would have passed"):
+        compile_bundle(recipe, "cpu", out=copied)
+    assert (copied / MANIFEST).read_bytes() == before
+    assert not (copied / STAGING).exists()
+    Pipeline.load(copied).close()
+
+
+def test_interrupted_build_leaves_no_bundle(recipe: Recipe, tmp_path: Path) -> None:
+    def interrupt(stage: str, _share: float) -> None:
+        if stage == "verify":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_bundle(recipe, "cpu", out=tmp_path / "bundle", progress=interrupt)
+    with pytest.raises(BundleError, match="no bundle at"):
+        Bundle.open(tmp_path / "bundle")
+
+
+def test_rebuild_of_another_model_drops_what_the_manifest_no_longer_names(
+    copied: Path, recipe: Recipe, tmp_path: Path, tiny_checkpoint: Path
+) -> None:
+    from elit_export.checkpoint import save_checkpoint
+    from tests.helpers import tiny_model
+
+    old = {path.name for path in (copied / "plans").iterdir()}
+    save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=3))
+    bundle = compile_bundle(recipe, "cpu", out=copied, checkpoint=tmp_path / "other.safetensors")
+    present = {path.name for kind in ("graphs", "plans", "reference") for path in (copied / kind).iterdir()}
+    assert present == {artifact.name for artifact in bundle.manifest.artifacts()}
+    assert present.isdisjoint(old)
+
+
+def test_targets_of_one_checkpoint_share_a_bundle(copied: Path, tiny_checkpoint: Path) -> None:
+    values = recipe_values(tiny_checkpoint)
+    values["targets"] = {"other": {"backend": "onnxruntime", "device": "cpu", "precision": "fp32"}}
+    bundle = compile_bundle(recipe_from_values(values, "test"), "other", out=copied)
+    assert [plan_set.target for plan_set in bundle.manifest.plan_sets] == ["cpu", "other"]
+    with pytest.raises(InputError, match="several plan sets fit"):
+        Pipeline.load(copied)
+    Pipeline.load(copied, target="other").close()
+
+
+def test_missing_checkpoint_leaves_nothing_but_the_lock(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        compile_bundle(recipe, "cpu", out=tmp_path / "bundle", checkpoint=tmp_path / "absent.pt")
+    assert {path.name for path in (tmp_path / "bundle").iterdir()} <= {LOCK}
+
+
+def test_folder_that_cannot_be_written_is_named(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(BundleError, match="cannot write into"):
+        compile_bundle(recipe, "cpu", out=tmp_path / "file")
+
+
+# ---------------------------------------------------------------- what a build records
+
+
+def test_every_profile_was_compared_at_its_corners(golden_g4_bundle: Bundle, golden_g4_model: ElitSiT) -> None:
+    (plan_set,) = golden_g4_bundle.manifest.plan_sets
+    assert [facts.name for facts in plan_set.profiles] == ["full", "half", "quarter", "sixteenth"]
+    for facts in plan_set.profiles:
+        cases = [(case.kept, case.rows) for case in plan_set.reference.cases if case.profile == facts.name]
+        assert cases == list(zip(facts.latents, facts.rows, strict=True))
+        assert facts.parity.status == "passed"
+        assert facts.parity.sqnr_db is not None
+        assert facts.parity.sqnr_db > 120
+    assert golden_g4_bundle.manifest.model.spec == golden_g4_model.spec
+
+
+def test_profiles_of_onnxruntime_share_one_plan(tiny_bundle: Bundle) -> None:
+    (plan_set,) = tiny_bundle.manifest.plan_sets
+    assert len(plan_set.profiles) > 1
+    assert len(plan_set.plans) == 1
