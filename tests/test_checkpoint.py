@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,17 @@ def qknorm() -> Golden:
     return golden("tiny_g2_qknorm")
 
 
-def save_edited(given: Golden, path: Path, edit: Callable[[Weights], object]) -> Path:
+@pytest.fixture(scope="module")
+def ema(qknorm: Golden) -> Weights:
+    return qknorm.ema
+
+
+def save_edited(path: Path, ema: Weights, edit: Callable[[Weights], object]) -> Path:
     """A released file whose `ema` went through `edit`."""
-    ema = given.ema
-    edit(ema)
-    return given.save_pt(path, ema=ema)
+    edited = dict(ema)
+    edit(edited)
+    torch.save({"ema": edited, "args": namespace(encoder_depth=1)}, path)
+    return path
 
 
 def namespace(**values: Any) -> argparse.Namespace:
@@ -92,9 +99,8 @@ def test_one_channel_means_pixels(tmp_path: Path) -> None:
 
 
 def test_reading_allows_no_class_for_good(qknorm: Golden, tmp_path: Path) -> None:
-    before = list(torch.serialization.get_safe_globals())
     qknorm.load(tmp_path)
-    assert torch.serialization.get_safe_globals() == before
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
 # ---------------------------------------------------------------- numbers that shapes do not tell
@@ -220,9 +226,11 @@ def test_an_encoder_depth_that_is_no_whole_number_is_refused(
 # ---------------------------------------------------------------- tensors
 
 
-def test_projectors_are_ignored_and_named(qknorm: Golden, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_projectors_are_ignored_and_named(
+    qknorm: Golden, ema: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     extra = {"projectors.0.0.weight": torch.ones(2), "projectors.0.2.bias": torch.ones(2)}
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update(extra))
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update(extra))
     with caplog.at_level(logging.WARNING):
         model = load_checkpoint(path, tail_depth=2)
     assert caplog.messages == ["ignored 2 tensors named projectors.* (used in training only)"]
@@ -230,9 +238,9 @@ def test_projectors_are_ignored_and_named(qknorm: Golden, tmp_path: Path, caplog
 
 
 def test_missing_latent_positions_are_zeros_and_named(
-    qknorm: Golden, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ema: Weights, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.pop(LATENT_POSITIONS))
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.pop(LATENT_POSITIONS))
     with caplog.at_level(logging.WARNING):
         model = load_checkpoint(path, tail_depth=2)
     assert len(caplog.messages) == 1
@@ -246,63 +254,70 @@ def test_a_whole_file_logs_nothing(qknorm: Golden, tmp_path: Path, caplog: pytes
     assert not caplog.messages
 
 
-NAMES = sorted(golden("tiny_g2_qknorm").facts["shapes"])
-OF_EVERY_KIND = [name for name in NAMES if not re.match(r"blocks\.[1-9]", name)]
-SIZED_BY = {"blocks.0.attn.q_norm.weight"}  # its absence means a model without such norms
+HEAD_NORM = "blocks.0.attn.q_norm.weight"  # without it, a model without such norms
+NAMES = [name for name in golden("tiny_g2_qknorm").facts["shapes"] if not re.match(r"blocks\.[1-9]", name)]
+SPEC_IS_READ_FROM = [
+    "pos_embed",
+    "x_embedder.proj.weight",
+    "y_embedder.embedding_table.weight",
+    "blocks.0.mlp.fc1.weight",
+    HEAD_NORM,
+    QUERIES,
+]
 
 
-@pytest.mark.parametrize("name", [name for name in OF_EVERY_KIND if name not in {LATENT_POSITIONS, *SIZED_BY}])
-def test_a_missing_tensor_is_named(qknorm: Golden, tmp_path: Path, name: str) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.pop(name))
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (LATENT_POSITIONS, HEAD_NORM)])
+def test_a_missing_tensor_is_named(ema: Weights, tmp_path: Path, name: str) -> None:
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.pop(name))
     with pytest.raises(CheckpointError, match=f"missing (tensor )?{re.escape(name)}"):
         load_checkpoint(path, num_heads=3, tail_depth=2)
 
 
-@pytest.mark.parametrize("name", OF_EVERY_KIND)
-def test_a_tensor_with_an_axis_too_many_is_named(qknorm: Golden, tmp_path: Path, name: str) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({name: ema[name][None]}))
+@pytest.mark.parametrize("name", [*SPEC_IS_READ_FROM, LATENT_POSITIONS, "final_layer.linear.bias"])
+def test_a_tensor_with_an_axis_too_many_is_named(ema: Weights, tmp_path: Path, name: str) -> None:
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({name: ema[name][None]}))
     with pytest.raises(CheckpointError, match=re.escape(name)):
         load_checkpoint(path, num_heads=3, tail_depth=2)
 
 
-@pytest.mark.parametrize("name", OF_EVERY_KIND)
-def test_a_tensor_without_axes_is_named(qknorm: Golden, tmp_path: Path, name: str) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({name: torch.tensor(1.0)}))
+@pytest.mark.parametrize("name", [*SPEC_IS_READ_FROM, LATENT_POSITIONS, "final_layer.linear.bias"])
+def test_a_tensor_without_axes_is_named(ema: Weights, tmp_path: Path, name: str) -> None:
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({name: torch.tensor(1.0)}))
     with pytest.raises(CheckpointError, match=re.escape(name)):
         load_checkpoint(path, num_heads=3, tail_depth=2)
 
 
-def test_a_mis_shaped_tensor_is_named_with_both_shapes(qknorm: Golden, tmp_path: Path) -> None:
+def test_a_mis_shaped_tensor_is_named_with_both_shapes(ema: Weights, tmp_path: Path) -> None:
     name = "blocks.3.mlp.fc2.weight"
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({name: torch.ones(48, 5)}))
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({name: torch.ones(48, 5)}))
     with pytest.raises(CheckpointError, match=rf"{name} has shape \(48, 5\), the model needs \(48, 192\)"):
         load_checkpoint(path, tail_depth=2)
 
 
 @pytest.mark.parametrize("rows", [4, 15])
-def test_too_few_latent_positions_are_refused(qknorm: Golden, tmp_path: Path, rows: int) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({LATENT_POSITIONS: torch.ones(rows, 48)}))
+def test_too_few_latent_positions_are_refused(ema: Weights, tmp_path: Path, rows: int) -> None:
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({LATENT_POSITIONS: torch.ones(rows, 48)}))
     with pytest.raises(CheckpointError, match=rf"{LATENT_POSITIONS} has shape \({rows}, 48\), .* needs \(16, 48\)"):
         load_checkpoint(path, tail_depth=2)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.attn.gate", "decoder.weight", "blocks.x"])
-def test_a_tensor_the_model_does_not_have_is_named(qknorm: Golden, tmp_path: Path, name: str) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({name: torch.ones(1)}))
+def test_a_tensor_the_model_does_not_have_is_named(ema: Weights, tmp_path: Path, name: str) -> None:
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({name: torch.ones(1)}))
     with pytest.raises(CheckpointError, match=f"unexpected {re.escape(name)}"):
         load_checkpoint(path, tail_depth=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.complex64])
-def test_tensors_that_are_not_floating_point_are_refused(qknorm: Golden, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_tensors_that_are_not_floating_point_are_refused(ema: Weights, tmp_path: Path, dtype: torch.dtype) -> None:
     name = "blocks.0.attn.qkv.weight"
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({name: ema[name].to(dtype)}))
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({name: ema[name].to(dtype)}))
     with pytest.raises(CheckpointError, match=f"{name} holds {dtype}, not floating-point"):
         load_checkpoint(path, tail_depth=2)
 
 
-def test_a_name_that_is_no_text_is_refused(qknorm: Golden, tmp_path: Path) -> None:
-    path = save_edited(qknorm, tmp_path / "a.pt", lambda ema: ema.update({1: torch.ones(1)}))  # type: ignore[dict-item]
+def test_a_name_that_is_no_text_is_refused(ema: Weights, tmp_path: Path) -> None:
+    path = save_edited(tmp_path / "a.pt", ema, lambda weights: weights.update({1: torch.ones(1)}))  # type: ignore[dict-item]
     with pytest.raises(CheckpointError):
         load_checkpoint(path, tail_depth=2)
 
@@ -333,21 +348,32 @@ def test_a_file_in_the_old_format_says_so(qknorm: Golden, tmp_path: Path) -> Non
         load_checkpoint(path, tail_depth=2)
 
 
-@pytest.mark.parametrize("old", [b"pos_embed", b"ema", b"Namespace", b"FloatStorage", b"_rebuild_tensor_v2", b"cpu"])
-def test_damage_inside_the_table_of_contents_is_refused(qknorm: Golden, tmp_path: Path, old: bytes) -> None:
-    path = qknorm.save_pt(tmp_path / "a.pt")
-    path.write_bytes(path.read_bytes().replace(old, b"\x7f" * len(old)))
-    with pytest.raises(CheckpointError):
-        load_checkpoint(path, tail_depth=2)
+def replace_contents(path: Path, pickled: bytes) -> None:
+    """Put another table of contents into a released file."""
+    with zipfile.ZipFile(path) as file:
+        members = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, member in members.items():
+            file.writestr(name, pickled if name.endswith("data.pkl") else member)
 
 
-def test_a_storage_that_is_not_in_the_file_is_refused(qknorm: Golden, tmp_path: Path) -> None:
-    path = qknorm.save_pt(tmp_path / "a.pt")
-    path.write_bytes(
-        path.read_bytes().replace(b"FloatStorage\nq\x06X\x01\x00\x00\x000", b"FloatStorage\nq\x06X\x01\x00\x00\x00z")
-    )
-    with pytest.raises(CheckpointError):
-        load_checkpoint(path, tail_depth=2)
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"\x80\x02.", id="nothing on the stack"),
+        pytest.param(b"\x80\x02hc.", id="an object that was never stored"),
+        pytest.param(b"\x80\x02K\x01Q.", id="a storage that is a number"),
+        pytest.param(b"\x80\x02K\x01}b.", id="attributes for a number"),
+        pytest.param(b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R.", id="arguments that do not fit"),
+        pytest.param(b"\x80\x02}K\x01K\x02s.", id="a table without ema"),
+    ],
+)
+def test_a_damaged_table_of_contents_is_refused(tmp_path: Path, pickled: bytes) -> None:
+    torch.save({"ema": {"pos_embed": torch.ones(1)}}, tmp_path / "a.pt")
+    replace_contents(tmp_path / "a.pt", pickled)
+    with pytest.raises(CheckpointError, match=r"a\.pt: "):
+        load_checkpoint(tmp_path / "a.pt", tail_depth=2)
 
 
 @pytest.mark.parametrize(
@@ -439,6 +465,12 @@ def test_an_object_of_another_class_is_refused_by_name(
         load_checkpoint(path, tail_depth=2)
 
 
+def test_a_refusal_does_not_advise_to_read_the_file_unsafely(qknorm: Golden, tmp_path: Path) -> None:
+    path = qknorm.save_pt(tmp_path / "a.pt", args=types.SimpleNamespace(encoder_depth=1))
+    with pytest.raises(CheckpointError, match=r"^(?!.*(trust|weights_only|\x1b)).*$"):
+        load_checkpoint(path, tail_depth=2)
+
+
 # ---------------------------------------------------------------- memory
 
 MEASURE = """
@@ -460,7 +492,7 @@ print(kib("VmHWM") - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs the memory counters of Linux")
 def test_reading_takes_hardly_more_memory_than_the_ema_weights(qknorm: Golden, tmp_path: Path) -> None:
-    spec = tiny_spec(hidden_size=384, num_heads=8, head_depth=2, core_depth=8, tail_depth=2, mlp_ratio=4.0)
+    spec = tiny_spec(hidden_size=416, num_heads=8, head_depth=2, core_depth=8, tail_depth=2, mlp_ratio=4.0)
     with torch.device("meta"):
         shapes = {released_name(name, spec): tensor.shape for name, tensor in ElitSiT(spec).state_dict().items()}
     ema = {name: torch.full(shape, 0.01) for name, shape in shapes.items()}
@@ -477,7 +509,7 @@ def test_reading_takes_hardly_more_memory_than_the_ema_weights(qknorm: Golden, t
     )
     path.unlink()  # half a gigabyte
     assert run.returncode == 0, run.stderr
-    assert ema_bytes > 120e6
+    assert ema_bytes > 150e6
     assert 1024 * int(run.stdout) <= 1.3 * ema_bytes
     assert 1024 * int(run.stdout) >= 0.9 * ema_bytes  # else nothing was measured
 

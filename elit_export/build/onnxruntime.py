@@ -28,11 +28,6 @@ EXTERNAL_FROM_BYTES = "1024"
 def build_plans(graph: Path, folder: Path, profiles: Sequence[Profile], target: Target) -> Iterator[BuiltPlan]:
     """Write the plan into `folder`; raises BuildError, or BackendUnavailable without the target's provider."""
     provider = PROVIDERS[target.device]
-    if provider not in ort.get_available_providers():
-        raise BackendUnavailable(
-            f"this onnxruntime has no {provider} (it has {', '.join(ort.get_available_providers())}); "
-            f"build target device {target.device!r} on a machine that has it"
-        )
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = str(folder / PLAN_FILE)
@@ -42,9 +37,14 @@ def build_plans(graph: Path, folder: Path, profiles: Sequence[Profile], target: 
         "session.optimized_model_external_initializers_min_size_in_bytes", EXTERNAL_FROM_BYTES
     )
     try:
-        ort.InferenceSession(graph, options, providers=[provider])
+        session = ort.InferenceSession(graph, options, providers=[provider])
     except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
         raise BuildError(f"onnxruntime cannot build {graph.name}: {error}") from error
+    if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
+        raise BackendUnavailable(
+            f"onnxruntime could not start {provider} (it offers {', '.join(session.get_providers())}): "
+            f"build target device {target.device!r} on a machine that has it, with elit-export[onnxruntime-gpu]"
+        )
     yield BuiltPlan(
         folder=folder,
         file=PLAN_FILE,
