@@ -85,12 +85,19 @@ class Architecture(_Table):
 class Recipe(_Table):
     """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # neither hidden nor a way out of a folder
     checkpoint: str | None = None
     architecture: Architecture = Architecture()
     rows: RangeTable
     profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
     targets: dict[str, Target] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [table.name for table in self.profiles]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"profiles: {twice[0]!r} is the name of two profiles")
+        return self
 
     def target(self, name: str) -> Target:
         if name not in self.targets:
@@ -135,7 +142,7 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: not TOML: {error}") from error
     recipe = recipe_from_values(values, str(path))
     if recipe.checkpoint and not recipe.checkpoint.startswith("shipped:"):
-        return recipe.model_copy(update={"checkpoint": str(path.parent / recipe.checkpoint)})
+        return recipe.model_copy(update={"checkpoint": str(path.parent.absolute() / recipe.checkpoint)})
     return recipe
 
 
@@ -156,7 +163,7 @@ def _told(problem: Any) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]}"
+    return f"{key}: {message[0].lower()}{message[1:]}" if key else message
 
 
 def shipped_recipe() -> Path:

@@ -74,9 +74,9 @@ class Budget:
         kept = round(of * fraction)
         if abs(of * fraction - kept) <= FRACTION_TOLERANCE and 1 <= kept <= of:
             return cls(kept, of)
-        below = min(max(int(of * fraction), 1), of)
-        above = min(below + 1, of)
-        near = " or ".join(f"{k}of{of} ({k / of:g})" for k in sorted({below, above}))
+        below = int(of * fraction)
+        neighbours = {min(max(kept, 1), of) for kept in (below, below + 1)}
+        near = " or ".join(f"{kept}of{of} ({kept / of:g})" for kept in sorted(neighbours))
         raise InputError(f"budget {fraction:g} of {of} latents is not a whole number of latents; use {near}")
 
     def _of(self, of: int) -> Budget:

@@ -431,7 +431,7 @@ def save_as_old_format(content: object, path: Path) -> None:
 
 
 def save_as_pickle(content: object, path: Path) -> None:
-    path.write_bytes(pickle.dumps(content))
+    path.write_bytes(pickle.dumps(content, protocol=2))
 
 
 @pytest.mark.parametrize("save", [save_as_zip, save_as_old_format, save_as_pickle])
@@ -467,8 +467,9 @@ def test_an_object_of_another_class_is_refused_by_name(
 
 def test_a_refusal_does_not_advise_to_read_the_file_unsafely(qknorm: Golden, tmp_path: Path) -> None:
     path = qknorm.save_pt(tmp_path / "a.pt", args=types.SimpleNamespace(encoder_depth=1))
-    with pytest.raises(CheckpointError, match=r"^(?!.*(trust|weights_only|\x1b)).*$"):
+    with pytest.raises(CheckpointError, match="only tensors, plain values") as refusal:
         load_checkpoint(path, tail_depth=2)
+    assert not re.search(r"trust|weights_only|\x1b|\n", str(refusal.value))
 
 
 # ---------------------------------------------------------------- memory

@@ -86,6 +86,21 @@ def test_without_profiles_the_default_ones_are_built(tmp_path: Path) -> None:
     assert loaded(tmp_path, text).profiles_for(spec) == default_profiles(spec.latents, Range(1, 4, 8))
 
 
+def test_numbers_that_a_checkpoint_does_not_tell_may_stand_in_the_recipe(tmp_path: Path) -> None:
+    architecture = loaded(tmp_path, RECIPE + "[architecture]\nnum_heads = 6\n").architecture
+    assert (architecture.num_heads, architecture.head_depth, architecture.tail_depth) == (6, None, None)
+
+
+def test_the_only_target_needs_no_name(tmp_path: Path) -> None:
+    assert loaded(tmp_path).only_target() == "cpu"
+
+
+def test_of_several_targets_one_must_be_chosen(tmp_path: Path) -> None:
+    second = '[targets.gpu]\nbackend = "onnxruntime"\ndevice = "cuda"\nprecision = "fp32"\n'
+    with pytest.raises(RecipeError, match=r"mine has several targets, choose one: --target cpu \| gpu"):
+        loaded(tmp_path, RECIPE + second).only_target()
+
+
 def test_threads_are_all_cores_unless_said(tmp_path: Path) -> None:
     assert loaded(tmp_path, changed("threads = 2", "")).target("cpu").threads == 0
 

@@ -65,6 +65,8 @@ class EngineBank:
         return min(fitting, key=lambda slot: abs(slot.profile.latents.opt - budget.kept))
 
     def _serving(self, budget: Budget) -> list[Slot]:
+        if budget not in self._budgets:
+            raise InputError(f"this model cannot run budget {budget}; it runs {listed(self._budgets)}")
         return [slot for slot in self.slots if budget.kept in slot.profile.latents]
 
     def __call__(self, budget: Budget, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -83,6 +85,8 @@ class EngineBank:
     def close(self) -> None:
         """Close every engine once, after a call in progress."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             for engine in {id(slot.engine): slot.engine for slot in self.slots}.values():
                 engine.close()

@@ -55,9 +55,10 @@ class Guidance:
     @classmethod
     def parse(cls, text: str, spec: ModelSpec, *, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
         """Read `none`, `cfg:3`, `ccfg:4@sixteenth` or `autoguidance:2@2`; raises InputError."""
+        text = text.strip()
         if text == "none":
             return cls(low=interval[0], high=interval[1])
-        match = re.fullmatch(r"(\w+):([^@]+)(?:@(.+))?", text.strip())
+        match = re.fullmatch(r"(\w+):([^@]+)(?:@(.+))?", text)
         if not match or match[1] not in USAGE or match[1] == Kind.NONE:
             raise InputError(f"guidance {text!r} is none of: {', '.join(USAGE.values())}")
         try:

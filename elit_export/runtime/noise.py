@@ -17,9 +17,10 @@ class SeededNoise:
     """Streams of standard normal numbers, one per sample: first the start noise, then SDE noise in order."""
 
     def __init__(self, seed: int, samples: int, shape: tuple[int, ...]) -> None:
-        if seed < 0:
-            raise InputError(f"seed {seed} must not be negative")
-        self._streams = [np.random.Generator(np.random.Philox(key=(seed, sample))) for sample in range(samples)]
+        if not 0 <= seed < 1 << 64:
+            raise InputError(f"seed {seed} must lie in 0 to 2**64 - 1")
+        keys = [np.array([seed, sample], np.uint64) for sample in range(samples)]  # a tuple would pass through float64
+        self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         self._shape = shape
 
     def __call__(self) -> Float64:

@@ -126,7 +126,7 @@ class Pipeline:
             on_step(record)
             records.append(record)
         seconds = time.perf_counter() - started
-        return Sample(records[-1].x, tuple(labels), tuple(records), seconds, self.data)
+        return Sample(records[-1].x, tuple(int(label) for label in labels), tuple(records), seconds, self.data)
 
     def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Iterator[StepRecord]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
@@ -140,7 +140,12 @@ class Pipeline:
 
     def request(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Request:
         """Check the choices of one sampling against the model; raises InputError."""
+        if unknown := sorted(set(choices) - set(Choices.__annotations__)):
+            raise InputError(f"unknown choice {unknown[0]!r}; known: {', '.join(Choices.__annotations__)}")
         chosen = Choices(**{**DEFAULTS, **choices})
+        for name, value in (("steps", chosen["steps"]), ("seed", chosen["seed"])):
+            if not isinstance(value, int | np.integer):
+                raise InputError(f"{name} must be a whole number, not {value!r}")
         sampler = sampler_named(chosen["sampler"])
         if chosen["steps"] < sampler.min_steps:
             raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {chosen['steps']}")
@@ -171,7 +176,10 @@ class Pipeline:
         )
 
     def _checked_labels(self, labels: Sequence[int]) -> npt.NDArray[np.int64]:
-        y = np.asarray(labels)
+        try:
+            y = np.asarray(labels)
+        except ValueError:  # lists of different lengths
+            y = np.empty(0)
         if y.ndim != 1 or not len(y) or not np.issubdtype(y.dtype, np.integer):
             raise InputError(f"labels must be a list of at least one whole number, not {labels!r}")
         if y.min() < 0 or y.max() > self.spec.null_class:

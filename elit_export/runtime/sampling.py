@@ -41,7 +41,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Call:
-    """One engine call. Two branches at one budget share a call with twice the rows."""
+    """One engine call. Two branches at one budget share a call with twice the rows.
+
+    `engine_ms` includes waiting for another request's call where a bank is shared.
+    """
 
     budget: Budget
     rows: int
@@ -128,9 +131,9 @@ class GuidedVelocity:
 def calls_needed(request: Request) -> Iterator[tuple[Budget, int]]:
     """Every (budget, rows) a request may call for, so that it can be refused before the first step."""
     samples = len(request.start)
-    guidance = request.guidance
-    for budget in set(request.schedule):
-        yield budget, samples
-        if guidance.scale > 1:
-            weak = guidance.weak_branch(budget).budget
-            yield weak, samples * (2 if weak == budget else 1)
+    for budget, t, t_next in zip(request.schedule, request.times[:-1], request.times[1:], strict=True):
+        for time_ in (float(t), float(t_next)):  # some samplers evaluate at both
+            branches = request.guidance.branches(budget, time_)
+            shared = len({branch.budget for branch in branches}) == 1
+            for branch in branches:
+                yield branch.budget, samples * (len(branches) if shared else 1)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from elit_export.errors import InputError
 from elit_export.spec import Budget, ModelSpec
 
-ScheduleLike = str | Budget | Sequence[Budget]
+ScheduleLike = str | int | Budget | Sequence[Budget]
 STEPS = re.compile(r"(\d+)(?:-(\d+))?")
 TIMES = re.compile(r"(\d*\.\d*)-(\d*\.\d*)")
 
@@ -24,7 +24,7 @@ def resolve_schedule(schedule: ScheduleLike, times: Sequence[float], spec: Model
     counts by the t it starts from. Raises InputError for a gap, an overlap or a step past the end.
     """
     steps = len(times) - 1
-    if isinstance(schedule, Budget):
+    if isinstance(schedule, int | Budget):
         return (spec.budget(schedule),) * steps
     if not isinstance(schedule, str):
         return _listed_schedule(schedule, steps, spec)

@@ -26,4 +26,4 @@ def warp(times: Times, grid: str) -> Times:
         shift = math.nan
     if kind != "shift" or not 0 < shift < math.inf:
         raise InputError(f"time grid {grid!r} is neither linear nor shift:S with S > 0, e.g. shift:2.0")
-    return shift * times / (1 + (shift - 1) * times)
+    return shift * times / ((1 - times) + shift * times)  # in this form t = 1 stays exactly 1

@@ -15,6 +15,7 @@ from elit_export.checkpoint import save_checkpoint
 from elit_export.recipe import recipe_from_values
 from elit_export.runtime.engine import to_host
 from elit_export.runtime.pipeline import Choices
+from elit_export.runtime.samplers.base import even_times
 from tests.conftest import recipe_values
 from tests.helpers import Array, Golden, golden, max_relative
 
@@ -104,7 +105,7 @@ def test_alternating_budgets_equal_engines_called_by_hand(pipeline: Pipeline) ->
     budgets = [pipeline.spec.budget(kept) for kept in (16, 1, 8, 2, 16, 1)]
     records = list(pipeline.steps(labels, steps=steps, schedule=budgets, sampler="euler", seed=5))
     x = pipeline.request(labels, seed=5).start
-    times = np.linspace(1, 0, steps + 1)
+    times = even_times(steps)
     for step, budget in enumerate(budgets):
         inputs = {
             "x": x.astype(np.float32),

@@ -19,7 +19,8 @@ def test_the_same_seed_gives_the_same_noise() -> None:
 
 def test_noise_is_float64_of_the_asked_shape() -> None:
     noise = SeededNoise(0, 4, SHAPE)()
-    assert (noise.dtype, noise.shape) == (np.float64, (4, *SHAPE))
+    assert noise.dtype == np.float64
+    assert noise.shape == (4, *SHAPE)
 
 
 def test_sample_i_is_the_stream_of_key_seed_and_i() -> None:

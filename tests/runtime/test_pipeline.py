@@ -292,6 +292,14 @@ def test_given_noise_starts_the_sampling_and_is_left_alone(toy: Toy) -> None:
     assert (noise == 0.5).all()
 
 
+def test_noise_that_changes_after_the_request_changes_nothing(toy: Toy) -> None:
+    noise = np.full((1, *SHAPE), 0.5)
+    records = toy.pipeline.steps([0], steps=2, noise=noise)
+    noise[:] = 100
+    next(records)
+    assert np.array_equal(toy.calls[0]["x"], np.full((1, *SHAPE), 0.5, np.float32))
+
+
 def test_given_step_noise_takes_the_place_of_the_seed(toy: Toy) -> None:
     seeded = SeededNoise(5, 2, SHAPE)
     start, given = seeded(), np.stack([seeded() for _ in range(3)])
@@ -379,7 +387,7 @@ def test_no_class_is_a_label(toy: Toy) -> None:
         ({"guidance": "cfg:3", "guidance_interval": (0.8, 0.2)}, r"interval 0\.8 0\.2: needs 0 <= low <= high <= 1"),
         ({"guidance": "cfg:3", "guidance_interval": (0.0, 2.0)}, r"interval 0\.0 2\.0"),
         ({"sampler": "ddim"}, "unknown sampler 'ddim'; known: euler, heun"),
-        ({"seed": -1}, "seed -1 must not be negative"),
+        ({"seed": -1}, "seed -1 must"),
         ({"steps": 0, "sampler": "ab2"}, "sampler ab2 needs at least 1 steps, not 0"),
         ({"steps": -2}, "needs at least 1 steps, not -2"),
         ({"steps": 1, "sampler": "euler-maruyama"}, "sampler euler-maruyama needs at least 2 steps, not 1"),
@@ -524,3 +532,14 @@ def test_latents_of_a_vae_are_no_pictures_and_the_message_tells_what_to_do() -> 
 def test_labels_of_a_sample_are_plain_numbers(toy: Toy) -> None:
     labels: Any = np.array([2, 0])
     assert json.dumps(toy.pipeline.sample(labels, steps=1).labels) == "[2, 0]"
+
+
+@pytest.mark.parametrize("choice", [{"seed": 1.5}, {"seed": "3"}, {"steps": 2.0}])
+def test_numbers_that_are_not_whole_are_refused(toy: Toy, choice: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="must be a whole number"):
+        toy.pipeline.sample([0], **choice)
+
+
+def test_a_schedule_may_be_a_plain_number(toy: Toy) -> None:
+    (record,) = toy.pipeline.steps([0], steps=1, schedule=2, sampler="euler")
+    assert record.budget.kept == 2

@@ -104,8 +104,9 @@ def test_a_start_by_euler_would_cost_ab3_an_order() -> None:
     expected = mixture_flow(START, 1.0, 0.0)
 
     def error(steps: int) -> float:
-        times, history, x = np.linspace(1, 0, steps + 1), [], START
-        for t, t_next in pairwise(times):
+        history: list[tuple[float, Floats]] = []
+        x = START
+        for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
             history = [(t, mixture_velocity(x, t, 0)), *history[:2]]
             x = x + integral(history, t_next)
         return float(np.abs(x - expected).max())
@@ -264,7 +265,7 @@ def test_the_state_stays_float64_when_the_velocity_is_float32(name: str) -> None
     sampler = SAMPLERS[name]
 
     def velocity(x: Floats, t: float, step: int) -> Floats:
-        return mixture_velocity(x, t, step).astype(np.float32)  # type: ignore[return-value]
+        return mixture_velocity(x, t, step).astype(np.float32)
 
     run = sampler.run(velocity, START, sampler.times(4), lambda: np.ones_like(START))
     assert [x.dtype for x in run] == [np.dtype(np.float64)] * 4
