@@ -81,8 +81,9 @@ class ReferenceCase(_Facts):
 
 
 class ReferenceTrajectory(_Facts):
-    """Arrays `trajectory/noise` and `trajectory/STEP` of the reference file, and how they were sampled."""
+    """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled."""
 
+    name: Name
     labels: tuple[int, ...]
     steps: int
     schedule: str
@@ -93,7 +94,7 @@ class ReferenceTrajectory(_Facts):
 class Reference(_Facts):
     artifact: Artifact
     cases: tuple[ReferenceCase, ...]
-    trajectory: ReferenceTrajectory
+    trajectories: tuple[ReferenceTrajectory, ...]
 
 
 class ProfileFacts(_Facts):

@@ -35,8 +35,8 @@ from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, Target, load_recipe
 from elit_export.runtime.pipeline import open_bank
 from elit_export.spec import Profile
-from elit_export.verify.cases import REFERENCE_FILE, reference_cases, reference_trajectory
-from elit_export.verify.parity import checked_profiles
+from elit_export.verify.cases import REFERENCE_FILE, reference_cases, reference_trajectories
+from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, parity_of, require
 from elit_export.verify.reference import reference_arrays
 
 NOT_RUN = Parity(status="not run", reason="being built")
@@ -117,12 +117,12 @@ def _built(
 
 def _referenced(writer: BundleWriter, model: ElitSiT, profiles: tuple[Profile, ...]) -> Reference:
     cases = reference_cases(profiles)
-    trajectory = reference_trajectory(profiles, model.spec)
-    arrays = reference_arrays(model, cases, trajectory)
+    trajectories = reference_trajectories(profiles, model.spec)
+    arrays = reference_arrays(model, cases, trajectories)
     with writer.staged() as folder:
         np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
         artifact = writer.adopt(folder, "reference", "reference")
-    return Reference(artifact=artifact, cases=cases, trajectory=trajectory)
+    return Reference(artifact=artifact, cases=cases, trajectories=trajectories)
 
 
 def _plan_set(name: str, target: Target, built: list[tuple[BuiltPlan, Artifact]], reference: Reference) -> PlanSet:
@@ -170,11 +170,12 @@ def _key(plan_set: PlanSet) -> tuple[str, str]:
 
 
 def _verified(bundle: Bundle, plan_set: PlanSet, progress: Progress) -> PlanSet:
-    parity: dict[str, Parity] = {}
+    """The plan set with what its engines showed; raises ParityError at the first miss."""
+    progress("verify", 0.8)
+    found: list[Comparison] = []
     with open_bank(bundle, plan_set) as bank:
-        progress("verify", 0.8)
-        for name, found in checked_profiles(bundle, plan_set, bank):
-            parity[name] = found
-            progress(f"verified {name}", 0.8 + 0.2 * len(parity) / len(plan_set.profiles))
-    profiles = tuple(facts.model_copy(update={"parity": parity[facts.name]}) for facts in plan_set.profiles)
+        for comparison in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference)):
+            found.append(require(comparison))
+            progress(f"verified {comparison.part}", 0.8 + 0.2 * len(found) / comparisons_of(plan_set))
+    profiles = tuple(facts.model_copy(update={"parity": parity_of(facts.name, found)}) for facts in plan_set.profiles)
     return plan_set.model_copy(update={"profiles": profiles})

@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
         *("spec", "recipe", "bundle", "backends", "checkpoint", "models", "graphs", "build", "runtime", "verify"),
     },
     "demo": {"spec", "recipe", "compile", "models", "runtime", "report"},
+    "doctor": {"backends"},
     "cli": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},
@@ -103,7 +104,7 @@ def modules_after(code: str) -> set[str]:
         "import elit_export",
         "from elit_export import Budget, ModelSpec, ElitExportError, Pipeline",
         "import elit_export.cli",
-        "import elit_export.runtime.pipeline, elit_export.verify.parity",
+        "import elit_export.runtime.pipeline, elit_export.verify.check",
         "from elit_export.report.inspection import bundle_facts",
     ],
 )

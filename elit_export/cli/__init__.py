@@ -8,7 +8,7 @@ import click
 from rich.logging import RichHandler
 
 from elit_export.cli.common import Commands
-from elit_export.cli.look import bench, inspect
+from elit_export.cli.look import bench, doctor, inspect, verify
 from elit_export.cli.make import build, export
 from elit_export.cli.run import demo, sample
 from elit_export.cli.train import train
@@ -23,5 +23,5 @@ def main() -> None:
     )
 
 
-for command in (demo, train, export, build, sample, bench, inspect):
+for command in (demo, train, export, build, sample, verify, bench, inspect, doctor):
     main.add_command(command)

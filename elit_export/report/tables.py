@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+from elit_export.verify.parity import Comparison
+
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")
 
@@ -83,3 +85,29 @@ def parity_text(parity: Facts) -> str:
     if parity["status"] != "passed":
         return f"{parity['status']} ({parity['reason']})"
     return f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+
+
+# ---------------------------------------------------------------- parity
+
+
+def parity_tables(found: Sequence[Comparison]) -> Iterator[Table]:
+    """Single steps in one table, trajectories in another."""
+    steps = [comparison for comparison in found if comparison.part.startswith("profile")]
+    states = [comparison for comparison in found if comparison.part.startswith("trajectory")]
+    for title, rows in (("one step against PyTorch", steps), ("trajectories against PyTorch", states)):
+        columns = ("part", "point", "max abs", "relative", "cosine", "SQNR dB", "needed", "margin")
+        yield table(title, columns, [_parity_row(comparison) for comparison in rows])
+
+
+def _parity_row(comparison: Comparison) -> tuple[str, ...]:
+    found = comparison.found
+    return (
+        comparison.part,
+        comparison.point,
+        f"{found.max_abs:.1e}",
+        f"{found.max_relative:.1e}",
+        f"{found.cosine:.9f}",
+        f"{found.sqnr_db:.1f}",
+        f"{comparison.least_db:g}",
+        f"{comparison.margin_db:+.1f}" if comparison.passed else f"[red]{comparison.margin_db:+.1f}[/red]",
+    )

@@ -17,6 +17,12 @@ from elit_export.bundle import PlanSet
 from elit_export.errors import BackendUnavailable, BundleError, EngineError
 from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray
 
+# y = x, one float, as ONNX: the smallest model that makes a provider start or refuse.
+IDENTITY = (
+    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01'
+    b"\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
+)
+WARNINGS, ERRORS, SILENT = 2, 3, 4  # ONNX Runtime's log levels; the first is its default
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -35,6 +41,23 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
+def library_version() -> str:
+    return f"onnxruntime {ort.__version__}"
+
+
+def device_problem(device: str) -> tuple[str, str]:
+    """(what is wrong, what to do), both empty if the device's provider really starts."""
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        return f"this onnxruntime has no {provider}", "pip install 'elit-export[onnxruntime-gpu]' without onnxruntime"
+    ort.set_default_logger_severity(SILENT)  # the answer is said once, by us
+    started = ort.InferenceSession(IDENTITY, providers=[provider]).get_providers()
+    ort.set_default_logger_severity(WARNINGS)
+    if started[0] != provider:
+        return f"{provider} does not start here", "install its driver, CUDA and cuDNN, or use device = 'cpu'"
+    return "", ""
+
+
 class OnnxRuntimeEngine:
     """One inference session. `threads = 0` uses all cores; `device` is "cpu" or "cuda".
 
@@ -43,19 +66,16 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(self, plan: Path, *, device: str, threads: int) -> None:
-        provider = _available_provider(device)
+        problem, remedy = device_problem(device)
+        if problem:
+            raise BackendUnavailable(f"{problem}; {remedy}")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; they are raised as well
+        options.log_severity_level = ERRORS
         try:
-            self._session = ort.InferenceSession(plan, options, providers=[provider])
+            self._session = ort.InferenceSession(plan, options, providers=[PROVIDERS[device]])
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
             raise EngineError(f"onnxruntime cannot open {plan}: {_first_line(error)}") from error
-        if self._session.get_providers()[0] != provider:
-            raise BackendUnavailable(
-                f"onnxruntime could not start {provider} (it offers {self._session.get_providers()}); "
-                f"install its driver and libraries, or build a target with device = 'cpu'"
-            )
         self._device = device
         self._outputs = [output.name for output in self._session.get_outputs()]
 
@@ -102,16 +122,6 @@ class OrtArray(DeviceArray):
     def numpy(self) -> HostArray:
         host: HostArray = self.value.numpy()
         return host
-
-
-def _available_provider(device: str) -> str:
-    provider = PROVIDERS[device]
-    if provider not in ort.get_available_providers():
-        raise BackendUnavailable(
-            f"this onnxruntime has no {provider} (it has {', '.join(ort.get_available_providers())}); "
-            f"for device {device!r}: pip install 'elit-export[onnxruntime-gpu]' in place of onnxruntime"
-        )
-    return provider
 
 
 def _first_line(error: Exception) -> str:

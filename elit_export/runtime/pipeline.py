@@ -107,7 +107,7 @@ class Pipeline:
         InputError listing the plan sets.
         """
         opened = Bundle.open(bundle)
-        plan_set = _chosen(opened.manifest.plan_sets, target, precision)
+        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
         if not allow_unverified:
             _check_verified(plan_set, opened.folder)
         model = opened.manifest.model
@@ -212,7 +212,8 @@ def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> 
 # ---------------------------------------------------------------- opening plans
 
 
-def _chosen(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
+def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
+    """The one plan set that fits; raises InputError listing all if none or several do."""
     fitting = tuple(
         plan_set
         for plan_set in plan_sets

@@ -1,4 +1,4 @@
-"""Which inputs engines are compared on: single steps at every profile's corners, and a short trajectory.
+"""Which inputs engines are compared on: single steps at every profile's corners, and short trajectories.
 
 Takes: profiles.  Gives: cases and their inputs.  May touch: nothing; needs no torch.
 """
@@ -43,20 +43,31 @@ def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
     }
 
 
-# ---------------------------------------------------------------- a trajectory
+# ---------------------------------------------------------------- trajectories
 
 
-def reference_trajectory(profiles: Sequence[Profile], spec: ModelSpec) -> ReferenceTrajectory:
-    """Four steps that change budget half-way, guided at the lowest one: few numbers that touch everything."""
+def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tuple[ReferenceTrajectory, ...]:
+    """Four short samplings, so that plain, guided, mixed and multistep runs are all compared step by step."""
     lowest = min(profile.latents.min for profile in profiles)
     highest = max(profile.latents.max for profile in profiles)
     half = TRAJECTORY_STEPS // 2
-    return ReferenceTrajectory(
-        labels=(0, spec.num_classes - 1),
-        steps=TRAJECTORY_STEPS,
-        schedule=f"0-{half - 1}:{lowest},{half}-{TRAJECTORY_STEPS - 1}:{highest}",
-        guidance=f"ccfg:2@{lowest}",
-        sampler="ab2",
+    mixed = f"0-{half - 1}:{lowest},{half}-{TRAJECTORY_STEPS - 1}:{highest}"
+
+    def trajectory(name: str, schedule: str, guidance: str, sampler: str) -> ReferenceTrajectory:
+        return ReferenceTrajectory(
+            name=name,
+            labels=(0, spec.num_classes - 1),
+            steps=TRAJECTORY_STEPS,
+            schedule=schedule,
+            guidance=guidance,
+            sampler=sampler,
+        )
+
+    return (
+        trajectory("plain", str(highest), "none", "euler"),
+        trajectory("guided", str(highest), "cfg:2", "heun"),
+        trajectory("mixed", mixed, f"ccfg:2@{lowest}", "euler"),
+        trajectory("multistep", mixed, f"ccfg:2@{lowest}", "ab3"),
     )
 
 

@@ -19,6 +19,7 @@ class Difference:
     max_abs: float
     max_relative: float
     sqnr_db: float
+    cosine: float
 
 
 def difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
@@ -26,16 +27,18 @@ def difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
     wanted = np.asarray(expected, np.float64)
     error = np.asarray(found, np.float64) - wanted
     if not np.isfinite(error).all():
-        return Difference(math.inf, math.inf, -math.inf)
+        return Difference(math.inf, math.inf, -math.inf, math.nan)
     noise = float(np.square(error).sum())
     signal = float(np.square(wanted).sum())
     max_abs = float(np.abs(error).max())
     largest = float(np.abs(wanted).max())
     if noise == 0:
-        return Difference(0.0, 0.0, math.inf)
+        return Difference(0.0, 0.0, math.inf, 1.0)
     if signal == 0:
-        return Difference(max_abs, math.inf, -math.inf)
-    return Difference(max_abs, max_abs / largest, 10 * math.log10(signal / noise))
+        return Difference(max_abs, math.inf, -math.inf, 0.0)
+    got = wanted + error
+    cosine = float((got * wanted).sum() / math.sqrt(float(np.square(got).sum()) * signal)) if got.any() else 0.0
+    return Difference(max_abs, max_abs / largest, 10 * math.log10(signal / noise), cosine)
 
 
 def worst(differences: list[Difference]) -> Difference:
@@ -44,4 +47,5 @@ def worst(differences: list[Difference]) -> Difference:
         max(d.max_abs for d in differences),
         max(d.max_relative for d in differences),
         min(d.sqnr_db for d in differences),
+        min(d.cosine for d in differences),
     )

@@ -42,13 +42,18 @@ def torch_pipeline(model: ElitSiT) -> Pipeline:
     return Pipeline(bank, model.spec, model.data)
 
 
-def reference_arrays(model: ElitSiT, cases: Sequence[ReferenceCase], trajectory: ReferenceTrajectory) -> Arrays:
-    """Inputs and outputs of each case as `INDEX/name`, the states of the trajectory as `trajectory/STEP`."""
+def reference_arrays(
+    model: ElitSiT, cases: Sequence[ReferenceCase], trajectories: Sequence[ReferenceTrajectory]
+) -> Arrays:
+    """Inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`."""
     engine = torch_engine(model)
     arrays: Arrays = {}
     for index, case in enumerate(cases):
         inputs = case_inputs(case, index, model.spec)
         outputs = engine({**inputs, LATENTS: np.arange(case.kept)})
         arrays |= {f"{index}/{name}": to_host(array) for name, array in {**inputs, **outputs}.items()}
-    states = trajectory_states(torch_pipeline(model), trajectory)
-    return arrays | {f"trajectory/{step}": state for step, state in enumerate(states)}
+    pipeline = torch_pipeline(model)
+    for trajectory in trajectories:
+        states = trajectory_states(pipeline, trajectory)
+        arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
+    return arrays

@@ -7,7 +7,8 @@ import pytest
 
 from elit_export.spec import Precision
 from elit_export.verify.metrics import difference, worst
-from elit_export.verify.tolerances import TOLERANCES, shortfall
+from elit_export.verify.parity import Comparison
+from elit_export.verify.tolerances import TOLERANCES
 
 
 def test_known_error_gives_known_measures() -> None:
@@ -40,10 +41,15 @@ def test_worst_takes_the_worst_of_each_measure() -> None:
     assert worst([small, large]).sqnr_db == large.sqnr_db
 
 
-def test_shortfall_says_what_would_have_passed() -> None:
+def test_cosine_of_opposite_arrays_is_minus_one() -> None:
+    assert difference([1.0, -2.0], [-1.0, 2.0]).cosine == pytest.approx(-1.0)
+
+
+def test_a_miss_says_what_would_have_passed() -> None:
     found = difference([1.0, 1.001], [1.0, 1.0])
-    assert shortfall(found, 60.0) == ""
-    assert "a tolerance of 63 dB would have passed" in shortfall(found, 80.0)
+    assert Comparison("profile full", "K=1", found, 60.0).passed
+    assert "3.0 dB better than needed" in Comparison("profile full", "K=1", found, 60.0).verdict
+    assert "a tolerance of 63 dB would have passed" in Comparison("profile full", "K=1", found, 80.0).verdict
 
 
 def test_every_precision_has_a_tolerance() -> None:

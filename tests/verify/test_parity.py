@@ -14,7 +14,7 @@ from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, HostArray, to_host
 from elit_export.spec import Precision
-from elit_export.verify.parity import checked_profiles
+from elit_export.verify.parity import compared, comparisons_of, load_reference, require
 from elit_export.verify.reference import torch_engine
 
 Outputs = dict[str, HostArray]
@@ -30,7 +30,8 @@ def check_with(bundle: Bundle, model: ElitSiT, change: Callable[[Mapping[str, Ho
     (plan_set,) = bundle.manifest.plan_sets
     slots = [Slot(facts.profile, FunctionEngine(changed)) for facts in plan_set.profiles]
     bank = EngineBank(slots, bundle.manifest.model.spec.budgets, Precision.FP32)
-    list(checked_profiles(bundle, plan_set, bank))
+    found = [require(one) for one in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference))]
+    assert len(found) == comparisons_of(plan_set)
 
 
 def test_pytorch_itself_passes(golden_g4_bundle: Bundle, golden_g4_model: ElitSiT) -> None:
@@ -39,7 +40,7 @@ def test_pytorch_itself_passes(golden_g4_bundle: Bundle, golden_g4_model: ElitSi
 
 @pytest.mark.parametrize("name", ["velocity", "residual"])
 def test_small_error_in_any_output_is_found(golden_g4_bundle: Bundle, golden_g4_model: ElitSiT, name: str) -> None:
-    with pytest.raises(ParityError, match=r"profile full of target cpu: SQNR .* would have passed"):
+    with pytest.raises(ParityError, match=rf"profile full, K=13 rows=1 {name}: SQNR .* would have passed"):
         check_with(golden_g4_bundle, golden_g4_model, lambda _, outputs: outputs | {name: outputs[name] * (1 + 3e-6)})
 
 
@@ -52,7 +53,7 @@ def test_error_at_one_budget_names_its_profile(
             return outputs | {"velocity": outputs["velocity"] + 1e-3}
         return outputs
 
-    with pytest.raises(ParityError, match=f"profile {profile} "):
+    with pytest.raises(ParityError, match=f"profile {profile}, K={kept} .*velocity"):
         check_with(golden_g4_bundle, golden_g4_model, wrong_there)
 
 
@@ -65,7 +66,7 @@ def test_error_in_the_null_class_alone_is_found_on_the_trajectory(
             return outputs | {"velocity": outputs["velocity"] * np.float32(1.001)}
         return outputs
 
-    with pytest.raises(ParityError, match="trajectory of target cpu, step 2"):
+    with pytest.raises(ParityError, match="trajectory mixed, step 2"):
         check_with(golden_g4_bundle, golden_g4_model, wrong_null)
 
 

@@ -1,0 +1,68 @@
+"""`verify`: a bundle's engines against PyTorch, from stored answers or live.
+
+Takes: a bundle, optionally its checkpoint.  Gives: Comparisons; records a first success in the manifest.
+May touch: the manifest of a bundle that was never verified on its device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from elit_export.bundle import Bundle, PlanSet, writing
+from elit_export.errors import BundleError
+from elit_export.files import sha256_of
+from elit_export.runtime.pipeline import open_bank
+from elit_export.verify.cases import Arrays
+from elit_export.verify.parity import Comparison, compared, load_reference, parity_of
+
+
+def verify_plan_set(
+    bundle: Bundle,
+    plan_set: PlanSet,
+    *,
+    checkpoint: str | Path | None,
+    on_comparison: Callable[[Comparison], None],
+) -> list[Comparison]:
+    """Run every comparison, also after a miss; with `checkpoint`, against PyTorch live (needs torch).
+
+    Raises BundleError if the checkpoint is not the one the bundle was built from.
+    """
+    arrays = live_reference(bundle, plan_set, checkpoint) if checkpoint else load_reference(bundle, plan_set.reference)
+    found = []
+    with open_bank(bundle, plan_set) as bank:
+        for comparison in compared(bundle, plan_set, bank, arrays):
+            on_comparison(comparison)
+            found.append(comparison)
+    return found
+
+
+def live_reference(bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path) -> Arrays:
+    """The answers of the checkpoint's own model to the bundle's cases."""
+    from elit_export.checkpoint import checkpoint_path, load_checkpoint  # the only path that needs torch
+    from elit_export.verify.reference import reference_arrays
+
+    model_facts = bundle.manifest.model
+    if sha256_of(checkpoint_path(checkpoint)) != model_facts.checkpoint_sha256:
+        raise BundleError(
+            f"{bundle.folder} was not built from {checkpoint} (sha256 differs); "
+            f"give its own checkpoint, or build again from this one"
+        )
+    spec = model_facts.spec
+    model = load_checkpoint(
+        checkpoint, num_heads=spec.num_heads, head_depth=spec.head_depth, tail_depth=spec.tail_depth
+    )
+    return reference_arrays(model, plan_set.reference.cases, plan_set.reference.trajectories)
+
+
+def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison]) -> bool:
+    """Mark profiles that were never run as passed; True if the manifest changed."""
+    assert all(comparison.passed for comparison in found)
+    if all(facts.parity.status == "passed" for facts in plan_set.profiles):
+        return False
+    profiles = tuple(facts.model_copy(update={"parity": parity_of(facts.name, found)}) for facts in plan_set.profiles)
+    verified = plan_set.model_copy(update={"profiles": profiles})
+    with writing(bundle.folder) as writer:
+        plan_sets = tuple(verified if old == plan_set else old for old in bundle.manifest.plan_sets)
+        writer.commit(bundle.manifest.model_copy(update={"plan_sets": plan_sets}))
+    return True
