@@ -2,8 +2,9 @@
 
 Takes: a name.  Gives: a Backend row.  May touch: nothing; the modules are imported on use.
 
-A build module offers `build_plan(graph, folder, options) -> BuiltPlan`; an engine module offers
-`open_engine(plan, facts) -> Engine`, where `facts` is the plan set as the manifest tells it.
+A build module offers `build_plans(graph, folder, profiles, target) -> Iterator[BuiltPlan]`. An engine
+module offers `open_engine(plan, facts) -> Engine`, where `facts` is the plan set as the manifest tells
+it, `library_version() -> str` and `device_problem(device) -> (problem, remedy)`.
 """
 
 from __future__ import annotations

@@ -16,24 +16,33 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from elit_export.errors import BundleError, InputError
 from elit_export.files import flush_to_disk, sha256_of, write_text
-from elit_export.spec import Budget, DataFacts, ModelSpec, Precision, Profile, Range
+from elit_export.spec import NAME_PATTERN, Budget, DataFacts, ModelSpec, Precision, Profile, Range
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LOCK = ".build.lock"
 STAGING = ".staging"
-NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # neither empty, hidden nor a way out of the folder
+KINDS = ("graphs", "plans", "reference")
+ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class NewerBundleError(BundleError):
+    """Written by a newer version: not to be replaced as if it were damaged."""
 
 
 class _Facts(BaseModel):
@@ -48,13 +57,10 @@ class FileFacts(_Facts):
     size_bytes: int = Field(ge=0)
 
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-
-
 class Artifact(_Facts):
     """A folder of files under `kind`/`name`."""
 
-    kind: str = Field(pattern=r"^(graphs|plans|reference)$")
+    kind: str = Field(pattern=f"^({'|'.join(KINDS)})$")
     name: Name
     files: dict[Name, FileFacts] = Field(min_length=1)
 
@@ -200,7 +206,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
-        raise BundleError(
+        raise NewerBundleError(
             f"{path}: schema {version} is newer than this version reads ({SCHEMA}): pip install -U elit-export"
         )
     if version != SCHEMA:
@@ -264,39 +270,68 @@ class BundleWriter:
         return artifact
 
     def commit(self, manifest: Manifest) -> Bundle:
-        """Write the manifest, the moment from which the bundle exists; then drop what it no longer names."""
+        """Write the manifest, the moment from which the bundle exists."""
         write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
-        named = {(artifact.kind, artifact.name) for artifact in manifest.artifacts()}
-        for kind in ("graphs", "plans", "reference"):
-            for path in (self.folder / kind).glob("*"):
-                if (kind, path.name) not in named:
-                    shutil.rmtree(path)
         return Bundle(self.folder, manifest)
 
     def existing(self) -> Manifest | None:
-        """The manifest of an earlier build into this folder, if it is readable."""
+        """The manifest of an earlier build, None if there is none or it is damaged; raises NewerBundleError."""
         try:
             return Bundle.open(self.folder).manifest
+        except NewerBundleError:
+            raise
         except BundleError:
             return None
+
+    def clean(self) -> None:
+        """Drop staging folders and artifacts that no manifest names, and nothing else."""
+        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        manifest = self.existing()
+        named = {(artifact.kind, artifact.name) for artifact in manifest.artifacts()} if manifest else set()
+        for kind in KINDS:
+            for path in (self.folder / kind).glob("*"):
+                if path.is_dir() and ARTIFACT_NAME.fullmatch(path.name) and (kind, path.name) not in named:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[BundleWriter]:
-    """Lock a folder for one build; raises BundleError if another build holds it or it cannot be written."""
+    """Lock a folder for one build, and leave in it what its manifest names, whatever happens.
+
+    Raises BundleError if another build holds it, if it holds other things, or cannot be written.
+    """
     from filelock import FileLock, Timeout
 
+    lock = FileLock(folder / LOCK, timeout=0)
     try:
+        _check_ours(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, timeout=0):
-            try:
-                yield BundleWriter(folder)
-            finally:
-                shutil.rmtree(folder / STAGING, ignore_errors=True)
+        lock.acquire()
     except Timeout as error:
         raise BundleError(f"another build is writing into {folder}; wait for it or choose another --out") from error
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise BundleError(f"cannot write into {folder}: {error}") from error
+    except OSError as error:
+        raise BundleError(f"cannot write into {folder}: {error.strerror}; choose another --out") from error
+    writer = BundleWriter(folder)
+    try:
+        writer.existing()  # a newer bundle is refused before anything is built
+        yield writer
+        writer.clean()
+    except NewerBundleError:
+        raise
+    except BaseException:
+        writer.clean()
+        raise
+    finally:
+        lock.release()
+
+
+def _check_ours(folder: Path) -> None:
+    """Building into a folder of other things would mix with them."""
+    if not folder.is_dir() or (folder / MANIFEST).is_file():
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if path.name not in {*KINDS, LOCK, STAGING})
+    if foreign:
+        raise BundleError(f"{folder} is no bundle and holds other things ({foreign[0]}); choose another --out")
 
 
 def _facts_of(path: Path) -> FileFacts:
@@ -323,7 +358,3 @@ def budgets_of(plan_set: PlanSet, spec: ModelSpec) -> tuple[Budget, ...]:
 
 def described(plan_sets: tuple[PlanSet, ...]) -> str:
     return ", ".join(f"target={plan_set.target!r} precision={plan_set.precision.value!r}" for plan_set in plan_sets)
-
-
-def to_json(manifest: Manifest) -> Any:
-    return json.loads(manifest.model_dump_json())

@@ -33,6 +33,9 @@ from elit_export.spec import PIXELS, RELEASED_HEAD_DEPTH, SD_VAE, SIT_NAMES, SIT
 log = logging.getLogger(__name__)
 
 FORMAT = "elit_export/1"
+# A released file does not say what its numbers mean; its channels do, mostly.
+DATA_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 4: SD_VAE}
+UNKNOWN_VAE = DataFacts(kind="vae", vae="unknown")
 SHIPPED_PREFIX = "shipped:"
 Weights = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -76,13 +79,15 @@ def checkpoint_path(path: str | Path) -> Path:
 def _load_released(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
     content = _read_pt(path)
     weights = content.get("ema")
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise CheckpointError(f"{path}: no `ema` weights in it; a released checkpoint has model, ema, opt, args")
     weights = dict(weights)
     _drop_projectors(weights)
     spec = _released_spec(path, weights, _args_of(content), given)
     _add_missing_latent_positions(weights, spec)
-    model = _meta_model(spec, SD_VAE if spec.in_channels == 4 else PIXELS)
+    model = _meta_model(spec, DATA_BY_CHANNELS.get(spec.in_channels, UNKNOWN_VAE))
     renamed = _renamed(path, weights, model)
     model.load_state_dict(renamed, assign=True)
     return model.eval()
@@ -97,7 +102,7 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
             f"{path}: refused, because reading it would run code or build unknown objects "
             f"({_first_line(error)}); only tensors, plain values and argparse.Namespace are read"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
             f"{path}: not a whole torch.save zip file (truncated, damaged, or saved in the old format): "
             f"{_first_line(error)}; download or save it again"
@@ -146,6 +151,7 @@ def _released_spec(
     path: Path, weights: Mapping[str, Tensor], args: Mapping[str, Any], given: Mapping[str, int | None]
 ) -> ModelSpec:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    _check_telling_shapes(path, shapes)
     hidden = _hidden_numbers(path, shapes, args, given)
     try:
         from_shapes = _spec_from_shapes(shapes, hidden)
@@ -160,10 +166,20 @@ def _released_spec(
             num_classes=args.get("num_classes", from_shapes.num_classes),
             group_size=args.get("elit_group_size", from_shapes.group_size),
         )
-    except KeyError as error:
-        raise CheckpointError(f"{path}: missing tensor {error.args[0]}") from error
-    except (InputError, IndexError, ZeroDivisionError, TypeError) as error:
+    except (InputError, TypeError) as error:
         raise CheckpointError(f"{path}: its shapes and args do not describe an ELIT-SiT model: {error}") from error
+
+
+def _check_telling_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """The tensors that tell the spec must be there, with as many axes as they should have, none empty."""
+    for name, axes in TELLING_AXES.items():
+        if name not in shapes:
+            raise CheckpointError(f"{path}: missing {name}")
+        if len(shapes[name]) != axes or 0 in shapes[name]:
+            raise CheckpointError(f"{path}: {name} has shape {shapes[name]}, it should have {axes} axes, none empty")
+    norm = shapes.get(QK_NORM, (1,))
+    if len(norm) != 1 or 0 in norm:
+        raise CheckpointError(f"{path}: {QK_NORM} has shape {norm}, it should have one axis")
 
 
 def _hidden_numbers(
@@ -192,16 +208,15 @@ def _told_by_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[
         size = args["model"].removeprefix("ELIT-SiT-").split("/")[0]
         _, _, told["num_heads"], told["tail_depth"] = SIT_SIZES[size]
         told.setdefault("head_depth", RELEASED_HEAD_DEPTH)
-    elif "blocks.0.attn.q_norm.weight" in shapes and "pos_embed" in shapes:
-        told["num_heads"] = shapes["pos_embed"][2] // shapes["blocks.0.attn.q_norm.weight"][0]
+    elif QK_NORM in shapes:
+        told["num_heads"] = shapes["pos_embed"][2] // shapes[QK_NORM][0]
     return told
 
 
 def _spec_from_shapes(shapes: Mapping[str, Shape], hidden: _Hidden) -> ModelSpec:
     _, tokens, width = shapes["pos_embed"]
     _, channels, patch, _ = shapes["x_embedder.proj.weight"]
-    block_numbers = [int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))]
-    depth = max(block_numbers, default=-1) + 1
+    depth = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
     return ModelSpec(
         in_channels=channels,
         input_size=isqrt(tokens) * patch,
@@ -212,7 +227,7 @@ def _spec_from_shapes(shapes: Mapping[str, Shape], hidden: _Hidden) -> ModelSpec
         core_depth=depth - hidden.head_depth - hidden.tail_depth,
         tail_depth=hidden.tail_depth,
         group_size=isqrt(shapes[LEARNED_QUERIES][0]),
-        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        qk_norm=QK_NORM in shapes,
         mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
         num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
     )
@@ -224,6 +239,15 @@ READ = "input_token_editor.adapters.0."
 WRITE = "output_token_editor.adapters.0."
 LATENT_POSITIONS = f"{READ}latent_pos_embed"
 LEARNED_QUERIES = f"{READ}learned_query_embed"
+QK_NORM = "blocks.0.attn.q_norm.weight"
+# Tensors whose shapes tell the spec, and how many axes each has.
+TELLING_AXES = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    LEARNED_QUERIES: 2,
+}
 # Own prefix → released prefix; the first that fits counts.
 RELEASED_PREFIXES = {
     "patch_embed.": "x_embedder.",

@@ -152,10 +152,10 @@ def _plan_set(name: str, target: Target, built: list[tuple[BuiltPlan, Artifact]]
 
 
 def _manifest(writer: BundleWriter, facts: ModelFacts, graph: Artifact, plan_set: PlanSet) -> Manifest:
-    """The new plan set beside those of other targets that an earlier build made from the same checkpoint."""
+    """The new plan set beside those of other targets that an earlier build made of the same model."""
     earlier = writer.existing()
-    same_model = earlier is not None and earlier.model.checkpoint_sha256 == facts.checkpoint_sha256
-    others = [old for old in earlier.plan_sets if _key(old) != _key(plan_set)] if earlier and same_model else []
+    kept = earlier.plan_sets if earlier and earlier.model == facts else ()
+    others = [old for old in kept if _key(old) != _key(plan_set)]
     return Manifest(
         schema_version=SCHEMA,
         package_version=version("elit-export"),

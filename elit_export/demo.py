@@ -11,11 +11,10 @@ from pathlib import Path
 
 from elit_export.compile import Progress, compile_bundle
 from elit_export.files import written_whole
-from elit_export.models.cost import flops
 from elit_export.recipe import shipped_recipe
 from elit_export.runtime.images import grid
 from elit_export.runtime.pipeline import Pipeline, Sample
-from elit_export.spec import ModelSpec
+from elit_export.verify.bench import flops_per_image
 
 STEPS = 15
 SAMPLER = "ab3"
@@ -35,7 +34,7 @@ class DemoRow:
 
     @property
     def ms_per_image(self) -> float:
-        return self.sample.seconds * 1e3 / len(self.sample.labels)
+        return self.sample.ms_per_image
 
 
 def build_demo(folder: Path, progress: Progress) -> Pipeline:
@@ -56,11 +55,6 @@ def demo_rows(pipeline: Pipeline) -> Iterator[DemoRow]:
     for name, schedule, guidance in choices:
         sample = pipeline.sample(labels, steps=STEPS, sampler=SAMPLER, schedule=schedule, guidance=guidance, seed=SEED)
         yield DemoRow(name, guidance, sample, flops_per_image(sample, pipeline.spec))
-
-
-def flops_per_image(sample: Sample, spec: ModelSpec) -> float:
-    calls = (call for record in sample.records for call in record.calls)
-    return sum(call.rows * flops(spec, call.budget).total for call in calls) / len(sample.labels)
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:

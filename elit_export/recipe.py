@@ -14,8 +14,8 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elit_export.backends import BACKENDS
-from elit_export.errors import InputError, RecipeError
-from elit_export.spec import ModelSpec, Precision, Profile, Range, default_profiles
+from elit_export.errors import RecipeError
+from elit_export.spec import NAME_PATTERN, ModelSpec, Precision, Profile, Range, default_profiles
 
 SHIPPED_RECIPE = "fashion.toml"
 
@@ -85,12 +85,12 @@ class Architecture(_Table):
 class Recipe(_Table):
     """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")  # neither hidden nor a way out of a folder
+    name: str = Field(pattern=NAME_PATTERN)
     checkpoint: str | None = None
     architecture: Architecture = Architecture()
     rows: RangeTable
     profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
-    targets: dict[str, Target] = Field(min_length=1)
+    targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Target] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -151,8 +151,6 @@ def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{source}: " + "; ".join(_told(problem) for problem in error.errors())) from error
-    except InputError as error:  # a Range out of order: pydantic lets it through, since it is no plain ValueError
-        raise RecipeError(f"{source}: {error}") from error
 
 
 def _told(problem: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any, Self
 from elit_export.errors import InputError
 
 BUDGET_NAMES = {"full": 1, "half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16}
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # names that become folders: not hidden, no way out
 FRACTION_TOLERANCE = 1e-3  # of a latent; a trained fraction like 0.0781 for 5/64 misses by 1.6e-3
 
 
@@ -175,6 +176,10 @@ class DataFacts:
     vae: str = ""
     class_names: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.kind not in ("pixels", "vae"):
+            raise InputError(f"data kind {self.kind!r} is neither 'pixels' nor 'vae'")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"class_names": list(self.class_names)}
 
@@ -292,7 +297,7 @@ class ModelSpec:
 
     @property
     def mlp_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
+        return round(self.hidden_size * self.mlp_ratio)
 
     @property
     def null_class(self) -> int:

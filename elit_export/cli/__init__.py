@@ -8,8 +8,9 @@ import click
 from rich.logging import RichHandler
 
 from elit_export.cli.common import Commands
-from elit_export.cli.look import bench, doctor, inspect, verify
+from elit_export.cli.look import doctor, inspect, verify
 from elit_export.cli.make import build, export
+from elit_export.cli.measure import bench
 from elit_export.cli.run import demo, sample
 from elit_export.cli.train import train
 

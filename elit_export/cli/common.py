@@ -6,6 +6,7 @@ This folder is the only place that prints or exits.
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,11 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from elit_export.errors import ElitExportError
 from elit_export.files import write_text
 
-console = Console()
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -42,6 +43,9 @@ class Commands(click.Group):
                 raise
             extra = LIBRARY_EXTRAS[error.name]
             click.echo(f"error: this command needs {error.name}: pip install 'elit-export[{extra}]'", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing half-written was left behind", err=True)
@@ -79,12 +83,35 @@ def build_progress(progress: Progress) -> Callable[[str, float], None]:
     return show
 
 
-def write_json(facts: Any, where: str) -> None:
-    text = json.dumps(facts, indent=1)
+def show(*tables: Table, json_to: str | None = None) -> None:
+    """Print for people: on standard error where the JSON goes to standard output."""
+    console = Console(stderr=json_to == "-")
+    for made in tables:
+        console.print(made)
+
+
+def say(text: str, *, json_to: str | None = None) -> None:
+    """One plain line for people: no markup, no wrapping."""
+    click.echo(text, err=json_to == "-")
+
+
+def write_json(facts: Any, where: str | None) -> None:
+    """Write strict JSON to a file, to standard output for `-`, or nowhere; numbers that are not finite become null."""
+    if where is None:
+        return
+    text = json.dumps(_finite(facts), indent=1, allow_nan=False)
     if where == "-":
         click.echo(text)
     else:
         write_text(Path(where), text + "\n")
+
+
+def _finite(facts: Any) -> Any:
+    if isinstance(facts, dict):
+        return {name: _finite(value) for name, value in facts.items()}
+    if isinstance(facts, list | tuple):
+        return [_finite(value) for value in facts]
+    return None if isinstance(facts, float) and not math.isfinite(facts) else facts
 
 
 def architecture_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, architecture_options, build_progress, console, progress_bar
+from elit_export.cli.common import FILE, FOLDER, architecture_options, build_progress, progress_bar, say, show
 from elit_export.report.tables import inspection_tables
 
 DEFAULT_BUILD_FOLDER = Path("engines/build")
@@ -22,7 +22,7 @@ def export(checkpoint: str, out: Path, **numbers: int | None) -> None:
     from elit_export.graphs.export import export_step
 
     path = export_step(load_checkpoint(checkpoint, **numbers), out)
-    console.print(f"wrote {path} and {path.name}.data")
+    say(f"wrote {path} and {path.name}.data")
 
 
 @click.command()
@@ -46,6 +46,5 @@ def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | 
             checkpoint=checkpoint,
             progress=build_progress(progress),
         )
-    for made in inspection_tables(bundle_facts(bundle)):
-        console.print(made)
-    console.print(f"wrote {folder}; next: elit-export sample {folder}")
+    show(*inspection_tables(bundle_facts(bundle)))
+    say(f"wrote {folder}; next: elit-export sample {folder}")

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, build_progress, console, progress_bar, write_json
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, build_progress, progress_bar, say, show, write_json
 from elit_export.errors import InputError
 from elit_export.files import written_whole
 from elit_export.report.tables import table
@@ -55,10 +55,10 @@ def demo(out: Path, json_to: str | None) -> None:
         for row in rows
     ]
     columns = ("budget", "guidance", "ms per image", "time / full", "FLOPs / full")
-    console.print(table(f"{STEPS} steps, {len(full.sample.labels)} images at once", columns, cells))
-    console.print(f"wrote {out / 'demo.png'}, one row of images for each row of the table; engines in {out / 'bundle'}")
-    if json_to:
-        write_json(facts, json_to)
+    show(table(f"{STEPS} steps, {len(full.sample.labels)} images at once", columns, cells), json_to=json_to)
+    picture = out / "demo.png"
+    say(f"wrote {picture}, one row of images for each row of the table; engines in {out / 'bundle'}", json_to=json_to)
+    write_json(facts, json_to)
 
 
 @click.command()
@@ -76,6 +76,8 @@ def demo(out: Path, json_to: str | None) -> None:
 @click.option("--precision", help="Needed if the target has several.")
 def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: str | None, **choices: Any) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
+    if out.suffix not in ("", ".png", ".npz"):
+        raise InputError(f"--out {out}: pictures are written as .png")
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
         chosen = parse_labels(labels, pipeline.spec, pipeline.data)
         task = progress.add_task("sampling", total=choices["steps"])
@@ -85,13 +87,13 @@ def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: 
     arrays = out.with_suffix(".npz")
     with written_whole(arrays) as temporary:
         np.savez(temporary, latents=made.latents, labels=made.labels)
-    console.print(made.summary())
+    say(made.summary())
     if made.data.kind == "pixels":
         with written_whole(out.with_suffix(".png")) as temporary:
             grid([made.images[i : i + 10] for i in range(0, len(chosen), 10)], zoom=2).save(temporary)
-        console.print(f"wrote {out.with_suffix('.png')} and {arrays}")
+        say(f"wrote {out.with_suffix('.png')} and {arrays}")
     else:
-        console.print(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): a decoder is needed for a PNG")
+        say(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): a decoder is needed for a PNG")
 
 
 def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
@@ -104,8 +106,10 @@ def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
         first, _, last = part.partition("-")
         if part.lower() in names:
             labels.append(names[part.lower()])
-        elif first.isdigit() and (last.isdigit() or "-" not in part):
-            labels += range(int(first), int(last or first) + 1)
+        elif part.isdecimal():
+            labels.append(int(part))
+        elif first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+            labels += range(int(first), int(last) + 1)
         else:
             known = f"; class names: {', '.join(data.class_names)}" if names else ""
             raise InputError(f"label {part!r} is neither a number, a range like 0-9 nor a class name{known}")

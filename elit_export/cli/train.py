@@ -10,14 +10,16 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FOLDER, console, progress_bar, stop_requested, write_json
+from elit_export.cli.common import FOLDER, progress_bar, show, stop_requested, write_json
 from elit_export.report.tables import table
 from elit_export.spec import DataFacts, ModelSpec
+
+POSITIVE = click.IntRange(min=1)
 
 
 def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, int, int]:
     parts = value.split("-")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
         raise click.BadParameter(f"{value!r} is not HEAD-CORE-TAIL, e.g. 1-8-1")
     head, core, tail = (int(part) for part in parts)
     return head, core, tail
@@ -26,22 +28,28 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 @click.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", type=FOLDER, required=True, help="Folder for state.pt, model.safetensors and train.jsonl.")
-@click.option("--size", default=32, show_default=True, help="Image side in pixels; data is padded or cropped to it.")
-@click.option("--patch", default=4, show_default=True)
-@click.option("--group", default=4, show_default=True, help="Group side in tokens; latents per group = its square.")
-@click.option("--width", default=128, show_default=True)
-@click.option("--heads", default=4, show_default=True)
+@click.option(
+    "--size",
+    type=POSITIVE,
+    default=32,
+    show_default=True,
+    help="Image side; data is padded or cropped to it.",
+)
+@click.option("--patch", type=POSITIVE, default=4, show_default=True)
+@click.option("--group", type=POSITIVE, default=4, show_default=True, help="Group side in tokens; its square is J.")
+@click.option("--width", type=POSITIVE, default=128, show_default=True)
+@click.option("--heads", type=POSITIVE, default=4, show_default=True)
 @click.option("--split", default="1-8-1", show_default=True, callback=parse_split, help="Blocks HEAD-CORE-TAIL.")
-@click.option("--steps", default=4500, show_default=True)
-@click.option("--batch-size", default=128, show_default=True)
+@click.option("--steps", type=POSITIVE, default=4500, show_default=True)
+@click.option("--batch-size", type=POSITIVE, default=128, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--warmup-steps", default=200, show_default=True)
+@click.option("--warmup-steps", type=POSITIVE, default=200, show_default=True)
 @click.option("--ema-decay", default=0.999, show_default=True)
 @click.option("--label-dropout", default=0.1, show_default=True)
-@click.option("--min-kept", default=1, show_default=True, help="Smallest number of latents drawn.")
+@click.option("--min-kept", type=POSITIVE, default=1, show_default=True, help="Smallest number of latents drawn.")
 @click.option("--full-share", default=0.25, show_default=True, help="Share of steps at the full budget.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--save-every", default=200, show_default=True, help="Steps between two saved states.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--save-every", type=POSITIVE, default=200, show_default=True, help="Steps between two saved states.")
 @click.option("--class-names", default="", help="Comma-separated, for IDX data.")
 @click.option("--half", is_flag=True, help="Store the final weights as float16.")
 def train(
@@ -90,13 +98,13 @@ def train(
     state = out / "state.pt"
     if state.exists():
         trainer.resume(state)
-        console.print(f"resumed at step {trainer.step}")
+        click.echo(f"resumed at step {trainer.step}")
     run_training(trainer, state, save_every)
     weights = out / "model.safetensors"
     save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
-    console.print(f"wrote {weights}")
+    click.echo(f"wrote {weights}")
     if has_split(data, "test"):
-        held_out = load_images(data, split="test", size=size, class_names=names)
+        held_out = load_images(data, split="test", size=size, class_names=images.class_names)
         report_held_out(load_checkpoint(weights), held_out, out / "held_out.json")
 
 
@@ -135,7 +143,7 @@ def report_held_out(model: Any, images: Any, path: Path) -> None:
         )
         for error in found
     ]
-    console.print(table(f"held out: {len(images)} images", columns, cells))
+    show(table(f"held out: {len(images)} images", columns, cells))
     write_json([asdict(error) | {"budget": str(error.budget)} for error in found], str(path))
 
 

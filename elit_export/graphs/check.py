@@ -18,7 +18,7 @@ from elit_export.spec import LATENTS, TensorSpec
 FORBIDDEN = {"NonZero", "Loop", "If", "Scan", "ScatterND", "ScatterElements"}
 
 
-def check_graph(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+def check_graph(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int) -> None:
     """Check names, types and symbolic dimensions, forbidden nodes, folded queries, and ONNX's own rules.
 
     Raises ExportError with every problem found.
@@ -27,8 +27,10 @@ def check_graph(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
         checker.check_model(path)
     except checker.ValidationError as error:
         raise ExportError(f"{path}: not valid ONNX: {error}") from error
-    graph = onnx.load(path, load_external_data=False).graph
+    model = onnx.load(path, load_external_data=False)
+    graph = model.graph
     problems = [
+        *_form_problems(model, opset),
         *_signature_problems(graph.input, inputs, "input"),
         *_signature_problems(graph.output, outputs, "output"),
         *_forbidden_nodes(graph),
@@ -37,6 +39,14 @@ def check_graph(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[Tens
     ]
     if problems:
         raise ExportError(f"{path}: {'; '.join(problems)}")
+
+
+def _form_problems(model: onnx.ModelProto, opset: int) -> list[str]:
+    """One flat graph of standard operators, so that the checks below see every node."""
+    found = {entry.domain: entry.version for entry in model.opset_import}
+    problems = [] if found == {"": opset} else [f"operator sets are {found}, wanted {opset} of the standard alone"]
+    problems += [f"function {function.name} is not inlined" for function in model.functions]
+    return problems
 
 
 def _signature_problems(found: Sequence[onnx.ValueInfoProto], wanted: Sequence[TensorSpec], what: str) -> list[str]:
@@ -59,6 +69,7 @@ def _forbidden_nodes(graph: onnx.GraphProto) -> list[str]:
 def _unfolded_nodes(graph: onnx.GraphProto) -> list[str]:
     """Nodes that compute a constant at every call; the projected queries of Read are the usual ones."""
     constants = {tensor.name for tensor in graph.initializer}
+    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
     return [
         f"node {node.op_type} ({node.name}) computes a constant"
         for node in graph.node

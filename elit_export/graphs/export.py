@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,34 +35,41 @@ EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 
 
 def export_step(model: ElitSiT, folder: Path) -> Path:
-    """Write the `step` graph of a float32 model into `folder` (made if missing) and check its structure.
+    """Write the `step` graph of a float32 model into `folder` (made if missing), once its structure is checked.
 
     Gives the path of the graph; its weights lie beside it as `step.onnx.data`. Raises ExportError.
     """
-    path = folder / "step.onnx"
+    if model.spec.latents == 1:
+        raise ExportError("a model with one latent per group has one budget only: there is nothing elastic to export")
     folder.mkdir(parents=True, exist_ok=True)
-    graph_model = step_model(model)
-    ir.save(graph_model, path, external_data=f"{path.name}.data")
-    check_graph(path, model.spec.step_inputs, model.spec.step_outputs)
-    return path
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
+        path = Path(private) / "step.onnx"
+        ir.save(step_model(model), path, external_data=f"{path.name}.data")
+        check_graph(path, model.spec.step_inputs, model.spec.step_outputs, opset=OPSET)
+        for name in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
+            (Path(private) / name).replace(folder / name)
+    return folder / path.name
 
 
 def step_model(model: ElitSiT) -> ir.Model:
     """The `step` graph in memory, with the model's tensors as its weights."""
     spec = model.spec
     step = _Step(model).eval()
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            step,
-            _example_inputs(spec),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[tensor.name for tensor in spec.step_inputs],
-            output_names=[tensor.name for tensor in spec.step_outputs],
-            dynamic_shapes=_dynamic_shapes(spec),
-            custom_translation_table=ATTENTION,
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                step,
+                _example_inputs(spec),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=[tensor.name for tensor in spec.step_inputs],
+                output_names=[tensor.name for tensor in spec.step_outputs],
+                dynamic_shapes=_dynamic_shapes(spec),
+                custom_translation_table=ATTENTION,
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportError(f"torch.onnx.export failed: {error}") from error
     if program is None:
         raise ExportError("torch.onnx.export gave no graph")
     graph_model: ir.Model = program.model
@@ -86,7 +94,7 @@ class _Step(nn.Module):
 
 
 def _example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
-    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: min(2, spec.latents)}
+    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2}
 
     def example(tensor: TensorSpec) -> Tensor:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
@@ -97,9 +105,7 @@ def _example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
 
 
 def _dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
-    dims = {ROWS: torch.export.Dim(ROWS, min=1)}
-    if spec.latents > 1:  # one latent is no dimension to choose from
-        dims[LATENTS] = torch.export.Dim(LATENTS, min=1, max=spec.latents)
+    dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: torch.export.Dim(LATENTS, min=1, max=spec.latents)}
     return {
         tensor.name: {axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims}
         for tensor in spec.step_inputs

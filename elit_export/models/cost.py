@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from elit_export.spec import Budget, ModelSpec
 
-TIME_FEATURES = 256
+TIME_FEATURES = 256  # as in `layers`, which needs torch
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,6 @@ def flops(spec: ModelSpec, budget: Budget) -> Cost:
         tail=spec.tail_depth * _block(spec, spec.tokens),
         other=_embedders(spec) + _final(spec),
     )
-
-
-def guided_flops(spec: ModelSpec, strong: Budget, weak: Budget) -> int:
-    """FLOPs of one guided evaluation of one image: a call at each budget."""
-    return flops(spec, strong).total + flops(spec, weak).total
 
 
 # ---------------------------------------------------------------- parts

@@ -9,7 +9,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from elit_export.models.cost import flops
+from elit_export.spec import ModelSpec
+from elit_export.verify.bench import BenchResult, BudgetResult
 from elit_export.verify.parity import Comparison
 
 Facts = dict[str, Any]
@@ -22,7 +26,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(Text(cell) for cell in row))
     return made
 
 
@@ -109,5 +113,67 @@ def _parity_row(comparison: Comparison) -> tuple[str, ...]:
         f"{found.cosine:.9f}",
         f"{found.sqnr_db:.1f}",
         f"{comparison.least_db:g}",
-        f"{comparison.margin_db:+.1f}" if comparison.passed else f"[red]{comparison.margin_db:+.1f}[/red]",
+        f"{comparison.margin_db:+.1f}" if comparison.passed else f"MISSES by {-comparison.margin_db:.1f}",
+    )
+
+
+# ---------------------------------------------------------------- bench
+
+
+def cost_table(spec: ModelSpec) -> Table:
+    """Before anything runs: where the FLOPs of one image's forward pass go."""
+    parts = ("head", "read", "core", "write", "tail", "other", "total")
+    rows = []
+    for name, budget in spec.named_budgets.items():
+        cost = flops(spec, budget)
+        rows.append((f"{name} ({budget})", *(f"{getattr(cost, part) / 1e9:.3g}" for part in parts)))
+    return table("cost in GFLOP (one image, one forward pass)", ("budget", *parts), rows)
+
+
+def bench_tables(result: BenchResult) -> Iterator[Table]:
+    """Budgets, then ways to sample, with what concerns the whole in the captions."""
+    others = list(result.budgets[0].speedups)
+    columns = ("budget", "ms per call", "10-90 %", "images/s", "GFLOP/s", "of peak", "time / full", "FLOPs / full")
+    full = result.budgets[0]
+    made = table(
+        f"one engine call of {result.rows} rows",
+        (*columns, *(f"{name} / engine" for name in others), "SQNR dB"),
+        [_budget_cells(budget, full, others) for budget in result.budgets],
+    )
+    resident = f"; resident memory {size(result.resident_bytes)}" if result.resident_bytes else ""
+    made.caption = (
+        f"matrix-product peak {result.peak_gflops:.0f} GFLOP/s; alternating budgets takes "
+        f"{result.switching:.2f} of running each by itself{resident}"
+    )
+    yield made
+    yield table(
+        "ways to sample, error against a fine solution",
+        ("way", "ms per image", "speed-up", "GFLOP per image", "outside engines", "SQNR dB"),
+        [
+            (
+                way.name,
+                f"{way.ms_per_image:.1f}",
+                f"{way.speedup:.2f}",
+                f"{way.flops_per_image / 1e9:.3g}",
+                f"{way.outside_engines:.1%}",
+                f"{way.sqnr_db:.1f}",
+            )
+            for way in result.samplings
+        ],
+    )
+
+
+def _budget_cells(budget: BudgetResult, full: BudgetResult, others: Sequence[str]) -> tuple[str, ...]:
+    engine, full_engine = budget.timings["engine"], full.timings["engine"]
+    return (
+        budget.budget,
+        f"{engine.median_ms:.2f}",
+        f"{engine.low_ms:.2f}-{engine.high_ms:.2f}",
+        f"{budget.images_per_s:.0f}",
+        f"{budget.gflops_per_s:.0f}",
+        f"{budget.share_of_peak:.0%}",
+        f"{engine.median_ms / full_engine.median_ms:.2f}",
+        f"{budget.cost.total / full.cost.total:.2f}",
+        *(f"{budget.speedups[name]:.2f}" for name in others),
+        f"{budget.sample_sqnr_db:.1f}",
     )

@@ -48,7 +48,7 @@ def to_host(array: Array) -> HostArray:
     return array if isinstance(array, np.ndarray) else array.numpy()
 
 
-class Kept:
+class HostOutput:
     """A NumPy array in the role of a DeviceArray."""
 
     def __init__(self, values: HostArray) -> None:
@@ -66,7 +66,9 @@ class FunctionEngine:
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         outputs = self._function({name: to_host(array) for name, array in inputs.items()})
-        return {name: array.copy() if name in HOST_OUTPUTS else Kept(array.copy()) for name, array in outputs.items()}
+        return {
+            name: array.copy() if name in HOST_OUTPUTS else HostOutput(array.copy()) for name, array in outputs.items()
+        }
 
     def close(self) -> None:
         pass

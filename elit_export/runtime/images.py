@@ -24,6 +24,8 @@ def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (
             f"these samples are latents of a VAE ({data.vae or 'unknown'}): a decoder makes pictures of them, "
             f"fed with latents / {data.scale:g} + {data.shift:g}; save them as .npz"
         )
+    if samples.shape[1] not in (1, 3):
+        raise InputError(f"samples of {samples.shape[1]} channels are no pictures; save them as .npz")
     share = (samples - data.low) / (data.high - data.low)
     return (share.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 

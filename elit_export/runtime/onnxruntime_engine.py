@@ -46,14 +46,18 @@ def library_version() -> str:
 
 
 def device_problem(device: str) -> tuple[str, str]:
-    """(what is wrong, what to do), both empty if the device's provider really starts."""
+    """(what is wrong, what to do), both empty if the device's provider really starts. For `doctor`."""
     provider = PROVIDERS[device]
     if provider not in ort.get_available_providers():
         return f"this onnxruntime has no {provider}", "pip install 'elit-export[onnxruntime-gpu]' without onnxruntime"
     ort.set_default_logger_severity(SILENT)  # the answer is said once, by us
-    started = ort.InferenceSession(IDENTITY, providers=[provider]).get_providers()
-    ort.set_default_logger_severity(WARNINGS)
-    if started[0] != provider:
+    try:
+        started = ort.InferenceSession(IDENTITY, providers=[provider]).get_providers()[0]
+    except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
+        return f"{provider} fails: {_first_line(error)}", "mend its driver and libraries, or use device = 'cpu'"
+    finally:
+        ort.set_default_logger_severity(WARNINGS)
+    if started != provider:
         return f"{provider} does not start here", "install its driver, CUDA and cuDNN, or use device = 'cpu'"
     return "", ""
 
@@ -66,16 +70,21 @@ class OnnxRuntimeEngine:
     """
 
     def __init__(self, plan: Path, *, device: str, threads: int) -> None:
-        problem, remedy = device_problem(device)
-        if problem:
-            raise BackendUnavailable(f"{problem}; {remedy}")
+        provider = PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise BackendUnavailable(f"this onnxruntime has no {provider}; elit-export doctor says what to do")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = ERRORS
         try:
-            self._session = ort.InferenceSession(plan, options, providers=[PROVIDERS[device]])
+            self._session = ort.InferenceSession(plan, options, providers=[provider])
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
             raise EngineError(f"onnxruntime cannot open {plan}: {_first_line(error)}") from error
+        if self._session.get_providers()[0] != provider:  # it falls back to the CPU without a word
+            raise BackendUnavailable(
+                f"onnxruntime could not start {provider} for {plan.name}; elit-export doctor says what to do, "
+                f"or build a target with device = 'cpu'"
+            )
         self._device = device
         self._outputs = [output.name for output in self._session.get_outputs()]
 

@@ -27,7 +27,7 @@ from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.sampling import Request, StepRecord, calls_needed, sampling_steps
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
 from elit_export.runtime.timegrid import warp
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.spec import Budget, DataFacts, ModelSpec
 
 
 class Choices(TypedDict, total=False):
@@ -50,13 +50,21 @@ DEFAULTS = Choices(
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Seconds of one sampling: all of it, and the part inside engines."""
+
+    total_s: float
+    engines_s: float
+
+
+@dataclass(frozen=True)
 class Sample:
     """A finished sampling: `latents` (B, C, H, W) float64 and how it went."""
 
     latents: Float64
     labels: tuple[int, ...]
     records: tuple[StepRecord, ...]
-    seconds: float
+    timings: Timings
     data: DataFacts
 
     @property
@@ -65,8 +73,8 @@ class Sample:
         return to_images(self.latents, self.data)
 
     @property
-    def engine_seconds(self) -> float:
-        return sum(call.engine_ms for record in self.records for call in record.calls) / 1e3
+    def ms_per_image(self) -> float:
+        return self.timings.total_s * 1e3 / len(self.labels)
 
     def summary(self) -> str:
         """One line: images, steps, engine calls by budget, time."""
@@ -74,8 +82,8 @@ class Sample:
         by_budget = ", ".join(f"{count}×{budget}" for budget, count in calls.items())
         return (
             f"{len(self.labels)} images in {len(self.records)} steps, engine calls {by_budget}; "
-            f"{self.seconds:.2f} s, {self.seconds / len(self.labels) * 1e3:.0f} ms per image, "
-            f"{self.engine_seconds / self.seconds:.0%} in engines"
+            f"{self.timings.total_s:.2f} s, {self.ms_per_image:.0f} ms per image, "
+            f"{self.timings.engines_s / self.timings.total_s:.0%} in engines"
         )
 
 
@@ -125,8 +133,9 @@ class Pipeline:
         for record in self.steps(labels, **choices):
             on_step(record)
             records.append(record)
-        seconds = time.perf_counter() - started
-        return Sample(records[-1].x, tuple(int(label) for label in labels), tuple(records), seconds, self.data)
+        engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
+        timings = Timings(time.perf_counter() - started, engines_s)
+        return Sample(records[-1].x, tuple(int(label) for label in labels), tuple(records), timings, self.data)
 
     def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Iterator[StepRecord]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
@@ -143,9 +152,9 @@ class Pipeline:
         if unknown := sorted(set(choices) - set(Choices.__annotations__)):
             raise InputError(f"unknown choice {unknown[0]!r}; known: {', '.join(Choices.__annotations__)}")
         chosen = Choices(**{**DEFAULTS, **choices})
-        for name, value in (("steps", chosen["steps"]), ("seed", chosen["seed"])):
-            if not isinstance(value, int | np.integer):
-                raise InputError(f"{name} must be a whole number, not {value!r}")
+        _check_types(chosen)
+        if isinstance(chosen["guidance"], Guidance) and "guidance_interval" in choices:
+            raise InputError("guidance is a value that has its interval: leave guidance_interval out")
         sampler = sampler_named(chosen["sampler"])
         if chosen["steps"] < sampler.min_steps:
             raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {chosen['steps']}")
@@ -200,8 +209,33 @@ class Pipeline:
         self.close()
 
 
+# What each choice may be, for callers without a type checker.
+CHOICE_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
+    "steps": ("a whole number", (int, np.integer)),
+    "seed": ("a whole number", (int, np.integer)),
+    "schedule": ("text, a budget or a list of budgets", (str, int, np.integer, Budget, list, tuple)),
+    "guidance": ("text or a Guidance", (str, Guidance)),
+    "guidance_interval": ("a pair of numbers", (tuple, list)),
+    "sampler": ("text", (str,)),
+    "time_grid": ("text", (str,)),
+}
+
+
+def _check_types(chosen: Choices) -> None:
+    for name, (wanted, types) in CHOICE_TYPES.items():
+        value = chosen.get(name)
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise InputError(f"{name} must be {wanted}, not {value!r}")
+    interval = chosen["guidance_interval"]
+    if len(interval) != 2 or not all(isinstance(t, int | float | np.floating) for t in interval):
+        raise InputError(f"guidance_interval must be a pair of numbers, not {interval!r}")
+
+
 def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Float64:
-    array = np.array(values, np.float64)
+    try:
+        array = np.array(values, np.float64)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name} is no array of numbers: {error}") from error
     if array.shape != shape:
         raise InputError(f"{name} has shape {array.shape}, this sampling needs {shape}")
     if not np.isfinite(array).all():

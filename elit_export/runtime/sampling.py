@@ -131,9 +131,11 @@ class GuidedVelocity:
 def calls_needed(request: Request) -> Iterator[tuple[Budget, int]]:
     """Every (budget, rows) a request may call for, so that it can be refused before the first step."""
     samples = len(request.start)
+    steps = len(request.schedule)
+    evaluates_next = request.sampler.calls(steps) > steps
     for budget, t, t_next in zip(request.schedule, request.times[:-1], request.times[1:], strict=True):
-        for time_ in (float(t), float(t_next)):  # some samplers evaluate at both
-            branches = request.guidance.branches(budget, time_)
+        for moment in (t, t_next) if evaluates_next else (t,):
+            branches = request.guidance.branches(budget, float(moment))
             shared = len({branch.budget for branch in branches}) == 1
             for branch in branches:
                 yield branch.budget, samples * (len(branches) if shared else 1)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from elit_export.errors import InputError
 from elit_export.spec import Budget, ModelSpec
 
@@ -24,8 +26,8 @@ def resolve_schedule(schedule: ScheduleLike, times: Sequence[float], spec: Model
     counts by the t it starts from. Raises InputError for a gap, an overlap or a step past the end.
     """
     steps = len(times) - 1
-    if isinstance(schedule, int | Budget):
-        return (spec.budget(schedule),) * steps
+    if isinstance(schedule, int | np.integer | Budget):
+        return (spec.budget(schedule if isinstance(schedule, Budget) else int(schedule)),) * steps
     if not isinstance(schedule, str):
         return _listed_schedule(schedule, steps, spec)
     if ":" not in schedule:

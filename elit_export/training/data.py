@@ -7,6 +7,7 @@ Knows nothing of: models.
 from __future__ import annotations
 
 import gzip
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,11 @@ class LabelledImages:
     def num_classes(self) -> int:
         return len(self.class_names) or int(self.labels.max()) + 1
 
+    @property
+    def sha256(self) -> str:
+        """Of pixels and labels: tells one data set from another."""
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -53,7 +59,7 @@ def load_images(folder: Path, *, split: str, size: int, class_names: Sequence[st
     idx = _idx_file(folder, f"{prefix}-images-idx3-ubyte")
     if idx is None:
         is_whole = split == "train" and not (folder / split).is_dir()
-        return _load_class_folders(folder if is_whole else folder / split, size)
+        return _load_class_folders(folder if is_whole else folder / split, size, class_names)
     labels_file = _idx_file(folder, f"{prefix}-labels-idx1-ubyte")
     if labels_file is None:
         raise InputError(f"{folder}: {idx.name} has no {prefix}-labels-idx1-ubyte beside it")
@@ -96,25 +102,46 @@ def read_idx(path: Path, *, dims: int) -> Bytes:
 # ---------------------------------------------------------------- folders
 
 
-def _load_class_folders(folder: Path, size: int) -> LabelledImages:
+def _load_class_folders(folder: Path, size: int, class_names: Sequence[str]) -> LabelledImages:
+    """Classes are the folders in order of name, or those of `class_names`, which then must hold them all."""
     if not folder.is_dir():
         raise InputError(f"no images at {folder}")
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = [
-        (path, label)
-        for label, name in enumerate(names)
-        for path in sorted((folder / name).iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES
-    ]
+    found = {path.name: _image_files(path) for path in _class_folders(folder)}
+    names = list(class_names) or list(found)
+    if unknown := sorted(set(found) - set(names)):
+        raise InputError(f"{folder}: class {unknown[0]!r} is none of {', '.join(names)}")
+    if empty := sorted(name for name, files in found.items() if not files):
+        raise InputError(f"{folder / empty[0]}: a class without images")
     if not found:
         raise InputError(f"{folder}: neither IDX files nor folders of images, one per class")
-    opened = [_open(path) for path, _ in found]
-    mode = "L" if all(image.mode == "L" for image in opened) else "RGB"
-    images = np.stack([_fitted(image.convert(mode), size) for image in opened])
-    return LabelledImages(images, np.array([label for _, label in found], np.int64), tuple(names))
+    files = [(path, label) for label, name in enumerate(names) for path in found.get(name, ())]
+    mode = "L" if all(_mode(path) == "L" for path, _ in files) else "RGB"
+    images = np.stack([_fitted(_opened(path).convert(mode), size) for path, _ in files])
+    return LabelledImages(images, np.array([label for _, label in files], np.int64), tuple(names))
 
 
-def _open(path: Path) -> Image.Image:
+def _class_folders(folder: Path) -> list[Path]:
+    is_class = (path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in is_class if path.name not in IDX_SPLITS)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _mode(path: Path) -> str:
+    """Raises InputError for pixels that are not 8-bit grey or colour: conversion would clip them."""
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except (UnidentifiedImageError, OSError) as error:
+        raise InputError(f"{path}: not a readable image: {error}") from error
+    if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
+        raise InputError(f"{path}: pixels of mode {mode}; only 8-bit grey and colour images are read")
+    return mode
+
+
+def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()

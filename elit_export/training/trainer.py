@@ -221,4 +221,4 @@ class Trainer:
         self.step = state["step"]
 
     def _identity(self) -> dict[str, Any]:
-        return {**asdict(self.config), **self.model.spec.to_dict(), "images": len(self.data)}
+        return {**asdict(self.config), **self.model.spec.to_dict(), "data": self.data.sha256}

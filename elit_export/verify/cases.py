@@ -47,28 +47,50 @@ def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
 
 
 def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tuple[ReferenceTrajectory, ...]:
-    """Four short samplings, so that plain, guided, mixed and multistep runs are all compared step by step."""
+    """Short samplings, plain, guided, mixed and multistep, compared step by step.
+
+    Guidance that shares a call takes two rows an image: profiles without room for that are compared
+    unguided, and what no number of images fits is left out.
+    """
     lowest = min(profile.latents.min for profile in profiles)
     highest = max(profile.latents.max for profile in profiles)
     half = TRAJECTORY_STEPS // 2
     mixed = f"0-{half - 1}:{lowest},{half}-{TRAJECTORY_STEPS - 1}:{highest}"
-
-    def trajectory(name: str, schedule: str, guidance: str, sampler: str) -> ReferenceTrajectory:
-        return ReferenceTrajectory(
+    guided_images = _image_count(profiles, {lowest, highest}, rows_per_image=(1, 2))
+    images = guided_images or _image_count(profiles, {lowest, highest}, rows_per_image=(1,))
+    weak = f"ccfg:2@{lowest}" if guided_images else "none"
+    wanted = (
+        ("plain", str(highest), "none", "euler", images),
+        ("guided", str(highest), "cfg:2", "heun", guided_images),
+        ("mixed", mixed, weak, "euler", images),
+        ("multistep", mixed, weak, "ab3", images),
+    )
+    return tuple(
+        ReferenceTrajectory(
             name=name,
-            labels=(0, spec.num_classes - 1),
+            labels=tuple(image * (spec.num_classes - 1) % spec.num_classes for image in range(count)),
             steps=TRAJECTORY_STEPS,
             schedule=schedule,
             guidance=guidance,
             sampler=sampler,
         )
-
-    return (
-        trajectory("plain", str(highest), "none", "euler"),
-        trajectory("guided", str(highest), "cfg:2", "heun"),
-        trajectory("mixed", mixed, f"ccfg:2@{lowest}", "euler"),
-        trajectory("multistep", mixed, f"ccfg:2@{lowest}", "ab3"),
+        for name, schedule, guidance, sampler, count in wanted
+        if count
     )
+
+
+def _image_count(profiles: Sequence[Profile], budgets: set[int], *, rows_per_image: tuple[int, ...]) -> int:
+    """Images, as near to two as may be, whose rows some profile takes at every budget; 0 if there is no such number."""
+
+    def fits(images: int) -> bool:
+        return all(
+            any(kept in profile.latents and images * rows in profile.rows for profile in profiles)
+            for kept in budgets
+            for rows in rows_per_image
+        )
+
+    most = max(profile.rows.max for profile in profiles)
+    return next((images for images in sorted(range(1, most + 1), key=lambda n: abs(n - 2)) if fits(images)), 0)
 
 
 def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[npt.NDArray[np.float64]]:

@@ -63,6 +63,9 @@ def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison
     profiles = tuple(facts.model_copy(update={"parity": parity_of(facts.name, found)}) for facts in plan_set.profiles)
     verified = plan_set.model_copy(update={"profiles": profiles})
     with writing(bundle.folder) as writer:
-        plan_sets = tuple(verified if old == plan_set else old for old in bundle.manifest.plan_sets)
-        writer.commit(bundle.manifest.model_copy(update={"plan_sets": plan_sets}))
+        manifest = Bundle.open(bundle.folder).manifest  # another target may have been built meanwhile
+        if plan_set not in manifest.plan_sets:
+            raise BundleError(f"{bundle.folder} was built again meanwhile; verify it again")
+        plan_sets = tuple(verified if old == plan_set else old for old in manifest.plan_sets)
+        writer.commit(manifest.model_copy(update={"plan_sets": plan_sets}))
     return True

@@ -23,13 +23,14 @@ from elit_export.verify.cases import Arrays, case_inputs, trajectory_states
 MAX_ROWS = 1 << 20
 
 
-def torch_engine(model: ElitSiT) -> FunctionEngine:
-    """The model itself as an engine for the `step` graph."""
+def torch_engine(model: ElitSiT, *, compiled: bool = False) -> FunctionEngine:
+    """The model itself as an engine for the `step` graph, by torch.compile if asked."""
+    run = torch.compile(model.step, dynamic=True) if compiled else model.step
 
     @torch.inference_mode()
     def step(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         tensors = (torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.step_inputs)
-        velocity, residual = model.step(*tensors)
+        velocity, residual = run(*tensors)
         return {"velocity": velocity.numpy(), "residual": residual.numpy()}
 
     return FunctionEngine(step)

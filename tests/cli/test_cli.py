@@ -173,9 +173,9 @@ def test_damaged_plan_is_a_clear_error(tiny_bundle: Bundle, tmp_path: Path) -> N
 
 
 def test_bench_compares_the_samplers(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    said = ok("bench", tiny_bundle.folder, "--images", "2", "--json", tmp_path / "b.json")
+    said = ok("bench", tiny_bundle.folder, "--samplers", "--rows", "2", "--json", tmp_path / "b.json")
     assert "ab3" in said
-    heun = json.loads((tmp_path / "b.json").read_text())[2]
+    heun = json.loads((tmp_path / "b.json").read_text())["samplers"][2]
     assert (heun["sampler"], heun["steps"], heun["calls"]) == ("heun", 8, 15)
 
 

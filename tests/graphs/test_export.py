@@ -9,8 +9,11 @@ from onnx import TensorProto, helper
 
 from elit_export.bundle import Bundle
 from elit_export.errors import ExportError
+from elit_export.graphs import check
 from elit_export.graphs.check import check_graph
+from elit_export.graphs.export import export_step
 from elit_export.spec import TensorSpec
+from tests.helpers import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -86,34 +89,54 @@ GATHER = helper.make_node("Gather", ["x", "latents"], ["velocity"], axis=0)
 
 
 def test_a_sound_graph_passes(tmp_path: Path) -> None:
-    check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), INPUTS, OUTPUTS)
+    check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), INPUTS, OUTPUTS, opset=20)
 
 
 def test_another_signature_is_refused(tmp_path: Path) -> None:
     path = write_graph(tmp_path / "g.onnx", [GATHER], (TensorSpec("x", "float32", (3, 2)), INPUTS[1]))
     with pytest.raises(ExportError, match=r"inputs are .*shape=\(3, 2\)"):
-        check_graph(path, INPUTS, OUTPUTS)
+        check_graph(path, INPUTS, OUTPUTS, opset=20)
 
 
 def test_a_forbidden_node_is_named(tmp_path: Path) -> None:
     nonzero = helper.make_node("NonZero", ["x"], ["where"], name="finds_where")
     with pytest.raises(ExportError, match=r"forbidden node NonZero \(finds_where\)"):
-        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, nonzero]), INPUTS, OUTPUTS)
+        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, nonzero]), INPUTS, OUTPUTS, opset=20)
 
 
 def test_an_unfolded_constant_is_named(tmp_path: Path) -> None:
     double = helper.make_node("Add", ["two", "two"], ["four"], name="adds_constants")
     with pytest.raises(ExportError, match=r"Add \(adds_constants\) computes a constant"):
-        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, double]), INPUTS, OUTPUTS)
+        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, double]), INPUTS, OUTPUTS, opset=20)
 
 
 def test_latents_must_select_by_gather(tmp_path: Path) -> None:
     expand = helper.make_node("Expand", ["two", "latents"], ["velocity"])
     with pytest.raises(ExportError, match="`latents` feeds"):
-        check_graph(write_graph(tmp_path / "g.onnx", [expand]), INPUTS, OUTPUTS)
+        check_graph(write_graph(tmp_path / "g.onnx", [expand]), INPUTS, OUTPUTS, opset=20)
 
 
 def test_invalid_onnx_is_refused(tmp_path: Path) -> None:
     unknown = helper.make_node("NoSuchOperator", ["x"], ["velocity"])
     with pytest.raises(ExportError, match="not valid ONNX"):
-        check_graph(write_graph(tmp_path / "g.onnx", [unknown]), INPUTS, OUTPUTS)
+        check_graph(write_graph(tmp_path / "g.onnx", [unknown]), INPUTS, OUTPUTS, opset=20)
+
+
+def test_another_operator_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"operator sets are .*, wanted 19"):
+        check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), INPUTS, OUTPUTS, opset=19)
+
+
+def test_a_model_with_one_latent_per_group_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="one budget only"):
+        export_step(tiny_model(group_size=1), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_check_leaves_the_old_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "step.onnx").write_text("old")
+    monkeypatch.setattr(check, "FORBIDDEN", {"Softmax"})
+    with pytest.raises(ExportError, match="forbidden node Softmax"):
+        export_step(tiny_model(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
+    assert (tmp_path / "step.onnx").read_text() == "old"

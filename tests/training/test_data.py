@@ -140,11 +140,17 @@ def test_a_split_is_there_as_files_or_as_folders(fashion: LabelledImages, tmp_pa
 def test_grey_images_have_one_channel_and_one_colour_makes_three(fashion: LabelledImages, tmp_path: Path) -> None:
     save_folders(fashion, tmp_path)
     assert load_images(tmp_path, split="train", size=28).images.shape == (20, 1, 28, 28)
-    Image.new("RGB", (28, 28), (255, 128, 0)).save(tmp_path / "class 0" / "zzz.png")
-    found = load_images(tmp_path, split="train", size=28).images
-    assert found.shape == (21, 3, 28, 28)
-    orange = [image[:, 0, 0].tolist() for image in found].index([255, 128, 0])
-    assert all(len(set(image[:, 14, 14].tolist())) == 1 for i, image in enumerate(found) if i != orange)
+    colour = Image.new("RGB", (28, 28), (255, 128, 0))
+    colour.putpixel((20, 3), (0, 0, 200))  # column 20, row 3
+    colour.save(tmp_path / "class 0" / "zzz.png")
+    found = load_images(tmp_path, split="train", size=28)
+    assert found.images.shape == (21, 3, 28, 28)
+    last = found.images[found.labels.tolist().index(1) - 1]  # of class 0
+    assert last[:, 0, 0].tolist() == [255, 128, 0]
+    assert last[:, 3, 20].tolist() == [0, 0, 200]
+    first = found.images[0]
+    assert np.array_equal(first[0], first[1])
+    assert np.array_equal(first[0], first[2])
 
 
 def test_other_files_and_empty_classes_do_no_harm(fashion: LabelledImages, tmp_path: Path) -> None:
