@@ -99,8 +99,7 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, because reading it would run code or build unknown objects "
-            f"({_first_line(error)}); only tensors, plain values and argparse.Namespace are read"
+            f"{path}: refused, because {_forbidden(error)}; only tensors, plain values and argparse.Namespace are read"
         ) from error
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
@@ -110,6 +109,13 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a table of model, ema, opt and args")
     return content
+
+
+def _forbidden(error: UnpicklingError) -> str:
+    """What the file asks for; torch's own message advises to read it unsafely."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"reading it would build or run {named[1]}"
+    return "it holds something else"
 
 
 def _first_line(error: BaseException) -> str:
@@ -202,7 +208,7 @@ def _hidden_numbers(
 
 def _told_by_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[str, int]:
     told: dict[str, int] = {}
-    if "encoder_depth" in args:
+    if isinstance(args.get("encoder_depth"), int):
         told["head_depth"] = args["encoder_depth"]
     if args.get("model") in SIT_NAMES:
         size = args["model"].removeprefix("ELIT-SiT-").split("/")[0]
@@ -279,13 +285,14 @@ def released_name(name: str, spec: ModelSpec) -> str:
 
 def _renamed(path: Path, weights: Weights, model: ElitSiT) -> Weights:
     """Released weights under own names; refuses anything missing, extra or mis-shaped."""
-    own_names = {released_name(name, model.spec): name for name in model.state_dict()}
+    own = model.state_dict()
+    own_names = {released_name(name, model.spec): name for name in own}
     table = weights[LATENT_POSITIONS]
     if table.dim() == 2 and table.shape[0] >= model.spec.tokens:
         weights[LATENT_POSITIONS] = table[: model.spec.tokens]  # the released table has 4096 rows
-    expected = {released: tuple(model.state_dict()[own].shape) for released, own in own_names.items()}
+    expected = {released: tuple(own[name].shape) for released, name in own_names.items()}
     _check_tensors(path, weights, expected)
-    return {own: weights[released].float() for released, own in own_names.items()}
+    return {name: weights[released].float() for released, name in own_names.items()}
 
 
 def _check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:

@@ -224,6 +224,11 @@ class ModelSpec:
     num_classes: int
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = {"mlp_ratio": (int, float), "qk_norm": (bool,)}.get(field.name, (int,))
+            if not isinstance(value, kinds):
+                raise InputError(f"model spec: {field.name} is {value!r}, must be of type {kinds[-1].__name__}")
         positive = ("in_channels", "input_size", "patch_size", "hidden_size", "num_heads", "group_size", "num_classes")
         for name in positive:
             if getattr(self, name) < 1:

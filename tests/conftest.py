@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from elit_export.bundle import Bundle
 from elit_export.checkpoint import save_checkpoint
@@ -12,6 +13,8 @@ from elit_export.compile import compile_bundle
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import recipe_from_values, shipped_recipe
 from tests.helpers import Golden, golden, tiny_model
+
+torch.set_num_threads(1)  # the models here are tiny; a second thread only waits for the first
 
 
 @pytest.fixture(scope="session", params=["tiny_g4", "tiny_g2_qknorm"])

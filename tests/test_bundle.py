@@ -228,3 +228,42 @@ def test_profiles_of_onnxruntime_share_one_plan(tiny_bundle: Bundle) -> None:
     (plan_set,) = tiny_bundle.manifest.plan_sets
     assert len(plan_set.profiles) > 1
     assert len(plan_set.plans) == 1
+
+
+def test_a_folder_of_other_things_is_refused_and_left_alone(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "book").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match=r"is no bundle and holds other things \(notes.txt\)"):
+        compile_bundle(recipe, "cpu", out=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"reference", "notes.txt"}
+
+
+def test_only_artifacts_are_ever_deleted(copied: Path) -> None:
+    (copied / "reference" / "my notes").mkdir()
+    (copied / "plans" / ".DS_Store").write_text("")
+    (copied / "plans" / "step-stale-0123456789ab").mkdir()
+    with writing(copied):
+        pass
+    assert (copied / "reference" / "my notes").is_dir()
+    assert (copied / "plans" / ".DS_Store").is_file()
+    assert not (copied / "plans" / "step-stale-0123456789ab").exists()
+    Pipeline.load(copied).close()
+
+
+def test_a_newer_bundle_is_not_built_over(copied: Path, recipe: Recipe) -> None:
+    rewrite_manifest(copied, schema_version=99)
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(BundleError, match="schema 99 is newer"):
+        compile_bundle(recipe, "cpu", out=copied)
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_an_interrupted_first_build_leaves_no_artifacts(recipe: Recipe, tmp_path: Path) -> None:
+    def interrupt(stage: str, _share: float) -> None:
+        if stage == "PyTorch reference":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_bundle(recipe, "cpu", out=tmp_path / "bundle", progress=interrupt)
+    assert [path for path in (tmp_path / "bundle").rglob("*") if path.is_file()] == [tmp_path / "bundle" / LOCK]

@@ -15,12 +15,13 @@ from zlib import error as ZlibError
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from elit_export.errors import InputError
 
 Bytes = npt.NDArray[np.uint8]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for damage
 IDX_UBYTE = 0x08
 GZIP_MAGIC = b"\x1f\x8b"
 IDX_SPLITS = {"train": "train", "test": "t10k"}  # what IDX data sets call them
@@ -134,7 +135,7 @@ def _mode(path: Path) -> str:
     try:
         with Image.open(path) as image:
             mode = image.mode
-    except (UnidentifiedImageError, OSError) as error:
+    except IMAGE_ERRORS as error:
         raise InputError(f"{path}: not a readable image: {error}") from error
     if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise InputError(f"{path}: pixels of mode {mode}; only 8-bit grey and colour images are read")
@@ -146,7 +147,7 @@ def _opened(path: Path) -> Image.Image:
         with Image.open(path) as image:
             image.load()
             return image
-    except (UnidentifiedImageError, OSError) as error:
+    except IMAGE_ERRORS as error:
         raise InputError(f"{path}: not a readable image: {error}") from error
 
 

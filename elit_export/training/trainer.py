@@ -28,6 +28,7 @@ from elit_export.spec import DataFacts, ModelSpec
 from elit_export.training.data import LabelledImages
 
 STATE_FORMAT = "elit_export training state/1"
+STATE_PARTS = {"run", "step", "model", "ema", "optimizer"}
 BETAS = (0.9, 0.999)
 CLIP_NORM = 1.0
 
@@ -54,6 +55,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "warmup_steps", "min_kept"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        if self.seed < 0:
+            raise InputError(f"seed is {self.seed}, must not be negative")
         for name in ("ema_decay", "label_dropout", "full_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must lie in 0..1")
@@ -207,7 +210,7 @@ class Trainer:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
             raise CheckpointError(f"{path}: not a whole training state: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
+        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT or not set(state) >= STATE_PARTS:
             raise CheckpointError(f"{path}: not a training state of this version")
         mine, theirs = self._identity(), state["run"]
         other = [

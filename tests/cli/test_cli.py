@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from PIL import Image
 
 from elit_export.bundle import Bundle
 from elit_export.cli import main
+from elit_export.verify import parity
+from elit_export.verify.tolerances import Tolerance
 
 DATA = Path(__file__).parent.parent / "data" / "fashion"
 TINY_TRAINING = [
@@ -124,7 +127,7 @@ def test_build_then_inspect(tiny_checkpoint: Path, tmp_path: Path) -> None:
         """
     )
     assert "wrote" in ok("build", recipe, "--out", tmp_path / "bundle")
-    facts = json.loads(ok("inspect", tmp_path / "bundle", "--json", "-"))
+    facts = only_json("inspect", tmp_path / "bundle")
     assert facts["kind"] == "bundle"
     assert facts["plan_sets"][0]["covered"] == "3of4, 4of4"
     assert facts["budgets"][0] == {"name": "full", "budget": "4of4", "flops": facts["budgets"][0]["flops"]} | {
@@ -137,7 +140,7 @@ def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
     said = ok("inspect", tiny_checkpoint)
     assert "1-2-1" in said
     assert "4of4" in said
-    assert json.loads(ok("inspect", tiny_checkpoint, "--json", "-"))["shapes"]["latents_per_group"] == 4
+    assert only_json("inspect", tiny_checkpoint)["shapes"]["latents_per_group"] == 4
 
 
 def test_export_writes_a_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -177,6 +180,77 @@ def test_bench_compares_the_samplers(tiny_bundle: Bundle, tmp_path: Path) -> Non
     assert "ab3" in said
     heun = json.loads((tmp_path / "b.json").read_text())["samplers"][2]
     assert (heun["sampler"], heun["steps"], heun["calls"]) == ("heun", 8, 15)
+
+
+def test_bench_holds_bars_and_draws(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "bars.json").write_text('[{"metric": "switching", "max": 1000}, {"metric": "rows", "min": 9}]')
+    options = ("--rows", "4", "--rounds", "2", "--plot", tmp_path / "p.png", "--check", tmp_path / "bars.json")
+    result = run("bench", tiny_bundle.folder, *options)
+    assert result.exit_code == 1, result.output
+    assert "rows is 4, the bar is at least 9" in result.output
+    assert "switching is" not in result.output
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.width > 500
+
+
+def test_bench_compares_with_eager_and_compiled_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
+    facts = only_json("bench", tiny_bundle.folder, "--checkpoint", tiny_checkpoint, "--rows", "2", "--rounds", "2")
+    assert set(facts["budgets"][0]["speedups"]) == {"eager", "compile"}
+
+
+# ---------------------------------------------------------------- verify, doctor
+
+
+def only_json(*arguments: str | Path) -> Any:
+    """What a command prints on standard output with `--json -`: JSON and nothing else."""
+    result = run(*arguments, "--json", "-")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_verify_shows_every_comparison(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
+    assert "trajectory multistep" in ok("verify", tiny_bundle.folder)
+    facts = only_json("verify", tiny_bundle.folder, "--checkpoint", tiny_checkpoint)
+    assert all(comparison["passed"] for comparison in facts)
+
+
+def test_verify_ends_with_1_and_says_what_would_have_passed(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = {precision: Tolerance(step_db=1000.0, trajectory_db=0.0) for precision in parity.TOLERANCES}
+    monkeypatch.setattr(parity, "TOLERANCES", strict)
+    result = run("verify", tiny_bundle.folder)
+    assert result.exit_code == 1
+    assert "profile full, K=4 rows=1 velocity" in result.output
+    assert "would have passed" in result.output
+
+
+def test_doctor_tells_what_works_and_what_to_type() -> None:
+    found = {(finding["what"], finding["detail"].split(",")[0]): finding for finding in only_json("doctor")}
+    assert found["backend onnxruntime", "cpu"]["works"]
+    cuda = found["backend onnxruntime", "cuda"]
+    assert cuda["works"] or cuda["remedy"]
+
+
+# ---------------------------------------------------------------- odd paths and files
+
+
+def test_a_path_that_cannot_be_written_is_a_clear_error(tiny_bundle: Bundle) -> None:
+    assert "error: /proc" in refused("sample", tiny_bundle.folder, "--steps", "1", "--out", "/proc/nowhere/s.png")
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "[red]" / "s.png"
+    assert str(out) in ok("sample", tiny_bundle.folder, "--steps", "1", "--out", out)
+
+
+@pytest.mark.parametrize("labels", ["5-2", "²", "1--2", "-1"])
+def test_odd_labels_are_refused(tiny_bundle: Bundle, labels: str) -> None:
+    assert "is neither a number" in refused("sample", tiny_bundle.folder, f"--labels={labels}")
+
+
+def test_other_picture_formats_are_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    assert "written as .png" in refused("sample", tiny_bundle.folder, "--out", tmp_path / "s.jpg")
 
 
 # ---------------------------------------------------------------- train

@@ -146,7 +146,7 @@ def test_a_sample_keeps_labels_records_and_the_last_state(toy: Toy) -> None:
     assert sample.labels == (2, 0)
     assert len(sample.records) == 3
     assert np.array_equal(sample.latents, sample.records[-1].x)
-    assert sample.seconds >= sample.engine_seconds > 0
+    assert sample.timings.total_s >= sample.timings.engines_s > 0
 
 
 def test_on_step_hears_every_step_as_it_ends(toy: Toy) -> None:

@@ -153,14 +153,31 @@ def test_grey_images_have_one_channel_and_one_colour_makes_three(fashion: Labell
     assert np.array_equal(first[0], first[2])
 
 
-def test_other_files_and_empty_classes_do_no_harm(fashion: LabelledImages, tmp_path: Path) -> None:
+def test_other_files_and_hidden_folders_do_no_harm(fashion: LabelledImages, tmp_path: Path) -> None:
     save_folders(fashion, tmp_path)
-    (tmp_path / "zebra").mkdir()
+    before = load_images(tmp_path, split="train", size=28)
+    (tmp_path / ".cache").mkdir()
     (tmp_path / "class 0" / "notes.txt").write_text("not an image")
     (tmp_path / "README").write_text("not a folder")
-    found = load_images(tmp_path, split="train", size=28)
-    assert len(found) == 20
-    assert found.class_names[-1] == "zebra"
+    after = load_images(tmp_path, split="train", size=28)
+    assert after.class_names == before.class_names
+    assert np.array_equal(after.images, before.images)
+
+
+def test_class_names_fix_the_order_of_folders(fashion: LabelledImages, tmp_path: Path) -> None:
+    save_folders(fashion, tmp_path)
+    names = [f"class {label}" for label in reversed(range(10))]
+    found = load_images(tmp_path, split="train", size=28, class_names=names)
+    assert found.class_names == tuple(names)
+    order = np.argsort(-fashion.labels[:20], kind="stable")
+    assert np.array_equal(found.images, fashion.images[:20][order])
+    assert np.array_equal(found.labels, 9 - fashion.labels[:20][order])
+
+
+def test_a_folder_that_is_no_named_class_is_refused(fashion: LabelledImages, tmp_path: Path) -> None:
+    save_folders(fashion, tmp_path)
+    with pytest.raises(InputError, match="class 'class 0' is none of bag, boot"):
+        load_images(tmp_path, split="train", size=28, class_names=["bag", "boot"])
 
 
 # ---------------------------------------------------------------- refused: IDX
@@ -238,10 +255,22 @@ def test_an_idx_file_of_nothing_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- refused: folders
 
 
-@pytest.mark.parametrize("inside", ["", "an empty class"])
-def test_a_folder_without_images_is_refused(tmp_path: Path, inside: str) -> None:
-    (tmp_path / inside).mkdir(exist_ok=True)
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither IDX files nor folders of images, one per class"):
+        load_images(tmp_path, split="train", size=28)
+
+
+def test_an_empty_class_is_named(fashion: LabelledImages, tmp_path: Path) -> None:
+    save_folders(fashion, tmp_path)
+    (tmp_path / "zebra").mkdir()
+    with pytest.raises(InputError, match="zebra: a class without images"):
+        load_images(tmp_path, split="train", size=28)
+
+
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    Image.new("I;16", (28, 28)).save(tmp_path / "class" / "deep.png")
+    with pytest.raises(InputError, match=r"deep\.png: pixels of mode I"):
         load_images(tmp_path, split="train", size=28)
 
 

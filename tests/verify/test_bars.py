@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elit_export.errors import InputError
+from elit_export.verify.bars import Bar, load_bars, misses
+
+FACTS = {"switching": 1.05, "budgets": [{"speedups": {"eager": 1.4}}]}
+
+
+def test_what_holds_is_silent_and_what_misses_is_told() -> None:
+    bars = [Bar(metric="switching", max=1.2), Bar(metric="budgets.0.speedups.eager", min=1.5)]
+    assert misses(bars, FACTS) == ["budgets.0.speedups.eager is 1.4, the bar is at least 1.5"]
+
+
+@pytest.mark.parametrize("metric", ["nothing", "budgets.1.speedups", "budgets.x", "switching.deeper", "budgets"])
+def test_a_metric_that_is_not_there_is_an_error(metric: str) -> None:
+    with pytest.raises(InputError, match="metric"):
+        misses([Bar(metric=metric)], FACTS)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '[{"metrik": "switching"}]', '[{"metric": "a", "min": "x"}]'])
+def test_a_file_that_is_no_list_of_bars_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bars.json").write_text(content)
+    with pytest.raises(InputError, match="not a list of bars"):
+        load_bars(tmp_path / "bars.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no file of bars"):
+        load_bars(tmp_path / "bars.json")
