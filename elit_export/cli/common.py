@@ -25,6 +25,8 @@ FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
+
 # Libraries that only some commands need, and the extra that brings them.
 LIBRARY_EXTRAS = dict.fromkeys(("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "filelock"), "export")
 
@@ -86,6 +88,8 @@ def build_progress(progress: Progress) -> Callable[[str, float], None]:
 def show(*tables: Table, json_to: str | None = None) -> None:
     """Print for people: on standard error where the JSON goes to standard output."""
     console = Console(stderr=json_to == "-")
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
     for made in tables:
         console.print(made)
 

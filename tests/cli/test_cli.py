@@ -193,9 +193,11 @@ def test_bench_holds_bars_and_draws(tiny_bundle: Bundle, tmp_path: Path) -> None
         assert picture.width > 500
 
 
-def test_bench_compares_with_eager_and_compiled_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
-    facts = only_json("bench", tiny_bundle.folder, "--checkpoint", tiny_checkpoint, "--rows", "2", "--rounds", "2")
-    assert set(facts["budgets"][0]["speedups"]) == {"eager", "compile"}
+def test_bench_compares_with_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
+    """Without torch.compile, which takes a minute even here."""
+    options = ("--checkpoint", tiny_checkpoint, "--no-compile", "--rows", "2", "--rounds", "2")
+    facts = only_json("bench", tiny_bundle.folder, *options)
+    assert set(facts["budgets"][0]["speedups"]) == {"eager"}
 
 
 # ---------------------------------------------------------------- verify, doctor
