@@ -116,7 +116,10 @@ class ProfileFacts(_Facts):
 
 
 class PlanSet(_Facts):
-    """The plans of one target in one precision. `plan_file` is the file an engine opens."""
+    """The plans of one target in one precision. `plan_file` is the file an engine opens.
+
+    `keys` are hashes of what each stage of the build depended on, by which a later one knows what is fresh.
+    """
 
     target: str
     backend: str
@@ -128,6 +131,7 @@ class PlanSet(_Facts):
     plan_file: Name
     profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
     reference: Reference
+    keys: dict[str, str]
 
     @property
     def plans(self) -> tuple[Artifact, ...]:

@@ -150,13 +150,16 @@ def test_second_build_into_one_folder_is_refused(copied: Path, recipe: Recipe) -
         compile_bundle(recipe, "cpu", out=copied)
 
 
-def test_failed_build_leaves_the_old_bundle(copied: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_build_leaves_the_old_bundle(
+    copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The plan is made and opened, but misses an impossible tolerance: nothing of it may count."""
     before = (copied / MANIFEST).read_bytes()
     impossible = {precision: Tolerance(step_db=1e4, trajectory_db=0.0) for precision in parity.TOLERANCES}
     monkeypatch.setattr(parity, "TOLERANCES", impossible)
+    other_rows = recipe_values(tiny_checkpoint) | {"rows": {"min": 1, "opt": 1, "max": 4}}
     with pytest.raises(ParityError, match=r"profile full, .* would have passed"):
-        compile_bundle(recipe, "cpu", out=copied)
+        compile_bundle(recipe_from_values(other_rows, "test"), "cpu", out=copied)
     assert (copied / MANIFEST).read_bytes() == before
     assert not (copied / STAGING).exists()
     Pipeline.load(copied).close()

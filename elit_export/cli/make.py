@@ -32,19 +32,25 @@ def export(checkpoint: str, out: Path, **numbers: int | None) -> None:
 @click.option("--checkpoint", help="In place of the recipe's checkpoint.")
 def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | None) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
-    from elit_export.compile import compile_bundle
+    from elit_export.compile import NOTHING_CHANGED, compile_bundle
     from elit_export.recipe import load_recipe
     from elit_export.report.inspection import bundle_facts
 
     loaded = load_recipe(recipe)
     folder = out or DEFAULT_BUILD_FOLDER / loaded.name
+    stages: list[str] = []
     with progress_bar() as progress:
+        bar = build_progress(progress)
+
+        def on_stage(stage: str, share: float) -> None:
+            stages.append(stage)
+            bar(stage, share)
+
         bundle = compile_bundle(
-            loaded,
-            target or loaded.only_target(),
-            out=folder,
-            checkpoint=checkpoint,
-            progress=build_progress(progress),
+            loaded, target or loaded.only_target(), out=folder, checkpoint=checkpoint, progress=on_stage
         )
+    if stages == [NOTHING_CHANGED]:
+        say(f"{folder}: nothing changed, nothing done")
+        return
     show(*inspection_tables(bundle_facts(bundle)))
     say(f"wrote {folder}; next: elit-export sample {folder}")

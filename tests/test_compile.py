@@ -1,0 +1,92 @@
+"""What a build does again and what it leaves alone. The shipped bundle's other promises are in test_bundle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elit_export import Pipeline, compile, compile_bundle
+from elit_export.bundle import MANIFEST, Bundle
+from elit_export.checkpoint import save_checkpoint
+from elit_export.compile import NOTHING_CHANGED
+from elit_export.recipe import recipe_from_values
+from elit_export.runtime import onnxruntime_engine
+from tests.conftest import recipe_values
+from tests.helpers import tiny_model
+
+READ, EXPORT, BUILD, ANSWER, VERIFY = "read checkpoint", "export graph", "build plan", "PyTorch reference", "verify"
+
+
+@pytest.fixture
+def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
+
+
+def build_again(folder: Path, checkpoint: Path, **changes: Any) -> list[str]:
+    """The stages of a second build with a changed recipe."""
+    stages: list[str] = []
+    recipe = recipe_from_values(recipe_values(checkpoint) | changes, "test")
+    compile_bundle(recipe, "cpu", out=folder, progress=lambda stage, _: stages.append(stage))
+    Pipeline.load(folder).close()
+    return [stage for stage in stages if not stage.startswith("verified")]
+
+
+def test_nothing_changed_does_nothing(copied: Path, tiny_checkpoint: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    assert build_again(copied, tiny_checkpoint) == [NOTHING_CHANGED]
+    after = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    assert {path: time for path, time in after.items() if path.name != ".build.lock"} == {
+        path: time for path, time in before.items() if path.name != ".build.lock"
+    }
+
+
+def test_a_changed_target_builds_only_the_plan(copied: Path, tiny_checkpoint: Path) -> None:
+    values = recipe_values(tiny_checkpoint)
+    targets = {"cpu": {**values["targets"]["cpu"], "threads": 1}}  # type: ignore[index]
+    assert build_again(copied, tiny_checkpoint, targets=targets) == [BUILD, VERIFY]
+    assert Bundle.open(copied).manifest.plan_sets[0].options == {"threads": 1}
+
+
+def test_changed_rows_ask_pytorch_again_but_do_not_export(copied: Path, tiny_checkpoint: Path) -> None:
+    assert build_again(copied, tiny_checkpoint, rows={"min": 1, "opt": 2, "max": 4}) == [BUILD, READ, ANSWER, VERIFY]
+
+
+def test_a_changed_checkpoint_makes_everything_again(copied: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
+    stages = build_again(copied, tmp_path / "other.safetensors")
+    assert stages == [READ, EXPORT, BUILD, ANSWER, VERIFY]
+
+
+def test_a_newer_library_builds_the_plan_again(
+    copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "library_version", lambda: "onnxruntime 99")
+    assert build_again(copied, tiny_checkpoint) == [BUILD, VERIFY]
+
+
+@pytest.mark.parametrize(
+    ("room", "stages"),
+    [("graphs", [READ, EXPORT]), ("build", [BUILD, VERIFY]), ("verify", [READ, ANSWER, VERIFY])],
+)
+def test_changed_code_makes_again_what_depends_on_it(
+    copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, room: str, stages: list[str]
+) -> None:
+    """The graph comes out the same, so nothing behind it is made again."""
+    real = compile.code
+    monkeypatch.setattr(compile, "code", lambda *places: real(*places) + ("changed" if room in places else ""))
+    assert build_again(copied, tiny_checkpoint)[: len(stages)] == stages
+
+
+@pytest.mark.parametrize("kind", ["graphs", "plans", "reference"])
+def test_what_is_gone_from_disk_is_made_again(copied: Path, tiny_checkpoint: Path, kind: str) -> None:
+    shutil.rmtree(copied / kind)
+    assert build_again(copied, tiny_checkpoint)[0] in (READ, BUILD)
+    assert build_again(copied, tiny_checkpoint) == [NOTHING_CHANGED]
+
+
+def test_a_damaged_manifest_is_built_over(copied: Path, tiny_checkpoint: Path) -> None:
+    (copied / MANIFEST).write_text("{")
+    assert build_again(copied, tiny_checkpoint) == [READ, EXPORT, BUILD, ANSWER, VERIFY]
