@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "demo": {"recipe", "compile", "runtime", "verify"},
     "doctor": {"backends"},
+    "bisect": {"backends", "bundle", "recipe", "runtime", "spec", "verify"},
     "cli": {"*"},
     "__main__": {"cli"},
     "__init__": {"*"},
@@ -42,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
 # library → the only places that may name it
 LIBRARIES: dict[str, set[str]] = {
     "onnxruntime": {"build/onnxruntime.py", "runtime/onnxruntime_engine.py"},
-    "onnx": {"graphs/"},
+    "onnx": {"graphs/", "bisect.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
     "torch": {"models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"},

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from elit_export.bundle import Bundle
+from elit_export.bundle import Bundle, PlanSet
 from elit_export.cli.common import FOLDER, JSON_OPTION, architecture_options, progress_bar, say, show, write_json
 from elit_export.report.tables import inspection_tables, parity_tables, table
 from elit_export.runtime.pipeline import chosen_plan_set
+from elit_export.verify.parity import Comparison
 
 
 @click.command()
@@ -34,9 +35,15 @@ def inspect(path: str, json_to: str | None, **numbers: int | None) -> None:
 @click.option("--checkpoint", help="Compare with PyTorch live instead of with its stored answers.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
+@click.option("--bisect", is_flag=True, help="After a miss, find the first node whose output departs (needs onnx).")
 @JSON_OPTION
 def verify(
-    bundle: Path, checkpoint: str | None, target: str | None, precision: str | None, json_to: str | None
+    bundle: Path,
+    checkpoint: str | None,
+    target: str | None,
+    precision: str | None,
+    bisect: bool,
+    json_to: str | None,
 ) -> None:
     """Compare BUNDLE's engines with PyTorch: every profile at its corners, and whole trajectories.
 
@@ -57,9 +64,22 @@ def verify(
     for comparison in missed:
         click.echo(comparison.verdict, err=True)
     if missed:
+        if bisect:
+            say_first_departure(opened, plan_set, missed[0])
         raise SystemExit(1)
     if record_success(opened, plan_set, found):
         say(f"recorded in {bundle}: target {plan_set.target} may be opened on this device", json_to=json_to)
+
+
+def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -> None:
+    """Bisect at the case that missed; for a trajectory, at the first case."""
+    from elit_export.bisect import bisect
+
+    points = [(f"profile {case.profile}", f"K={case.kept} rows={case.rows} ") for case in plan_set.reference.cases]
+    case = next(
+        (i for i, (part, point) in enumerate(points) if missed.part == part and missed.point.startswith(point)), 0
+    )
+    click.echo(str(bisect(bundle, plan_set, case=case)), err=True)
 
 
 # ---------------------------------------------------------------- doctor

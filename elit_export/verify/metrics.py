@@ -23,20 +23,20 @@ class Difference:
 
 
 def difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
-    """Compare in float64; anything not finite counts as infinitely wrong."""
+    """Compare in float64; another shape, or anything not finite, counts as infinitely wrong."""
     wanted = np.asarray(expected, np.float64)
-    error = np.asarray(found, np.float64) - wanted
-    if not np.isfinite(error).all():
+    got = np.asarray(found, np.float64)
+    if got.shape != wanted.shape or not (np.isfinite(got).all() and np.isfinite(wanted).all()):
         return Difference(math.inf, math.inf, -math.inf, math.nan)
+    error = got - wanted
+    if not error.any():
+        return Difference(0.0, 0.0, math.inf, 1.0)
     noise = float(np.square(error).sum())
     signal = float(np.square(wanted).sum())
     max_abs = float(np.abs(error).max())
     largest = float(np.abs(wanted).max())
-    if noise == 0:
-        return Difference(0.0, 0.0, math.inf, 1.0)
     if signal == 0:
         return Difference(max_abs, math.inf, -math.inf, 0.0)
-    got = wanted + error
     cosine = float((got * wanted).sum() / math.sqrt(float(np.square(got).sum()) * signal)) if got.any() else 0.0
     return Difference(max_abs, max_abs / largest, 10 * math.log10(signal / noise), cosine)
 

@@ -31,6 +31,14 @@ def test_what_is_not_finite_is_infinitely_wrong(bad: float) -> None:
     assert measured.max_abs == math.inf
 
 
+def test_another_shape_is_infinitely_wrong() -> None:
+    assert difference([1.0, 1.0], [1.0]).sqnr_db == -math.inf
+
+
+def test_empty_arrays_are_equal() -> None:
+    assert difference([], []).sqnr_db == math.inf
+
+
 def test_anything_beside_zero_is_infinitely_wrong() -> None:
     assert difference([1e-9], [0.0]).sqnr_db == -math.inf
 
