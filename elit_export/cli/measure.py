@@ -23,6 +23,7 @@ Measured = tuple[list[Table], dict[str, Any]]
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out.")
 @click.option("--rows", default=8, show_default=True, help="Engine rows per call.")
 @click.option("--rounds", default=10, show_default=True, help="Measured calls per budget, after warm-up.")
+@click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
 @click.option("--samplers", is_flag=True, help="Measure the error of every sampler instead.")
 @click.option("--guidance", default="none", show_default=True, help="For --samplers.")
 @click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
@@ -35,6 +36,7 @@ def bench(
     no_compile: bool,
     rows: int,
     rounds: int,
+    no_sampling: bool,
     samplers: bool,
     guidance: str,
     plot: Path | None,
@@ -51,7 +53,9 @@ def bench(
             tables, facts = bench_samplers(pipeline, rows, guidance)
         else:
             show(cost_table(pipeline.spec), json_to=json_to)
-            tables, facts = bench_engines(pipeline, torch_runners(checkpoint, no_compile), rows, rounds, plot)
+            tables, facts = bench_engines(
+                pipeline, torch_runners(checkpoint, no_compile), rows, rounds, not no_sampling, plot
+            )
     show(*tables, json_to=json_to)
     write_json(facts, json_to)
     missed = misses(bars, facts)
@@ -72,7 +76,9 @@ def torch_runners(checkpoint: str | None, no_compile: bool) -> Mapping[str, Any]
     return eager if no_compile else {**eager, "compile": torch_engine(model, compiled=True)}
 
 
-def bench_engines(pipeline: Pipeline, others: Mapping[str, Any], rows: int, rounds: int, plot: Path | None) -> Measured:
+def bench_engines(
+    pipeline: Pipeline, others: Mapping[str, Any], rows: int, rounds: int, sampling: bool, plot: Path | None
+) -> Measured:
     from elit_export.verify import bench
 
     with progress_bar() as progress:
@@ -81,7 +87,7 @@ def bench_engines(pipeline: Pipeline, others: Mapping[str, Any], rows: int, roun
         def on_stage(stage: str) -> None:
             progress.update(task, description=stage, advance=1)
 
-        result = bench.bench(pipeline, others, rows=rows, rounds=rounds, on_stage=on_stage)
+        result = bench.bench(pipeline, others, rows=rows, rounds=rounds, sampling=sampling, on_stage=on_stage)
     if plot:
         from elit_export.report.plots import plot_bench
 

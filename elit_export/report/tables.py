@@ -146,6 +146,8 @@ def bench_tables(result: BenchResult) -> Iterator[Table]:
         f"{result.switching:.2f} of running each by itself{resident}"
     )
     yield made
+    if not result.samplings:
+        return
     yield table(
         "ways to sample, error against a fine solution",
         ("way", "ms per image", "speed-up", "GFLOP per image", "outside engines", "SQNR dB"),
@@ -175,5 +177,5 @@ def _budget_cells(budget: BudgetResult, full: BudgetResult, others: Sequence[str
         f"{engine.median_ms / full_engine.median_ms:.2f}",
         f"{budget.cost.total / full.cost.total:.2f}",
         *(f"{budget.speedups[name]:.2f}" for name in others),
-        f"{budget.sample_sqnr_db:.1f}",
+        "" if budget.sample_sqnr_db is None else f"{budget.sample_sqnr_db:.1f}",
     )

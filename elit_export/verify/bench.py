@@ -7,7 +7,7 @@ Times are comparable within one result only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -30,7 +30,8 @@ FAST = Choices(steps=14, sampler="ab3", guidance=GUIDANCE)  # 15 calls
 class BudgetResult:
     """One budget. `speedups` are times of other runners over the engine's, by name.
 
-    `sample_sqnr_db` is the error of whole samplings at this budget against a fine one at the full budget.
+    `sample_sqnr_db` is the error of whole samplings at this budget against a fine one at the full budget,
+    None if nothing was sampled.
     """
 
     name: str
@@ -41,7 +42,7 @@ class BudgetResult:
     gflops_per_s: float
     share_of_peak: float
     speedups: dict[str, float]
-    sample_sqnr_db: float
+    sample_sqnr_db: float | None
 
 
 @dataclass(frozen=True)
@@ -78,25 +79,27 @@ def bench(
     *,
     rows: int,
     rounds: int,
+    sampling: bool,
     on_stage: Callable[[str], None],
 ) -> BenchResult:
-    """Measure everything; `others` are run in turn with the engine at the same inputs."""
+    """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine."""
     on_stage("matrix product")
     peak = matmul_peak_gflops()
-    on_stage("fine solution")
-    labels = [image % pipeline.spec.num_classes for image in range(max(1, rows // 2))]  # cfg doubles the rows
-    exact = pipeline.sample(labels, sampler="heun", steps=FINE_STEPS, guidance=GUIDANCE).latents
     budgets = []
     for name, budget in pipeline.spec.named_budgets.items():
         if budget in pipeline.bank.covered:
             on_stage(name)
-            sampled = pipeline.sample(labels, **Choices(**{**FAST, "schedule": budget})).latents
-            found_db = difference(sampled, exact).sqnr_db
             timed = budget_timings(pipeline, others, budget, rows=rows, rounds=rounds)
-            budgets.append(budget_result(pipeline.spec, name, budget, timed, rows, peak, found_db))
+            budgets.append(budget_result(pipeline.spec, name, budget, timed, rows, peak))
     on_stage("switching")
     switching = switching_ratio(pipeline, rows=rows, rounds=rounds)
+    if not sampling:
+        return BenchResult(rows, peak, budgets, switching, [], resident_bytes())
+    on_stage("fine solution")
+    labels = [image % pipeline.spec.num_classes for image in range(max(1, rows // 2))]  # cfg doubles the rows
+    exact = pipeline.sample(labels, sampler="heun", steps=FINE_STEPS, guidance=GUIDANCE).latents
     on_stage("sampling")
+    budgets = [replace(result, sample_sqnr_db=budget_error(pipeline, result, labels, exact)) for result in budgets]
     samplings = list(sampling_results(pipeline, labels, exact))
     return BenchResult(rows, peak, budgets, switching, samplings, resident_bytes())
 
@@ -113,7 +116,7 @@ def budget_timings(
 
 
 def budget_result(
-    spec: ModelSpec, name: str, budget: Budget, timings: dict[str, Timing], rows: int, peak: float, found_db: float
+    spec: ModelSpec, name: str, budget: Budget, timings: dict[str, Timing], rows: int, peak: float
 ) -> BudgetResult:
     cost = flops(spec, budget)
     engine_ms = timings[ENGINE].median_ms
@@ -127,8 +130,13 @@ def budget_result(
         gflops_per_s=gflops,
         share_of_peak=gflops / peak,
         speedups={key: timing.median_ms / engine_ms for key, timing in timings.items() if key != ENGINE},
-        sample_sqnr_db=found_db,
+        sample_sqnr_db=None,
     )
+
+
+def budget_error(pipeline: Pipeline, result: BudgetResult, labels: Sequence[int], exact: HostArray) -> float:
+    sampled = pipeline.sample(labels, **Choices(**{**FAST, "schedule": result.budget}))
+    return difference(sampled.latents, exact).sqnr_db
 
 
 def _bound(runner: Runner, inputs: Inputs) -> Callable[[], object]:
