@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
@@ -31,10 +31,12 @@ from elit_export.files import flush_to_disk, sha256_of, write_text
 from elit_export.spec import NAME_PATTERN, Budget, DataFacts, ModelSpec, Precision, Profile, Range
 
 SCHEMA = 1
+OWN_HASH = "sha256"
 MANIFEST = "manifest.json"
 LOCK = ".build.lock"
 STAGING = ".staging"
 KINDS = ("graphs", "plans", "reference")
+TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # as files.written_whole names it; left behind by a kill
 ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
 
 
@@ -125,7 +127,7 @@ class PlanSet(_Facts):
     backend: str
     device: str
     precision: Precision
-    options: dict[str, int | str | bool]
+    options: dict[str, int]
     versions: dict[str, str]
     built_on: dict[str, str]
     plan_file: Name
@@ -206,7 +208,7 @@ class Bundle:
 def _read_manifest(path: Path) -> Manifest:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
@@ -215,10 +217,26 @@ def _read_manifest(path: Path) -> Manifest:
         )
     if version != SCHEMA:
         raise BundleError(f"{path}: schema {version!r}, this version reads {SCHEMA}; {_rebuild(path.parent)}")
+    if values.pop(OWN_HASH, None) != _own_hash(values):
+        raise BundleError(f"{path}: damaged: altered since the build (sha256); {_rebuild(path.parent)}")
     try:
         return Manifest.model_validate(values)
-    except (ValidationError, InputError, TypeError) as error:
+    except ValidationError as error:
+        first, *others = error.errors()
+        problem = f"{'.'.join(str(key) for key in first['loc'])}: {first['msg']}"
+        more = f" and {len(others)} more" if others else ""
+        raise BundleError(f"{path}: damaged: {problem}{more}; {_rebuild(path.parent)}") from error
+    except (InputError, TypeError) as error:
         raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+
+
+def manifest_text(values: dict[str, Any]) -> str:
+    """The manifest as it is stored: with a hash over all the rest."""
+    return json.dumps({**values, OWN_HASH: _own_hash(values)}, indent=1) + "\n"
+
+
+def _own_hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _rebuild(folder: Path) -> str:
@@ -275,7 +293,7 @@ class BundleWriter:
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Write the manifest, the moment from which the bundle exists."""
-        write_text(self.folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+        write_text(self.folder / MANIFEST, manifest_text(manifest.model_dump(mode="json")))
         return Bundle(self.folder, manifest)
 
     def existing(self) -> Manifest | None:
@@ -288,8 +306,11 @@ class BundleWriter:
             return None
 
     def clean(self) -> None:
-        """Drop staging folders and artifacts that no manifest names, and nothing else."""
+        """Drop staging folders, half-written manifests and artifacts that no manifest names, and nothing else."""
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        for path in self.folder.iterdir():
+            if TEMPORARY_MANIFEST.fullmatch(path.name):
+                path.unlink(missing_ok=True)
         manifest = self.existing()
         named = {(artifact.kind, artifact.name) for artifact in manifest.artifacts()} if manifest else set()
         for kind in KINDS:
@@ -333,7 +354,9 @@ def _check_ours(folder: Path) -> None:
     """Building into a folder of other things would mix with them."""
     if not folder.is_dir() or (folder / MANIFEST).is_file():
         return
-    foreign = sorted(path.name for path in folder.iterdir() if path.name not in {*KINDS, LOCK, STAGING})
+    ours = {*KINDS, LOCK, STAGING}
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in ours and not TEMPORARY_MANIFEST.fullmatch(name)]
     if foreign:
         raise BundleError(f"{folder} is no bundle and holds other things ({foreign[0]}); choose another --out")
 

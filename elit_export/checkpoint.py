@@ -314,8 +314,11 @@ def _check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[
 
 
 def _meta_model(spec: ModelSpec, data: DataFacts) -> ElitSiT:
-    with torch.device("meta"):
-        return ElitSiT(spec, data)
+    try:
+        with torch.device("meta"):
+            return ElitSiT(spec, data)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
+        raise CheckpointError(f"its spec describes no model that can be: {_first_line(error)}") from error
 
 
 # ---------------------------------------------------------------- own format
@@ -329,8 +332,11 @@ def save_checkpoint(path: Path, model: ElitSiT, *, dtype: torch.dtype = torch.fl
         "spec": json.dumps(model.spec.to_dict()),
         "data": json.dumps(model.data.to_dict()),
     }
-    with written_whole(path) as temporary:
-        save_file(weights, temporary, metadata)
+    try:
+        with written_whole(path) as temporary:
+            save_file(weights, temporary, metadata)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written: {_first_line(error)}") from error
 
 
 def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
@@ -345,7 +351,7 @@ def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
     try:
         spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
         data = DataFacts.from_dict(json.loads(metadata["data"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: unreadable metadata: {error}") from error
     for name, value in given.items():
         if value is not None and value != getattr(spec, name):

@@ -9,6 +9,7 @@ J=g² latents per group, G=(n/g)² groups, K kept latents per group, D width.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -55,9 +56,9 @@ class Budget:
         word = str(text).strip()
         if word in BUDGET_NAMES:
             return cls._named(word, of)
-        if match := re.fullmatch(r"(\d+)(?:of(\d+))?", word):
+        if match := re.fullmatch(r"(\d{1,9})(?:of(\d{1,9}))?", word):
             return cls(int(match[1]), int(match[2] or of))._of(of)
-        if re.fullmatch(r"\d*\.\d+|\d+\.", word):
+        if re.fullmatch(r"\d{0,9}\.\d+|\d{1,9}\.", word):
             return cls._from_fraction(float(word), of)
         raise InputError(
             f"budget {word!r} is not a number of latents (4), a share (4of16, 0.25) "
@@ -236,6 +237,8 @@ class ModelSpec:
         for name in ("head_depth", "core_depth", "tail_depth"):
             if getattr(self, name) < 0:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must not be negative")
+        if not 0 < self.mlp_ratio < math.inf:
+            raise InputError(f"model spec: mlp_ratio is {self.mlp_ratio}, must be positive and finite")
         self._check_divides("input_size", self.input_size, "patch_size", self.patch_size)
         self._check_divides("token grid", self.input_size // self.patch_size, "group_size", self.group_size)
         self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle, writing
+from elit_export.bundle import LOCK, MANIFEST, OWN_HASH, STAGING, Bundle, manifest_text, writing
 from elit_export.errors import BundleError, CheckpointError, InputError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values
@@ -36,7 +36,8 @@ def plan_file(folder: Path) -> Path:
 
 def rewrite_manifest(folder: Path, **changes: Any) -> None:
     values = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(values | changes))
+    del values[OWN_HASH]
+    (folder / MANIFEST).write_text(manifest_text(values | changes))
 
 
 # ---------------------------------------------------------------- what is refused
@@ -82,6 +83,14 @@ def test_artifact_names_cannot_leave_the_bundle(copied: Path, name: str) -> None
     plan_sets[0]["profiles"][0]["plan"]["name"] = name
     rewrite_manifest(copied, plan_sets=plan_sets)
     with pytest.raises(BundleError, match="damaged"):
+        Pipeline.load(copied)
+
+
+def test_an_edited_manifest_is_refused(copied: Path) -> None:
+    """A pixel range that differs gives other pictures without any plan being touched."""
+    text = (copied / MANIFEST).read_text()
+    (copied / MANIFEST).write_text(text.replace('"low": -1.0', '"low": -9.0'))
+    with pytest.raises(BundleError, match="altered since the build"):
         Pipeline.load(copied)
 
 

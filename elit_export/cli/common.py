@@ -29,6 +29,7 @@ PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
 
 # Libraries that only some commands need, and the extra that brings them.
 LIBRARY_EXTRAS = dict.fromkeys(("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "filelock"), "export")
+LIBRARY_EXTRAS["matplotlib"] = "report"
 
 
 class Commands(click.Group):

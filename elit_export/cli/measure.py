@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, show, write_json
-from elit_export.report.tables import bench_tables, cost_table, table
+from elit_export.report.tables import bench_tables, cost_table, soak_table, table
 from elit_export.runtime.pipeline import Pipeline
 
 Measured = tuple[list[Table], dict[str, Any]]
@@ -26,6 +26,7 @@ Measured = tuple[list[Table], dict[str, Any]]
 @click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
 @click.option("--samplers", is_flag=True, help="Measure the error of every sampler instead.")
 @click.option("--guidance", default="none", show_default=True, help="For --samplers.")
+@click.option("--soak", type=click.IntRange(min=1), metavar="N", help="Watch memory over N short samplings instead.")
 @click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
 @click.option("--check", type=FILE, help="JSON file of bars to hold; ends with status 1 if one does not.")
 @click.option("--target", help="Needed if the bundle has several.")
@@ -39,6 +40,7 @@ def bench(
     no_sampling: bool,
     samplers: bool,
     guidance: str,
+    soak: int | None,
     plot: Path | None,
     check: Path | None,
     target: str | None,
@@ -51,6 +53,8 @@ def bench(
     with Pipeline.load(bundle, target=target) as pipeline:
         if samplers:
             tables, facts = bench_samplers(pipeline, rows, guidance)
+        elif soak:
+            tables, facts = bench_memory(pipeline, soak)
         else:
             show(cost_table(pipeline.spec), json_to=json_to)
             tables, facts = bench_engines(
@@ -106,3 +110,12 @@ def bench_samplers(pipeline: Pipeline, images: int, guidance: str) -> Measured:
     title = f"{images} samples, guidance {guidance}, against Heun at {FINE_STEPS} steps"
     tables = [table(title, ("sampler", "steps", "calls", "SQNR dB"), rows)]
     return tables, {"samplers": [asdict(error) for error in found]}
+
+
+def bench_memory(pipeline: Pipeline, samplings: int) -> Measured:
+    from elit_export.verify.soak import soak
+
+    with progress_bar() as progress:
+        task = progress.add_task("sampling", total=samplings)
+        result = soak(pipeline, samplings=samplings, on_sampling=lambda _: progress.advance(task))
+    return [soak_table(result)], {"soak": asdict(result)}

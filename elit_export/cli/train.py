@@ -95,6 +95,8 @@ def train(
     )
     facts = DataFacts(kind="pixels", class_names=images.class_names)
     trainer = Trainer(spec, facts, images, TrainConfig(**choices))
+    for stale in out.glob(".state.*.pt"):  # left behind by a run that was killed while it wrote
+        stale.unlink()
     state = out / "state.pt"
     if state.exists():
         trainer.resume(state)

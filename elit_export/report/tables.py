@@ -15,6 +15,7 @@ from elit_export.models.cost import flops
 from elit_export.spec import ModelSpec
 from elit_export.verify.bench import BenchResult, BudgetResult
 from elit_export.verify.parity import Comparison
+from elit_export.verify.soak import SoakResult
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")
@@ -178,4 +179,21 @@ def _budget_cells(budget: BudgetResult, full: BudgetResult, others: Sequence[str
         f"{budget.cost.total / full.cost.total:.2f}",
         *(f"{budget.speedups[name]:.2f}" for name in others),
         "" if budget.sample_sqnr_db is None else f"{budget.sample_sqnr_db:.1f}",
+    )
+
+
+def soak_table(result: SoakResult) -> Table:
+    """Memory over many samplings, in one row."""
+    growth = result.growth_bytes_per_sampling
+    return table(
+        f"resident memory, the first {result.warmup} samplings left out",
+        ("samplings", "seconds", "at start", "at end", "growth, bytes per sampling"),
+        [
+            (
+                str(result.samplings),
+                f"{result.seconds:.1f}",
+                *("unknown" if held is None else size(held) for held in (result.start_bytes, result.end_bytes)),
+                "unknown" if growth is None else f"{growth:.1f}",
+            )
+        ],
     )

@@ -34,7 +34,7 @@ def open_engine(plan: Path, facts: PlanSet) -> OnnxRuntimeEngine:
             f"{plan}: built with onnxruntime {built}, installed is {ort.__version__}: "
             f"pip install 'onnxruntime>={built}' or build again"
         )
-    return OnnxRuntimeEngine(plan, device=facts.device, threads=int(facts.options.get("threads", 0)))
+    return OnnxRuntimeEngine(plan, device=facts.device, threads=facts.options.get("threads", 0))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +137,7 @@ class Pipeline:
         timings = Timings(time.perf_counter() - started, engines_s)
         return Sample(records[-1].x, tuple(int(label) for label in labels), tuple(records), timings, self.data)
 
-    def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Iterator[StepRecord]:
+    def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Generator[StepRecord, None, None]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
 
         Everything is checked before the first step; raises InputError.
@@ -271,7 +271,13 @@ def _check_verified(plan_set: PlanSet, folder: Path) -> None:
 
 def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     """Verify and open the plans of one set, each once."""
-    engines = BACKENDS[plan_set.backend].engines()
+    backend = BACKENDS.get(plan_set.backend)
+    if backend is None or plan_set.device not in backend.devices:
+        raise BundleError(
+            f"{bundle.folder}: no backend {plan_set.backend!r} for device {plan_set.device!r} in this version: "
+            f"pip install -U elit-export, or build it again"
+        )
+    engines = backend.engines()
     with ExitStack() as stack:
         opened = {
             plan.name: stack.enter_context(engines.open_engine(bundle.verified(plan) / plan_set.plan_file, plan_set))

@@ -10,7 +10,7 @@ it cancels a request between two steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,7 @@ class StepRecord:
     x: Float64
 
 
-def sampling_steps(bank: EngineBank, request: Request) -> Iterator[StepRecord]:
+def sampling_steps(bank: EngineBank, request: Request) -> Generator[StepRecord, None, None]:
     """Sample; raises EngineError naming the step if an engine fails or gives numbers that are not finite."""
     velocity = GuidedVelocity(bank, request)
     states = request.sampler.run(velocity, request.start, request.times, request.noise)

@@ -14,7 +14,7 @@ from elit_export.errors import InputError
 from elit_export.spec import Budget, ModelSpec
 
 ScheduleLike = str | int | Budget | Sequence[Budget]
-STEPS = re.compile(r"(\d+)(?:-(\d+))?")
+STEPS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
 TIMES = re.compile(r"(\d*\.\d*)-(\d*\.\d*)")
 
 

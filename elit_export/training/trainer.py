@@ -201,8 +201,11 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with written_whole(path) as temporary:
-            torch.save(state, temporary)
+        try:
+            with written_whole(path) as temporary:
+                torch.save(state, temporary)
+        except RuntimeError as error:  # how torch's writer reports a full disk
+            raise CheckpointError(f"{path}: cannot be written, is the disk full? ({error})") from error
 
     def resume(self, path: Path) -> None:
         """Go on from a saved state; raises CheckpointError if it is damaged or of another run."""

@@ -1,0 +1,169 @@
+"""The wheel as a person installs it to run a bundle: without torch, without onnx, without this checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from elit_export import Pipeline
+from elit_export.bundle import Bundle
+
+ROOT = Path(__file__).parent.parent
+NEEDED = ("elit_export", "engines", "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt")
+# What pip says where it has no package index, or this environment no pip.
+NO_INDEX = ("connection broken", "(from versions: none)", "No module named pip")
+SECONDS = 300
+
+
+def run(*command: str | Path, where: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=where, env=environment, capture_output=True, text=True, timeout=SECONDS)
+
+
+def pip(*arguments: str | Path, where: Path) -> None:
+    """Skips where there is no package index."""
+    done = run(sys.executable, "-m", "pip", "--quiet", "--retries", "2", *arguments, where=where)
+    said = done.stdout + done.stderr
+    if done.returncode and any(reason in said for reason in NO_INDEX):
+        pytest.skip(f"pip reaches no package index: {said.strip().splitlines()[-1]}")
+    assert done.returncode == 0, said
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left in the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copied = folder / "copied"
+    copied.mkdir()
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copied / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, copied)
+    pip("wheel", copied, "--no-deps", "--wheel-dir", folder, where=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def scripts(wheel: Path) -> Path:
+    """The scripts of an environment that holds the wheel and what running needs."""
+    environment = wheel.parent / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=SECONDS)
+    python = environment / "bin" / "python"
+    pip(
+        *("--python", python, "install", "--constraint", ROOT / "constraints.txt", f"{wheel}[onnxruntime]"),
+        where=wheel.parent,
+    )
+    return python.parent
+
+
+# ---------------------------------------------------------------- what is inside
+
+
+def test_wheel_holds_the_package_and_the_shipped_model(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {
+        "elit_export/py.typed",
+        "elit_export/cli/__init__.py",
+        "elit_export/engines/fashion.toml",
+        "elit_export/assets/fashion.safetensors",
+        "elit_export/assets/fashion.md",
+    } <= names
+    packaged = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "elit_export").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    inside = {name for name in names if ".dist-info/" not in name}
+    assert inside == packaged | {"elit_export/engines/fashion.toml"}
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("library", ["torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "matplotlib", "pytest"])
+def test_running_needs_no_library_of_building(scripts: Path, library: str) -> None:
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{library}') is not None)"
+    assert run(scripts / "python", "-c", code, where=scripts).returncode == 0
+
+
+# ---------------------------------------------------------------- what runs
+
+
+def ok(scripts: Path, *arguments: str | Path, where: Path) -> str:
+    done = run(scripts / "elit-export", *arguments, where=where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_command_samples_what_the_checkout_samples(scripts: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    options = ("--labels", "0,2", "--steps", "4", "--schedule", "0-1:half,2-3:full", "--guidance", "cfg:2")
+    said = ok(scripts, "sample", tiny_bundle.folder, "--out", tmp_path / "s.png", *options, where=tmp_path)
+    assert "2 images in 4 steps" in said
+    assert (tmp_path / "s.png").exists()
+    with Pipeline.load(tiny_bundle.folder) as pipeline:
+        here = pipeline.sample([0, 2], steps=4, schedule="0-1:half,2-3:full", guidance="cfg:2").latents
+    with np.load(tmp_path / "s.npz") as arrays:
+        np.testing.assert_allclose(arrays["latents"], here, atol=1e-5)
+
+
+EMBEDDED = """
+import sys
+from pathlib import Path
+import elit_export
+from elit_export import ElitExportError, Pipeline
+assert Path(elit_export.__file__).is_relative_to(sys.prefix), elit_export.__file__
+with Pipeline.load(sys.argv[1]) as pipeline:
+    print(pipeline.sample([0, 1], steps=3, guidance="ccfg:2@1").latents.shape)
+"""
+
+
+def test_an_application_embeds_the_pipeline(scripts: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    done = run(scripts / "python", "-W", "error", "-c", EMBEDDED, tiny_bundle.folder, where=tmp_path)
+    assert (done.stdout.strip(), done.stderr) == ("(2, 1, 8, 8)", "")
+
+
+def test_a_bundle_is_shown_and_verified_without_torch(scripts: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_bundle.folder, tmp_path / "copied")
+    assert "onnxruntime on cpu" in ok(scripts, "inspect", copied, where=tmp_path)
+    assert "trajectories against PyTorch" in ok(scripts, "verify", copied, where=tmp_path)
+
+
+def test_doctor_says_what_is_missing(scripts: Path, tmp_path: Path) -> None:
+    said = ok(scripts, "doctor", where=tmp_path)
+    assert "backend onnxruntime" in said
+    assert "elit-export[export]" in said
+
+
+# ---------------------------------------------------------------- what does not, and says what to install
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra"),
+    [
+        (("demo",), "export"),
+        (("build", ROOT / "engines" / "fashion.toml"), "export"),
+        (("export", "shipped:fashion", "--out", "graph"), "export"),
+        (("train", ROOT / "tests" / "data" / "fashion", "--out", "run"), "export"),
+        (("inspect", "shipped:fashion"), "export"),
+        (("bench", "BUNDLE", "--rows", "2", "--rounds", "1", "--plot", "p.png"), "report"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value,
+)
+def test_a_command_that_needs_more_names_the_extra(
+    arguments: tuple[str | Path, ...], extra: str, scripts: Path, tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    words = [tiny_bundle.folder if word == "BUNDLE" else word for word in arguments]
+    done = run(scripts / "elit-export", *words, where=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"pip install 'elit-export[{extra}]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
