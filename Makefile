@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	$(BIN)/elit-export demo --out build/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Slower by two thirds, because tracing slows torch's exporter.
 coverage: $(VENV)/installed
