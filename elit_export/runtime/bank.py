@@ -36,6 +36,7 @@ class EngineBank:
         self.slots = tuple(slots)
         self.precision = precision
         self._budgets = tuple(budgets)
+        self._known = frozenset(budgets)  # asked for at every call
         self._lock = threading.Lock()
         self._closed = False
 
@@ -65,7 +66,7 @@ class EngineBank:
         return min(fitting, key=lambda slot: abs(slot.profile.latents.opt - budget.kept))
 
     def _serving(self, budget: Budget) -> list[Slot]:
-        if budget not in self._budgets:
+        if budget not in self._known:
             raise InputError(f"this model cannot run budget {budget}; it runs {listed(self._budgets)}")
         return [slot for slot in self.slots if budget.kept in slot.profile.latents]
 
