@@ -81,6 +81,8 @@ class GuidedVelocity:
         self._bank = bank
         self._request = request
         self._calls: list[Call] = []
+        self._profiles: dict[tuple[Budget, int], str] = {}
+        self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
 
     def take_calls(self) -> tuple[Call, ...]:
         """The calls since the last take."""
@@ -102,9 +104,9 @@ class GuidedVelocity:
     def _evaluate(self, x: Float64, t: float, branches: Sequence[Branch]) -> list[Float64]:
         budgets = {branch.budget for branch in branches}
         if len(budgets) == 1:  # the branches share a call
-            joined = self._call(x, t, branches)
-            return [np.asarray(part, np.float64) for part in np.split(joined, len(branches))]
-        return [np.asarray(self._call(x, t, (branch,)), np.float64) for branch in branches]
+            joined = self._call(x, t, branches).astype(np.float64)
+            return [joined[start : start + len(x)] for start in range(0, len(joined), len(x))]
+        return [self._call(x, t, (branch,)).astype(np.float64) for branch in branches]
 
     def _call(self, x: Float64, t: float, branches: Sequence[Branch]) -> HostArray:
         budget = branches[0].budget
@@ -113,19 +115,31 @@ class GuidedVelocity:
         started = time.perf_counter()
         outputs = self._bank(budget, inputs)
         engine_ms = (time.perf_counter() - started) * 1e3
-        profile = self._bank.slot_for(budget, rows).profile.name
-        self._calls.append(Call(budget, rows, profile, engine_ms))
+        self._calls.append(Call(budget, rows, self._profile(budget, rows), engine_ms))
         return to_host(outputs["velocity"])
 
+    def _profile(self, budget: Budget, rows: int) -> str:
+        """The profile that served, looked up once per budget and rows of a sampling."""
+        if (budget, rows) not in self._profiles:
+            self._profiles[budget, rows] = self._bank.slot_for(budget, rows).profile.name
+        return self._profiles[budget, rows]
+
     def _inputs(self, x: Float64, t: float, branches: Sequence[Branch]) -> dict[str, HostArray]:
-        request = self._request
-        rows = len(x) * len(branches)
-        conditions = [request.null_conditioning if b.null_class else request.conditioning for b in branches]
-        return {
-            "x": np.concatenate([x.astype(np.float32)] * len(branches)),
-            "t": np.full(rows, t, np.float32),
-            **{name: np.concatenate([c[name] for c in conditions]) for name in request.conditioning},
-        }
+        x = x.astype(np.float32)
+        if len(branches) > 1:
+            x = np.concatenate([x] * len(branches))
+        return {"x": x, "t": np.full(len(x), t, np.float32), **self._conditioning_for(branches)}
+
+    def _conditioning_for(self, branches: Sequence[Branch]) -> dict[str, HostArray]:
+        """The branches' conditioning one below the other, joined once per sampling."""
+        kinds = tuple(branch.null_class for branch in branches)
+        if kinds not in self._conditioning:
+            request = self._request
+            parts = [request.null_conditioning if null else request.conditioning for null in kinds]
+            self._conditioning[kinds] = {
+                name: np.concatenate([part[name] for part in parts]) for name in request.conditioning
+            }
+        return self._conditioning[kinds]
 
 
 def calls_needed(request: Request) -> Iterator[tuple[Budget, int]]:
