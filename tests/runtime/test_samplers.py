@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from elit_export.errors import InputError
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
-from elit_export.runtime.samplers.adams_bashforth import integral, integration_weights
+from elit_export.runtime.samplers.adams_bashforth import integration_weights, step_weights, weighted
 from elit_export.runtime.samplers.base import Sampler
 from elit_export.runtime.samplers.euler_maruyama import sde_times
 
@@ -104,11 +104,12 @@ def test_a_start_by_euler_would_cost_ab3_an_order() -> None:
     expected = mixture_flow(START, 1.0, 0.0)
 
     def error(steps: int) -> float:
-        history: list[tuple[float, Floats]] = []
+        history: list[Floats] = []
         x = START
-        for t, t_next in pairwise(np.linspace(1, 0, steps + 1)):
-            history = [(t, mixture_velocity(x, t, 0)), *history[:2]]
-            x = x + integral(history, t_next)
+        times = np.linspace(1, 0, steps + 1)
+        for t, weights in zip(times, step_weights(times, order=3), strict=False):
+            history = [mixture_velocity(x, t, 0), *history[:2]]
+            x = x + weighted(history, weights)
         return float(np.abs(x - expected).max())
 
     assert order(error) == pytest.approx(2, abs=0.1)

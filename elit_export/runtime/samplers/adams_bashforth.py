@@ -8,45 +8,48 @@ order is lower; order 3 would be lost to a first step by Euler, so that step is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from elit_export.runtime.samplers.base import Float64, Noise, Velocity
 
 
 def ab2(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:
-    history: list[tuple[float, Float64]] = []
-    for step, (t, t_next) in enumerate(pairwise(times)):
-        history = [(t, velocity(x, t, step)), *history[:1]]
-        x = x + integral(history, t_next)
+    history: list[Float64] = []
+    for step, weights in enumerate(step_weights(times, order=2)):
+        history = [velocity(x, times[step], step), *history[:1]]
+        x = x + weighted(history, weights)
         yield x
 
 
 def ab3(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:
-    history: list[tuple[float, Float64]] = []
-    for step, (t, t_next) in enumerate(pairwise(times)):
-        history = [(t, velocity(x, t, step)), *history[:2]]
+    history: list[Float64] = []
+    for step, weights in enumerate(step_weights(times, order=3)):
+        t, t_next = times[step], times[step + 1]
+        history = [velocity(x, t, step), *history[:2]]
         if step == 0:
-            v = history[0][1]
-            v_next = velocity(x + (t_next - t) * v, t_next, step)
-            x = x + (t_next - t) * (v + v_next) / 2
+            v_next = velocity(x + (t_next - t) * history[0], t_next, step)
+            x = x + (t_next - t) * (history[0] + v_next) / 2
         else:
-            x = x + integral(history, t_next)
+            x = x + weighted(history, weights)
         yield x
 
 
-def integral(history: Sequence[tuple[float, Float64]], end: float) -> Float64:
-    """∫ v dt from the latest time in `history` (t, v), which comes first, to `end`."""
-    times = [t for t, _ in history]
-    weights = integration_weights(times, times[0], end)
-    return np.asarray(sum(weight * v for weight, (_, v) in zip(weights, history, strict=True)), np.float64)
+def weighted(history: Sequence[Float64], weights: Float64) -> Float64:
+    return np.asarray(sum(weight * v for weight, v in zip(weights, history, strict=True)), np.float64)
 
 
-def integration_weights(nodes: Sequence[float], start: float, end: float) -> Float64:
+def step_weights(times: Float64, *, order: int) -> list[Float64]:
+    """The weights of each step for its last `order` evaluations (fewer at the start), the latest first."""
+    nodes = [times[max(0, step + 1 - order) : step + 1][::-1] for step in range(len(times) - 1)]
+    return [integration_weights(nodes[step], times[step], times[step + 1]) for step in range(len(times) - 1)]
+
+
+def integration_weights(nodes: npt.ArrayLike, start: float, end: float) -> Float64:
     """Weights w with ∫ p dt from start to end = Σ wᵢ·p(nodeᵢ), for every polynomial p the nodes determine."""
     h = end - start
     offsets = (np.asarray(nodes) - start) / h
-    powers = np.arange(len(nodes))
+    powers = np.arange(len(offsets))
     moments = 1.0 / (powers + 1)  # of 1, s, s², … over [0, 1]
     return np.asarray(h * np.linalg.solve(offsets[None, :] ** powers[:, None], moments), np.float64)
