@@ -143,7 +143,7 @@ class Pipeline:
         Everything is checked before the first step; raises InputError.
         """
         request = self.request(labels, **choices)
-        for budget, rows in calls_needed(request):
+        for budget, rows in set(calls_needed(request)):
             self.bank.slot_for(budget, rows)
         return sampling_steps(self.bank, request)
 

@@ -97,16 +97,20 @@ class GuidedVelocity:
         except EngineError as error:
             raise EngineError(f"step {step} (t={t:.4g}): {error}") from error
         if len(velocities) == 1:
-            return velocities[0]
+            return velocities[0].astype(np.float64)
         strong, weak = velocities
-        return weak + self._request.guidance.scale * (strong - weak)
+        combined = np.subtract(strong, weak, dtype=np.float64)  # weak + scale · (strong − weak), in place
+        combined *= self._request.guidance.scale
+        combined += weak
+        return combined
 
-    def _evaluate(self, x: Float64, t: float, branches: Sequence[Branch]) -> list[Float64]:
+    def _evaluate(self, x: Float64, t: float, branches: Sequence[Branch]) -> list[HostArray]:
+        """The velocity of each branch, (B, C, H, W) float32."""
         budgets = {branch.budget for branch in branches}
         if len(budgets) == 1:  # the branches share a call
-            joined = self._call(x, t, branches).astype(np.float64)
+            joined = self._call(x, t, branches)
             return [joined[start : start + len(x)] for start in range(0, len(joined), len(x))]
-        return [self._call(x, t, (branch,)).astype(np.float64) for branch in branches]
+        return [self._call(x, t, (branch,)) for branch in branches]
 
     def _call(self, x: Float64, t: float, branches: Sequence[Branch]) -> HostArray:
         budget = branches[0].budget

@@ -37,7 +37,10 @@ def ab3(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterat
 
 
 def weighted(history: Sequence[Float64], weights: Float64) -> Float64:
-    return np.asarray(sum(weight * v for weight, v in zip(weights, history, strict=True)), np.float64)
+    total: Float64 = weights[0] * history[0]
+    for weight, v in zip(weights[1:], history[1:], strict=True):
+        total += weight * v
+    return total
 
 
 def step_weights(times: Float64, *, order: int) -> list[Float64]:
