@@ -2,14 +2,20 @@
 
 Takes: a name.  Gives: a Backend row.  May touch: nothing; the modules are imported on use.
 
-A build module offers `build_plans(graph, folder, profiles, target) -> Iterator[BuiltPlan]`. An engine
-module offers `open_engine(plan, facts) -> Engine`, where `facts` is the plan set as the manifest tells
-it, `library_version() -> str` and `device_problem(device) -> (problem, remedy)`.
+A build module offers
+    check(target)                                          raises if it cannot build for the target here
+    grouped(profiles, target) -> groups of profiles        each group shares a plan
+    build_plan(graph, folder, profiles, target, progress) -> BuiltPlan
+An engine module offers
+    open_engines(plans, plan_set) -> engines               by name of profile; `plans` are their files
+    unfit(plan_set) -> str                                 why its plans cannot run here, or nothing
+    library_version(library) -> str
+    device_problem(library, device) -> (problem, remedy)   for `doctor`, both empty if it works
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 
@@ -18,10 +24,14 @@ from elit_export.errors import BackendUnavailable
 
 @dataclass(frozen=True)
 class Backend:
-    """`devices` and `precisions` are what a recipe may ask of it; `extra` is what pip installs."""
+    """`devices` and `precisions` are what a recipe may ask of it; `extra` is what pip installs.
+
+    `library` is the module of the backend itself; `needs` others without which it does not run.
+    """
 
     name: str
     library: str
+    needs: tuple[str, ...] = field(default=(), kw_only=True)
     extra: str
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -29,20 +39,33 @@ class Backend:
     engine_module: str
 
     def builder(self) -> ModuleType:
+        """Its build module; raises BackendUnavailable naming the extra to install."""
         return self._import(self.build_module)
 
     def engines(self) -> ModuleType:
+        """Its engine module; raises BackendUnavailable naming the extra to install."""
         return self._import(self.engine_module)
 
+    def library_version(self) -> str:
+        version: str = self.engines().library_version(self.library)
+        return version
+
+    def device_problem(self, device: str) -> tuple[str, str]:
+        """(what is wrong with a device here, what to do), both empty if it works."""
+        problem, remedy = self.engines().device_problem(self.library, device)
+        return problem, remedy
+
     def _import(self, module: str) -> ModuleType:
-        try:
-            return import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != self.library:
-                raise
-            raise BackendUnavailable(
-                f"backend {self.name} needs {self.library}: pip install 'elit-export[{self.extra}]'"
-            ) from error
+        for library in (self.library, *self.needs):
+            try:
+                import_module(library)
+            except ModuleNotFoundError as error:
+                if error.name is None or not f"{library}.".startswith(f"{error.name}."):
+                    raise
+                raise BackendUnavailable(
+                    f"backend {self.name} needs {library}: pip install 'elit-export[{self.extra}]'"
+                ) from error
+        return import_module(module)
 
 
 BACKENDS = {
@@ -56,6 +79,26 @@ BACKENDS = {
             precisions=("fp32",),
             build_module="elit_export.build.onnxruntime",
             engine_module="elit_export.runtime.onnxruntime_engine",
+        ),
+        Backend(
+            name="tensorrt",
+            library="tensorrt",
+            needs=("cuda.bindings.runtime",),
+            extra="tensorrt",
+            devices=("cuda",),
+            precisions=("fp32", "fp16", "bf16"),
+            build_module="elit_export.build.tensorrt",
+            engine_module="elit_export.runtime.tensorrt_engine",
+        ),
+        Backend(
+            name="tensorrt-rtx",
+            library="tensorrt_rtx",
+            needs=("cuda.bindings.runtime",),
+            extra="tensorrt-rtx",
+            devices=("cuda",),
+            precisions=("fp32", "fp16", "bf16"),
+            build_module="elit_export.build.tensorrt",
+            engine_module="elit_export.runtime.tensorrt_engine",
         ),
     )
 }

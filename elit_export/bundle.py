@@ -30,7 +30,7 @@ from elit_export.errors import BundleError, InputError
 from elit_export.files import flush_to_disk, sha256_of, write_text
 from elit_export.spec import NAME_PATTERN, Budget, DataFacts, ModelSpec, Precision, Profile, Range
 
-SCHEMA = 1
+SCHEMA = 2
 OWN_HASH = "sha256"
 MANIFEST = "manifest.json"
 LOCK = ".build.lock"
@@ -99,17 +99,38 @@ class ReferenceTrajectory(_Facts):
     sampler: str
 
 
-class Reference(_Facts):
+class Graph(_Facts):
+    """ONNX as it was exported. `key` is a hash of all it was made from, by which a later build knows it is fresh."""
+
     artifact: Artifact
+    key: str
+    versions: dict[str, str]
+
+
+class Reference(_Facts):
+    """PyTorch's answers. `key` as of a graph."""
+
+    artifact: Artifact
+    key: str
     cases: tuple[ReferenceCase, ...]
     trajectories: tuple[ReferenceTrajectory, ...]
+
+
+class Plan(_Facts):
+    """One serialized engine: `file` in `artifact` is what a backend opens. `key` as of a graph."""
+
+    artifact: Artifact
+    key: str
+    file: Name
+    versions: dict[str, str]
+    built_on: dict[str, str]
 
 
 class ProfileFacts(_Facts):
     name: str
     latents: tuple[int, int, int]
     rows: tuple[int, int, int]
-    plan: Artifact
+    plan: Plan
     parity: Parity
 
     @property
@@ -118,27 +139,21 @@ class ProfileFacts(_Facts):
 
 
 class PlanSet(_Facts):
-    """The plans of one target in one precision. `plan_file` is the file an engine opens.
-
-    `keys` are hashes of what each stage of the build depended on, by which a later one knows what is fresh.
-    """
+    """The plans of one target in one precision; `options` are the target's choices beyond that."""
 
     target: str
     backend: str
     device: str
     precision: Precision
-    options: dict[str, int]
-    versions: dict[str, str]
-    built_on: dict[str, str]
-    plan_file: Name
+    options: dict[str, Any]
+    graph: str
     profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
     reference: Reference
-    keys: dict[str, str]
 
     @property
-    def plans(self) -> tuple[Artifact, ...]:
+    def plans(self) -> tuple[Plan, ...]:
         """Each plan once, however many profiles share it."""
-        return tuple({facts.plan.name: facts.plan for facts in self.profiles}.values())
+        return tuple({facts.plan.artifact.name: facts.plan for facts in self.profiles}.values())
 
 
 Spec = Annotated[
@@ -166,13 +181,14 @@ class Manifest(_Facts):
     schema_version: int
     package_version: str
     model: ModelFacts
-    graphs: dict[str, Artifact]
+    model_key: str
+    graphs: dict[str, Graph]
     plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
 
     def artifacts(self) -> Iterator[Artifact]:
-        yield from self.graphs.values()
+        yield from (graph.artifact for graph in self.graphs.values())
         for plan_set in self.plan_sets:
-            yield from plan_set.plans
+            yield from (plan.artifact for plan in plan_set.plans)
             yield plan_set.reference.artifact
 
 

@@ -1,6 +1,6 @@
 """Checkpoint → bundle: the one place that joins graphs, build, verify and bundle.
 
-Takes: a recipe and a target.  Gives: a Bundle whose every profile was compared with PyTorch.
+Takes: a recipe and a target.  Gives: a Bundle whose every profile was compared with PyTorch, or says why not.
 May touch: the output folder.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from elit_export.backends import BACKENDS
-from elit_export.build.plan import BuiltPlan
 from elit_export.bundle import (
     SCHEMA,
     Artifact,
     Bundle,
     BundleWriter,
+    Graph,
     Manifest,
     ModelFacts,
     Parity,
+    Plan,
     PlanSet,
     ProfileFacts,
     Reference,
@@ -34,20 +35,22 @@ from elit_export.bundle import (
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
 from elit_export.errors import BundleError, RecipeError
 from elit_export.files import sha256_of
-from elit_export.graphs.export import export_step
+from elit_export.graphs.export import STEP_FILE, export_step
 from elit_export.models.sit import ElitSiT
-from elit_export.recipe import Recipe, Target, load_recipe
-from elit_export.runtime.pipeline import open_bank
-from elit_export.spec import Profile
+from elit_export.recipe import AnyTarget, Recipe, load_recipe
+from elit_export.runtime.pipeline import open_bank, unfit
+from elit_export.spec import Precision, Profile
 from elit_export.verify.cases import REFERENCE_FILE, reference_cases, reference_trajectories
 from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, parity_of, require
 from elit_export.verify.reference import reference_arrays
 
-GRAPH = "step-fp32"
+GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 NOTHING_CHANGED = "nothing changed"
-NOT_RUN = Parity(status="not run", reason="being built")
+BEING_BUILT = Parity(status="not run", reason="being built")
 Progress = Callable[[str, float], None]
 Profiles = tuple[Profile, ...]
+# Share of a build that is done when a stage begins.
+STARTS = {"checkpoint": 0.0, "graph": 0.1, "reference": 0.4, "plans": 0.5, "verify": 0.8}
 
 
 def no_progress(_stage: str, _share: float) -> None:
@@ -66,9 +69,9 @@ def compile_bundle(
 
     `checkpoint` takes the place of the recipe's. What an earlier build made from the same checkpoint,
     recipe, libraries and code stays as it is, and so do plan sets of other targets of the same model.
-    `progress` hears each stage that does something and the share done before it, and NOTHING_CHANGED
-    at the end if the manifest stays as it was. Raises the package's errors; a failed or interrupted build leaves
-    an earlier bundle as it was.
+    Plans whose device is not here are recorded as never run. `progress` hears each stage that does
+    something and the share done before it, and NOTHING_CHANGED at the end if the manifest stays as it
+    was. Raises the package's errors; a failed or interrupted build leaves an earlier bundle as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
@@ -76,6 +79,7 @@ def compile_bundle(
     source = checkpoint or recipe.checkpoint
     if source is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
+    BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
     with writing(Path(out)) as writer:
         return _Build(writer, recipe, target, chosen, str(source), progress).run()
 
@@ -87,7 +91,7 @@ class _Build:
     writer: BundleWriter
     recipe: Recipe
     target: str
-    chosen: Target
+    chosen: AnyTarget
     source: str
     progress: Progress
 
@@ -95,7 +99,8 @@ class _Build:
         facts = self._facts()
         profiles = self.recipe.profiles_for(facts.spec)
         graph = self._graph()
-        unverified = self._plan_set(graph, profiles)
+        reference = self._reference(profiles)
+        unverified = self._plan_set(graph, profiles, reference)
         plan_set = self._verified(facts, graph, unverified)
         manifest = self._manifest(facts, graph, plan_set)
         if manifest == self.earlier:
@@ -110,28 +115,28 @@ class _Build:
         return self.writer.existing()
 
     @cached_property
+    def earlier_plan_sets(self) -> tuple[PlanSet, ...]:
+        return self.earlier.plan_sets if self.earlier else ()
+
+    @cached_property
     def before(self) -> PlanSet | None:
         """The plan set that this build replaces."""
-        plan_sets = self.earlier.plan_sets if self.earlier else ()
-        return next((old for old in plan_sets if self._is_same_target(old)), None)
+        return next((old for old in self.earlier_plan_sets if self._is_same_target(old)), None)
 
     def _is_same_target(self, plan_set: PlanSet) -> bool:
         return (plan_set.target, plan_set.precision) == (self.target, self.chosen.precision)
 
-    def _is_fresh(self, stage: str, key: str, *artifacts: Artifact) -> bool:
-        """Was this stage of `before` made from the same, and is it still whole on disk?"""
-        if self.before is None or self.earlier is None or self.before.keys.get(stage) != key:
-            return False
+    def _is_whole(self, artifact: Artifact) -> bool:
+        assert self.earlier
         try:
-            for artifact in artifacts:
-                Bundle(self.writer.folder, self.earlier).verified(artifact)
+            Bundle(self.writer.folder, self.earlier).verified(artifact)
         except BundleError:
             return False
         return True
 
     @cached_property
     def model(self) -> ElitSiT:
-        self.progress("read checkpoint", 0.0)
+        self.progress("read checkpoint", STARTS["checkpoint"])
         return load_checkpoint(self.source, **self.recipe.architecture.model_dump())
 
     @cached_property
@@ -147,87 +152,134 @@ class _Build:
 
     @cached_property
     def graph_key(self) -> str:
-        libraries = [version(name) for name in ("torch", "onnx", "onnx-ir", "onnxscript")]
-        return key_of(self.model_key, code("graphs"), libraries)
-
-    def plan_key(self, graph: Artifact, profiles: Profiles) -> str:
-        library = BACKENDS[self.chosen.backend].engines().library_version()
-        choices = self.chosen.model_dump(mode="json")
-        return key_of(graph.name, str(profiles), choices, library, code("build", "backends.py"))
+        return key_of(self.model_key, self.chosen.precision, code("graphs"), versions_of(GRAPH_LIBRARIES))
 
     def reference_key(self, profiles: Profiles) -> str:
         return key_of(self.model_key, str(profiles), version("torch"), code("verify", "runtime"))
 
+    def plan_key(self, graph: Graph, profiles: Profiles) -> str:
+        library = BACKENDS[self.chosen.backend].library_version()
+        choices = self.chosen.model_dump(mode="json")
+        return key_of(graph.artifact.name, str(profiles), choices, library, code("build", "backends.py", "compile.py"))
+
     # ------------------------------------------------------------ stages
 
     def _facts(self) -> ModelFacts:
-        if self.earlier and self._is_fresh("model", self.model_key):
+        if self.earlier and self.earlier.model_key == self.model_key:
             return self.earlier.model
         return ModelFacts(
             name=self.recipe.name, spec=self.model.spec, data=self.model.data, checkpoint_sha256=self.sha256
         )
 
-    def _graph(self) -> Artifact:
-        old = self.earlier.graphs.get(GRAPH) if self.earlier else None
-        if old and self._is_fresh("graph", self.graph_key, old):
+    def _graph(self) -> Graph:
+        """The step graph in the target's precision."""
+        name = graph_name(self.chosen.precision)
+        old = self.earlier.graphs.get(name) if self.earlier else None
+        if old and old.key == self.graph_key and self._is_whole(old.artifact):
             return old
         model = self.model
-        self.progress("export graph", 0.1)
-        return _exported(self.writer, model)
+        self.progress("export graph", STARTS["graph"])
+        with self.writer.staged() as folder:
+            export_step(model, folder, self.chosen.precision)
+            artifact = self.writer.adopt(folder, "graphs", name)
+        return Graph(artifact=artifact, key=self.graph_key, versions=versions_of(GRAPH_LIBRARIES))
 
-    def _plan_set(self, graph: Artifact, profiles: Profiles) -> PlanSet:
-        """Not yet verified, unless nothing in it changed."""
-        keys = {
-            "model": self.model_key,
-            "graph": self.graph_key,
-            "plan": self.plan_key(graph, profiles),
-            "reference": self.reference_key(profiles),
-        }
-        built = None
-        if not (self.before and self._is_fresh("plan", keys["plan"], *self.before.plans)):
-            self.progress("build plan", 0.5)
-            graph_file = self.writer.folder / graph.kind / graph.name / "step.onnx"
-            built = _built(self.writer, graph_file, profiles, self.chosen, self.target)
-        reference = self._reference(profiles, keys["reference"])
-        if built:
-            return _plan_set(self.target, self.chosen, built, reference, keys)
-        assert self.before
-        return self.before.model_copy(update={"reference": reference, "keys": keys})
-
-    def _reference(self, profiles: Profiles, key: str) -> Reference:
-        if self.before and self._is_fresh("reference", key, self.before.reference.artifact):
-            return self.before.reference
+    def _reference(self, profiles: Profiles) -> Reference:
+        """PyTorch's answers, which targets with the same profiles share."""
+        key = self.reference_key(profiles)
+        for old in self.earlier_plan_sets:
+            if old.reference.key == key and self._is_whole(old.reference.artifact):
+                return old.reference
         model = self.model
-        self.progress("PyTorch reference", 0.6)
-        return _referenced(self.writer, model, profiles)
+        self.progress("PyTorch reference", STARTS["reference"])
+        cases = reference_cases(profiles)
+        trajectories = reference_trajectories(profiles, model.spec)
+        arrays = reference_arrays(model, cases, trajectories)
+        with self.writer.staged() as folder:
+            np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
+            artifact = self.writer.adopt(folder, "reference", "reference")
+        return Reference(artifact=artifact, key=key, cases=cases, trajectories=trajectories)
 
-    def _verified(self, facts: ModelFacts, graph: Artifact, plan_set: PlanSet) -> PlanSet:
-        """The plan set with what its engines showed; raises ParityError at the first miss."""
-        if plan_set == self.before and all(profile.parity.status == "passed" for profile in plan_set.profiles):
+    def _plan_set(self, graph: Graph, profiles: Profiles, reference: Reference) -> PlanSet:
+        """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
+        groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
+        share = 1 / len(groups)
+        plans = [self._plan(graph, group, index * share, share) for index, group in enumerate(groups)]
+        plan_set = PlanSet(
+            target=self.target,
+            backend=self.chosen.backend,
+            device=self.chosen.device,
+            precision=self.chosen.precision,
+            options=self.chosen.options(),
+            graph=graph_name(self.chosen.precision),
+            profiles=tuple(
+                ProfileFacts(
+                    name=profile.name,
+                    latents=profile.latents.corners(),
+                    rows=profile.rows.corners(),
+                    plan=plan,
+                    parity=BEING_BUILT,
+                )
+                for group, plan in zip(groups, plans, strict=True)
+                for profile in group
+            ),
+            reference=reference,
+        )
+        if self.before and with_parity(self.before, lambda _profile: BEING_BUILT) == plan_set:
+            return self.before
+        return plan_set
+
+    def _plan(self, graph: Graph, profiles: Profiles, done_before: float, share: float) -> Plan:
+        key = self.plan_key(graph, profiles)
+        for old in self.before.plans if self.before else ():
+            if old.key == key and self._is_whole(old.artifact):
+                return old
+        names = ", ".join(profile.name for profile in profiles)
+
+        def on_share(done: float) -> None:
+            whole = STARTS["verify"] - STARTS["plans"]
+            self.progress(f"build {names}", STARTS["plans"] + whole * (done_before + done * share))
+
+        on_share(0.0)
+        graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / STEP_FILE
+        builder = BACKENDS[self.chosen.backend].builder()
+        with self.writer.staged() as folder:
+            built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
+            prefix = f"step-{self.target}-{self.chosen.precision.value}-{built.label}"
+            artifact = self.writer.adopt(folder, "plans", prefix)
+        return Plan(artifact=artifact, key=key, file=built.file, versions=built.versions, built_on=built.built_on)
+
+    def _verified(self, facts: ModelFacts, graph: Graph, plan_set: PlanSet) -> PlanSet:
+        """The plan set with what its engines showed, or why they did not run; raises ParityError at the first miss."""
+        if plan_set is self.before and all(profile.parity.status == "passed" for profile in plan_set.profiles):
             return plan_set
-        self.progress("verify", 0.8)
+        if reason := unfit(plan_set):
+            return with_parity(plan_set, lambda _profile: Parity(status="not run", reason=reason))
+        self.progress("verify", STARTS["verify"])
         bundle = Bundle(self.writer.folder, self._manifest(facts, graph, plan_set))
         found: list[Comparison] = []
         with open_bank(bundle, plan_set) as bank:
             for comparison in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference)):
                 found.append(require(comparison))
-                self.progress(f"verified {comparison.part}", 0.8 + 0.2 * len(found) / comparisons_of(plan_set))
-        profiles = tuple(
-            facts.model_copy(update={"parity": parity_of(facts.name, found)}) for facts in plan_set.profiles
-        )
-        return plan_set.model_copy(update={"profiles": profiles})
+                done = len(found) / comparisons_of(plan_set)
+                self.progress(f"verified {comparison.part}", STARTS["verify"] + (1 - STARTS["verify"]) * done)
+        return with_parity(plan_set, lambda profile: parity_of(profile, found))
 
-    def _manifest(self, facts: ModelFacts, graph: Artifact, plan_set: PlanSet) -> Manifest:
+    def _manifest(self, facts: ModelFacts, graph: Graph, plan_set: PlanSet) -> Manifest:
         """The plan set in its place beside those of other targets that were built of the same model."""
-        kept = self.earlier.plan_sets if self.earlier and self.earlier.model == facts else ()
-        others = [plan_set if self._is_same_target(old) else old for old in kept]
+        kept = self.earlier if self.earlier and self.earlier.model == facts else None
+        plan_sets = [plan_set if self._is_same_target(old) else old for old in (kept.plan_sets if kept else ())]
         return Manifest(
             schema_version=SCHEMA,
             package_version=version("elit-export"),
             model=facts,
-            graphs={GRAPH: graph},
-            plan_sets=tuple(others) if plan_set in others else (*others, plan_set),
+            model_key=self.model_key,
+            graphs={**(kept.graphs if kept else {}), plan_set.graph: graph},
+            plan_sets=tuple(plan_sets) if plan_set in plan_sets else (*plan_sets, plan_set),
         )
+
+
+# ---------------------------------------------------------------- keys and facts
 
 
 def key_of(*parts: object) -> str:
@@ -241,60 +293,15 @@ def code(*places: str) -> str:
     return key_of(*(path.read_text(encoding="utf-8") for path in files))
 
 
-# ---------------------------------------------------------------- what the stages make
+def versions_of(libraries: Iterable[str]) -> dict[str, str]:
+    return {library: version(library) for library in libraries}
 
 
-def _exported(writer: BundleWriter, model: ElitSiT) -> Artifact:
-    with writer.staged() as folder:
-        export_step(model, folder)
-        return writer.adopt(folder, "graphs", GRAPH)
+def graph_name(precision: Precision) -> str:
+    return f"step-{precision.value}"
 
 
-def _built(
-    writer: BundleWriter, graph: Path, profiles: Profiles, target: Target, name: str
-) -> list[tuple[BuiltPlan, Artifact]]:
-    build_plans = BACKENDS[target.backend].builder().build_plans
-    with writer.staged() as folder:
-        prefix = f"step-{target.backend}-{name}-{target.precision.value}"
-        return [
-            (plan, writer.adopt(plan.folder, "plans", prefix)) for plan in build_plans(graph, folder, profiles, target)
-        ]
-
-
-def _referenced(writer: BundleWriter, model: ElitSiT, profiles: Profiles) -> Reference:
-    cases = reference_cases(profiles)
-    trajectories = reference_trajectories(profiles, model.spec)
-    arrays = reference_arrays(model, cases, trajectories)
-    with writer.staged() as folder:
-        np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
-        artifact = writer.adopt(folder, "reference", "reference")
-    return Reference(artifact=artifact, cases=cases, trajectories=trajectories)
-
-
-def _plan_set(
-    name: str, target: Target, built: list[tuple[BuiltPlan, Artifact]], reference: Reference, keys: dict[str, str]
-) -> PlanSet:
-    first, _ = built[0]
-    return PlanSet(
-        target=name,
-        backend=target.backend,
-        device=target.device,
-        precision=target.precision,
-        options={"threads": target.threads},
-        versions=first.versions | {library: version(library) for library in ("torch", "onnx", "onnxscript")},
-        built_on=first.built_on,
-        plan_file=first.file,
-        profiles=tuple(
-            ProfileFacts(
-                name=profile.name,
-                latents=profile.latents.corners(),
-                rows=profile.rows.corners(),
-                plan=artifact,
-                parity=NOT_RUN,
-            )
-            for plan, artifact in built
-            for profile in plan.profiles
-        ),
-        reference=reference,
-        keys=keys,
-    )
+def with_parity(plan_set: PlanSet, parity: Callable[[str], Parity]) -> PlanSet:
+    """The plan set with what each profile, by its name, showed."""
+    profiles = tuple(facts.model_copy(update={"parity": parity(facts.name)}) for facts in plan_set.profiles)
+    return plan_set.model_copy(update={"profiles": profiles})

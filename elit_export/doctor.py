@@ -48,14 +48,14 @@ def findings() -> Iterator[Finding]:
 
 def _backend_findings(backend: Backend) -> Iterator[Finding]:
     try:
-        engines = backend.engines()
+        version_here = backend.library_version()
     except BackendUnavailable as error:
         problem, _, remedy = str(error).partition(": ")
         yield Finding(f"backend {backend.name}", ", ".join(backend.devices), problem, remedy)
         return
     for device in backend.devices:
-        problem, remedy = engines.device_problem(device)
-        yield Finding(f"backend {backend.name}", f"{device}, {engines.library_version()}", problem, remedy)
+        problem, remedy = backend.device_problem(device)
+        yield Finding(f"backend {backend.name}", f"{device}, {version_here}", problem, remedy)
 
 
 def _tool_finding(library: str, used_for: str, extra: str) -> Finding:

@@ -9,15 +9,16 @@ import difflib
 import tomllib
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
 from elit_export.spec import NAME_PATTERN, ModelSpec, Precision, Profile, Range, default_profiles
 
 SHIPPED_RECIPE = "fashion.toml"
+MAX_THREADS = 4096
 
 
 class _Table(BaseModel):
@@ -48,19 +49,12 @@ class ProfileTable(_Table):
     rows: RangeTable | None = None
 
 
-def _known_backend(name: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
-    return name
-
-
 class Target(_Table):
-    """One `[targets.NAME]`: where its plans run and in which arithmetic. `threads = 0` uses all cores."""
+    """One `[targets.NAME]`: where its plans run and in which arithmetic; what a backend adds is below."""
 
-    backend: Annotated[str, AfterValidator(_known_backend)]
+    backend: str
     device: str
     precision: Annotated[Precision, Field(strict=False)]
-    threads: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -72,6 +66,49 @@ class Target(_Table):
             if value not in known:
                 raise ValueError(f"{what} {value!r}: backend {backend.name} has {', '.join(known)}")
         return self
+
+    def options(self) -> dict[str, Any]:
+        """What the backend adds, as the manifest keeps it."""
+        return self.model_dump(mode="json", exclude=set(Target.model_fields))
+
+
+class OnnxRuntimeTarget(Target):
+    """`threads = 0` uses all cores."""
+
+    backend: Literal["onnxruntime"]
+    threads: int = Field(default=0, ge=0, le=MAX_THREADS)
+
+
+class TensorRTTarget(Target):
+    """TensorRT, and TensorRT for RTX, which builds without a GPU for the `compute_capabilities` named.
+
+    `layout`: one plan per profile, or one plan whose weights all profiles share. `workspace_mb` and
+    `optimization_level` limit the builder, both None for the library's own choice; `compatibility` lets
+    a plan run on other GPUs at a cost in speed. `timing_cache` is shared by the plans of a target.
+    `cuda_graphs` replays each call as one launch. `detailed_inspection` keeps layer names in the plan.
+    """
+
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    device: str = "cuda"
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")], ...] = Field(
+        min_length=1, strict=False
+    )
+    layout: Literal["per-profile", "multi-profile"] = "per-profile"
+    workspace_mb: int | None = Field(default=None, ge=1)
+    optimization_level: int | None = Field(default=None, ge=0, le=5)
+    compatibility: Literal["none", "version", "hardware", "both"] = "none"
+    timing_cache: bool = False
+    cuda_graphs: bool = True
+    detailed_inspection: bool = False
+
+    @model_validator(mode="after")
+    def _distinct_capabilities(self) -> Self:
+        if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
+            raise ValueError(f"compute_capabilities {list(self.compute_capabilities)} names one twice")
+        return self
+
+
+AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget, Field(discriminator="backend")]
 
 
 class Architecture(_Table):
@@ -90,7 +127,7 @@ class Recipe(_Table):
     architecture: Architecture = Architecture()
     rows: RangeTable
     profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
-    targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], Target] = Field(min_length=1)
+    targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], AnyTarget] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
@@ -99,7 +136,7 @@ class Recipe(_Table):
             raise ValueError(f"profiles: {twice[0]!r} is the name of two profiles")
         return self
 
-    def target(self, name: str) -> Target:
+    def target(self, name: str) -> AnyTarget:
         if name not in self.targets:
             raise RecipeError(f"recipe {self.name} has no target {name!r}; it has {', '.join(self.targets)}")
         return self.targets[name]
@@ -154,11 +191,18 @@ def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
 
 
 def _told(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    where = [str(part) for part in problem["loc"]]
+    if where[0] == "targets" and len(where) > 2:
+        del where[2]  # the backend, by which pydantic chose the table
+    key = ".".join(where)
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.backend: unknown backend {problem['ctx']['tag']!r}; known: {', '.join(BACKENDS)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.backend: field required"
     if problem["type"] == "extra_forbidden":
-        tables = (Recipe, Target, ProfileTable, RangeTable, Architecture)
+        tables = (Recipe, OnnxRuntimeTarget, TensorRTTarget, ProfileTable, RangeTable, Architecture)
         known = [name for table in tables for name in table.model_fields]
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        near = difflib.get_close_matches(where[-1], known, n=1)
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}" if key else message

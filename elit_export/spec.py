@@ -27,6 +27,8 @@ class Precision(StrEnum):
     """The arithmetic baked into a graph."""
 
     FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
 
 
 # ---------------------------------------------------------------- budgets

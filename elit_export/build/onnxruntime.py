@@ -1,7 +1,6 @@
 """Graph → ONNX Runtime plan: the optimised model, written back as ONNX.
 
-Takes: a graph, profiles, a target.  Gives: one plan for all profiles, because ONNX Runtime has no
-optimization profiles.  May touch: the folder it is given.  Knows nothing of: weights' meaning.
+Takes: a graph, profiles, a target.  Gives: one plan for all profiles.  May touch: the folder it is given.  Knows nothing of: weights' meaning.
 
 "Extended" optimisation is the highest level whose result does not depend on the CPU that ran it;
 what does depend on it is done again when the plan is opened.
@@ -10,14 +9,14 @@ what does depend on it is done again when the plan is opened.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnxruntime as ort
 
-from elit_export.build.plan import BuiltPlan
+from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BackendUnavailable, BuildError
-from elit_export.recipe import Target
+from elit_export.recipe import OnnxRuntimeTarget
 from elit_export.spec import Profile
 
 PLAN_FILE = "step.onnx"
@@ -25,8 +24,24 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTERNAL_FROM_BYTES = "1024"
 
 
-def build_plans(graph: Path, folder: Path, profiles: Sequence[Profile], target: Target) -> Iterator[BuiltPlan]:
-    """Write the plan into `folder`; raises BuildError, or BackendUnavailable without the target's provider."""
+def check(target: OnnxRuntimeTarget) -> None:
+    """Raise BackendUnavailable if the target's provider is not part of this ONNX Runtime."""
+    provider = PROVIDERS[target.device]
+    if provider not in ort.get_available_providers():
+        raise BackendUnavailable(
+            f"device {target.device!r}: this onnxruntime has no {provider}; elit-export doctor says what to do"
+        )
+
+
+def grouped(profiles: Sequence[Profile], target: OnnxRuntimeTarget) -> list[tuple[Profile, ...]]:
+    """One plan for all: ONNX Runtime has no optimization profiles."""
+    return [tuple(profiles)]
+
+
+def build_plan(
+    graph: Path, folder: Path, profiles: Sequence[Profile], target: OnnxRuntimeTarget, progress: OnShare
+) -> BuiltPlan:
+    """Write the plan into `folder`; raises BuildError, or BackendUnavailable if the provider does not start."""
     provider = PROVIDERS[target.device]
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
@@ -45,10 +60,10 @@ def build_plans(graph: Path, folder: Path, profiles: Sequence[Profile], target: 
             f"onnxruntime could not start {provider} (it offers {', '.join(session.get_providers())}): "
             f"build target device {target.device!r} on a machine that has it, with elit-export[onnxruntime-gpu]"
         )
-    yield BuiltPlan(
-        folder=folder,
+    progress(1.0)
+    return BuiltPlan(
         file=PLAN_FILE,
-        profiles=tuple(profiles),
+        label="onnxruntime",
         versions={"onnxruntime": ort.__version__},
         built_on={"machine": platform.machine(), "system": platform.system()},
     )

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from elit_export.spec import Profile
+OnShare = Callable[[float], None]  # hears the share of one plan's build that is done, 0 to 1
 
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A folder that holds one plan (`file` in it), and the profiles it serves."""
+    """The folder it was given now holds one plan; `file` in it is what an engine opens.
 
-    folder: Path
+    `label` says in the plan's name what distinguishes it: profile, library, device.
+    """
+
     file: str
-    profiles: tuple[Profile, ...]
+    label: str
     versions: dict[str, str]
     built_on: dict[str, str]

@@ -19,53 +19,69 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 from onnxscript import opset20 as op
+from onnxscript import opset23
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
 from elit_export.errors import ExportError
 from elit_export.graphs.check import check_graph
+from elit_export.models.precision import in_precision
 from elit_export.models.sit import ElitSiT
-from elit_export.spec import LATENTS, ROWS, ModelSpec, TensorSpec
+from elit_export.spec import LATENTS, ROWS, ModelSpec, Precision, TensorSpec
 
-OPSET = 20
+STEP_FILE = "step.onnx"
+# fp32 spells attention out: TensorRT has no native kernel for it. Half precision uses the native operator.
+OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
+HEAD_SIZE_MULTIPLE = 8  # of fused attention kernels
 # Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
 # latent positions) becomes a constant of the graph, and nothing large can appear from it.
 NO_LIMIT = 1 << 40
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 
 
-def export_step(model: ElitSiT, folder: Path) -> Path:
+def export_step(model: ElitSiT, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the `step` graph of a float32 model into `folder` (made if missing), once its structure is checked.
 
+    Inputs and outputs are float32 and int64 in every precision; `models.precision` says what is rounded.
     Gives the path of the graph; its weights lie beside it as `step.onnx.data`. Raises ExportError.
     """
-    if model.spec.latents == 1:
-        raise ExportError("a model with one latent per group has one budget only: there is nothing elastic to export")
+    _check_exportable(model.spec, precision)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
-        path = Path(private) / "step.onnx"
-        ir.save(step_model(model), path, external_data=f"{path.name}.data")
-        check_graph(path, model.spec.step_inputs, model.spec.step_outputs, opset=OPSET)
+        path = Path(private) / STEP_FILE
+        ir.save(step_model(model, precision), path, external_data=f"{path.name}.data")
+        check_graph(path, model.spec.step_inputs, model.spec.step_outputs, opset=OPSETS[precision])
         for name in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
             (Path(private) / name).replace(folder / name)
     return folder / path.name
 
 
-def step_model(model: ElitSiT) -> ir.Model:
+def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
+    if spec.latents == 1:
+        raise ExportError("a model with one latent per group has one budget only: there is nothing elastic to export")
+    head_size = spec.hidden_size // spec.num_heads
+    if precision is not Precision.FP32 and head_size % HEAD_SIZE_MULTIPLE:
+        raise ExportError(
+            f"heads of {head_size} channels (width {spec.hidden_size}, {spec.num_heads} heads): native attention in "
+            f"{precision.value} wants a multiple of {HEAD_SIZE_MULTIPLE}; use precision = 'fp32'"
+        )
+
+
+def step_model(model: ElitSiT, precision: Precision) -> ir.Model:
     """The `step` graph in memory, with the model's tensors as its weights."""
     spec = model.spec
-    step = _Step(model).eval()
+    step = _Step(in_precision(model, precision)).eval()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 step,
                 _example_inputs(spec),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=OPSETS[precision],
                 input_names=[tensor.name for tensor in spec.step_inputs],
                 output_names=[tensor.name for tensor in spec.step_outputs],
                 dynamic_shapes=_dynamic_shapes(spec),
-                custom_translation_table=ATTENTION,
+                custom_translation_table={SDPA: _spelled_out if precision is Precision.FP32 else _native},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -129,7 +145,7 @@ def _quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- attention
 
 
-def _attention(
+def _spelled_out(
     query: Any,
     key: Any,
     value: Any,
@@ -145,12 +161,29 @@ def _attention(
     keeps backends from recognising attention.
     """
     assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
-    factor = scale if scale is not None else 1 / math.sqrt(query.shape[-1])
-    scaled = op.Mul(query, op.Constant(value_float=factor))
+    scaled = op.Mul(query, op.Constant(value_float=scale or _scale(query)))
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
-ATTENTION: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.scaled_dot_product_attention.default: _attention
-}
+def _native(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:  # (B, h, L, D/h) each
+    """ONNX's Attention: nothing stands between scale, softmax and the two products."""
+    assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
+    attended, *_ = opset23.Attention(query, key, value, scale=scale or _scale(query))
+    return attended
+
+
+def _scale(query: Any) -> float:
+    return 1 / math.sqrt(query.shape[-1])
+
+
+SDPA: Callable[..., Any] = torch.ops.aten.scaled_dot_product_attention.default

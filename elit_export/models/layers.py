@@ -63,6 +63,20 @@ def position_code(grid: int, width: int) -> Tensor:
 
 # ---------------------------------------------------------------- attention and MLP
 
+# Attention and MLP may hold weights of a lower precision than the float32 tokens around them
+# (`models.precision`); they round what comes in, and what they add to a float32 token is float32 again.
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The layer in its own precision."""
+    product: Tensor = layer(x.to(layer.weight.dtype))
+    return product
+
+
+def in_float32(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm computed in float32, rounded back to the precision of x."""
+    return x if isinstance(norm, nn.Identity) else norm(x.float()).to(x.dtype)
+
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (..., L, D)
     heads: Tensor = x.unflatten(-1, (num_heads, -1))
@@ -86,8 +100,8 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
-        q, k, v = (split_heads(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        q, k, v = (split_heads(part, self.num_heads) for part in linear(self.qkv, x).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(in_float32(self.q_norm, q), in_float32(self.k_norm, k), v)
         projected: Tensor = self.proj(merge_heads(attended))
         return projected
 
@@ -101,7 +115,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        mixed: Tensor = self.fc2(F.gelu(linear(self.fc1, x), approximate="tanh"))
         return mixed
 
 

@@ -41,7 +41,7 @@ def bundle_facts(bundle: Bundle) -> Facts:
         "package_version": manifest.package_version,
         "checkpoint_sha256": manifest.model.checkpoint_sha256,
         **model_facts(manifest.model.spec, manifest.model.data),
-        "graphs": {name: artifact.size_bytes for name, artifact in manifest.graphs.items()},
+        "graphs": {name: graph.artifact.size_bytes for name, graph in manifest.graphs.items()},
         "plan_sets": [_plan_set_facts(plan_set, manifest.model.spec) for plan_set in manifest.plan_sets],
     }
 
@@ -72,17 +72,23 @@ def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
         "backend": plan_set.backend,
         "device": plan_set.device,
         "precision": plan_set.precision.value,
-        "versions": plan_set.versions,
-        "built_on": plan_set.built_on,
+        "options": plan_set.options,
         "covered": listed(budgets_of(plan_set, spec)),
-        "plans": {plan.name: plan.size_bytes for plan in plan_set.plans},
+        "plans": {
+            plan.artifact.name: {
+                "size_bytes": plan.artifact.size_bytes,
+                "versions": plan.versions,
+                "built_on": plan.built_on,
+            }
+            for plan in plan_set.plans
+        },
         "reference_bytes": plan_set.reference.artifact.size_bytes,
         "profiles": [
             {
                 "name": facts.name,
                 "latents": str(facts.profile.latents),
                 "rows": str(facts.profile.rows),
-                "plan": facts.plan.name,
+                "plan": facts.plan.artifact.name,
                 "parity": facts.parity.model_dump(),
             }
             for facts in plan_set.profiles

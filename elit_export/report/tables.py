@@ -71,8 +71,9 @@ def _budget_row(budget: Facts) -> tuple[str, str, str, str]:
 
 
 def _plan_set_table(plan_set: Facts) -> Table:
-    libraries = ", ".join(f"{name} {version}" for name, version in plan_set["versions"].items())
-    plans = ", ".join(f"{name} {size(size_bytes)}" for name, size_bytes in plan_set["plans"].items())
+    built = plan_set["plans"].values()
+    libraries = sorted({f"{name} {version}" for plan in built for name, version in plan["versions"].items()})
+    plans = ", ".join(f"{name} {size(plan['size_bytes'])}" for name, plan in plan_set["plans"].items())
     made = table(
         f"target {plan_set['target']}: {plan_set['backend']} on {plan_set['device']}, {plan_set['precision']}, "
         f"budgets {plan_set['covered']}",
@@ -82,7 +83,7 @@ def _plan_set_table(plan_set: Facts) -> Table:
             for profile in plan_set["profiles"]
         ],
     )
-    made.caption = f"built with {libraries}; plans: {plans}"
+    made.caption = f"built with {', '.join(libraries)}; plans: {plans}"
     return made
 
 

@@ -19,6 +19,9 @@ HOST_OUTPUTS = ("velocity", "distance")
 class DeviceArray(Protocol):
     """An array where the backend keeps it; goes back into engines of the same backend as it is."""
 
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
     def numpy(self) -> HostArray: ...
 
 
@@ -53,6 +56,10 @@ class HostOutput:
 
     def __init__(self, values: HostArray) -> None:
         self._values = values
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._values.shape
 
     def numpy(self) -> HostArray:
         return self._values

@@ -6,6 +6,7 @@ Takes: a plan made by `build/onnxruntime.py`.  Gives: an Engine.  May touch: the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,26 +27,42 @@ WARNINGS, ERRORS, SILENT = 2, 3, 4  # ONNX Runtime's log levels; the first is it
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
-def open_engine(plan: Path, facts: PlanSet) -> OnnxRuntimeEngine:
-    """Open a verified plan; refuses one built by a newer ONNX Runtime than the one installed."""
-    built = facts.versions.get("onnxruntime", "0")
+def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, OnnxRuntimeEngine]:
+    """Open verified plans, each file once; refuses those built by a newer ONNX Runtime than the one installed."""
+    for plan in plan_set.plans:
+        _check_version(plan.versions.get("onnxruntime", "0"))
+    threads = plan_set.options.get("threads", 0)
+    with ExitStack() as stack:
+        opened = {
+            path: stack.enter_context(OnnxRuntimeEngine(path, device=plan_set.device, threads=threads))
+            for path in set(plans.values())
+        }
+        stack.pop_all()  # the caller owns them now
+    return {name: opened[path] for name, path in plans.items()}
+
+
+def _check_version(built: str) -> None:
     if _numbers(ort.__version__) < _numbers(built):
         raise BundleError(
-            f"{plan}: built with onnxruntime {built}, installed is {ort.__version__}: "
+            f"built with onnxruntime {built}, installed is {ort.__version__}: "
             f"pip install 'onnxruntime>={built}' or build again"
         )
-    return OnnxRuntimeEngine(plan, device=facts.device, threads=facts.options.get("threads", 0))
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
 
 
-def library_version() -> str:
-    return f"onnxruntime {ort.__version__}"
+def unfit(plan_set: PlanSet) -> str:
+    """Why these plans cannot run here; empty if they can."""
+    return device_problem("onnxruntime", plan_set.device)[0]
 
 
-def device_problem(device: str) -> tuple[str, str]:
+def library_version(library: str) -> str:
+    return f"{library} {ort.__version__}"
+
+
+def device_problem(_library: str, device: str) -> tuple[str, str]:
     """(what is wrong, what to do), both empty if the device's provider really starts. For `doctor`."""
     provider = PROVIDERS[device]
     if provider not in ort.get_available_providers():
@@ -127,6 +144,10 @@ class OrtArray(DeviceArray):
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape())
 
     def numpy(self) -> HostArray:
         host: HostArray = self.value.numpy()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypedDict, Unpack
@@ -16,9 +15,9 @@ from typing import Self, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.backends import BACKENDS
+from elit_export.backends import BACKENDS, Backend
 from elit_export.bundle import Bundle, PlanSet, described
-from elit_export.errors import BundleError, InputError
+from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.images import to_images
@@ -247,16 +246,51 @@ def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> 
 
 
 def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
-    """The one plan set that fits; raises InputError listing all if none or several do."""
-    fitting = tuple(
+    """The one plan set that fits what was asked for, or of several the one that can run on this machine.
+
+    Raises InputError listing all if none or several are left, with the reason for each that cannot run.
+    """
+    fitting = [
         plan_set
         for plan_set in plan_sets
         if target in (None, plan_set.target) and precision in (None, plan_set.precision.value)
-    )
+    ]
     if len(fitting) == 1:
         return fitting[0]
-    problem = "several plan sets fit" if fitting else f"no plan set for target={target!r} precision={precision!r}"
-    raise InputError(f"{problem}; this bundle has {described(plan_sets)}")
+    if not fitting:
+        raise InputError(
+            f"no plan set for target={target!r} precision={precision!r}; this bundle has {described(plan_sets)}"
+        )
+    reasons = [unfit(plan_set) for plan_set in fitting]
+    able = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
+    if len(able) == 1:
+        return able[0]
+    problem = f"several plan sets fit, choose one: {described(able)}" if able else "no plan set can run here"
+    refused = [
+        f"target {plan_set.target} cannot run here: {reason}"
+        for plan_set, reason in zip(fitting, reasons, strict=True)
+        if reason
+    ]
+    raise InputError("; ".join([problem, *refused]))
+
+
+def unfit(plan_set: PlanSet) -> str:
+    """Why a plan set cannot run on this machine; empty if it can."""
+    try:
+        reason: str = _backend_of(plan_set).engines().unfit(plan_set)
+    except (BackendUnavailable, BundleError) as error:
+        return str(error)
+    return reason
+
+
+def _backend_of(plan_set: PlanSet) -> Backend:
+    backend = BACKENDS.get(plan_set.backend)
+    if backend is None or plan_set.device not in backend.devices:
+        raise BundleError(
+            f"no backend {plan_set.backend!r} for device {plan_set.device!r} in this version: "
+            f"pip install -U elit-export, or build it again"
+        )
+    return backend
 
 
 def _check_verified(plan_set: PlanSet, folder: Path) -> None:
@@ -271,18 +305,8 @@ def _check_verified(plan_set: PlanSet, folder: Path) -> None:
 
 def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     """Verify and open the plans of one set, each once."""
-    backend = BACKENDS.get(plan_set.backend)
-    if backend is None or plan_set.device not in backend.devices:
-        raise BundleError(
-            f"{bundle.folder}: no backend {plan_set.backend!r} for device {plan_set.device!r} in this version: "
-            f"pip install -U elit-export, or build it again"
-        )
-    engines = backend.engines()
-    with ExitStack() as stack:
-        opened = {
-            plan.name: stack.enter_context(engines.open_engine(bundle.verified(plan) / plan_set.plan_file, plan_set))
-            for plan in plan_set.plans
-        }
-        stack.pop_all()  # the bank owns them now
-    slots = [Slot(facts.profile, opened[facts.plan.name]) for facts in plan_set.profiles]
+    engines = _backend_of(plan_set).engines()
+    plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
+    opened = engines.open_engines(plans, plan_set)
+    slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
     return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision)

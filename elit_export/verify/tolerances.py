@@ -19,4 +19,9 @@ TOLERANCES = {
     # fp32 engines differ from PyTorch by the order of sums only; 115 dB is a relative error of 1.8e-6.
     # Measured at the corners of every profile: 127 dB (shipped model), 121 dB (XL/2 shape).
     Precision.FP32: Tolerance(step_db=115.0, trajectory_db=110.0),
+    # The linear layers of attention and MLP, and attention itself, rounded (`models.precision`).
+    # Measured on the shipped model, whose every budget is within 1 dB of these: PyTorch 71 dB (fp16) and
+    # 52 dB (bf16), ONNX Runtime 64 dB (fp16). GPU kernels round in other places; they have not been measured.
+    Precision.FP16: Tolerance(step_db=55.0, trajectory_db=50.0),
+    Precision.BF16: Tolerance(step_db=40.0, trajectory_db=35.0),
 }

@@ -1,0 +1,276 @@
+"""Graph → TensorRT plan, with `tensorrt` or `tensorrt_rtx`: their Python API is one.
+
+Takes: a graph, profiles, a target.  Gives: a plan per profile, or one with several optimization
+profiles.  May touch: the folder it is given.  Knows nothing of: running plans.
+
+Networks are strongly typed: the arithmetic is baked into the graph. TensorRT for RTX builds for named
+compute capabilities without a GPU; TensorRT builds for the GPU of the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from elit_export.backends import BACKENDS
+from elit_export.build.plan import BuiltPlan, OnShare
+from elit_export.errors import BackendUnavailable, BuildError
+from elit_export.recipe import TensorRTTarget
+from elit_export.spec import LATENTS, ROWS, Precision, Profile
+
+PLAN_FILE = "step.plan"
+TIMING_CACHE = "timing.cache"
+MEGABYTE = 1 << 20
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """Where the two libraries differ when building."""
+
+    names_capabilities: bool  # builds for named GPUs that need not be there
+    timing_cache: bool
+    oldest: tuple[int, int]
+
+
+FLAVOURS = {
+    "tensorrt": Flavour(names_capabilities=False, timing_cache=True, oldest=(10, 14)),
+    "tensorrt-rtx": Flavour(names_capabilities=True, timing_cache=False, oldest=(1, 4)),
+}
+
+
+# ---------------------------------------------------------------- before building
+
+
+def check(target: TensorRTTarget) -> None:
+    """Raise BackendUnavailable or BuildError if the library here cannot build for the target."""
+    trt, flavour = _library(target), FLAVOURS[target.backend]
+    if _numbers(trt.__version__) < flavour.oldest:
+        oldest = ".".join(map(str, flavour.oldest))
+        raise BackendUnavailable(
+            f"{target.backend} {trt.__version__} is too old: pip install -U '{target.backend}>={oldest}'"
+        )
+    if target.timing_cache and not flavour.timing_cache:
+        raise BuildError(f"{target.backend} tunes on the device that runs the plan: leave timing_cache out")
+    if flavour.names_capabilities:
+        _check_known(trt, target.compute_capabilities)
+    else:
+        _check_local(target)
+
+
+def _check_known(trt: Any, wanted: Iterable[str]) -> None:
+    known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+    for capability in wanted:
+        if _sm(capability) not in known:
+            dotted = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
+            raise BuildError(
+                f"compute capability {capability}: tensorrt-rtx {trt.__version__} builds for {dotted}; "
+                f"for other GPUs use backend = 'tensorrt' on the GPU itself"
+            )
+
+
+def _check_local(target: TensorRTTarget) -> None:
+    problem, remedy = BACKENDS[target.backend].device_problem(target.device)
+    if problem:
+        raise BackendUnavailable(f"{target.backend} builds on the GPU it builds for; {problem}: {remedy}")
+    here = BACKENDS[target.backend].engines().compute_capability()
+    if target.compute_capabilities != (here,):
+        raise BuildError(
+            f"{target.backend} builds for the GPU of this machine, compute capability {here}, and the target wants "
+            f"{', '.join(target.compute_capabilities)}: build there, or use backend = 'tensorrt-rtx'"
+        )
+
+
+def grouped(profiles: Sequence[Profile], target: TensorRTTarget) -> list[tuple[Profile, ...]]:
+    """The profiles of each plan: one each, or all in one."""
+    return [tuple(profiles)] if target.layout == "multi-profile" else [(profile,) for profile in profiles]
+
+
+# ---------------------------------------------------------------- building
+
+
+def build_plan(
+    graph: Path, folder: Path, profiles: Sequence[Profile], target: TensorRTTarget, progress: OnShare
+) -> BuiltPlan:
+    """Write the plan into `folder`.
+
+    Raises BuildError with what the library said; KeyboardInterrupt ends the build at its next step.
+    """
+    trt = _library(target)
+    log = _log(trt)
+    builder = trt.Builder(log)
+    network = _parsed(trt, builder, graph, log, target.precision)
+    config = _config(trt, builder, target)
+    for profile in profiles:
+        config.add_optimization_profile(_optimization_profile(builder, network, profile))
+    monitor = config.progress_monitor = _monitor(trt, progress)
+    cache = _timing_cache(config, folder.parent / TIMING_CACHE) if target.timing_cache else None
+    plan = builder.build_serialized_network(network, config)
+    if monitor.interrupted:
+        raise monitor.interrupted
+    if plan is None:
+        raise BuildError(f"{target.backend} cannot build {_names(profiles)}: {log.last_errors() or 'it says no more'}")
+    (folder / PLAN_FILE).write_bytes(plan)
+    if cache is not None:
+        (folder.parent / TIMING_CACHE).write_bytes(cache.serialize())
+    return BuiltPlan(
+        file=PLAN_FILE,
+        label="-".join(
+            [_names(profiles), f"{target.backend}{trt.__version__}", *map(_sm, target.compute_capabilities)]
+        ),
+        versions={target.backend: trt.__version__},
+        built_on={"machine": platform.machine(), "system": platform.system()},
+    )
+
+
+def _parsed(trt: Any, builder: Any, graph: Path, log: Any, precision: Precision) -> Any:
+    """The network of a graph; raises BuildError naming every node the parser refuses."""
+    flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
+    network = builder.create_network(1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        refused = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+        raise BuildError(f"{trt.__name__} cannot read {graph.name}: {refused or log.last_errors()}")
+    if precision is Precision.FP32 and _has_native_attention(trt, network):
+        raise BuildError(f"{graph.name}: native attention has no fp32 kernel; export with precision = 'fp32'")
+    return network
+
+
+def _has_native_attention(trt: Any, network: Any) -> bool:
+    kinds = {network.get_layer(index).type for index in range(network.num_layers)}
+    return trt.LayerType.ATTENTION_INPUT in kinds
+
+
+def _config(trt: Any, builder: Any, target: TensorRTTarget) -> Any:
+    config = builder.create_builder_config()
+    if FLAVOURS[target.backend].names_capabilities:
+        config.num_compute_capabilities = len(target.compute_capabilities)
+        for index, capability in enumerate(target.compute_capabilities):
+            config.set_compute_capability(trt.ComputeCapability.__members__[_sm(capability)], index)
+    if target.workspace_mb is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, target.workspace_mb * MEGABYTE)
+    if target.optimization_level is not None:
+        config.builder_optimization_level = target.optimization_level
+    if target.compatibility in ("version", "both"):
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if target.compatibility in ("hardware", "both"):
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if target.detailed_inspection:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    return config
+
+
+def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
+    """Ranges for every dynamic dimension, told apart by its name in the graph."""
+    ranges = {ROWS: profile.rows.corners(), LATENTS: profile.latents.corners()}
+    made = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        shapes = [
+            [ranges[tensor.get_dimension_name(axis)][corner] if size < 0 else size for axis, size in _axes(tensor)]
+            for corner in range(3)
+        ]
+        made.set_shape(tensor.name, *shapes)
+    return made
+
+
+def _axes(tensor: Any) -> Iterator[tuple[int, int]]:
+    return enumerate(tensor.shape)
+
+
+def _timing_cache(config: Any, path: Path) -> Any:
+    """The cache that the plans of one target share while they are built."""
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+# ---------------------------------------------------------------- what the library says
+
+
+def _log(trt: Any) -> Any:
+    """A TensorRT logger that speaks through `logging` and remembers its errors.
+
+    A class inside a function, because its base is known only once the library is chosen.
+    """
+    levels = {
+        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
+        trt.ILogger.ERROR: logging.ERROR,
+        trt.ILogger.WARNING: logging.WARNING,
+        trt.ILogger.INFO: logging.INFO,
+        trt.ILogger.VERBOSE: logging.DEBUG,
+    }
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            logger.log(levels[severity], "%s", message)
+            if levels[severity] == logging.ERROR:
+                self.errors.append(message)
+
+        def last_errors(self) -> str:
+            return "; ".join(self.errors[-3:])
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: OnShare) -> Any:
+    """Reports the share of the outermost phase that is done, and ends the build on an interrupt."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.interrupted: BaseException | None = None
+            self._whole = ("", 1)  # name and steps of the phase without a parent
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                self._whole = (name, steps)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            whole, steps = self._whole
+            try:
+                if name == whole:
+                    progress(min((step + 1) / steps, 1.0))
+            except BaseException as error:  # the library could not carry it: raised once it has returned
+                self.interrupted = error
+            return self.interrupted is None
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()
+
+
+# ---------------------------------------------------------------- small things
+
+
+def _library(target: TensorRTTarget) -> Any:
+    return import_module(BACKENDS[target.backend].library)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _label(profiles: Sequence[Profile], target: TensorRTTarget, version: str) -> str:
+    devices = "-".join(_sm(capability).lower() for capability in target.compute_capabilities)
+    return f"{_names(profiles)}-{target.backend}{version}-{devices}"
+
+
+def _sm(capability: str) -> str:
+    """`8.9` → `SM89`"""
+    return f"SM{capability.replace('.', '')}"
+
+
+def _names(profiles: Sequence[Profile]) -> str:
+    return "-".join(profile.name for profile in profiles)

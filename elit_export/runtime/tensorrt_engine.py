@@ -1,0 +1,432 @@
+"""TensorRT engines, with `tensorrt` or `tensorrt_rtx`: their Python API is one.
+
+Takes: plans made by `build/tensorrt.py`.  Gives: an Engine per profile.  May touch: the plan files,
+the GPU, and the user's cache folder for what TensorRT for RTX compiles on the device.
+
+The engines of a bank run one after another on one stream, so they share one activation buffer. Each
+profile has its own context, made once, with fixed buffers for inputs and outputs; what a caller gets
+is a copy that belongs to the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from elit_export.backends import BACKENDS
+from elit_export.bundle import PlanSet
+from elit_export.errors import BackendUnavailable, EngineError
+from elit_export.files import write_bytes
+from elit_export.runtime import cuda as cuda_layer
+from elit_export.runtime.cuda import Cuda
+from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """Where the two libraries differ when running."""
+
+    compiles_on_device: bool  # has a runtime cache, and captures CUDA graphs itself
+
+
+FLAVOURS = {"tensorrt": Flavour(compiles_on_device=False), "tensorrt-rtx": Flavour(compiles_on_device=True)}
+
+
+# ---------------------------------------------------------------- may it run here
+
+
+def library_version(library: str) -> str:
+    return f"{library} {import_module(library).__version__}"
+
+
+def device_problem(_library: str, _device: str) -> tuple[str, str]:
+    """(what is wrong, what to do), both empty if there is a GPU and its driver fits. For `doctor`."""
+    return cuda_layer.device_problem()
+
+
+def compute_capability() -> str:
+    """Of the GPU here, like `8.9`; raises EngineError without one."""
+    return Cuda().compute_capability()
+
+
+def unfit(plan_set: PlanSet) -> str:
+    """Why these plans cannot run here; empty if they can."""
+    installed = import_module(BACKENDS[plan_set.backend].library).__version__
+    if problem := _version_problem(plan_set, installed):
+        return problem
+    problem, remedy = cuda_layer.device_problem()
+    if problem:
+        return f"{problem}: {remedy}"
+    return _device_mismatch(plan_set, compute_capability())
+
+
+def _version_problem(plan_set: PlanSet, installed: str) -> str:
+    """Plans open in the version that built them, and with version compatibility in later ones."""
+    for plan in plan_set.plans:
+        built = plan.versions.get(plan_set.backend, "")
+        compatible = plan_set.options.get("compatibility") in ("version", "both")
+        if built != installed and not (compatible and _numbers(built) <= _numbers(installed)):
+            return (
+                f"built with {plan_set.backend} {built}, installed is {installed}: "
+                f"pip install '{plan_set.backend}=={built}' or build again"
+            )
+    return ""
+
+
+def _device_mismatch(plan_set: PlanSet, here: str) -> str:
+    built_for = plan_set.options["compute_capabilities"]
+    if here in built_for or plan_set.options.get("compatibility") in ("hardware", "both"):
+        return ""
+    return (
+        f"built for compute capability {', '.join(built_for)}, this GPU has {here}: "
+        f"add it to the target's compute_capabilities and build again"
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, TensorRTEngine]:
+    """Open verified plans, each file once: an engine per profile.
+
+    Raises BackendUnavailable before a plan's bytes reach TensorRT if its version or device does not fit.
+    """
+    if reason := unfit(plan_set):
+        raise BackendUnavailable(f"target {plan_set.target} cannot run here: {reason}")
+    return opened_on(Cuda(), import_module(BACKENDS[plan_set.backend].library), plans, plan_set)
+
+
+def opened_on(cuda: Cuda, trt: Any, plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, TensorRTEngine]:
+    """The engines over a given CUDA layer and library."""
+    captures = bool(plan_set.options.get("cuda_graphs", True))
+    device = Device(cuda)
+    with ExitStack() as stack:
+        stack.callback(device.close)
+        opened: dict[Path, OpenedPlan] = {}
+        for path in plans.values():
+            if path not in opened:
+                opened[path] = OpenedPlan(trt, FLAVOURS[plan_set.backend], path, captures=captures)
+        # Contexts of one plan are numbered by the order of its profiles.
+        seats = [(name, opened[path], _index(plans, name)) for name, path in plans.items()]
+        scratch_bytes = max(plan.engine.get_device_memory_size_for_profile_v2(index) for _, plan, index in seats)
+        scratch = device.take(scratch_bytes)
+        engines = {
+            name: stack.enter_context(TensorRTEngine(device, plan, index, (scratch, scratch_bytes)))
+            for name, plan, index in seats
+        }
+        stack.pop_all()  # the caller owns the engines now, and they the device
+    return engines
+
+
+def _index(plans: Mapping[str, Path], name: str) -> int:
+    """Which optimization profile of its plan a profile is: they were added in the order of their names here."""
+    return [other for other, path in plans.items() if path == plans[name]].index(name)
+
+
+class OpenedPlan:
+    """A deserialized plan; its profiles share its weights.
+
+    TensorRT for RTX compiles kernels on the device when they are first needed and keeps them in a
+    runtime cache, which is read from the user's cache folder and written back when the plan is closed.
+    """
+
+    def __init__(self, trt: Any, flavour: Flavour, path: Path, *, captures: bool) -> None:
+        self.trt = trt
+        self.captures = captures and not flavour.compiles_on_device
+        self._log = trt.Logger(trt.Logger.WARNING)
+        runtime = trt.Runtime(self._log)
+        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if self.engine is None:
+            raise EngineError(f"{trt.__name__} cannot open {path}; its reason was written to the error output")
+        self._config = None
+        self._cache_file = _cache_file(f"{path.parent.name}-{trt.__name__}-{trt.__version__}")
+        if flavour.compiles_on_device:
+            self._config = self._runtime_config(captures)
+
+    def _runtime_config(self, captures: bool) -> Any:
+        trt, config = self.trt, self.engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if captures:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._cache = config.create_runtime_cache()
+        if self._cache_file.is_file() and not self._cache.deserialize(self._cache_file.read_bytes()):
+            logger.info("%s was made on another device or by another version; it is made again", self._cache_file)
+        config.set_runtime_cache(self._cache)
+        return config
+
+    def context(self) -> Any:
+        """A new execution context without activation memory of its own."""
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = self.engine.create_execution_context(self._config or strategy)
+        if context is None:
+            raise EngineError(f"{self.trt.__name__} cannot make an execution context: out of GPU memory?")
+        return context
+
+    def save_cache(self) -> None:
+        if self._config is None:
+            return
+        try:
+            write_bytes(self._cache_file, bytes(self._cache.serialize()))
+        except OSError as error:  # the next start compiles again, nothing else is lost
+            logger.warning("cannot keep compiled kernels in %s: %s", self._cache_file, error)
+
+
+def _cache_file(name: str) -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "elit_export" / f"{name}.cache"
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Device:
+    """The stream and the memory that the engines of a bank share; closed with the last of them.
+
+    Memory given back is kept for the next taker of that size: on one stream, work runs in the order
+    in which it was given, so what is still being read is never overwritten early.
+    """
+
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
+        self.stream = cuda.create_stream()
+        self._lock = threading.Lock()
+        self._taken: dict[int, int] = {}  # address → bytes
+        self._spare: dict[int, list[int]] = {}  # bytes → addresses
+        self._pinned: list[int] = []
+        self._engines = 0
+        self._closed = False
+
+    def take(self, size_bytes: int) -> int:
+        with self._lock:
+            spare = self._spare.get(size_bytes)
+            address = spare.pop() if spare else self.cuda.allocate(max(size_bytes, 1))
+            self._taken[address] = size_bytes
+        return address
+
+    def give_back(self, address: int) -> None:
+        with self._lock:
+            if not self._closed:
+                self._spare.setdefault(self._taken.pop(address), []).append(address)
+
+    def pinned(self, shape: Sequence[int], dtype: Any) -> tuple[int, HostArray]:
+        """Host memory for copies, as an address and as an array over it; lives as long as the device."""
+        size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        address = self.cuda.allocate_pinned(size_bytes)
+        self._pinned.append(address)
+        memory = (ctypes.c_byte * size_bytes).from_address(address)
+        return address, np.frombuffer(memory, dtype)
+
+    def hold(self) -> None:
+        self._engines += 1
+
+    def let_go(self) -> None:
+        self._engines -= 1
+        if not self._engines:
+            self.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def close(self) -> None:
+        """Free everything, also what callers still hold; safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        with ExitStack() as stack:  # every step is tried, whatever fails
+            stack.callback(self.cuda.destroy_stream, self.stream)
+            for address in (*self._taken, *(address for spare in self._spare.values() for address in spare)):
+                stack.callback(self.cuda.free, address)
+            for address in self._pinned:
+                stack.callback(self.cuda.free_pinned, address)
+            stack.callback(self.cuda.synchronize, self.stream)
+
+
+class DeviceBuffer(DeviceArray):
+    """An output on the GPU that belongs to its holder; its memory goes back when it is dropped."""
+
+    def __init__(self, device: Device, shape: tuple[int, ...], dtype: Any) -> None:
+        self.device, self.dtype = device, np.dtype(dtype)
+        self._shape = shape
+        self.size_bytes = math.prod(shape) * self.dtype.itemsize
+        self.address = device.take(self.size_bytes)
+        weakref.finalize(self, device.give_back, self.address)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def numpy(self) -> HostArray:
+        """A copy on the host; raises EngineError once the bank is closed."""
+        if self.device.closed:
+            raise EngineError("the engine bank of this array is closed: copy it with .numpy() before")
+        values = np.empty(self._shape, self.dtype)
+        self.device.cuda.to_host(values.ctypes.data, self.address, self.size_bytes, self.device.stream)
+        self.device.cuda.synchronize(self.device.stream)
+        return values
+
+
+# ---------------------------------------------------------------- running
+
+
+@dataclass
+class Port:
+    """One input or output: a fixed device buffer of the profile's largest shape, and pinned memory beside it."""
+
+    name: str
+    dtype: Any
+    address: int
+    pinned_address: int
+    pinned: HostArray
+
+
+class TensorRTEngine:
+    """One profile of a plan. `scratch` is the activation memory (address, bytes) that the bank's engines share.
+
+    With CUDA graphs, the second call in a row with the same shapes captures, and the next ones replay.
+    """
+
+    def __init__(self, device: Device, plan: OpenedPlan, index: int, scratch: tuple[int, int]) -> None:
+        self._device, self._plan = device, plan
+        self._graph: int | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._warm = False
+        self._context: Any = plan.context()
+        self._context.set_device_memory(*scratch)
+        self._require(self._context.set_optimization_profile_async(index, device.stream), "set_optimization_profile")
+        self._inputs, self._outputs = self._ports(index)
+        device.hold()
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._context is None:
+            raise EngineError("this engine is closed")
+        self._set_shapes({name: tuple(array.shape) for name, array in inputs.items()})
+        for name, array in inputs.items():
+            self._feed(self._port(name), array)
+        self._run()
+        outputs = {port.name: self._fetch(port) for port in self._outputs}
+        self._device.cuda.synchronize(self._device.stream)
+        return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in outputs.items()}
+
+    # ------------------------------------------------------------ shapes and buffers
+
+    def _ports(self, index: int) -> tuple[list[Port], list[Port]]:
+        """Buffers for the largest shapes of the profile, bound once."""
+        trt, engine = self._plan.trt, self._plan.engine
+        names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+        fed = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        for name in fed:
+            largest = tuple(engine.get_tensor_profile_shape(name, index)[2])
+            self._require(self._context.set_input_shape(name, largest), f"set_input_shape {name} {largest}")
+        inputs = [self._port_for(name) for name in fed]
+        return inputs, [self._port_for(name) for name in names if name not in fed]
+
+    def _port_for(self, name: str) -> Port:
+        shape = tuple(self._context.get_tensor_shape(name))
+        dtype = np.dtype(self._plan.trt.nptype(self._plan.engine.get_tensor_dtype(name)))
+        address = self._device.take(math.prod(shape) * dtype.itemsize)
+        self._require(self._context.set_tensor_address(name, address), f"set_tensor_address {name}")
+        return Port(name, dtype, address, *self._device.pinned(shape, dtype))
+
+    def _port(self, name: str) -> Port:
+        return next(port for port in self._inputs if port.name == name)
+
+    def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """A change of shape ends the life of a captured graph."""
+        if shapes == self._shapes:
+            return
+        self._drop_graph()
+        self._warm = False
+        for name, shape in shapes.items():
+            self._require(self._context.set_input_shape(name, shape), f"set_input_shape {name} {shape}")
+        self._shapes = shapes
+
+    # ------------------------------------------------------------ data
+
+    def _feed(self, port: Port, array: Array) -> None:
+        cuda, stream = self._device.cuda, self._device.stream
+        if isinstance(array, DeviceBuffer):
+            cuda.on_device(port.address, array.address, array.size_bytes, stream)
+            return
+        host = array if isinstance(array, np.ndarray) else array.numpy()
+        port.pinned[: host.size] = host.reshape(-1)
+        cuda.to_device(port.address, port.pinned_address, host.size * port.dtype.itemsize, stream)
+
+    def _fetch(self, port: Port) -> HostArray | DeviceBuffer:
+        """Ask for an output: on the host a view of pinned memory, valid after the stream is done."""
+        cuda, stream = self._device.cuda, self._device.stream
+        shape = tuple(self._context.get_tensor_shape(port.name))
+        if port.name not in HOST_OUTPUTS:
+            copy = DeviceBuffer(self._device, shape, port.dtype)
+            cuda.on_device(copy.address, port.address, copy.size_bytes, stream)
+            return copy
+        size = math.prod(shape)
+        cuda.to_host(port.pinned_address, port.address, size * port.dtype.itemsize, stream)
+        return port.pinned[:size].reshape(shape)
+
+    # ------------------------------------------------------------ launching
+
+    def _run(self) -> None:
+        cuda, stream = self._device.cuda, self._device.stream
+        if self._graph is None and self._plan.captures and self._warm:
+            cuda.begin_capture(stream)
+            try:
+                self._enqueue()
+            finally:
+                self._graph = cuda.end_capture(stream)
+        if self._graph is not None:
+            cuda.launch(self._graph, stream)
+            return
+        self._enqueue()
+        self._warm = True
+
+    def _enqueue(self) -> None:
+        self._require(self._context.execute_async_v3(self._device.stream), "execute_async_v3")
+
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._device.cuda.destroy_graph(self._graph)
+            self._graph = None
+
+    def _require(self, done: bool, call: str) -> None:
+        if not done:
+            raise EngineError(f"{self._plan.trt.__name__}: {call} failed; its reason was written to the error output")
+
+    # ------------------------------------------------------------ closing
+
+    def close(self) -> None:
+        if self._context is None:
+            return
+        self._device.cuda.synchronize(self._device.stream)
+        self._drop_graph()
+        self._context = None  # before the memory it uses
+        self._plan.save_cache()
+        self._device.let_go()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
