@@ -6,8 +6,10 @@ Knows nothing of: backends, budgets other than as a dynamic dimension.
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +38,8 @@ HEAD_SIZE_MULTIPLE = 8  # of fused attention kernels
 # Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
 # latent positions) becomes a constant of the graph, and nothing large can appear from it.
 NO_LIMIT = 1 << 40
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node, innermost last
+MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 
 
@@ -91,8 +95,21 @@ def step_model(model: ElitSiT, precision: Precision) -> ir.Model:
     graph_model: ir.Model = program.model
     fold_constants(graph_model, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     RemoveUnusedNodesPass()(graph_model)
+    name_nodes(graph_model)
     ClearMetadataAndDocStringPass()(graph_model)  # stack traces of the exporting machine
     return graph_model
+
+
+def name_nodes(graph_model: ir.Model) -> None:
+    """Name every node after the module it came from, so that errors and profiles can be read.
+
+    `core.3.attn/MatMul_93`; nodes that belong to no module keep their name alone.
+    """
+    for number, node in enumerate(graph_model.graph):
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        module = str(scopes[-2]).removeprefix("model.") if len(scopes) > 1 else ""
+        kind = f"{node.op_type}_{number}"
+        node.name = f"{module}/{kind}" if re.fullmatch(MODULE_PATH, module) else kind
 
 
 class _Step(nn.Module):
