@@ -11,10 +11,10 @@ from pathlib import Path
 
 from elit_export.compile import Progress, compile_bundle
 from elit_export.files import written_whole
+from elit_export.models.cost import flops_per_image
 from elit_export.recipe import shipped_recipe
 from elit_export.runtime.images import grid
 from elit_export.runtime.pipeline import Pipeline, Sample
-from elit_export.verify.bench import flops_per_image
 
 STEPS = 15
 SAMPLER = "ab3"
