@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "compile": {
         *("spec", "recipe", "bundle", "backends", "checkpoint", "models", "graphs", "build", "runtime", "verify"),
     },
-    "demo": {"recipe", "compile", "runtime", "verify"},
+    "demo": {"spec", "recipe", "compile", "models", "runtime"},
     "doctor": {"backends"},
     "bisect": {"backends", "bundle", "recipe", "runtime", "spec", "verify"},
     "cli": {"*"},

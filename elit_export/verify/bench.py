@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elit_export.models.cost import Cost, flops
+from elit_export.models.cost import Cost, flops, flops_per_image
 from elit_export.runtime.engine import HostArray
-from elit_export.runtime.pipeline import Choices, Pipeline, Sample
+from elit_export.runtime.pipeline import Choices, Pipeline
 from elit_export.spec import LATENTS, Budget, ModelSpec
 from elit_export.verify.metrics import difference
 from elit_export.verify.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
@@ -214,9 +214,3 @@ def sampling_results(pipeline: Pipeline, labels: Sequence[int], exact: HostArray
             speedup=first_ms / sample.ms_per_image,
             sqnr_db=difference(sample.latents, exact).sqnr_db,
         )
-
-
-def flops_per_image(sample: Sample, spec: ModelSpec) -> float:
-    """FLOPs of every engine call of a sampling, per image."""
-    calls = (call for record in sample.records for call in record.calls)
-    return sum(call.rows * flops(spec, call.budget).total for call in calls) / len(sample.labels)

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from elit_export.bundle import Bundle
+from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.cli import main
 from elit_export.verify import parity
 from elit_export.verify.tolerances import Tolerance
@@ -104,6 +104,65 @@ def test_class_names_serve_as_labels(fashion_bundle: Bundle, tmp_path: Path) -> 
 )
 def test_sample_refuses_what_is_wrong(tiny_bundle: Bundle, tmp_path: Path, options: list[str], said: str) -> None:
     assert said in refused("sample", tiny_bundle.folder, "--out", tmp_path / "s.png", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo_draws_from_a_bundle_without_torch(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """With the files alone that running needs."""
+    running = tmp_path / "running"
+    shutil.copytree(tiny_bundle.folder, running, ignore=shutil.ignore_patterns("graphs", "reference"))
+    code = (
+        "import sys\nfrom elit_export.cli import main\nmain(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'onnx'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "demo", "--bundle", str(running), "--out", str(tmp_path / "drawn")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "quarter, then full" in done.stdout
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["demo.png"]
+    with Image.open(tmp_path / "drawn" / "demo.png") as picture:
+        assert picture.size == (3 * (3 * 10 + 2), 3 * (4 * 10 + 2))  # three classes; three budgets and the mixed row
+
+
+def test_demo_counts_flops_and_writes_them(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    rows = only_json("demo", "--bundle", tiny_bundle.folder, "--out", tmp_path)
+    assert [row["row"] for row in rows] == ["full", "half", "quarter", "quarter, then full"]
+    assert rows[0]["gflop_per_image"] > rows[1]["gflop_per_image"] > rows[2]["gflop_per_image"]
+
+
+def test_demo_draws_what_a_bundle_covers(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
+    values = json.loads((folder / MANIFEST).read_text())
+    del values[OWN_HASH]
+    plan_set = values["plan_sets"][0]
+    plan_set["profiles"] = [profile for profile in plan_set["profiles"] if profile["latents"][2] < 4]
+    (folder / MANIFEST).write_text(manifest_text(values))
+    rows = only_json("demo", "--bundle", folder, "--out", tmp_path / "drawn")
+    assert [row["row"] for row in rows] == ["half", "quarter", "quarter, then half"]
+
+
+def test_demo_refuses_latents(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
+    folder = golden_g4_bundle.folder
+    said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
+    assert f"the demo draws pixels: elit-export sample {folder}" in said
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_demo_refuses_a_target_without_a_bundle(tmp_path: Path) -> None:
+    assert "give --bundle BUNDLE too" in refused("demo", "--target", "cpu", "--out", tmp_path / "drawn")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_without_torch_says_that_a_bundle_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("elit_export.compile", "elit_export.checkpoint"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = refused("demo", "--out", tmp_path / "drawn")
+    assert "pip install 'elit-export[export]'" in said
+    assert "elit-export demo --bundle BUNDLE" in said
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from elit_export import Pipeline
 from elit_export.bundle import Bundle
-from elit_export.models.cost import flops
-from elit_export.verify.bench import bench, flops_per_image
+from elit_export.models.cost import flops, flops_per_image
+from elit_export.verify.bench import bench
 from elit_export.verify.reference import torch_engine
 from elit_export.verify.timing import resident_bytes, timed_in_turn
 from tests.helpers import tiny_model
