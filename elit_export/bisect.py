@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import packages_distributions, version
@@ -24,7 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle, PlanSet, ProfileFacts, ReferenceCase
 from elit_export.errors import BundleError
-from elit_export.recipe import Target
+from elit_export.recipe import target_of
 from elit_export.runtime.engine import to_host
 from elit_export.spec import LATENTS
 from elit_export.verify.cases import Arrays
@@ -73,7 +74,7 @@ def bisect(bundle: Bundle, plan_set: PlanSet, *, case: int) -> Verdict:
 
     Raises BundleError if the bundle is a copy without graphs, or its graph was altered.
     """
-    graph_file = _graph_file(bundle)
+    graph_file = _graph_file(bundle, plan_set)
     trial = _trial(bundle, plan_set, case)
     stored_db = trial.agreement_db(trial.run(trial.stored_plan()))
     if stored_db >= trial.least_db:
@@ -161,20 +162,27 @@ class _Trial:
         return min(difference(outputs[name], answer).sqnr_db for name, answer in self.answers.items())
 
     def stored_plan(self) -> Path:
-        return self.bundle.verified(self.profile.plan) / self.plan_set.plan_file
+        return self.bundle.verified(self.profile.plan.artifact) / self.profile.plan.file
 
     def build(self, graph: Path, folder: Path) -> Path:
-        """A plan for the case's profile, in a folder made below `folder`."""
+        """A plan for the case's profile alone, in a folder made below `folder`."""
         plan_set = self.plan_set
-        target = Target(backend=plan_set.backend, device=plan_set.device, precision=plan_set.precision)
+        target = target_of(plan_set.backend, plan_set.device, plan_set.precision, plan_set.options)
         (folder / "plan").mkdir()
-        build_plans = BACKENDS[plan_set.backend].builder().build_plans
-        built = next(iter(build_plans(graph, folder / "plan", [self.profile.profile], target)))
-        return Path(built.folder / built.file)
+        builder = BACKENDS[plan_set.backend].builder()
+        built = builder.build_plan(graph, folder / "plan", [self.profile.profile], target, lambda _share: None)
+        return folder / "plan" / str(built.file)
 
     def run(self, plan: Path) -> Arrays:
-        with BACKENDS[self.plan_set.backend].engines().open_engine(plan, self.plan_set) as engine:
-            return {name: to_host(array) for name, array in engine(self.inputs).items()}
+        """What a plan gives; the stored one serves all its profiles, one built here only this one."""
+        stored = {facts.name: plan for facts in self.plan_set.profiles if facts.plan == self.profile.plan}
+        served = stored if plan == self.stored_plan() else {self.profile.name: plan}
+        opened = BACKENDS[self.plan_set.backend].engines().open_engines(served, self.plan_set)
+        with ExitStack() as stack:
+            for engine in set(opened.values()):
+                stack.enter_context(engine)
+            outputs = opened[self.profile.name](self.inputs)
+            return {name: to_host(array) for name, array in outputs.items()}
 
     # ------------------------------------------------------------ words
 
@@ -184,7 +192,7 @@ class _Trial:
 
     @property
     def plan_folder(self) -> Path:
-        return self.bundle.folder / self.profile.plan.kind / self.profile.plan.name
+        return self.bundle.folder / self.profile.plan.artifact.kind / self.profile.plan.artifact.name
 
     @property
     def build_command(self) -> str:
@@ -214,8 +222,8 @@ def _trial(bundle: Bundle, plan_set: PlanSet, index: int) -> _Trial:
 # ---------------------------------------------------------------- graphs
 
 
-def _graph_file(bundle: Bundle) -> Path:
-    (artifact,) = bundle.manifest.graphs.values()
+def _graph_file(bundle: Bundle, plan_set: PlanSet) -> Path:
+    artifact = bundle.manifest.graphs[plan_set.graph].artifact
     folder = bundle.folder / artifact.kind / artifact.name
     if not folder.is_dir():
         raise BundleError(

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
@@ -109,6 +109,13 @@ class TensorRTTarget(Target):
 
 
 AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget, Field(discriminator="backend")]
+
+
+def target_of(backend: str, device: str, precision: str, options: dict[str, Any]) -> AnyTarget:
+    """The target of a plan set, from what the manifest keeps of it."""
+    values = {"backend": backend, "device": device, "precision": precision, **options}
+    target: AnyTarget = TypeAdapter(AnyTarget).validate_python(values)
+    return target
 
 
 class Architecture(_Table):

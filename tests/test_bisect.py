@@ -3,8 +3,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,8 +20,6 @@ from elit_export.build.plan import BuiltPlan
 from elit_export.bundle import MANIFEST, OWN_HASH, Artifact, Bundle, manifest_text
 from elit_export.cli import main
 from elit_export.files import sha256_of
-from elit_export.recipe import Target
-from elit_export.spec import Profile
 
 Change = Callable[[onnx.GraphProto], None]
 CASE = 1
@@ -56,14 +55,14 @@ def changed(path: Path, change: Change) -> None:
 
 def backend_with(change: Change, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every plan that is built from now on has the fault."""
-    sound = builder.build_plans
+    sound = builder.build_plan
 
-    def faulty(graph: Path, folder: Path, profiles: Sequence[Profile], target: Target) -> Iterator[BuiltPlan]:
-        for plan in sound(graph, folder, profiles, target):
-            changed(plan.folder / plan.file, change)
-            yield plan
+    def faulty(graph: Path, folder: Path, *rest: Any) -> BuiltPlan:
+        built = sound(graph, folder, *rest)
+        changed(folder / built.file, change)
+        return built
 
-    monkeypatch.setattr(builder, "build_plans", faulty)
+    monkeypatch.setattr(builder, "build_plan", faulty)
 
 
 @pytest.fixture
@@ -139,7 +138,7 @@ def test_a_wrong_fusion_is_the_optimisers(copied: Path, monkeypatch: pytest.Monk
 def test_the_node_with_a_wrong_weight_is_named(
     tiny_bundle: Bundle, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graph = onnx.load(tiny_bundle.verified(tiny_bundle.manifest.graphs["step-fp32"]) / "step.onnx").graph
+    graph = onnx.load(tiny_bundle.verified(tiny_bundle.manifest.graphs["step-fp32"].artifact) / "step.onnx").graph
     index, victim = next((i, node) for i, node in enumerate(graph.node) if WEIGHT in node.input)
     alter(copied, "plans", wrong_weight)
     backend_with(wrong_weight, monkeypatch)
@@ -176,7 +175,7 @@ def test_departures_come_in_the_order_of_the_graph() -> None:
 
 
 def test_all_outputs_become_visible_once(tiny_bundle: Bundle) -> None:
-    path = tiny_bundle.verified(tiny_bundle.manifest.graphs["step-fp32"]) / "step.onnx"
+    path = tiny_bundle.verified(tiny_bundle.manifest.graphs["step-fp32"].artifact) / "step.onnx"
     model = onnx.load(path, load_external_data=False)
     names = [value.name for value in visible(model).graph.output]
     assert len(names) == len(set(names)) == sum(len(node.output) for node in model.graph.node)
