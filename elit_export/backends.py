@@ -35,14 +35,23 @@ class Backend:
         return self._import(self.engine_module)
 
     def _import(self, module: str) -> ModuleType:
+        """Raises BackendUnavailable if the library is missing or broken; what follows the last ": " is the remedy."""
+        extra = f"'elit-export[{self.extra}]'"
         try:
-            return import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name != self.library:
-                raise
+            import_module(self.library)
+        except Exception as error:  # a broken library raises what it likes
+            if isinstance(error, ModuleNotFoundError) and error.name == self.library:
+                raise BackendUnavailable(f"backend {self.name} needs {self.library}: pip install {extra}") from error
             raise BackendUnavailable(
-                f"backend {self.name} needs {self.library}: pip install 'elit-export[{self.extra}]'"
+                f"backend {self.name}: {self.library} is installed but broken, {_first_line(error)}: "
+                f"pip install --force-reinstall {extra}"
             ) from error
+        return import_module(module)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 BACKENDS = {
