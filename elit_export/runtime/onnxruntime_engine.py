@@ -5,6 +5,7 @@ Takes: a plan made by `build/onnxruntime.py`.  Gives: an Engine.  May touch: the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,7 @@ IDENTITY = (
     b"\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 WARNINGS, ERRORS, SILENT = 2, 3, 4  # ONNX Runtime's log levels; the first is its default
+MOST_THREADS = 1024  # more than any machine has cores; ONNX Runtime would start them all
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -34,11 +36,21 @@ def open_engine(plan: Path, facts: PlanSet) -> OnnxRuntimeEngine:
             f"{plan}: built with onnxruntime {built}, installed is {ort.__version__}: "
             f"pip install 'onnxruntime>={built}' or build again"
         )
-    return OnnxRuntimeEngine(plan, device=facts.device, threads=facts.options.get("threads", 0))
+    return OnnxRuntimeEngine(plan, device=facts.device, threads=_threads(plan, facts))
+
+
+def _threads(plan: Path, facts: PlanSet) -> int:
+    threads = facts.options.get("threads", 0)
+    if not 0 <= threads <= MOST_THREADS:
+        raise BundleError(
+            f"{plan}: threads is {threads}, must be 0 to {MOST_THREADS}: change it in the recipe and build it again: "
+            f"elit-export build RECIPE --out BUNDLE"
+        )
+    return threads
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return tuple(int(part) for part in version.split(".")[:2] if re.fullmatch("[0-9]{1,9}", part))
 
 
 def library_version() -> str:
