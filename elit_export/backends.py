@@ -56,16 +56,24 @@ class Backend:
         return problem, remedy
 
     def _import(self, module: str) -> ModuleType:
+        """Raises BackendUnavailable if a library is missing or broken; what follows the last ": " is the remedy."""
+        extra = f"'elit-export[{self.extra}]'"
         for library in (self.library, *self.needs):
             try:
                 import_module(library)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{library}.".startswith(f"{error.name}."):
-                    raise
+            except Exception as error:  # a broken library raises what it likes
+                if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
+                    raise BackendUnavailable(f"backend {self.name} needs {library}: pip install {extra}") from error
                 raise BackendUnavailable(
-                    f"backend {self.name} needs {library}: pip install 'elit-export[{self.extra}]'"
+                    f"backend {self.name}: {library} is installed but broken, {_first_line(error)}: "
+                    f"pip install --force-reinstall {extra}"
                 ) from error
         return import_module(module)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 BACKENDS = {

@@ -18,7 +18,7 @@ from elit_export.errors import RecipeError
 from elit_export.spec import NAME_PATTERN, ModelSpec, Precision, Profile, Range, default_profiles
 
 SHIPPED_RECIPE = "fashion.toml"
-MAX_THREADS = 4096
+MOST_THREADS = 1024
 
 
 class _Table(BaseModel):
@@ -76,7 +76,7 @@ class OnnxRuntimeTarget(Target):
     """`threads = 0` uses all cores."""
 
     backend: Literal["onnxruntime"]
-    threads: int = Field(default=0, ge=0, le=MAX_THREADS)
+    threads: int = Field(default=0, ge=0, le=MOST_THREADS)
 
 
 class TensorRTTarget(Target):
