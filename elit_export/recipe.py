@@ -199,7 +199,7 @@ def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
 
 def _told(problem: Any) -> str:
     where = [str(part) for part in problem["loc"]]
-    if where[0] == "targets" and len(where) > 2:
+    if where[:1] == ["targets"] and len(where) > 2:
         del where[2]  # the backend, by which pydantic chose the table
     key = ".".join(where)
     if problem["type"] == "union_tag_invalid":

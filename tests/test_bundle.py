@@ -114,7 +114,7 @@ def test_a_manifest_that_cannot_be_read_is_refused_and_not_built_over(copied: Pa
 @unreadable_file
 def test_a_plan_that_cannot_be_read_is_refused(copied: Path) -> None:
     bundle = Bundle.open(copied)
-    (plan,) = bundle.manifest.plan_sets[0].plans
+    plan = bundle.manifest.plan_sets[0].plans[0].artifact
     plan_file(copied).unlink()
     (copied / "plans" / plan.name / "step.onnx").symlink_to(UNREADABLE)
     of_its_size = plan.files["step.onnx"].model_copy(update={"size_bytes": 0})
@@ -153,7 +153,8 @@ def test_never_verified_plan_needs_consent(copied: Path) -> None:
 
 def test_plan_of_a_newer_onnxruntime_is_refused(copied: Path) -> None:
     plan_sets = json.loads((copied / MANIFEST).read_text())["plan_sets"]
-    plan_sets[0]["versions"]["onnxruntime"] = "99.0.0"
+    for profile in plan_sets[0]["profiles"]:
+        profile["plan"]["versions"]["onnxruntime"] = "99.0.0"
     rewrite_manifest(copied, plan_sets=plan_sets)
     with pytest.raises(BundleError, match=r"built with onnxruntime 99\.0\.0"):
         Pipeline.load(copied)

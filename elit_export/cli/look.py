@@ -11,13 +11,13 @@ from elit_export.bundle import Bundle, PlanSet
 from elit_export.cli.common import (
     FOLDER,
     JSON_OPTION,
-    LIBRARY_EXTRAS,
     architecture_options,
     progress_bar,
     say,
     show,
     write_json,
 )
+from elit_export.doctor import TOOLS, findings
 from elit_export.errors import ElitExportError
 from elit_export.report.tables import inspection_tables, parity_tables, table
 from elit_export.runtime.pipeline import chosen_plan_set
@@ -94,9 +94,9 @@ def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -
     except (ElitExportError, OSError) as error:
         click.echo(f"cannot bisect: {error}", err=True)
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARY_EXTRAS:
+        if error.name not in TOOLS:
             raise
-        extra = LIBRARY_EXTRAS[error.name]
+        extra = TOOLS[error.name].extra
         click.echo(f"cannot bisect: this needs {error.name}: pip install 'elit-export[{extra}]'", err=True)
 
 
@@ -107,7 +107,6 @@ def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -
 @JSON_OPTION
 def doctor(json_to: str | None) -> None:
     """Show which backends and tools work on this machine, which do not, why, and what to type."""
-    from elit_export.doctor import findings
 
     found = list(findings())
     rows = [(f.what, f.detail, "works" if f.works else f.problem, f.remedy) for f in found]

@@ -12,7 +12,6 @@ from elit_export.cli.common import (
     FILE,
     FOLDER,
     JSON_OPTION,
-    LIBRARY_EXTRAS,
     build_progress,
     progress_bar,
     say,
@@ -20,6 +19,7 @@ from elit_export.cli.common import (
     write_json,
 )
 from elit_export.demo import DemoRow, build_demo, demo_rows, demo_ways, open_demo, save_picture
+from elit_export.doctor import TOOLS
 from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
 from elit_export.report.tables import table
@@ -56,10 +56,10 @@ def built_demo(out: Path) -> Pipeline:
         with progress_bar() as progress:
             return build_demo(out, build_progress(progress))
     except ModuleNotFoundError as error:
-        if error.name not in LIBRARY_EXTRAS:
+        if error.name not in TOOLS:
             raise
         raise BackendUnavailable(
-            f"building the shipped model needs {error.name}: pip install 'elit-export[{LIBRARY_EXTRAS[error.name]}]', "
+            f"building the shipped model needs {error.name}: pip install 'elit-export[{TOOLS[error.name].extra}]', "
             f"or draw from a bundle that was built elsewhere: elit-export demo --bundle BUNDLE"
         ) from error
 
