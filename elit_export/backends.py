@@ -26,12 +26,14 @@ from elit_export.errors import BackendUnavailable
 class Backend:
     """`devices` and `precisions` are what a recipe may ask of it; `extra` is what pip installs.
 
-    `library` is the module of the backend itself; `needs` others without which it does not run.
+    `library` is the module of the backend itself; `needs` others without which it does not run. `reads`
+    is what it builds from: the "onnx" graph or the torch.export "program".
     """
 
     name: str
     library: str
     needs: tuple[str, ...] = field(default=(), kw_only=True)
+    reads: str = field(default="onnx", kw_only=True)
     extra: str
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -107,6 +109,16 @@ BACKENDS = {
             precisions=("fp32", "fp16", "bf16"),
             build_module="elit_export.build.tensorrt",
             engine_module="elit_export.runtime.tensorrt_engine",
+        ),
+        Backend(
+            name="torch-tensorrt",
+            library="torch_tensorrt",
+            extra="torch-tensorrt",
+            devices=("cuda",),
+            precisions=("fp32", "fp16", "bf16"),
+            build_module="elit_export.build.torch_tensorrt",
+            engine_module="elit_export.runtime.torch_tensorrt_engine",
+            reads="program",
         ),
     )
 }

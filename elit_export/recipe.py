@@ -108,7 +108,14 @@ class TensorRTTarget(Target):
         return self
 
 
-AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget, Field(discriminator="backend")]
+class TorchTensorRTTarget(Target):
+    """Torch-TensorRT on the GPU of the machine that builds."""
+
+    backend: Literal["torch-tensorrt"]
+    device: str = "cuda"
+
+
+AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget | TorchTensorRTTarget, Field(discriminator="backend")]
 
 
 def target_of(backend: str, device: str, precision: str, options: dict[str, Any]) -> AnyTarget:
@@ -207,7 +214,15 @@ def _told(problem: Any) -> str:
     if problem["type"] == "union_tag_not_found":
         return f"{key}.backend: field required"
     if problem["type"] == "extra_forbidden":
-        tables = (Recipe, OnnxRuntimeTarget, TensorRTTarget, ProfileTable, RangeTable, Architecture)
+        tables = (
+            Recipe,
+            OnnxRuntimeTarget,
+            TensorRTTarget,
+            TorchTensorRTTarget,
+            ProfileTable,
+            RangeTable,
+            Architecture,
+        )
         known = [name for table in tables for name in table.model_fields]
         near = difflib.get_close_matches(where[-1], known, n=1)
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
