@@ -105,9 +105,13 @@ class ReferenceTrajectory(_Facts):
 
 
 class Graph(_Facts):
-    """ONNX as it was exported. `key` is a hash of all it was made from, by which a later build knows it is fresh."""
+    """A graph as it was exported, `file` in `artifact`.
+
+    `key` is a hash of all it was made from, by which a later build knows it is fresh.
+    """
 
     artifact: Artifact
+    file: Name
     key: str
     versions: dict[str, str]
 

@@ -35,8 +35,8 @@ from elit_export.bundle import (
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
 from elit_export.errors import BundleError, RecipeError
 from elit_export.files import sha256_of
-from elit_export.graphs.export import STEP_FILE, export_step
-from elit_export.graphs.program import PROGRAM_FILE, export_program
+from elit_export.graphs.export import export_step
+from elit_export.graphs.program import export_program
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.pipeline import open_bank, unfit
@@ -46,7 +46,6 @@ from elit_export.verify.parity import Comparison, compared, comparisons_of, load
 from elit_export.verify.reference import reference_arrays
 
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
-FILES = {"onnx": STEP_FILE, "program": PROGRAM_FILE}
 NOTHING_CHANGED = "nothing changed"
 BEING_BUILT = Parity(status="not run", reason="being built")
 Progress = Callable[[str, float], None]
@@ -188,9 +187,9 @@ class _Build:
         model = self.model
         self.progress("export graph", STARTS["graph"])
         with self.writer.staged() as folder:
-            self._export(model, folder)
+            file = self._export(model, folder).name
             artifact = self.writer.adopt(folder, "graphs", name)
-        return Graph(artifact=artifact, key=self.graph_key, versions=versions_of(GRAPH_LIBRARIES))
+        return Graph(artifact=artifact, file=file, key=self.graph_key, versions=versions_of(GRAPH_LIBRARIES))
 
     def _export(self, model: ElitSiT, folder: Path) -> Path:
         """Write what the backend reads, and give the file."""
@@ -254,9 +253,7 @@ class _Build:
             self.progress(f"build {names}", STARTS["plans"] + whole * (done_before + done * share))
 
         on_share(0.0)
-        graph_file = (
-            self.writer.folder / graph.artifact.kind / graph.artifact.name / FILES[BACKENDS[self.chosen.backend].reads]
-        )
+        graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
         builder = BACKENDS[self.chosen.backend].builder()
         with self.writer.staged() as folder:
             built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
