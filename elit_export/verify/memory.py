@@ -26,11 +26,13 @@ from elit_export.verify.timing import resident_bytes
 
 
 def bank_memory_ratio(folder: Path, plan_set: PlanSet) -> float | None:
-    """What the whole bank holds over what the engine of its largest budgets does; None where the system does not tell.
+    """What the whole bank holds over what the engine of its largest budgets does.
+
+    None where the system does not tell, and for a device that has its own memory.
 
     Raises EngineError if a process dies, as one does that runs out of memory.
     """
-    if resident_bytes() is None:
+    if resident_bytes() is None or plan_set.device != "cpu":
         return None
     largest = max(plan_set.profiles, key=lambda facts: facts.profile.latents.max)
     whole, one = (_held_in_own_process(folder, plan_set, profiles) for profiles in (plan_set.profiles, (largest,)))
