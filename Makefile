@@ -11,17 +11,19 @@ else
 ORT := onnxruntime
 endif
 
+TESTS := -q -n 2 --dist loadfile --durations=10
+
 .PHONY: demo test coverage lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/elit-export demo --out build/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TESTS)
 
-# Slower by two thirds, because tracing slows torch's exporter.
+# Not part of `make test`: three quarters more processor time, because tracing slows torch's exporter.
 coverage: $(VENV)/installed
-	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered --cov-fail-under=92
+	$(BIN)/python -m pytest $(TESTS) --cov --cov-report=term:skip-covered --cov-fail-under=92
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
