@@ -138,15 +138,38 @@ def test_demo_counts_flops_and_writes_them(tiny_bundle: Bundle, tmp_path: Path) 
     assert rows[0]["gflop_per_image"] > rows[1]["gflop_per_image"] > rows[2]["gflop_per_image"]
 
 
-def test_demo_draws_what_a_bundle_covers(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
-    values = json.loads((folder / MANIFEST).read_text())
+def covering(low: int, high: int, bundle: Bundle, folder: Path) -> Path:
+    """A copy with one profile for these budgets."""
+    copied = Path(shutil.copytree(bundle.folder, folder))
+    values = json.loads((copied / MANIFEST).read_text())
     del values[OWN_HASH]
     plan_set = values["plan_sets"][0]
-    plan_set["profiles"] = [profile for profile in plan_set["profiles"] if profile["latents"][2] < 4]
-    (folder / MANIFEST).write_text(manifest_text(values))
+    plan_set["profiles"] = [plan_set["profiles"][0] | {"latents": [low, low, high]}]
+    (copied / MANIFEST).write_text(manifest_text(values))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "drawn"),
+    [
+        (1, 3, ["half", "quarter", "quarter, then half"]),
+        (2, 4, ["full", "half", "half, then full"]),
+        (1, 1, ["quarter"]),
+    ],
+)
+def test_demo_draws_what_a_bundle_covers(
+    low: int, high: int, drawn: list[str], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = covering(low, high, tiny_bundle, tmp_path / "copied")
     rows = only_json("demo", "--bundle", folder, "--out", tmp_path / "drawn")
-    assert [row["row"] for row in rows] == ["half", "quarter", "quarter, then half"]
+    assert [row["row"] for row in rows] == drawn
+
+
+def test_demo_refuses_a_bundle_without_named_budgets(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = covering(3, 3, tiny_bundle, tmp_path / "copied")
+    said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
+    assert "no profile covers any of full, half, quarter" in said
+    assert "the engines cover 3of4: elit-export sample BUNDLE --schedule BUDGET" in said
 
 
 def test_demo_refuses_latents(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
