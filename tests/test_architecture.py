@@ -43,6 +43,9 @@ ROOMS: dict[str, set[str]] = {
 # library → the only places that may name it
 LIBRARIES: dict[str, set[str]] = {
     "onnxruntime": {"build/onnxruntime.py", "runtime/onnxruntime_engine.py"},
+    "cuda": {"runtime/cuda.py"},
+    "tensorrt": set(),  # imported under the name that the table of backends gives, as they share their modules
+    "tensorrt_rtx": set(),
     "onnx": {"graphs/", "bisect.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
@@ -93,7 +96,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert users == []
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda")
 
 
 def modules_after(code: str) -> set[str]:

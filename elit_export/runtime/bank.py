@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Self
 
@@ -89,8 +90,9 @@ class EngineBank:
             if self._closed:
                 return
             self._closed = True
-            for engine in {id(slot.engine): slot.engine for slot in self.slots}.values():
-                engine.close()
+            with ExitStack() as stack:  # all of them, whatever fails
+                for engine in {id(slot.engine): slot.engine for slot in self.slots}.values():
+                    stack.callback(engine.close)
 
     def __enter__(self) -> Self:
         return self

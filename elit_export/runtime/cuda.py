@@ -25,15 +25,17 @@ def device_problem() -> tuple[str, str]:
     """(what is wrong, what to do), both empty if there is a GPU and its driver fits."""
     error, count = cudart.cudaGetDeviceCount()
     if error == cudart.cudaError_t.cudaErrorInsufficientDriver:
-        return _said(error), "install an NVIDIA driver that fits this CUDA, and see nvidia-smi"
+        return _said(error), "install an NVIDIA driver for this CUDA or a later one, and see nvidia-smi"
     if error != cudart.cudaError_t.cudaSuccess:
         return _said(error), "see nvidia-smi"
     return ("", "") if count else ("no NVIDIA GPU is visible", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
 
 
 def _said(error: Any) -> str:
-    _, text = cudart.cudaGetErrorString(error)
-    return f"{text.decode()} ({error.name})"
+    text = cudart.cudaGetErrorString(error)[1].decode()
+    if error == cudart.cudaError_t.cudaErrorInsufficientDriver:  # also where there is none
+        text = "no NVIDIA driver, or one older than this CUDA"
+    return f"{text} ({error.name})"
 
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
@@ -102,10 +104,11 @@ class Cuda:
     def end_capture(self, stream: int) -> int:
         """A graph that launches what was captured."""
         captured = _checked("cudaStreamEndCapture", cudart.cudaStreamEndCapture(stream))
-        try:
-            return int(_checked("cudaGraphInstantiate", cudart.cudaGraphInstantiate(captured, 0)))
-        finally:
-            _checked("cudaGraphDestroy", cudart.cudaGraphDestroy(captured))
+        made = cudart.cudaGraphInstantiate(captured, 0)
+        destroyed = cudart.cudaGraphDestroy(captured)  # also if nothing was made of it
+        graph = int(_checked("cudaGraphInstantiate", made))
+        _checked("cudaGraphDestroy", destroyed)
+        return graph
 
     def launch(self, graph: int, stream: int) -> None:
         _checked("cudaGraphLaunch", cudart.cudaGraphLaunch(graph, stream))

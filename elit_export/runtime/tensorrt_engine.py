@@ -17,7 +17,7 @@ import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -32,7 +32,7 @@ from elit_export.errors import BackendUnavailable, EngineError
 from elit_export.files import write_bytes
 from elit_export.runtime import cuda as cuda_layer
 from elit_export.runtime.cuda import Cuda
-from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray
+from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray, to_host
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,13 @@ class Flavour:
     """Where the two libraries differ when running."""
 
     compiles_on_device: bool  # has a runtime cache, and captures CUDA graphs itself
+    opens_older_plans: bool  # those built to be compatible
 
 
-FLAVOURS = {"tensorrt": Flavour(compiles_on_device=False), "tensorrt-rtx": Flavour(compiles_on_device=True)}
+FLAVOURS = {
+    "tensorrt": Flavour(compiles_on_device=False, opens_older_plans=True),
+    "tensorrt-rtx": Flavour(compiles_on_device=True, opens_older_plans=False),
+}
 
 
 # ---------------------------------------------------------------- may it run here
@@ -79,13 +83,16 @@ def _version_problem(plan_set: PlanSet, installed: str) -> str:
     """Plans open in the version that built them, and with version compatibility in later ones."""
     for plan in plan_set.plans:
         built = plan.versions.get(plan_set.backend, "")
-        compatible = plan_set.options.get("compatibility") in ("version", "both")
-        if built != installed and not (compatible and _numbers(built) <= _numbers(installed)):
+        if built != installed and not (_fits_later_versions(plan_set) and _numbers(built) <= _numbers(installed)):
             return (
                 f"built with {plan_set.backend} {built}, installed is {installed}: "
                 f"pip install '{plan_set.backend}=={built}' or build again"
             )
     return ""
+
+
+def _fits_later_versions(plan_set: PlanSet) -> bool:
+    return FLAVOURS[plan_set.backend].opens_older_plans and plan_set.options.get("compatibility") in ("version", "both")
 
 
 def _device_mismatch(plan_set: PlanSet, here: str) -> str:
@@ -117,14 +124,10 @@ def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, Tens
 
 def opened_on(cuda: Cuda, trt: Any, plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, TensorRTEngine]:
     """The engines over a given CUDA layer and library."""
-    captures = bool(plan_set.options.get("cuda_graphs", True))
     device = Device(cuda)
     with ExitStack() as stack:
         stack.callback(device.close)
-        opened: dict[Path, OpenedPlan] = {}
-        for path in plans.values():
-            if path not in opened:
-                opened[path] = OpenedPlan(trt, FLAVOURS[plan_set.backend], path, captures=captures)
+        opened = {path: device.owning(OpenedPlan(trt, path, plan_set)) for path in dict.fromkeys(plans.values())}
         # Contexts of one plan are numbered by the order of its profiles.
         seats = [(name, opened[path], _index(plans, name)) for name, path in plans.items()]
         scratch_bytes = max(plan.engine.get_device_memory_size_for_profile_v2(index) for _, plan, index in seats)
@@ -149,27 +152,29 @@ class OpenedPlan:
     runtime cache, which is read from the user's cache folder and written back when the plan is closed.
     """
 
-    def __init__(self, trt: Any, flavour: Flavour, path: Path, *, captures: bool) -> None:
+    def __init__(self, trt: Any, path: Path, plan_set: PlanSet) -> None:
+        graphs = bool(plan_set.options.get("cuda_graphs", True))
+        flavour = FLAVOURS[plan_set.backend]
         self.trt = trt
-        self.captures = captures and not flavour.compiles_on_device
-        self._log = trt.Logger(trt.Logger.WARNING)
-        runtime = trt.Runtime(self._log)
-        self.engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        self.captures = graphs and not flavour.compiles_on_device
+        runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+        # A version-compatible plan brings code that runs on the host; its hash was checked before.
+        runtime.engine_host_code_allowed = _fits_later_versions(plan_set)
+        self.engine: Any = runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
             raise EngineError(f"{trt.__name__} cannot open {path}; its reason was written to the error output")
-        self._config = None
-        self._cache_file = _cache_file(f"{path.parent.name}-{trt.__name__}-{trt.__version__}")
+        self._config: Any = None
         if flavour.compiles_on_device:
-            self._config = self._runtime_config(captures)
+            self._cache_file = _cache_file(f"{path.parent.name}-{trt.__name__}-{trt.__version__}")
+            self._config = self._runtime_config(graphs)
 
-    def _runtime_config(self, captures: bool) -> Any:
+    def _runtime_config(self, graphs: bool) -> Any:
         trt, config = self.trt, self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if captures:
+        if graphs:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = config.create_runtime_cache()
-        if self._cache_file.is_file() and not self._cache.deserialize(self._cache_file.read_bytes()):
-            logger.info("%s was made on another device or by another version; it is made again", self._cache_file)
+        self._load_cache()
         config.set_runtime_cache(self._cache)
         return config
 
@@ -181,13 +186,28 @@ class OpenedPlan:
             raise EngineError(f"{self.trt.__name__} cannot make an execution context: out of GPU memory?")
         return context
 
-    def save_cache(self) -> None:
-        if self._config is None:
+    def _load_cache(self) -> None:
+        try:
+            kernels = self._cache_file.read_bytes()
+        except FileNotFoundError:
             return
+        except OSError as error:  # as good as none
+            logger.warning("cannot read compiled kernels from %s: %s", self._cache_file, error)
+            return
+        if not self._cache.deserialize(kernels):
+            logger.info("%s was made on another device or by another version; it is made again", self._cache_file)
+
+    def _save_cache(self) -> None:
         try:
             write_bytes(self._cache_file, bytes(self._cache.serialize()))
         except OSError as error:  # the next start compiles again, nothing else is lost
             logger.warning("cannot keep compiled kernels in %s: %s", self._cache_file, error)
+
+    def close(self) -> None:
+        """Let go of the weights; after the contexts."""
+        if self._config is not None:
+            self._save_cache()
+        self.engine = self._config = self._cache = None
 
 
 def _cache_file(name: str) -> Path:
@@ -199,41 +219,49 @@ def _cache_file(name: str) -> Path:
 
 
 class Device:
-    """The stream and the memory that the engines of a bank share; closed with the last of them.
+    """What the engines of a bank share: a stream, memory, opened plans. Closed with the last of them.
 
-    Memory given back is kept for the next taker of that size: on one stream, work runs in the order
-    in which it was given, so what is still being read is never overwritten early.
+    The lock is held by whoever uses the stream: what another thread asks of it would end up in a graph
+    that is being captured. Memory given back is kept for the next taker of that size: on one stream, work
+    runs in the order in which it was given, so what is still being read is never overwritten early.
     """
 
     def __init__(self, cuda: Cuda) -> None:
         self.cuda = cuda
+        self.lock = threading.Lock()
+        self.closed = False
         self.stream = cuda.create_stream()
-        self._lock = threading.Lock()
-        self._taken: dict[int, int] = {}  # address → bytes
+        self._owned = ExitStack()  # freed last to first, each of them whatever fails
+        self._owned.callback(cuda.destroy_stream, self.stream)
         self._spare: dict[int, list[int]] = {}  # bytes → addresses
-        self._pinned: list[int] = []
         self._engines = 0
-        self._closed = False
 
     def take(self, size_bytes: int) -> int:
-        with self._lock:
-            spare = self._spare.get(size_bytes)
-            address = spare.pop() if spare else self.cuda.allocate(max(size_bytes, 1))
-            self._taken[address] = size_bytes
+        if spare := self._spare.get(size_bytes):
+            return spare.pop()
+        address = self.cuda.allocate(max(size_bytes, 1))
+        self._owned.callback(self.cuda.free, address)
         return address
 
-    def give_back(self, address: int) -> None:
-        with self._lock:
-            if not self._closed:
-                self._spare.setdefault(self._taken.pop(address), []).append(address)
+    def give_back(self, address: int, size_bytes: int) -> None:
+        """Without a lock: garbage collection calls this at any moment, also inside `take`."""
+        self._spare.setdefault(size_bytes, []).append(address)
 
     def pinned(self, shape: Sequence[int], dtype: Any) -> tuple[int, HostArray]:
         """Host memory for copies, as an address and as an array over it; lives as long as the device."""
         size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         address = self.cuda.allocate_pinned(size_bytes)
-        self._pinned.append(address)
+        self._owned.callback(self.cuda.free_pinned, address)
         memory = (ctypes.c_byte * size_bytes).from_address(address)
         return address, np.frombuffer(memory, dtype)
+
+    def owning(self, plan: OpenedPlan) -> OpenedPlan:
+        self._owned.callback(plan.close)
+        return plan
+
+    def wait(self) -> None:
+        """Until everything asked of the stream is done."""
+        self.cuda.synchronize(self.stream)
 
     def hold(self) -> None:
         self._engines += 1
@@ -243,23 +271,14 @@ class Device:
         if not self._engines:
             self.close()
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def close(self) -> None:
         """Free everything, also what callers still hold; safe to call twice."""
-        with self._lock:
-            if self._closed:
+        with self.lock:
+            if self.closed:
                 return
-            self._closed = True
-        with ExitStack() as stack:  # every step is tried, whatever fails
-            stack.callback(self.cuda.destroy_stream, self.stream)
-            for address in (*self._taken, *(address for spare in self._spare.values() for address in spare)):
-                stack.callback(self.cuda.free, address)
-            for address in self._pinned:
-                stack.callback(self.cuda.free_pinned, address)
-            stack.callback(self.cuda.synchronize, self.stream)
+            self.closed = True
+            with self._owned:
+                self.wait()
 
 
 class DeviceBuffer(DeviceArray):
@@ -270,7 +289,7 @@ class DeviceBuffer(DeviceArray):
         self._shape = shape
         self.size_bytes = math.prod(shape) * self.dtype.itemsize
         self.address = device.take(self.size_bytes)
-        weakref.finalize(self, device.give_back, self.address)
+        weakref.finalize(self, device.give_back, self.address, self.size_bytes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -278,11 +297,12 @@ class DeviceBuffer(DeviceArray):
 
     def numpy(self) -> HostArray:
         """A copy on the host; raises EngineError once the bank is closed."""
-        if self.device.closed:
-            raise EngineError("the engine bank of this array is closed: copy it with .numpy() before")
         values = np.empty(self._shape, self.dtype)
-        self.device.cuda.to_host(values.ctypes.data, self.address, self.size_bytes, self.device.stream)
-        self.device.cuda.synchronize(self.device.stream)
+        with self.device.lock:
+            if self.device.closed:
+                raise EngineError("the engine bank of this array is closed: copy it with .numpy() before")
+            self.device.cuda.to_host(values.ctypes.data, self.address, self.size_bytes, self.device.stream)
+            self.device.wait()
         return values
 
 
@@ -308,29 +328,38 @@ class TensorRTEngine:
 
     def __init__(self, device: Device, plan: OpenedPlan, index: int, scratch: tuple[int, int]) -> None:
         self._device, self._plan = device, plan
+        self._closed = self._warm = False
         self._graph: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._warm = False
-        self._context: Any = plan.context()
-        self._context.set_device_memory(*scratch)
-        self._require(self._context.set_optimization_profile_async(index, device.stream), "set_optimization_profile")
-        self._inputs, self._outputs = self._ports(index)
+        self._context: Any = None
         device.hold()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._context = plan.context()
+            self._context.set_device_memory(*scratch)
+            chosen = self._context.set_optimization_profile_async(index, device.stream)
+            self._require(chosen, f"set_optimization_profile_async {index}")
+            self._inputs, self._outputs = self._ports(index)
+            undo.pop_all()
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        if self._context is None:
+        if self._closed:
             raise EngineError("this engine is closed")
-        self._set_shapes({name: tuple(array.shape) for name, array in inputs.items()})
-        for name, array in inputs.items():
-            self._feed(self._port(name), array)
-        self._run()
-        outputs = {port.name: self._fetch(port) for port in self._outputs}
-        self._device.cuda.synchronize(self._device.stream)
-        return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in outputs.items()}
+        if inputs.keys() != self._inputs.keys():
+            raise EngineError(f"this engine takes {', '.join(self._inputs)}, not {', '.join(inputs)}")
+        arrays = {name: self._near(port, inputs[name]) for name, port in self._inputs.items()}
+        with self._device.lock:
+            self._set_shapes({name: tuple(array.shape) for name, array in arrays.items()})
+            for name, array in arrays.items():
+                self._feed(self._inputs[name], array)
+            self._run()
+            outputs = {port.name: self._fetch(port) for port in self._outputs}
+            self._device.wait()
+            return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in outputs.items()}
 
     # ------------------------------------------------------------ shapes and buffers
 
-    def _ports(self, index: int) -> tuple[list[Port], list[Port]]:
+    def _ports(self, index: int) -> tuple[dict[str, Port], list[Port]]:
         """Buffers for the largest shapes of the profile, bound once."""
         trt, engine = self._plan.trt, self._plan.engine
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
@@ -338,7 +367,7 @@ class TensorRTEngine:
         for name in fed:
             largest = tuple(engine.get_tensor_profile_shape(name, index)[2])
             self._require(self._context.set_input_shape(name, largest), f"set_input_shape {name} {largest}")
-        inputs = [self._port_for(name) for name in fed]
+        inputs = {name: self._port_for(name) for name in fed}
         return inputs, [self._port_for(name) for name in names if name not in fed]
 
     def _port_for(self, name: str) -> Port:
@@ -348,29 +377,31 @@ class TensorRTEngine:
         self._require(self._context.set_tensor_address(name, address), f"set_tensor_address {name}")
         return Port(name, dtype, address, *self._device.pinned(shape, dtype))
 
-    def _port(self, name: str) -> Port:
-        return next(port for port in self._inputs if port.name == name)
-
     def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """A change of shape ends the life of a captured graph."""
         if shapes == self._shapes:
             return
         self._drop_graph()
-        self._warm = False
+        self._shapes, self._warm = {}, False  # unknown until all are set
         for name, shape in shapes.items():
             self._require(self._context.set_input_shape(name, shape), f"set_input_shape {name} {shape}")
         self._shapes = shapes
 
     # ------------------------------------------------------------ data
 
-    def _feed(self, port: Port, array: Array) -> None:
+    def _near(self, port: Port, array: Array) -> HostArray | DeviceBuffer:
+        """The array where it is, if the port can be fed from there, else on the host."""
+        if isinstance(array, DeviceBuffer) and array.device is self._device and array.dtype == port.dtype:
+            return array
+        return to_host(array)
+
+    def _feed(self, port: Port, array: HostArray | DeviceBuffer) -> None:
         cuda, stream = self._device.cuda, self._device.stream
         if isinstance(array, DeviceBuffer):
             cuda.on_device(port.address, array.address, array.size_bytes, stream)
             return
-        host = array if isinstance(array, np.ndarray) else array.numpy()
-        port.pinned[: host.size] = host.reshape(-1)
-        cuda.to_device(port.address, port.pinned_address, host.size * port.dtype.itemsize, stream)
+        port.pinned[: array.size] = array.reshape(-1)
+        cuda.to_device(port.address, port.pinned_address, array.size * port.dtype.itemsize, stream)
 
     def _fetch(self, port: Port) -> HostArray | DeviceBuffer:
         """Ask for an output: on the host a view of pinned memory, valid after the stream is done."""
@@ -387,26 +418,32 @@ class TensorRTEngine:
     # ------------------------------------------------------------ launching
 
     def _run(self) -> None:
-        cuda, stream = self._device.cuda, self._device.stream
         if self._graph is None and self._plan.captures and self._warm:
-            cuda.begin_capture(stream)
-            try:
-                self._enqueue()
-            finally:
-                self._graph = cuda.end_capture(stream)
+            self._graph = self._captured()
         if self._graph is not None:
-            cuda.launch(self._graph, stream)
+            self._device.cuda.launch(self._graph, self._device.stream)
             return
         self._enqueue()
         self._warm = True
+
+    def _captured(self) -> int:
+        cuda, stream = self._device.cuda, self._device.stream
+        cuda.begin_capture(stream)
+        try:
+            self._enqueue()
+        except BaseException:
+            with suppress(EngineError):  # the first error is the one to tell
+                cuda.destroy_graph(cuda.end_capture(stream))
+            raise
+        return cuda.end_capture(stream)
 
     def _enqueue(self) -> None:
         self._require(self._context.execute_async_v3(self._device.stream), "execute_async_v3")
 
     def _drop_graph(self) -> None:
-        if self._graph is not None:
-            self._device.cuda.destroy_graph(self._graph)
-            self._graph = None
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            self._device.cuda.destroy_graph(graph)
 
     def _require(self, done: bool, call: str) -> None:
         if not done:
@@ -415,13 +452,18 @@ class TensorRTEngine:
     # ------------------------------------------------------------ closing
 
     def close(self) -> None:
-        if self._context is None:
+        """Every step is taken, whatever fails: wait, then graph, context, and with the last engine the device."""
+        if self._closed:
             return
-        self._device.cuda.synchronize(self._device.stream)
-        self._drop_graph()
+        self._closed = True
+        with ExitStack() as steps:
+            steps.callback(self._device.let_go)
+            steps.callback(self._drop_context)
+            steps.callback(self._drop_graph)
+            self._device.wait()
+
+    def _drop_context(self) -> None:
         self._context = None  # before the memory it uses
-        self._plan.save_cache()
-        self._device.let_go()
 
     def __enter__(self) -> Self:
         return self

@@ -193,6 +193,19 @@ def test_an_engine_that_serves_two_profiles_is_closed_once() -> None:
     assert (shared.closed, alone.closed) == (1, 1)
 
 
+def test_every_engine_is_closed_though_one_fails() -> None:
+    class FailingEngine(CountingEngine):
+        def close(self) -> None:
+            super().close()
+            raise EngineError("cannot close")
+
+    engines = [CountingEngine(halved), FailingEngine(halved), CountingEngine(halved)]
+    bank = EngineBank([Slot(profile("all", (1, 8, 16)), engine) for engine in engines], BUDGETS, Precision.FP32)
+    with pytest.raises(EngineError, match="cannot close"):
+        bank.close()
+    assert [engine.closed for engine in engines] == [1, 1, 1]
+
+
 def test_with_closes_the_engines_and_closing_again_does_nothing() -> None:
     engine = CountingEngine(halved)
     with EngineBank([Slot(profile("all", (1, 8, 16)), engine)], BUDGETS, Precision.FP32) as bank:

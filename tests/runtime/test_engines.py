@@ -13,6 +13,7 @@ from elit_export.models.sit import ElitSiT
 from elit_export.runtime.engine import Engine, HostArray, to_host
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.runtime.pipeline import open_bank
+from elit_export.spec import Profile, Range
 from elit_export.verify.reference import torch_engine
 
 Inputs = dict[str, HostArray]
@@ -28,14 +29,39 @@ def step_inputs(rows: int, kept: int, seed: int = 0) -> Inputs:
     }
 
 
-@pytest.fixture(scope="module", params=["function", "onnxruntime"])
-def engine(request: pytest.FixtureRequest, golden_g4_model: ElitSiT, golden_g4_bundle: Bundle) -> Iterator[Engine]:
-    if request.param == "function":
-        with torch_engine(golden_g4_model) as made:
-            yield made
-        return
+@pytest.fixture(scope="module")
+def function(golden_g4_model: ElitSiT) -> Engine:
+    return torch_engine(golden_g4_model)
+
+
+@pytest.fixture(scope="module")
+def onnxruntime(golden_g4_bundle: Bundle) -> Iterator[Engine]:
     with open_bank(golden_g4_bundle, golden_g4_bundle.manifest.plan_sets[0]) as bank:
         yield bank.slots[0].engine
+
+
+@pytest.fixture(scope="module")
+def tensorrt(golden_g4_model: ElitSiT, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Over stand-ins for CUDA and TensorRT, whose plan is the PyTorch model itself."""
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
+    from tests.runtime.tensorrt_standin import Machine, step_tensors
+
+    model = torch_engine(golden_g4_model)
+    machine = Machine(
+        tmp_path_factory.mktemp("plans"),
+        lambda inputs: {name: to_host(array) for name, array in model(inputs).items()},
+        step_tensors((4, 16, 16), residual=(64, 64)),
+        [Profile("all", Range(1, 8, 16), Range(1, 2, 4))],
+    )
+    with machine.open()["all"] as made:
+        yield made
+    assert machine.left() == []
+
+
+@pytest.fixture(scope="module", params=["function", "onnxruntime", "tensorrt"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    made: Engine = request.getfixturevalue(request.param)
+    return made
 
 
 def test_velocity_is_numpy_and_residual_the_backends_own(engine: Engine) -> None:
@@ -88,10 +114,9 @@ def test_arrays_that_are_not_contiguous_are_taken(engine: Engine) -> None:
 # ---------------------------------------------------------------- onnxruntime alone
 
 
-def plan_of(bundle: Bundle) -> OnnxRuntimeEngine:
-    plan_set = bundle.manifest.plan_sets[0]
-    path = bundle.verified(plan_set.plans[0]) / plan_set.plan_file
-    return OnnxRuntimeEngine(path, device="cpu", threads=1)
+def plan_of(bundle: Bundle, device: str = "cpu") -> OnnxRuntimeEngine:
+    plan = bundle.manifest.plan_sets[0].plans[0]
+    return OnnxRuntimeEngine(bundle.verified(plan.artifact) / plan.file, device=device, threads=1)
 
 
 def test_wrong_shape_is_an_engine_error(golden_g4_bundle: Bundle) -> None:
@@ -113,7 +138,5 @@ def test_its_own_arrays_go_back_in(golden_g4_bundle: Bundle) -> None:
 
 def test_absent_provider_is_refused_not_replaced(golden_g4_bundle: Bundle) -> None:
     """ONNX Runtime itself falls back to the CPU without a word."""
-    plan_set = golden_g4_bundle.manifest.plan_sets[0]
-    path = golden_g4_bundle.verified(plan_set.plans[0]) / plan_set.plan_file
     with pytest.raises(BackendUnavailable, match="CUDAExecutionProvider"):
-        OnnxRuntimeEngine(path, device="cuda", threads=0)
+        plan_of(golden_g4_bundle, device="cuda")
