@@ -49,7 +49,12 @@ LIBRARIES: dict[str, set[str]] = {
     "onnx": {"graphs/", "bisect.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
-    "torch": {"models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"},
+    # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
+    "torch": {
+        *("models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"),
+        *("build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"),
+    },
+    "torch_tensorrt": {"build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"},
     "safetensors": {"checkpoint.py"},
     "click": {"cli/"},
     "filelock": {"bundle.py"},

@@ -18,6 +18,7 @@ from elit_export.bundle import Bundle
 from elit_export.compile import compile_bundle
 from elit_export.errors import ElitExportError
 from elit_export.recipe import recipe_from_values
+from elit_export.runtime.cuda import Cuda
 from elit_export.runtime.engine import to_host
 from elit_export.runtime.pipeline import Pipeline
 
@@ -89,17 +90,25 @@ def test_every_profile_and_trajectory_agrees_with_pytorch(
     assert {profile.parity.status for profile in plan_set.profiles} == {"passed"}
 
 
-def test_switching_is_safe_with_a_poisoned_activation_buffer(pipeline: Pipeline) -> None:
+def test_switching_is_safe_with_a_poisoned_activation_buffer(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one profile leaves in the shared buffer must not reach another."""
     from cuda.bindings import runtime as cudart
 
-    alone = {kept: velocity(pipeline, kept, 4) for kept in (1, 4, 8, 16)}
-    device = pipeline.bank.slots[0].engine._device  # type: ignore[attr-defined]
-    address, size_bytes = max(device._taken.items(), key=lambda taken: taken[1])
-    for kept in (16, 1, 8, 4, 16):
-        (error,) = cudart.cudaMemset(address, 0xFF, size_bytes)  # every float a NaN
-        assert error == cudart.cudaError_t.cudaSuccess
-        assert np.array_equal(velocity(pipeline, kept, 4), alone[kept])
+    allocated: list[tuple[int, int]] = []
+    allocate = Cuda.allocate
+
+    def noting(cuda: Cuda, size_bytes: int) -> int:
+        allocated.append((allocate(cuda, size_bytes), size_bytes))
+        return allocated[-1][0]
+
+    monkeypatch.setattr(Cuda, "allocate", noting)
+    with Pipeline.load(bundle.folder) as pipeline:
+        address, size_bytes = allocated[0]  # the activation buffer comes before all others
+        alone = {kept: velocity(pipeline, kept, 4) for kept in (1, 4, 8, 16)}
+        for kept in (16, 1, 8, 4, 16):
+            (error,) = cudart.cudaMemset(address, 0xFF, size_bytes)  # every float a NaN
+            assert error == cudart.cudaError_t.cudaSuccess
+            assert np.array_equal(velocity(pipeline, kept, 4), alone[kept])
 
 
 def test_cuda_graphs_change_nothing(backend: str, tmp_path: Path) -> None:
