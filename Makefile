@@ -13,17 +13,26 @@ else
 ORT := onnxruntime
 endif
 
-.PHONY: demo test coverage lint clean
+TESTS := -q -n 2 --dist loadfile --durations=10 -m 'not gpu'
+
+.PHONY: demo test test-gpu bench-gpu coverage lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/elit-export demo --out build/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest $(TESTS)
 
-# Slower by two thirds, because tracing slows torch's exporter.
+# On a machine with an NVIDIA GPU; tests of libraries that are missing are skipped by name.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest -q -rs tests/gpu
+
+bench-gpu: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu.py --json build/gpu.json
+
+# Not part of `make test`: three quarters more processor time, because tracing slows torch's exporter.
 coverage: $(VENV)/installed
-	$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered --cov-fail-under=92
+	$(BIN)/python -m pytest $(TESTS) --cov --cov-report=term:skip-covered --cov-fail-under=92
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

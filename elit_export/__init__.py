@@ -6,6 +6,7 @@ application that only samples never imports torch.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ _HOMES = {
     "compile_bundle": "elit_export.compile",
     "load_checkpoint": "elit_export.checkpoint",
 }
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until an application listens
 
 
 def __getattr__(name: str) -> Any:

@@ -26,12 +26,14 @@ from elit_export.errors import BackendUnavailable
 class Backend:
     """`devices` and `precisions` are what a recipe may ask of it; `extra` is what pip installs.
 
-    `library` is the module of the backend itself; `needs` others without which it does not run.
+    `library` is the module of the backend itself; `needs` others without which it does not run. `reads`
+    is what it builds from: the "onnx" graph or the torch.export "program".
     """
 
     name: str
     library: str
     needs: tuple[str, ...] = field(default=(), kw_only=True)
+    reads: str = field(default="onnx", kw_only=True)
     extra: str
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -56,16 +58,24 @@ class Backend:
         return problem, remedy
 
     def _import(self, module: str) -> ModuleType:
+        """Raises BackendUnavailable if a library is missing or broken; what follows the last ": " is the remedy."""
+        extra = f"'elit-export[{self.extra}]'"
         for library in (self.library, *self.needs):
             try:
                 import_module(library)
-            except ModuleNotFoundError as error:
-                if error.name is None or not f"{library}.".startswith(f"{error.name}."):
-                    raise
+            except Exception as error:  # a broken library raises what it likes
+                if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
+                    raise BackendUnavailable(f"backend {self.name} needs {library}: pip install {extra}") from error
                 raise BackendUnavailable(
-                    f"backend {self.name} needs {library}: pip install 'elit-export[{self.extra}]'"
+                    f"backend {self.name}: {library} is installed but broken, {_first_line(error)}: "
+                    f"pip install --force-reinstall {extra}"
                 ) from error
         return import_module(module)
+
+
+def _first_line(error: Exception) -> str:
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 BACKENDS = {
@@ -99,6 +109,16 @@ BACKENDS = {
             precisions=("fp32", "fp16", "bf16"),
             build_module="elit_export.build.tensorrt",
             engine_module="elit_export.runtime.tensorrt_engine",
+        ),
+        Backend(
+            name="torch-tensorrt",
+            library="torch_tensorrt",
+            extra="torch-tensorrt",
+            devices=("cuda",),
+            precisions=("fp32", "fp16", "bf16"),
+            build_module="elit_export.build.torch_tensorrt",
+            engine_module="elit_export.runtime.torch_tensorrt_engine",
+            reads="program",
         ),
     )
 }

@@ -1,17 +1,21 @@
-"""Which node of the graph is the first whose output departs?
+"""Where does a plan that misses PyTorch go wrong: in itself, in the optimiser, at a node, or in its graph?
 
 Takes: a bundle with its graph, a reference case.  Gives: a Verdict.  May touch: a temporary folder.
 
-The graph is built again by the bundle's own backend with every node's output visible, and each is
-compared with ONNX's reference evaluator (NumPy). A fault that only exists in the stored plan, or
-already in the graph, shows no such node; the verdict then says which of the two it is.
+Three plans are held against PyTorch's stored answer until one agrees: the stored one, the graph built
+again by the bundle's own backend, and the graph built with every node's output visible, which keeps
+nodes from being fused. If none does, each visible output is compared with ONNX's reference evaluator
+(NumPy), and the first that departs is named; if none departs, the graph says the same as its plan.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +23,10 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from elit_export.backends import BACKENDS
-from elit_export.bundle import Bundle, PlanSet
+from elit_export.bundle import Bundle, PlanSet, ProfileFacts, ReferenceCase
 from elit_export.errors import BundleError
-from elit_export.recipe import Target
-from elit_export.runtime.engine import HostArray, to_host
+from elit_export.recipe import target_of
+from elit_export.runtime.engine import to_host
 from elit_export.spec import LATENTS
 from elit_export.verify.cases import Arrays
 from elit_export.verify.metrics import Difference, difference
@@ -30,6 +34,17 @@ from elit_export.verify.parity import load_reference
 from elit_export.verify.tolerances import TOLERANCES
 
 GRAPH_FILE = "step.onnx"
+
+
+class Cause(StrEnum):
+    """What a miss comes from."""
+
+    NOTHING = "the stored plan is sound"
+    PLAN = "the stored plan is stale or altered"
+    OPTIMISER = "the backend's optimiser departs"
+    NODE = "a node departs"
+    GRAPH = "the graph misses PyTorch"
+    ROUNDING = "no single node departs"
 
 
 @dataclass(frozen=True)
@@ -45,41 +60,70 @@ class Departure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`departure` is None if no node departs; `graph_db` is how well the graph itself agrees with PyTorch."""
+    """A cause, and the whole of it in words: where, what was measured, what to type."""
 
-    departure: Departure | None
-    nodes: int
-    graph_db: float
-    least_db: float
+    cause: Cause
+    told: str
 
     def __str__(self) -> str:
-        if self.departure:
-            first = self.departure
-            return (
-                f"first departure: node {first.index + 1} of {self.nodes}, {first.operator} ({first.node}), "
-                f"output {first.output}: {first.found.sqnr_db:.1f} dB where {self.least_db:g} are needed"
-            )
-        if self.graph_db < self.least_db:
-            return f"every node agrees with the graph, but the graph itself misses PyTorch ({self.graph_db:.1f} dB)"
-        return f"all {self.nodes} nodes agree when built again: the stored plan is not what its graph says; build again"
+        return self.told
 
 
 def bisect(bundle: Bundle, plan_set: PlanSet, *, case: int) -> Verdict:
-    """Compare every node at one reference case (an index into the plan set's cases).
+    """Find what departs at one reference case (an index into the plan set's cases).
 
-    Raises BundleError if the bundle is a copy without graphs.
+    Raises BundleError if the bundle is a copy without graphs, or its graph was altered.
     """
-    graph_file = _graph_file(bundle)
-    arrays = load_reference(bundle, plan_set.reference)
-    inputs = _case_inputs(bundle, plan_set, arrays, case)
-    least_db = TOLERANCES[plan_set.precision].step_db
-    model = onnx.load(graph_file)
-    exact = _reference_outputs(model, inputs)
+    graph_file = _graph_file(bundle, plan_set)
+    trial = _trial(bundle, plan_set, case)
+    stored_db = trial.agreement_db(trial.run(trial.stored_plan()))
+    if stored_db >= trial.least_db:
+        return trial.verdict(Cause.NOTHING, f"it agrees with PyTorch's stored answer ({stored_db:.1f} dB)")
     with tempfile.TemporaryDirectory() as folder:
-        found = _engine_outputs(model, plan_set, inputs, Path(folder))
-    graph_db = difference(exact["velocity"], arrays[f"{case}/velocity"]).sqnr_db
-    departure = next(departures(model.graph, found, exact, least_db), None)
-    return Verdict(departure, len(model.graph.node), graph_db, least_db)
+        rebuilt_db = trial.agreement_db(trial.run(trial.build(graph_file, Path(folder))))
+    if rebuilt_db >= trial.least_db:
+        return trial.verdict(
+            Cause.PLAN,
+            f"it gives {stored_db:.1f} dB, and {rebuilt_db:.1f} dB when its graph is built again. "
+            f"Build it anew: rm -r {trial.plan_folder} && {trial.build_command}",
+        )
+    return _bisected_graph(trial, onnx.load(graph_file), rebuilt_db)
+
+
+def _bisected_graph(trial: _Trial, model: onnx.ModelProto, rebuilt_db: float) -> Verdict:
+    """The verdict on a graph whose plan departs also when built again."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = trial.run(trial.build(_saved(visible(model), Path(folder)), Path(folder)))
+    visible_db = trial.agreement_db(found)
+    if visible_db >= trial.least_db:
+        return trial.verdict(
+            Cause.OPTIMISER,
+            f"the graph built again gives {rebuilt_db:.1f} dB, and {visible_db:.1f} dB with every node's output "
+            f"visible, which keeps nodes from being fused. {trial.other_version}",
+        )
+    return _bisected_nodes(trial, model.graph, found, _reference_outputs(model, trial.inputs))
+
+
+def _bisected_nodes(trial: _Trial, graph: onnx.GraphProto, found: Arrays, exact: Arrays) -> Verdict:
+    """The verdict on a graph that departs also with every node's output visible."""
+    for first in departures(graph, found, exact, trial.least_db):
+        return trial.verdict(
+            Cause.NODE,
+            f"the first is node {first.index + 1} of {len(graph.node)}, {first.operator} ({first.node}), "
+            f"output {first.output} with {first.found.sqnr_db:.1f} dB. {trial.other_version}",
+        )
+    graph_db, plan_db = trial.agreement_db(exact), trial.agreement_db(found)
+    if graph_db < trial.least_db:
+        folders = f"{trial.bundle.folder / 'graphs'} {trial.bundle.folder / 'plans'}"
+        return trial.verdict(
+            Cause.GRAPH,
+            f"the backend's nodes agree with it, but its own answer gives {graph_db:.1f} dB. "
+            f"Export it anew: rm -r {folders} && {trial.build_command}",
+        )
+    return trial.verdict(
+        Cause.ROUNDING,
+        f"the graph itself gives {graph_db:.1f} dB, its plan {plan_db:.1f} dB: rounding adds up. {trial.other_version}",
+    )
 
 
 def departures(graph: onnx.GraphProto, found: Arrays, exact: Arrays, least_db: float) -> Iterator[Departure]:
@@ -92,18 +136,101 @@ def departures(graph: onnx.GraphProto, found: Arrays, exact: Arrays, least_db: f
                     yield Departure(node.op_type, node.name, name, index, measured)
 
 
-def _graph_file(bundle: Bundle) -> Path:
-    (artifact,) = bundle.manifest.graphs.values()
-    try:
-        return bundle.verified(artifact) / GRAPH_FILE
-    except BundleError as error:
-        raise BundleError(f"bisecting needs the graph, which this copy lacks: {error}") from error
+# ---------------------------------------------------------------- one case
 
 
-def _case_inputs(bundle: Bundle, plan_set: PlanSet, arrays: Arrays, case: int) -> Arrays:
-    names = [tensor.name for tensor in bundle.manifest.model.spec.step_inputs if tensor.name != LATENTS]
-    kept = plan_set.reference.cases[case].kept
-    return {name: arrays[f"{case}/{name}"] for name in names} | {LATENTS: np.arange(kept)}
+@dataclass(frozen=True)
+class _Trial:
+    """A reference case, what goes in, what PyTorch answered, and how the bundle's backend runs it."""
+
+    bundle: Bundle
+    plan_set: PlanSet
+    case: ReferenceCase
+    inputs: Arrays
+    answers: Arrays
+
+    @property
+    def least_db(self) -> float:
+        return TOLERANCES[self.plan_set.precision].step_db
+
+    @property
+    def profile(self) -> ProfileFacts:
+        return next(facts for facts in self.plan_set.profiles if facts.name == self.case.profile)
+
+    def agreement_db(self, outputs: Arrays) -> float:
+        """The worst of the outputs that PyTorch answered."""
+        return min(difference(outputs[name], answer).sqnr_db for name, answer in self.answers.items())
+
+    def stored_plan(self) -> Path:
+        return self.bundle.verified(self.profile.plan.artifact) / self.profile.plan.file
+
+    def build(self, graph: Path, folder: Path) -> Path:
+        """A plan for the case's profile alone, in a folder made below `folder`."""
+        plan_set = self.plan_set
+        target = target_of(plan_set.backend, plan_set.device, plan_set.precision, plan_set.options)
+        (folder / "plan").mkdir()
+        builder = BACKENDS[plan_set.backend].builder()
+        built = builder.build_plan(graph, folder / "plan", [self.profile.profile], target, lambda _share: None)
+        return folder / "plan" / str(built.file)
+
+    def run(self, plan: Path) -> Arrays:
+        """What a plan gives; the stored one serves all its profiles, one built here only this one."""
+        stored = {facts.name: plan for facts in self.plan_set.profiles if facts.plan == self.profile.plan}
+        served = stored if plan == self.stored_plan() else {self.profile.name: plan}
+        opened = BACKENDS[self.plan_set.backend].engines().open_engines(served, self.plan_set)
+        with ExitStack() as stack:
+            for engine in set(opened.values()):
+                stack.enter_context(engine)
+            outputs = opened[self.profile.name](self.inputs)
+            return {name: to_host(array) for name, array in outputs.items()}
+
+    # ------------------------------------------------------------ words
+
+    def verdict(self, cause: Cause, measured: str) -> Verdict:
+        where = f"profile {self.case.profile}, K={self.case.kept} rows={self.case.rows}"
+        return Verdict(cause, f"{where}, where {self.least_db:g} dB are needed: {cause}: {measured}")
+
+    @property
+    def plan_folder(self) -> Path:
+        return self.bundle.folder / self.profile.plan.artifact.kind / self.profile.plan.artifact.name
+
+    @property
+    def build_command(self) -> str:
+        return f"elit-export build RECIPE --target {self.plan_set.target} --out {self.bundle.folder}"
+
+    @property
+    def other_version(self) -> str:
+        library = BACKENDS[self.plan_set.backend].library
+        package = packages_distributions().get(library, [library])[0]  # onnxruntime-gpu is onnxruntime too
+        return f"Try another version: pip install '{package}!={version(package)}' && {self.build_command}"
+
+
+def _trial(bundle: Bundle, plan_set: PlanSet, index: int) -> _Trial:
+    spec = bundle.manifest.model.spec
+    case = plan_set.reference.cases[index]
+    arrays = load_reference(bundle, plan_set.reference)
+    names = [tensor.name for tensor in spec.step_inputs if tensor.name != LATENTS]
+    return _Trial(
+        bundle,
+        plan_set,
+        case,
+        inputs={name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)},
+        answers={tensor.name: arrays[f"{index}/{tensor.name}"] for tensor in spec.step_outputs},
+    )
+
+
+# ---------------------------------------------------------------- graphs
+
+
+def _graph_file(bundle: Bundle, plan_set: PlanSet) -> Path:
+    artifact = bundle.manifest.graphs[plan_set.graph].artifact
+    folder = bundle.folder / artifact.kind / artifact.name
+    if not folder.is_dir():
+        raise BundleError(
+            f"bisecting needs the graph, which this copy lacks: {folder}; "
+            f"copy it from the bundle as it was built, or verify that one"
+        )
+    return bundle.verified(artifact) / GRAPH_FILE
 
 
 def visible(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -116,19 +243,13 @@ def visible(model: onnx.ModelProto) -> onnx.ModelProto:
     return marked
 
 
-def _reference_outputs(model: onnx.ModelProto, inputs: Arrays) -> dict[str, HostArray]:
+def _saved(model: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / GRAPH_FILE
+    onnx.save(model, path, save_as_external_data=True, location=f"{GRAPH_FILE}.data")
+    return path
+
+
+def _reference_outputs(model: onnx.ModelProto, inputs: Arrays) -> Arrays:
     evaluator = ReferenceEvaluator(visible(model))
     values = evaluator.run(None, inputs)
     return {name: np.asarray(value) for name, value in zip(evaluator.output_names, values, strict=True)}
-
-
-def _engine_outputs(model: onnx.ModelProto, plan_set: PlanSet, inputs: Arrays, folder: Path) -> Arrays:
-    marked = folder / GRAPH_FILE
-    onnx.save(visible(model), marked, save_as_external_data=True, location=f"{GRAPH_FILE}.data")
-    (folder / "plan").mkdir()
-    backend = BACKENDS[plan_set.backend]
-    target = Target(backend=plan_set.backend, device=plan_set.device, precision=plan_set.precision)
-    profiles = [facts.profile for facts in plan_set.profiles]
-    built = next(iter(backend.builder().build_plans(marked, folder / "plan", profiles, target)))
-    with backend.engines().open_engine(built.folder / built.file, plan_set) as engine:
-        return {name: to_host(array) for name, array in engine(inputs).items()}

@@ -19,11 +19,12 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+from filelock import FileLock, Timeout
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from elit_export.errors import BundleError, InputError
@@ -38,13 +39,17 @@ STAGING = ".staging"
 KINDS = ("graphs", "plans", "reference")
 TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # as files.written_whole names it; left behind by a kill
 ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
-
+OWN_KEYS = (
+    b'"schema_version"',
+    b'"package_version"',
+    b'"plan_sets"',
+)  # two of them tell ours, damaged or not
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
-class NewerBundleError(BundleError):
-    """Written by a newer version: not to be replaced as if it were damaged."""
+class KeptBundleError(BundleError):
+    """Written by a newer version, or not to be read here: not to be replaced as if it were damaged."""
 
 
 class _Facts(BaseModel):
@@ -100,9 +105,13 @@ class ReferenceTrajectory(_Facts):
 
 
 class Graph(_Facts):
-    """ONNX as it was exported. `key` is a hash of all it was made from, by which a later build knows it is fresh."""
+    """A graph as it was exported, `file` in `artifact`.
+
+    `key` is a hash of all it was made from, by which a later build knows it is fresh.
+    """
 
     artifact: Artifact
+    file: Name
     key: str
     versions: dict[str, str]
 
@@ -204,31 +213,48 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Read the manifest; raises BundleError if it is missing, damaged or of another schema."""
+        """Read the manifest; raises BundleError if it is missing, unreadable, damaged or of another schema."""
         folder = Path(folder)
-        path = folder / MANIFEST
-        if not path.is_file():
+        content = _manifest_bytes(folder)
+        if content is None:
             raise BundleError(
                 f"no bundle at {folder} (no {MANIFEST}); make one: elit-export build RECIPE --out {folder}"
             )
-        return cls(folder, _read_manifest(path))
+        return cls(folder, _read_manifest(folder / MANIFEST, content))
 
     def verified(self, artifact: Artifact) -> Path:
         """The folder of an artifact after checking every file's size and hash; raises BundleError."""
         folder = self.folder / artifact.kind / artifact.name
         for name, facts in artifact.files.items():
-            _check_file(folder / name, facts, self.folder)
+            try:
+                _check_file(folder / name, facts, self.folder)
+            except OSError as error:
+                raise BundleError(_unreadable(folder / name, error, self.folder)) from error
         return folder
 
 
-def _read_manifest(path: Path) -> Manifest:
+def _manifest_bytes(folder: Path) -> bytes | None:
+    """The content of the manifest, None if there is none; raises KeptBundleError if it cannot be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return (folder / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise KeptBundleError(_unreadable(folder / MANIFEST, error, folder)) from error
+
+
+def _unreadable(path: Path, error: OSError, bundle: Path) -> str:
+    return f"{path}: cannot be read: {error.strerror}; allow it (chmod -R u+rX {bundle}) or copy the bundle again"
+
+
+def _read_manifest(path: Path, content: bytes) -> Manifest:
+    try:
+        values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
-        raise NewerBundleError(
+        raise KeptBundleError(
             f"{path}: schema {version} is newer than this version reads ({SCHEMA}): pip install -U elit-export"
         )
     if version != SCHEMA:
@@ -313,22 +339,29 @@ class BundleWriter:
         return Bundle(self.folder, manifest)
 
     def existing(self) -> Manifest | None:
-        """The manifest of an earlier build, None if there is none or it is damaged; raises NewerBundleError."""
+        """The manifest of an earlier build, None if there is none or it is damaged or old; raises KeptBundleError."""
         try:
             return Bundle.open(self.folder).manifest
-        except NewerBundleError:
+        except KeptBundleError:
             raise
         except BundleError:
             return None
 
     def clean(self) -> None:
-        """Drop staging folders, half-written manifests and artifacts that no manifest names, and nothing else."""
+        """Drop staging folders, half-written manifests and artifacts that no manifest names, and nothing else.
+
+        Beside a manifest that cannot be read, every artifact stays: which ones it names is not known.
+        """
         shutil.rmtree(self.folder / STAGING, ignore_errors=True)
         for path in self.folder.iterdir():
             if TEMPORARY_MANIFEST.fullmatch(path.name):
                 path.unlink(missing_ok=True)
         manifest = self.existing()
-        named = {(artifact.kind, artifact.name) for artifact in manifest.artifacts()} if manifest else set()
+        if manifest or _manifest_bytes(self.folder) is None:
+            self._drop_unnamed(manifest.artifacts() if manifest else ())
+
+    def _drop_unnamed(self, artifacts: Iterable[Artifact]) -> None:
+        named = {(artifact.kind, artifact.name) for artifact in artifacts}
         for kind in KINDS:
             for path in (self.folder / kind).glob("*"):
                 if path.is_dir() and ARTIFACT_NAME.fullmatch(path.name) and (kind, path.name) not in named:
@@ -341,8 +374,6 @@ def writing(folder: Path) -> Iterator[BundleWriter]:
 
     Raises BundleError if another build holds it, if it holds other things, or cannot be written.
     """
-    from filelock import FileLock, Timeout
-
     lock = FileLock(folder / LOCK, timeout=0)
     try:
         _check_ours(folder)
@@ -357,7 +388,7 @@ def writing(folder: Path) -> Iterator[BundleWriter]:
         writer.existing()  # a newer bundle is refused before anything is built
         yield writer
         writer.clean()
-    except NewerBundleError:
+    except KeptBundleError:
         raise
     except BaseException:
         writer.clean()
@@ -367,14 +398,27 @@ def writing(folder: Path) -> Iterator[BundleWriter]:
 
 
 def _check_ours(folder: Path) -> None:
-    """Building into a folder of other things would mix with them."""
-    if not folder.is_dir() or (folder / MANIFEST).is_file():
+    """Building into a folder of other things would mix with them, or write over another program's manifest."""
+    if not folder.is_dir():
         return
-    ours = {*KINDS, LOCK, STAGING}
-    names = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in names if name not in ours and not TEMPORARY_MANIFEST.fullmatch(name)]
+    content = _manifest_bytes(folder)
+    if content is not None and sum(key in content for key in OWN_KEYS) >= 2:
+        return
+    names = {path.name for path in folder.iterdir() if not TEMPORARY_MANIFEST.fullmatch(path.name)}
+    foreign = sorted(names - {*KINDS, LOCK, STAGING})
+    # No program writes what is no JSON: beside our own folders alone it is what is left of our manifest.
+    if content is not None and names > {MANIFEST} and not _is_json(content):
+        foreign.remove(MANIFEST)
     if foreign:
         raise BundleError(f"{folder} is no bundle and holds other things ({foreign[0]}); choose another --out")
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _facts_of(path: Path) -> FileFacts:

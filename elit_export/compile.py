@@ -35,11 +35,12 @@ from elit_export.bundle import (
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
 from elit_export.errors import BundleError, RecipeError
 from elit_export.files import sha256_of
-from elit_export.graphs.export import STEP_FILE, export_step
+from elit_export.graphs.export import export_step
+from elit_export.graphs.program import export_program
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.pipeline import open_bank, unfit
-from elit_export.spec import Precision, Profile
+from elit_export.spec import Profile
 from elit_export.verify.cases import REFERENCE_FILE, reference_cases, reference_trajectories
 from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, parity_of, require
 from elit_export.verify.reference import reference_arrays
@@ -150,9 +151,15 @@ class _Build:
         architecture = self.recipe.architecture.model_dump()
         return key_of(self.sha256, architecture, self.recipe.name, code("checkpoint.py", "spec.py", "models"))
 
+    @property
+    def graph_name(self) -> str:
+        """`step-bf16`, or `program-bf16` for a backend that reads torch programs."""
+        kind = {"onnx": "step", "program": "program"}[BACKENDS[self.chosen.backend].reads]
+        return f"{kind}-{self.chosen.precision.value}"
+
     @cached_property
     def graph_key(self) -> str:
-        return key_of(self.model_key, self.chosen.precision, code("graphs"), versions_of(GRAPH_LIBRARIES))
+        return key_of(self.model_key, self.graph_name, code("graphs"), versions_of(GRAPH_LIBRARIES))
 
     def reference_key(self, profiles: Profiles) -> str:
         return key_of(self.model_key, str(profiles), version("torch"), code("verify", "runtime"))
@@ -173,16 +180,21 @@ class _Build:
 
     def _graph(self) -> Graph:
         """The step graph in the target's precision."""
-        name = graph_name(self.chosen.precision)
+        name = self.graph_name
         old = self.earlier.graphs.get(name) if self.earlier else None
         if old and old.key == self.graph_key and self._is_whole(old.artifact):
             return old
         model = self.model
         self.progress("export graph", STARTS["graph"])
         with self.writer.staged() as folder:
-            export_step(model, folder, self.chosen.precision)
+            file = self._export(model, folder).name
             artifact = self.writer.adopt(folder, "graphs", name)
-        return Graph(artifact=artifact, key=self.graph_key, versions=versions_of(GRAPH_LIBRARIES))
+        return Graph(artifact=artifact, file=file, key=self.graph_key, versions=versions_of(GRAPH_LIBRARIES))
+
+    def _export(self, model: ElitSiT, folder: Path) -> Path:
+        """Write what the backend reads, and give the file."""
+        export = {"onnx": export_step, "program": export_program}[BACKENDS[self.chosen.backend].reads]
+        return export(model, folder, self.chosen.precision)
 
     def _reference(self, profiles: Profiles) -> Reference:
         """PyTorch's answers, which targets with the same profiles share."""
@@ -211,7 +223,7 @@ class _Build:
             device=self.chosen.device,
             precision=self.chosen.precision,
             options=self.chosen.options(),
-            graph=graph_name(self.chosen.precision),
+            graph=self.graph_name,
             profiles=tuple(
                 ProfileFacts(
                     name=profile.name,
@@ -241,7 +253,7 @@ class _Build:
             self.progress(f"build {names}", STARTS["plans"] + whole * (done_before + done * share))
 
         on_share(0.0)
-        graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / STEP_FILE
+        graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
         builder = BACKENDS[self.chosen.backend].builder()
         with self.writer.staged() as folder:
             built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
@@ -295,10 +307,6 @@ def code(*places: str) -> str:
 
 def versions_of(libraries: Iterable[str]) -> dict[str, str]:
     return {library: version(library) for library in libraries}
-
-
-def graph_name(precision: Precision) -> str:
-    return f"step-{precision.value}"
 
 
 def with_parity(plan_set: PlanSet, parity: Callable[[str], Parity]) -> PlanSet:

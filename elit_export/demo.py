@@ -1,6 +1,7 @@
 """The shipped model from checkpoint to pictures: one row of images per budget, one that mixes them.
 
-Takes: an output folder.  Gives: DemoRows and a picture.  May touch: the folder.
+Takes: an output folder, or a bundle built elsewhere.  Gives: DemoRows and a picture.  May touch: the folder.
+Only building needs torch.
 """
 
 from __future__ import annotations
@@ -8,19 +9,34 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from elit_export.compile import Progress, compile_bundle
+from elit_export.errors import InputError
 from elit_export.files import written_whole
+from elit_export.models.cost import flops_per_image
 from elit_export.recipe import shipped_recipe
 from elit_export.runtime.images import grid
 from elit_export.runtime.pipeline import Pipeline, Sample
-from elit_export.verify.bench import flops_per_image
+from elit_export.spec import listed
+
+if TYPE_CHECKING:
+    from elit_export.compile import Progress
 
 STEPS = 15
 SAMPLER = "ab3"
 SCALE = 2
 SEED = 7
 ZOOM = 3
+IMAGES = 10  # in a row, if the model has as many classes
+
+
+@dataclass(frozen=True)
+class DemoWay:
+    """How one row is sampled."""
+
+    name: str
+    schedule: str
+    guidance: str
 
 
 @dataclass(frozen=True)
@@ -38,23 +54,50 @@ class DemoRow:
 
 
 def build_demo(folder: Path, progress: Progress) -> Pipeline:
-    """Build the shipped recipe's CPU target and open it."""
+    """Build the shipped recipe's CPU target and open it; needs torch."""
+    from elit_export.compile import compile_bundle
+
     compile_bundle(shipped_recipe(), "cpu", out=folder / "bundle", progress=progress)
     return Pipeline.load(folder / "bundle", target="cpu")
 
 
-def demo_rows(pipeline: Pipeline) -> Iterator[DemoRow]:
-    """Every class once at every named budget with CFG, then a mixed schedule with cheap CFG; the same seeds."""
-    labels = list(range(pipeline.spec.num_classes))
-    lowest = list(pipeline.spec.named_budgets)[-1]
-    half = STEPS // 2
-    choices = [(name, name, f"cfg:{SCALE}") for name in pipeline.spec.named_budgets]
-    mixed = f"0-{half - 1}:quarter,{half}-{STEPS - 1}:full"
-    choices.append(("quarter, then full", mixed, f"ccfg:{SCALE}@{lowest}"))
-    pipeline.sample(labels, steps=2, guidance=f"cfg:{SCALE}")  # warm up
-    for name, schedule, guidance in choices:
-        sample = pipeline.sample(labels, steps=STEPS, sampler=SAMPLER, schedule=schedule, guidance=guidance, seed=SEED)
-        yield DemoRow(name, guidance, sample, flops_per_image(sample, pipeline.spec))
+def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pipeline:
+    """Open a bundle that is already built; raises InputError if its samples are no pictures."""
+    pipeline = Pipeline.load(bundle, target=target, precision=precision)
+    if pipeline.data.kind != "pixels":
+        pipeline.close()
+        raise InputError(
+            f"{bundle} samples latents of a VAE ({pipeline.data.vae or 'unknown'}), the demo draws pixels: "
+            f"elit-export sample {bundle}"
+        )
+    return pipeline
+
+
+def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
+    """Every named budget that the engines cover, with CFG, then a mixed schedule with cheap CFG."""
+    names = [name for name, budget in pipeline.spec.named_budgets.items() if budget in pipeline.bank.covered]
+    if not names:
+        raise InputError(
+            f"no profile covers any of {', '.join(pipeline.spec.named_budgets)}, the budgets of the demo; "
+            f"the engines cover {listed(pipeline.bank.covered)}: elit-export sample BUNDLE --schedule BUDGET"
+        )
+    ways = [DemoWay(name, name, f"cfg:{SCALE}") for name in names]
+    if len(names) > 1:
+        middle, half = "quarter" if "quarter" in names else names[-1], STEPS // 2
+        mixed = f"0-{half - 1}:{middle},{half}-{STEPS - 1}:{names[0]}"
+        ways.append(DemoWay(f"{middle}, then {names[0]}", mixed, f"ccfg:{SCALE}@{names[-1]}"))
+    return ways
+
+
+def demo_rows(pipeline: Pipeline, ways: list[DemoWay]) -> Iterator[DemoRow]:
+    """The first classes once each way; the same seeds."""
+    labels = list(range(min(IMAGES, pipeline.spec.num_classes)))
+    pipeline.sample(labels, steps=2, schedule=ways[0].name, guidance=ways[0].guidance)  # warm up
+    for way in ways:
+        sample = pipeline.sample(
+            labels, steps=STEPS, sampler=SAMPLER, schedule=way.schedule, guidance=way.guidance, seed=SEED
+        )
+        yield DemoRow(way.name, way.guidance, sample, flops_per_image(sample, pipeline.spec))
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:

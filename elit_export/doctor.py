@@ -1,10 +1,13 @@
 """What works on this machine, what does not, why, and what to type.
 
-Takes: nothing.  Gives: Findings.  May touch: nothing; loads the backends that are installed.
+Takes: nothing.  Gives: Findings.  May touch: nothing; loads the backends that are installed, and each
+tool in a process of its own, so that a broken one brings nothing else down.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -13,14 +16,25 @@ from importlib.util import find_spec
 from elit_export.backends import BACKENDS, Backend
 from elit_export.errors import BackendUnavailable
 
-# What commands beside sampling need: library → (used for, extra).
+IMPORT_SECONDS = 120  # of one tool; torch takes two on an idle machine
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a library is for, and the extra that brings it."""
+
+    used_for: str
+    extra: str
+
+
+# What commands beside sampling need.
 TOOLS = {
-    "torch": ("export, build, train", "export"),
-    "onnx": ("export, build", "export"),
-    "onnxscript": ("export, build", "export"),
-    "safetensors": ("checkpoints", "export"),
-    "filelock": ("build", "export"),
-    "matplotlib": ("plots", "report"),
+    "torch": Tool("export, build, train", "export"),
+    "onnx": Tool("export, build", "export"),
+    "onnx_ir": Tool("export, build", "export"),
+    "onnxscript": Tool("export, build", "export"),
+    "safetensors": Tool("checkpoints", "export"),
+    "matplotlib": Tool("plots", "report"),
 }
 
 
@@ -42,15 +56,15 @@ def findings() -> Iterator[Finding]:
     """Backends with each of their devices first, then the tools."""
     for backend in BACKENDS.values():
         yield from _backend_findings(backend)
-    for library, (used_for, extra) in TOOLS.items():
-        yield _tool_finding(library, used_for, extra)
+    for library, tool in TOOLS.items():
+        yield _tool_finding(library, tool)
 
 
 def _backend_findings(backend: Backend) -> Iterator[Finding]:
     try:
         version_here = backend.library_version()
     except BackendUnavailable as error:
-        problem, _, remedy = str(error).partition(": ")
+        problem, _, remedy = str(error).rpartition(": ")
         yield Finding(f"backend {backend.name}", ", ".join(backend.devices), problem, remedy)
         return
     for device in backend.devices:
@@ -58,10 +72,26 @@ def _backend_findings(backend: Backend) -> Iterator[Finding]:
         yield Finding(f"backend {backend.name}", f"{device}, {version_here}", problem, remedy)
 
 
-def _tool_finding(library: str, used_for: str, extra: str) -> Finding:
+def _tool_finding(library: str, tool: Tool) -> Finding:
+    install, use = f"'elit-export[{tool.extra}]'", f"for {tool.used_for}"
     if find_spec(library) is None:
-        return Finding(library, f"for {used_for}", "not installed", f"pip install 'elit-export[{extra}]'")
+        return Finding(library, use, "not installed", f"pip install {install}")
     try:
-        return Finding(library, f"{version(library)}, for {used_for}")
+        use = f"{version(library)}, {use}"
     except PackageNotFoundError:
-        return Finding(library, f"for {used_for}")
+        use = f"unknown version, {use}"
+    problem = _import_problem(library)
+    return Finding(library, use, problem, f"pip install --force-reinstall {install}" if problem else "")
+
+
+def _import_problem(library: str) -> str:
+    """Why a library does not import, or nothing."""
+    command = [sys.executable, "-P", "-c", f"import {library}"]  # -P: a file of that name in this folder is not it
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"installed but broken: not imported within {IMPORT_SECONDS} s"
+    if not done.returncode:
+        return ""
+    last = (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
+    return f"installed but broken: {last}"

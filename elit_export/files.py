@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+if sys.platform != "win32":
+    import fcntl
+
 CHUNK_BYTES = 1 << 20
+MARK = "elit-"  # in temporary names, so that no file of a user is taken for one
 
 
 @contextmanager
@@ -21,19 +27,59 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder; on success it takes the name `path`, on failure it goes.
 
     The content reaches the disk before the name does, so a crash leaves the old file or the new one.
+    The temporary file that a killed process left behind goes with the next writing of the same `path`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, for libraries that choose a format by it.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
+    _drop_abandoned(path)
+    with _temporary_beside(path) as temporary:
         yield temporary
         temporary.chmod(0o644)  # a temporary file is its owner's alone
         flush_to_disk(temporary)
         temporary.replace(path)
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    # The suffix stays, for libraries that choose a format by it.
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.{MARK}", suffix=path.suffix, dir=path.parent)
+    is_held = _hold(descriptor)
+    if not is_held:
+        os.close(descriptor)
+    try:
+        yield Path(name)
     finally:
-        temporary.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+        if is_held:
+            os.close(descriptor)
+
+
+def _drop_abandoned(path: Path) -> None:
+    """Remove temporaries of `path` whose writers are dead."""
+    temporary = re.compile(re.escape(f".{path.stem}.{MARK}") + "[a-z0-9_]{8}" + re.escape(path.suffix))
+    with suppress(OSError):  # what cannot be listed, opened or removed stays and harms nobody
+        for found in path.parent.iterdir():
+            if temporary.fullmatch(found.name):
+                _drop_unless_held(found)
+
+
+def _drop_unless_held(temporary: Path) -> None:
+    descriptor = os.open(temporary, os.O_RDWR)
+    try:
+        if _hold(descriptor):
+            temporary.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _hold(descriptor: int) -> bool:
+    """Lock a file for as long as it is open and its process lives; False if another holds it or it has no locks."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

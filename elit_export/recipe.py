@@ -11,14 +11,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
 from elit_export.spec import NAME_PATTERN, ModelSpec, Precision, Profile, Range, default_profiles
 
 SHIPPED_RECIPE = "fashion.toml"
-MAX_THREADS = 4096
+MOST_THREADS = 1024
 
 
 class _Table(BaseModel):
@@ -76,7 +76,7 @@ class OnnxRuntimeTarget(Target):
     """`threads = 0` uses all cores."""
 
     backend: Literal["onnxruntime"]
-    threads: int = Field(default=0, ge=0, le=MAX_THREADS)
+    threads: int = Field(default=0, ge=0, le=MOST_THREADS)
 
 
 class TensorRTTarget(Target):
@@ -108,7 +108,21 @@ class TensorRTTarget(Target):
         return self
 
 
-AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget, Field(discriminator="backend")]
+class TorchTensorRTTarget(Target):
+    """Torch-TensorRT on the GPU of the machine that builds."""
+
+    backend: Literal["torch-tensorrt"]
+    device: str = "cuda"
+
+
+AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget | TorchTensorRTTarget, Field(discriminator="backend")]
+
+
+def target_of(backend: str, device: str, precision: str, options: dict[str, Any]) -> AnyTarget:
+    """The target of a plan set, from what the manifest keeps of it."""
+    values = {"backend": backend, "device": device, "precision": precision, **options}
+    target: AnyTarget = TypeAdapter(AnyTarget).validate_python(values)
+    return target
 
 
 class Architecture(_Table):
@@ -192,7 +206,7 @@ def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
 
 def _told(problem: Any) -> str:
     where = [str(part) for part in problem["loc"]]
-    if where[0] == "targets" and len(where) > 2:
+    if where[:1] == ["targets"] and len(where) > 2:
         del where[2]  # the backend, by which pydantic chose the table
     key = ".".join(where)
     if problem["type"] == "union_tag_invalid":
@@ -200,7 +214,15 @@ def _told(problem: Any) -> str:
     if problem["type"] == "union_tag_not_found":
         return f"{key}.backend: field required"
     if problem["type"] == "extra_forbidden":
-        tables = (Recipe, OnnxRuntimeTarget, TensorRTTarget, ProfileTable, RangeTable, Architecture)
+        tables = (
+            Recipe,
+            OnnxRuntimeTarget,
+            TensorRTTarget,
+            TorchTensorRTTarget,
+            ProfileTable,
+            RangeTable,
+            Architecture,
+        )
         known = [name for table in tables for name in table.model_fields]
         near = difflib.get_close_matches(where[-1], known, n=1)
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")

@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     try:
         paint(**vars(parser.parse_args()))
-    except (ElitExportError, OSError) as error:
+    except (ElitExportError, OSError) as error:  # the second: OUT cannot be written, BUNDLE not be read
         say(f"error: {error}")
         return 2
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from elit_export.bundle import Bundle
 from elit_export.checkpoint import save_checkpoint
@@ -15,6 +16,10 @@ from elit_export.recipe import recipe_from_values, shipped_recipe
 from tests.helpers import Golden, golden, tiny_model
 
 torch.set_num_threads(1)  # the models here are tiny; a second thread only waits for the first
+# Fuzzing anew at every run and for longer than `make test` does:
+#     python -m pytest tests/test_corruption.py --hypothesis-profile=long
+# `--hypothesis-seed=N` repeats a run, and what failed is tried first at the next one.
+settings.register_profile("long", max_examples=5000)
 
 
 @pytest.fixture(scope="session", params=["tiny_g4", "tiny_g2_qknorm"])

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "compile": {
         *("spec", "recipe", "bundle", "backends", "checkpoint", "models", "graphs", "build", "runtime", "verify"),
     },
-    "demo": {"recipe", "compile", "runtime", "verify"},
+    "demo": {"spec", "recipe", "compile", "models", "runtime"},
     "doctor": {"backends"},
     "bisect": {"backends", "bundle", "recipe", "runtime", "spec", "verify"},
     "cli": {"*"},
@@ -49,7 +49,11 @@ LIBRARIES: dict[str, set[str]] = {
     "onnx": {"graphs/", "bisect.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
-    "torch": {"models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"},
+    "torch": {
+        *("models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"),
+        *("build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"),
+    },
+    "torch_tensorrt": {"build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"},
     "safetensors": {"checkpoint.py"},
     "click": {"cli/"},
     "filelock": {"bundle.py"},
@@ -96,7 +100,17 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert users == []
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "matplotlib",
+    "tensorrt_rtx",
+    "torch_tensorrt",
+    "cuda",
+)
 
 
 def modules_after(code: str) -> set[str]:

@@ -16,6 +16,7 @@ from elit_export.errors import BundleError, CheckpointError, InputError, ParityE
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.verify import parity
+from elit_export.verify.cases import corners
 from elit_export.verify.tolerances import Tolerance
 from tests.conftest import recipe_values
 
@@ -28,6 +29,11 @@ def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(tiny_checkpoint: Path) -> Recipe:
     return recipe_from_values(recipe_values(tiny_checkpoint), "test")
+
+
+# Permissions do not bind the superuser, but nobody can read the memory at address 0.
+UNREADABLE = Path("/proc/self/mem")
+unreadable_file = pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that opens and cannot be read")
 
 
 def plan_file(folder: Path) -> Path:
@@ -94,6 +100,39 @@ def test_an_edited_manifest_is_refused(copied: Path) -> None:
         Pipeline.load(copied)
 
 
+@unreadable_file
+def test_a_manifest_that_cannot_be_read_is_refused_and_not_built_over(copied: Path, recipe: Recipe) -> None:
+    (copied / MANIFEST).unlink()
+    (copied / MANIFEST).symlink_to(UNREADABLE)
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be read: .*; allow it \(chmod -R u\+rX"):
+        Bundle.open(copied)
+    with pytest.raises(BundleError, match=r"manifest\.json: cannot be read"):
+        compile_bundle(recipe, "cpu", out=copied)
+    assert sorted(copied.rglob("*")) == before
+
+
+@unreadable_file
+def test_a_plan_that_cannot_be_read_is_refused(copied: Path) -> None:
+    bundle = Bundle.open(copied)
+    plan = bundle.manifest.plan_sets[0].plans[0].artifact
+    plan_file(copied).unlink()
+    (copied / "plans" / plan.name / "step.onnx").symlink_to(UNREADABLE)
+    of_its_size = plan.files["step.onnx"].model_copy(update={"size_bytes": 0})
+    with pytest.raises(BundleError, match=r"step\.onnx: cannot be read: .*copy the bundle again"):
+        bundle.verified(plan.model_copy(update={"files": {"step.onnx": of_its_size}}))
+
+
+def test_a_folder_in_place_of_the_manifest_is_no_bundle(copied: Path, recipe: Recipe) -> None:
+    (copied / MANIFEST).unlink()
+    (copied / MANIFEST).mkdir()
+    with pytest.raises(BundleError, match="no bundle at"):
+        Bundle.open(copied)
+    with pytest.raises(BundleError, match=r"holds other things \(manifest\.json\)"):
+        compile_bundle(recipe, "cpu", out=copied)
+    assert plan_file(copied).is_file()
+
+
 def test_no_bundle_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"no bundle at .*elit-export build RECIPE"):
         Pipeline.load(tmp_path)
@@ -115,7 +154,8 @@ def test_never_verified_plan_needs_consent(copied: Path) -> None:
 
 def test_plan_of_a_newer_onnxruntime_is_refused(copied: Path) -> None:
     plan_sets = json.loads((copied / MANIFEST).read_text())["plan_sets"]
-    plan_sets[0]["versions"]["onnxruntime"] = "99.0.0"
+    for profile in plan_sets[0]["profiles"]:
+        profile["plan"]["versions"]["onnxruntime"] = "99.0.0"
     rewrite_manifest(copied, plan_sets=plan_sets)
     with pytest.raises(BundleError, match=r"built with onnxruntime 99\.0\.0"):
         Pipeline.load(copied)
@@ -174,6 +214,44 @@ def test_failed_build_leaves_the_old_bundle(
     Pipeline.load(copied).close()
 
 
+def damage(folder: Path) -> None:
+    content = bytearray((folder / MANIFEST).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / MANIFEST).write_bytes(content)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_failed_build_deletes_no_artifacts_of_a_manifest_it_cannot_read(
+    copied: Path, recipe: Recipe, tmp_path: Path, is_old: bool
+) -> None:
+    """What such a manifest names is not known, and a person may still mend it."""
+    good = (copied / MANIFEST).read_bytes()
+    if is_old:
+        rewrite_manifest(copied, schema_version=0)
+    else:
+        damage(copied)
+    with pytest.raises(BundleError, match="build it again"):
+        Bundle.open(copied)
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        compile_bundle(recipe, "cpu", out=copied, checkpoint=tmp_path / "absent.pt")
+    assert set(before) <= set(copied.rglob("*"))
+    (copied / MANIFEST).write_bytes(good)
+    Pipeline.load(copied).close()
+
+
+@pytest.mark.parametrize("how", ["one byte", "cut off", "empty"])
+def test_a_damaged_bundle_is_built_again_and_cleaned(copied: Path, recipe: Recipe, how: str) -> None:
+    (copied / "plans" / "step-stale-0123456789ab").mkdir()
+    if how == "one byte":
+        damage(copied)
+    else:
+        (copied / MANIFEST).write_bytes((copied / MANIFEST).read_bytes()[: 90 if how == "cut off" else 0])
+    compile_bundle(recipe, "cpu", out=copied)
+    Pipeline.load(copied).close()
+    assert not (copied / "plans" / "step-stale-0123456789ab").exists()
+
+
 def test_interrupted_build_leaves_no_bundle(recipe: Recipe, tmp_path: Path) -> None:
     def interrupt(stage: str, _share: float) -> None:
         if stage == "verify":
@@ -229,7 +307,7 @@ def test_every_profile_was_compared_at_its_corners(golden_g4_bundle: Bundle, gol
     assert [facts.name for facts in plan_set.profiles] == ["full", "half", "quarter", "sixteenth"]
     for facts in plan_set.profiles:
         cases = [(case.kept, case.rows) for case in plan_set.reference.cases if case.profile == facts.name]
-        assert cases == list(zip(facts.latents, facts.rows, strict=True))
+        assert cases == list(dict.fromkeys(corners(facts.profile)))
         assert facts.parity.status == "passed"
         assert facts.parity.sqnr_db is not None
         assert facts.parity.sqnr_db > 120
@@ -249,6 +327,35 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(recipe: Recipe, tmp_
     with pytest.raises(BundleError, match=r"is no bundle and holds other things \(notes.txt\)"):
         compile_bundle(recipe, "cpu", out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"reference", "notes.txt"}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "beside"),
+    [
+        pytest.param('{"name": "shop", "icons": [], "start_url": "/"}', ["icons"], id="web app"),
+        pytest.param('{"name": "shop", "icons": []}', ["plans"], id="web app beside a folder like ours"),
+        pytest.param('{"schema_version": 1, "model": "other"}', [], id="other schema"),
+        pytest.param('{"schema_version": 1', ["notes"], id="damaged, with other things"),
+        pytest.param("name = shop", [], id="no JSON, alone"),
+    ],
+)
+def test_another_programs_manifest_is_not_written_over(
+    recipe: Recipe, tmp_path: Path, manifest: str, beside: list[str]
+) -> None:
+    (tmp_path / MANIFEST).write_text(manifest)
+    for name in beside:
+        (tmp_path / name).mkdir()
+    with pytest.raises(BundleError, match=r"is no bundle and holds other things \((manifest\.json|icons|notes)\)"):
+        compile_bundle(recipe, "cpu", out=tmp_path)
+    assert (tmp_path / MANIFEST).read_text() == manifest
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, *beside}
+
+
+def test_notes_of_a_person_in_a_bundle_do_not_stop_a_build(copied: Path, recipe: Recipe) -> None:
+    (copied / "README.md").write_text("mine")
+    damage(copied)
+    compile_bundle(recipe, "cpu", out=copied)
+    assert (copied / "README.md").read_text() == "mine"
 
 
 def test_only_artifacts_are_ever_deleted(copied: Path) -> None:

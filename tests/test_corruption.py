@@ -34,11 +34,11 @@ from tests.helpers import Golden, golden, tiny_spec
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes that use threads")
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
-# Deadlines measure how busy the machine is.
+# The same inputs at every run; `--hypothesis-profile=long` takes others at each, and many more (see conftest).
+FEW = {} if settings.get_current_profile_name() == "long" else {"max_examples": 150, "derandomize": True}
 fuzzed = settings(
-    max_examples=150,
-    deadline=None,
-    derandomize=True,
+    **FEW,
+    deadline=None,  # deadlines measure how busy the machine is
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -336,11 +336,33 @@ def with_other_leaves(draw: st.DrawFn, values: Any) -> Any:
     changed = copy.deepcopy(values)
     for _ in range(draw(st.integers(1, 3))):
         *way, last = draw(st.sampled_from(list(places_in(changed))))
-        holder = changed
-        for key in way:
-            holder = holder[key]
-        holder[last] = draw(json_values)
+        value_at(changed, way)[last] = draw(json_values)
     return changed
+
+
+ALIKE: dict[type, st.SearchStrategy[Any]] = {
+    bool: st.booleans(),
+    int: st.integers(-2, 40) | st.integers(),
+    float: st.floats(),
+    str: st.text(max_size=12),
+}
+
+
+@st.composite
+def with_like_leaves(draw: st.DrawFn, values: Any) -> Any:
+    """A copy in which one or two leaves hold another value of their type, which a schema seldom refuses."""
+    changed = copy.deepcopy(values)
+    for _ in range(draw(st.integers(1, 2))):
+        *way, last = draw(st.sampled_from([way for way in places_in(values) if type(value_at(values, way)) in ALIKE]))
+        holder = value_at(changed, way)
+        holder[last] = draw(ALIKE[type(holder[last])])
+    return changed
+
+
+def value_at(values: Any, way: Iterable[Any]) -> Any:
+    for key in way:
+        values = values[key]
+    return values
 
 
 def places_in(values: Any, way: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -368,21 +390,37 @@ def test_any_values_as_a_recipe_are_read_or_refused(values: Any) -> None:
 
 
 def test_any_values_as_a_manifest_are_read_or_refused(copied: Path) -> None:
+    """As far as the library that opens the plans."""
     path = copied / MANIFEST
     manifest = json.loads(path.read_text())
     del manifest[OWN_HASH]
 
+    def changed(**facts: Any) -> Any:
+        (plan_set,) = manifest["plan_sets"]
+        return manifest | {"plan_sets": [plan_set | facts]}
+
     @fuzzed
-    @given(values=with_other_leaves(manifest) | json_values)
-    def opened(values: Any) -> None:
+    @given(values=with_like_leaves(manifest) | with_other_leaves(manifest) | json_values)
+    @example(values=changed(options={"threads": 10**30}))
+    @example(values=changed(options={"threads": 2**31 - 1}))
+    @example(values=changed(options={"threads": -1}))
+    @example(values=changed(versions={"onnxruntime": f"{DIGITS}.²"}))
+    def loaded(values: Any) -> None:
         # With its hash made right, so that what lies behind it is reached.
         path.write_text(manifest_text(values) if isinstance(values, dict) else json.dumps(values))
-        try:
-            Bundle.open(copied)
-        except BundleError:
-            return
+        only_own_errors(lambda: Pipeline.load(copied, allow_unverified=True).close())
 
-    opened()
+    loaded()
+
+
+@pytest.mark.parametrize("threads", [10**30, 2**31, 1025, -1])
+def test_threads_that_no_machine_has_are_refused_by_name(copied: Path, threads: int) -> None:
+    manifest = json.loads((copied / MANIFEST).read_text())
+    del manifest[OWN_HASH]
+    manifest["plan_sets"][0]["options"]["threads"] = threads
+    (copied / MANIFEST).write_text(manifest_text(manifest))
+    with pytest.raises(BundleError, match=rf"threads is {threads}, must be 0 to 1024: .*recipe.*elit-export build"):
+        Pipeline.load(copied)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,13 @@
 """What is left on disk when a process is killed, the disk is full or a folder is read-only.
 
-The work runs in forked children, which need not import anything again, and dies at seeded random moments.
+The work runs in forked children, which need not import anything again. They die of what they were seen to have
+done, not of the clock: in their own code before a file gets its name, or from outside in the middle of something.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -15,10 +15,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -27,16 +30,19 @@ from click.testing import CliRunner
 from PIL import Image
 
 from elit_export import Pipeline, bundle, compile, compile_bundle, files
-from elit_export.bundle import KINDS, LOCK, MANIFEST, Bundle
+from elit_export.bundle import KINDS, LOCK, MANIFEST, STAGING, Bundle, BundleWriter
+from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
+from elit_export.compile import Progress
 from elit_export.errors import BundleError
+from elit_export.files import written_whole
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values
-from elit_export.spec import PIXELS
+from elit_export.spec import PIXELS, ModelSpec
 from elit_export.training.data import LabelledImages, load_images
 from elit_export.training.trainer import TrainConfig, Trainer
 from tests.conftest import recipe_values
-from tests.helpers import tiny_spec
+from tests.helpers import tiny_model, tiny_spec
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks processes that use threads"),
@@ -45,6 +51,7 @@ pytestmark = [
 
 FASHION = Path(__file__).parent / "data" / "fashion"
 NOBODY = 65534
+PATIENCE_S = 120  # of a child: one that gets nowhere ends itself, which fails its test
 TINY_TRAINING = [
     *("--size", "32", "--patch", "8", "--group", "2", "--width", "16", "--heads", "2"),
     *("--split", "1-2-1", "--batch-size", "8", "--warmup-steps", "2", "--steps", "4"),
@@ -56,13 +63,47 @@ def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
 
 
-@pytest.fixture
-def ready_graph(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The export, which takes seconds in memory, gives way to a copy of what it writes."""
-    graph = tiny_bundle.folder / "graphs" / tiny_bundle.manifest.graphs[compile.GRAPH].name
+@dataclass(frozen=True)
+class Built:
+    """A checkpoint, its bundle, and what that samples."""
 
-    def copy(_model: ElitSiT, folder: Path) -> None:
-        for path in graph.iterdir():
+    checkpoint: Path
+    bundle: Bundle
+    latents: np.ndarray
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.bundle.manifest.model.spec
+
+    def recipe(self, most_rows: int) -> Recipe:
+        """Other rows make other plan sets, so that every build has something to write."""
+        return recipe_from_values(
+            recipe_values(self.checkpoint) | {"rows": {"min": 1, "opt": 2, "max": most_rows}}, "test"
+        )
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bundle: Bundle, tiny_checkpoint: Path) -> Built:
+    return Built(tiny_checkpoint, tiny_bundle, sampled(tiny_bundle.folder))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Another model, so that its samples tell which of two bundles lies in a folder."""
+    folder = tmp_path_factory.mktemp("other")
+    save_checkpoint(folder / "other.safetensors", tiny_model(core_depth=1))
+    recipe = recipe_from_values(recipe_values(folder / "other.safetensors"), "test")
+    built = compile_bundle(recipe, "cpu", out=folder / "bundle")
+    return Built(folder / "other.safetensors", built, sampled(built.folder))
+
+
+@pytest.fixture
+def ready_graphs(tiny: Built, other: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export, which takes seconds in memory, gives way to a copy of what it writes."""
+
+    def copy(model: ElitSiT, folder: Path) -> None:
+        ready = tiny.bundle if model.spec == tiny.spec else other.bundle
+        for path in ready.verified(ready.manifest.graphs[compile.GRAPH]).iterdir():
             shutil.copy(path, folder)
 
     monkeypatch.setattr(compile, "export_step", copy)
@@ -72,11 +113,12 @@ def ready_graph(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """A child that works, then waits to be killed; an exception ends it."""
+    """A child that works, then waits to be killed; an exception ends it, and so does waiting too long."""
     child = os.fork()
     if child:
         return child
     try:
+        signal.alarm(PATIENCE_S)
         work()
         signal.pause()
     except BaseException:
@@ -86,10 +128,21 @@ def forked(work: Callable[[], object]) -> int:
         os._exit(1)
 
 
-def kill_after(seconds: float, work: Callable[[], object]) -> None:
-    """SIGKILL the work at that moment, in the middle of it or right after it."""
+def kill_when(happened: Callable[[], bool], work: Callable[[], object]) -> None:
+    """SIGKILL the work once something is seen to have happened, in the middle of what comes next."""
     child = forked(work)
-    time.sleep(seconds)
+    wait_until(happened, child)
+    kill(child)
+
+
+def wait_until(happened: Callable[[], bool], child: int) -> None:
+    while not happened():
+        ended, status = os.waitpid(child, os.WNOHANG)
+        assert not ended, f"the work ended by itself before it was to be killed (wait status {status})"
+        time.sleep(0.0005)
+
+
+def kill(child: int) -> None:
     os.kill(child, signal.SIGKILL)
     assert died_of_kill(child), "the work failed before it was killed"
 
@@ -99,8 +152,57 @@ def died_of_kill(child: int) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
-def die() -> None:
+def die(*_: object) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("unreachable")
+
+
+def wait_to_be_killed(*_: object) -> NoReturn:
+    while True:
+        signal.pause()
+
+
+def die_at_flush(number: int, of: str = "") -> None:
+    """In a child: die when it has flushed a file, this many others before it, that does not have its name yet."""
+    real, flushes = files.flush_to_disk, count()
+
+    def flush(path: Path) -> None:
+        real(path)
+        if path.name.startswith(of) and next(flushes) == number:
+            die()
+
+    files.flush_to_disk = flush  # type: ignore[assignment]
+    bundle.flush_to_disk = flush  # type: ignore[attr-defined]
+
+
+class Watch:
+    """Counts how often a folder is seen from outside to have changed, and notes whether a build had staged."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.changes = 0
+        self.has_staged = False
+        self._last = set(entries(folder))
+
+    def __call__(self) -> int:
+        found = set(entries(self.folder))
+        self.changes += found != self._last
+        self._last = found
+        self.has_staged |= any(STAGING in Path(path).parts for path, _ in found)
+        return self.changes
+
+
+def entries(folder: str | Path) -> Iterator[tuple[str, int]]:
+    """Everything in a folder with its inode; what vanishes meanwhile is left out."""
+    with suppress(FileNotFoundError), os.scandir(folder) as found:
+        for entry in found:
+            yield entry.path, entry.inode()
+            if entry.is_dir(follow_symlinks=False):
+                yield from entries(entry.path)
+
+
+def is_seen(folder: Path, name: str) -> bool:
+    return any(Path(path).name.startswith(name) for path, _ in entries(folder))
 
 
 def command_in_child(*arguments: str | Path, before: Callable[[], object]) -> tuple[int, str]:
@@ -126,10 +228,6 @@ def command_in_child(*arguments: str | Path, before: Callable[[], object]) -> tu
 # ---------------------------------------------------------------- what must hold
 
 
-def rows_recipe(checkpoint: Path, most: int) -> Recipe:
-    return recipe_from_values(recipe_values(checkpoint) | {"rows": {"min": 1, "opt": 2, "max": most}}, "test")
-
-
 def sampled(folder: Path) -> np.ndarray:
     with Pipeline.load(folder) as pipeline:
         return pipeline.sample([0, 1], steps=1).latents
@@ -147,13 +245,21 @@ def only_named(folder: Path) -> bool:
     return found - {LOCK} == named
 
 
-def is_absent_or_whole(folder: Path, expected: np.ndarray) -> bool:
-    """A killed first build: no bundle, or all of it."""
-    if (folder / MANIFEST).exists():
-        return np.array_equal(sampled(folder), expected)
+def require_only(built: Built, folder: Path) -> None:
+    """The folder holds this model's bundle and nothing that it does not name."""
+    np.testing.assert_array_equal(sampled(folder), built.latents)
+    assert only_named(folder)
+
+
+def require_no_bundle(folder: Path) -> None:
     with pytest.raises(BundleError, match="no bundle at"):
         Bundle.open(folder)
-    return True
+
+
+def require_one_of(choices: Sequence[Built], folder: Path) -> None:
+    spec = Bundle.open(folder).manifest.model.spec
+    (built,) = [choice for choice in choices if choice.spec == spec]
+    np.testing.assert_array_equal(sampled(folder), built.latents)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -162,78 +268,152 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 # ---------------------------------------------------------------- killed builds
 
-
-def test_killed_rebuilds_leave_the_old_bundle_and_the_next_build_cleans_up(copied: Path, tiny_checkpoint: Path) -> None:
-    """16 kills; the children build without end, so each kill falls into a build."""
-    moments = random.Random(1)
-    expected = sampled(copied)
-    for kill in range(16):
-
-        def build(first: int = kill) -> None:
-            for number in count(first):
-                compile_bundle(rows_recipe(tiny_checkpoint, 3 + number % 5), "cpu", out=copied)
-
-        kill_after(moments.uniform(0.0, 0.7), build)
-        np.testing.assert_array_equal(sampled(copied), expected)
-        compile_bundle(rows_recipe(tiny_checkpoint, 9 + kill), "cpu", out=copied)
-        assert only_named(copied)
-        np.testing.assert_array_equal(sampled(copied), expected)
+Build = Callable[..., object]  # (folder, progress) → never returns
 
 
-@pytest.mark.usefixtures("ready_graph")
-def test_killed_first_builds_leave_no_bundle_or_all_of_it(
-    tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
+def builds_without_end(first: Built, second: Built, folder: Path, progress: Progress = compile.no_progress) -> None:
+    """The two in turn, neither equal to a bundle of more than 8 rows."""
+    for number in count():
+        recipe = (first, second)[number % 2].recipe(3 + number % 5)
+        compile_bundle(recipe, "cpu", out=folder, progress=progress)
+
+
+def kill_before_the_commit(stage: str, folder: Path, build: Build) -> None:
+    """In the middle of a stage, or after it: the manifest stays as it was."""
+    reached = folder.with_name(f"{folder.name} reached {stage}")
+    watch = Watch(folder)
+
+    def note(found: str, _share: float) -> None:
+        if found == stage:
+            reached.touch()
+
+    def work() -> None:
+        BundleWriter.commit = wait_to_be_killed  # type: ignore[assignment,method-assign]
+        build(folder, progress=note)
+
+    kill_when(lambda: watch() > 0 and watch.has_staged and reached.exists(), work)
+    reached.unlink()
+
+
+def kill_at_change(number: int, folder: Path, build: Build) -> None:
+    """Anywhere in a build, or in the next."""
+    watch = Watch(folder)
+    kill_when(lambda: watch() >= number and watch.has_staged, lambda: build(folder))
+
+
+def kill_after_the_commit(number: int, folder: Path, build: Build) -> None:
+    """At a later change: while the build cleans up, or in the next."""
+    before = manifest_of(folder)
+    watch = Watch(folder)
+    kill_when(lambda: manifest_of(folder) != before and watch() >= number, lambda: build(folder))
+
+
+def manifest_of(folder: Path) -> bytes:
+    return (folder / MANIFEST).read_bytes() if (folder / MANIFEST).exists() else b""
+
+
+BEFORE = [
+    partial(kill_before_the_commit, stage) for stage in ("export graph", "build plan", "PyTorch reference", "verify")
+]
+AFTER = [partial(kill_after_the_commit, number) for number in (1, 2, 3, 4)]
+
+
+@pytest.mark.usefixtures("ready_graphs")
+def test_killed_rebuilds_leave_the_old_bundle_or_the_new_and_the_next_build_cleans_up(
+    copied: Path, tiny: Built, other: Built
 ) -> None:
-    """10 kills from the first moment to after the last."""
-    moments = random.Random(2)
-    expected = sampled(tiny_bundle.folder)
-    recipe = rows_recipe(tiny_checkpoint, 8)
-    for kill in range(10):
-        folder = tmp_path / str(kill)
-        kill_after(moments.uniform(0.05 * kill, 0.05 * kill + 0.05), lambda: compile_bundle(recipe, "cpu", out=folder))  # noqa: B023
-        assert is_absent_or_whole(folder, expected)
-        compile_bundle(recipe, "cpu", out=folder)
-        assert only_named(folder)
-        np.testing.assert_array_equal(sampled(folder), expected)
+    """12 kills; the children build without end, so each kill falls into a build."""
+    anywhere = [partial(kill_at_change, number) for number in (4, 10, 16, 22)]
+    is_new = []
+    for number, killed in enumerate((*BEFORE, *anywhere, *AFTER)):
+        before = manifest_of(copied)
+        killed(copied, partial(builds_without_end, other, tiny))
+        is_new.append(manifest_of(copied) != before)
+        require_one_of((other, tiny) if is_new[-1] else (tiny,), copied)
+        compile_bundle(tiny.recipe(9 + number), "cpu", out=copied)
+        require_only(tiny, copied)
+    assert is_new[:4] == [False] * 4
+    assert is_new[-4:] == [True] * 4
 
 
-def test_a_kill_during_the_export_leaves_no_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """2 kills of the real export."""
-    for seconds in (0.3, 2.0):
-        folder = tmp_path / str(seconds)
-        kill_after(seconds, lambda: compile_bundle(rows_recipe(tiny_checkpoint, 8), "cpu", out=folder))  # noqa: B023
-        with pytest.raises(BundleError, match="no bundle at"):
-            Bundle.open(folder)
+@pytest.mark.usefixtures("ready_graphs")
+def test_killed_first_builds_leave_no_bundle_or_all_of_it(tiny: Built, other: Built, tmp_path: Path) -> None:
+    """8 kills."""
+    anywhere = [partial(kill_at_change, number) for number in (6, 18)]
+    is_whole = []
+    for number, killed in enumerate((*BEFORE, *anywhere, *AFTER[:2])):
+        folder = tmp_path / str(number)
+        killed(folder, partial(builds_without_end, other, tiny))
+        is_whole.append((folder / MANIFEST).exists())
+        if is_whole[-1]:
+            require_one_of((other, tiny), folder)
+        else:
+            require_no_bundle(folder)
+        compile_bundle(tiny.recipe(8), "cpu", out=folder)
+        require_only(tiny, folder)
+    assert is_whole[:4] == [False] * 4
+    assert is_whole[-2:] == [True] * 2
 
 
-@pytest.mark.usefixtures("ready_graph")
+@pytest.mark.parametrize("seen", ["artifact", "step.onnx"])
+def test_a_kill_during_the_export_leaves_no_bundle(tiny: Built, tmp_path: Path, seen: str) -> None:
+    """2 kills of the real export: when it begins, and when it has written something."""
+    folder = tmp_path / "new"
+
+    def work() -> None:
+        BundleWriter.commit = wait_to_be_killed  # type: ignore[assignment,method-assign]
+        compile_bundle(tiny.recipe(8), "cpu", out=folder)
+
+    kill_when(lambda: is_seen(folder, seen), work)
+    require_no_bundle(folder)
+    assert (folder / STAGING).is_dir()
+
+
+# Two files of the graph, two of the plan, one of the reference, and the manifest.
+FLUSHES = 6
+
+
+@pytest.mark.usefixtures("ready_graphs")
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("flush", range(6))
-def test_a_kill_before_anything_gets_its_name(  # the last flush is the manifest's
-    copied: Path, tiny_checkpoint: Path, tmp_path: Path, flush: int, is_first: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("flush", range(FLUSHES))
+def test_a_kill_before_anything_gets_its_name(
+    copied: Path, tiny: Built, other: Built, tmp_path: Path, flush: int, is_first: bool
 ) -> None:
-    """12 kills: random moments seldom fall where a finished file still has its temporary name."""
+    """12 kills: a kill from outside seldom falls where a finished file still has its temporary name."""
     folder = tmp_path / "new" if is_first else copied
-    expected = sampled(copied)
-    recipe = rows_recipe(tiny_checkpoint, 5)
-    flushes = count()
-    real = files.flush_to_disk
-
-    def flush_then_die(path: Path) -> None:
-        real(path)
-        if next(flushes) == flush or path.name.startswith(f".{Path(MANIFEST).stem}"):
-            die()
 
     def build() -> None:
-        monkeypatch.setattr(files, "flush_to_disk", flush_then_die)
-        monkeypatch.setattr(bundle, "flush_to_disk", flush_then_die)
-        compile_bundle(recipe, "cpu", out=folder)
+        die_at_flush(flush)
+        compile_bundle(other.recipe(5), "cpu", out=folder)
 
     assert died_of_kill(forked(build))
-    assert is_absent_or_whole(folder, expected)
-    compile_bundle(recipe, "cpu", out=folder)
-    assert only_named(folder)
-    np.testing.assert_array_equal(sampled(folder), expected)
+    assert (folder / STAGING).is_dir()
+    assert is_seen(folder, f".{Path(MANIFEST).stem}.") == (flush == FLUSHES - 1)
+    if is_first:
+        require_no_bundle(folder)
+    else:
+        require_one_of([tiny], folder)
+    compile_bundle(other.recipe(5), "cpu", out=folder)
+    require_only(other, folder)
+
+
+@pytest.mark.usefixtures("ready_graphs")
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_kill_right_after_the_commit_leaves_the_new_bundle(
+    copied: Path, other: Built, tmp_path: Path, is_first: bool
+) -> None:
+    """2 kills before what the manifest no longer names is gone."""
+    folder = tmp_path / "new" if is_first else copied
+
+    def build() -> None:
+        BundleWriter.clean = die  # type: ignore[assignment,method-assign]
+        compile_bundle(other.recipe(5), "cpu", out=folder)
+
+    assert died_of_kill(forked(build))
+    require_one_of([other], folder)
+    assert (folder / STAGING).is_dir()
+    compile_bundle(other.recipe(5), "cpu", out=folder)
+    require_only(other, folder)
 
 
 # ---------------------------------------------------------------- killed training
@@ -268,57 +448,135 @@ def resumed(data: LabelledImages, state: Path) -> Trainer:
 
 
 def test_killed_training_resumes_bit_for_bit(fashion: LabelledImages, tmp_path: Path) -> None:
-    """14 kills of a run that saves after every step, then the run to its end."""
-    moments = random.Random(3)
+    """14 kills of a run that saves after every step, every other one while it writes, then the run to its end."""
     state = tmp_path / "state.pt"
 
     def train() -> None:
         trainer = resumed(fashion, state)
-        for _ in trainer.run():
+        for _ in islice(trainer.run(), 10):  # so that 14 of them do not reach the end
+            trainer.save(state)
+        while True:
             trainer.save(state)
 
     reached = [0]
-    for _ in range(14):
-        kill_after(moments.uniform(0.02, 0.2), train)
+    for number in range(14):
+        before = inode_of(state)
+
+        def is_saved(before: int = before, number: int = number) -> bool:
+            return inode_of(state) != before and (number % 2 == 0 or is_seen(tmp_path, ".state."))
+
+        kill_when(is_saved, train)
         reached.append(resumed(fashion, state).step)
-    assert reached == sorted(reached)
-    assert 0 < reached[-1] < 150, reached
+    assert all(earlier < later < 150 for earlier, later in pairwise(reached)), reached
     trainer, uninterrupted = resumed(fashion, state), new_trainer(fashion)
     assert len(list(trainer.run())) == 150 - reached[-1]
     assert len(list(uninterrupted.run())) == 150
     for mine, theirs in ((trainer.model, uninterrupted.model), (trainer.ema, uninterrupted.ema)):
         for name, expected in theirs.state_dict().items():
             assert torch.equal(mine.state_dict()[name], expected), name
+    trainer.save(state)
+    assert list(tmp_path.iterdir()) == [state]
+
+
+def inode_of(path: Path) -> int:
+    return path.stat().st_ino if path.exists() else 0
+
+
+@pytest.mark.parametrize("name", ["state.pt", "model.safetensors"])
+def test_what_a_killed_training_was_writing_goes_with_the_next_run(tmp_path: Path, name: str) -> None:
+    """2 kills."""
+    command = [str(word) for word in ("train", FASHION, "--out", tmp_path / "run", *TINY_TRAINING)]
+
+    def train() -> None:
+        die_at_flush(0, of=f".{Path(name).stem}.")
+        CliRunner().invoke(main, command)
+
+    assert died_of_kill(forked(train))
+    assert is_seen(tmp_path / "run", f".{Path(name).stem}.")
+    assert not (tmp_path / "run" / name).exists()
+    assert CliRunner().invoke(main, command).exit_code == 0
+    assert (tmp_path / "run" / name).exists()
+    assert not is_seen(tmp_path / "run", ".")
 
 
 # ---------------------------------------------------------------- killed sampling
 
 
+def sample_without_end(folder: Path, out: Path) -> None:
+    for seed in count():
+        options = ("--out", str(out), "--steps", "1", "--seed", str(seed))
+        result = CliRunner().invoke(main, ["sample", str(folder), *options])
+        assert result.exit_code == 0, result.output
+
+
+def whole_files(out: Path) -> tuple[bool, bool]:
+    """Is there an .npz, is there a picture? What is there is whole."""
+    arrays = out.with_suffix(".npz")
+    if arrays.exists():
+        with np.load(arrays) as found:
+            assert found["latents"].shape == (3, 1, 8, 8)
+    if out.exists():
+        with Image.open(out) as picture:
+            picture.load()
+    return arrays.exists(), out.exists()
+
+
 def test_killed_sampling_leaves_whole_files_or_none(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    """14 kills of a command that samples again and again into the same files."""
-    moments = random.Random(5)
+    """10 kills of a command that samples again and again into the same files, each at a later change of them."""
+    out = tmp_path / "out" / "s.png"
+    out.parent.mkdir()
+    for number in range(1, 11):
+        out.unlink(missing_ok=True)
+        out.with_suffix(".npz").unlink(missing_ok=True)
+        watch = Watch(out.parent)
+        kill_when(lambda: watch() >= number, lambda: sample_without_end(tiny_bundle.folder, out))  # noqa: B023
+        found = whole_files(out)
+        assert number < 8 or found == (True, True)  # the first sampling, cleaning included, makes at most 6 changes
+
+
+@pytest.mark.parametrize(
+    ("flush", "expected"), [(0, (False, False)), (1, (True, False)), (2, (True, True)), (3, (True, True))]
+)
+def test_a_kill_before_a_sample_gets_its_name_leaves_what_was(
+    tiny_bundle: Bundle, tmp_path: Path, flush: int, expected: tuple[bool, bool]
+) -> None:
+    """4 kills, two of them at the second sampling; the next one takes away what they left."""
     out = tmp_path / "s.png"
 
     def sample() -> None:
-        for seed in count():
-            result = CliRunner().invoke(
-                main, ["sample", str(tiny_bundle.folder), "--out", str(out), "--steps", "1", "--seed", str(seed)]
-            )
-            assert result.exit_code == 0, result.output
+        die_at_flush(flush)
+        sample_without_end(tiny_bundle.folder, out)
 
-    found = 0
-    for _ in range(14):
-        out.unlink(missing_ok=True)
-        out.with_suffix(".npz").unlink(missing_ok=True)
-        kill_after(moments.uniform(0.0, 0.2), sample)
-        if out.with_suffix(".npz").exists():
-            with np.load(out.with_suffix(".npz")) as arrays:
-                assert arrays["latents"].shape == (3, 1, 8, 8)
-            found += 1
-        if out.exists():
-            with Image.open(out) as picture:
-                picture.load()
-    assert 0 < found < 14
+    assert died_of_kill(forked(sample))
+    assert whole_files(out) == expected
+    assert is_seen(tmp_path, ".s.")
+    assert CliRunner().invoke(main, ["sample", str(tiny_bundle.folder), "--out", str(out)]).exit_code == 0
+    assert set(contents(tmp_path)) == {"s.npz", "s.png"}
+
+
+# ---------------------------------------------------------------- temporary files
+
+
+def test_only_what_a_dead_process_was_writing_is_removed(tmp_path: Path) -> None:
+    """1 kill."""
+    path, lookalike = tmp_path / "s.npz", tmp_path / ".s.template.npz"
+    lookalike.write_text("mine")
+
+    def write() -> None:
+        with written_whole(path):
+            wait_to_be_killed()
+
+    child = forked(write)
+    wait_until(lambda: is_seen(tmp_path, f".s.{files.MARK}"), child)
+    with written_whole(path) as mine, written_whole(path) as at_the_same_time:
+        assert len(contents(tmp_path)) == 4, "a living process lost its file"
+        mine.write_text("mine")
+        at_the_same_time.write_text("at the same time")
+    assert path.read_text() == "mine"
+    kill(child)
+    assert len(contents(tmp_path)) == 3
+    files.write_text(path, "next")
+    assert contents(tmp_path) == {".s.template.npz": b"mine", "s.npz": b"next"}
 
 
 # ---------------------------------------------------------------- full disk
@@ -349,7 +607,7 @@ def recipe_file(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("ready_graph")
+@pytest.mark.usefixtures("ready_graphs")
 @pytest.mark.parametrize(
     ("is_first", "limit_bytes"),
     [*((True, limit) for limit in (0, 1000, 30_000, 60_000, 98_000)), *((False, limit) for limit in (0, 1000, 30_000))],

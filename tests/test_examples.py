@@ -78,5 +78,14 @@ def test_an_error_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_picture_that_cannot_be_written_is_one_line_too(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """No error of the package: the file is the application's own."""
+    status, said = finish(start(tiny_bundle.folder, tmp_path / "nowhere" / "a.png"))
+    assert status == 2
+    assert said[-1].startswith("error: ")
+    assert "nowhere" in said[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_is_short() -> None:
     assert len(APP.read_text(encoding="utf-8").splitlines()) < 60

@@ -1,4 +1,4 @@
-"""The wheel as a person installs it to run a bundle: without torch, without onnx, without this checkout."""
+"""The wheel as a person installs it, without this checkout: to run a bundle without torch or onnx, and to build."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from elit_export import Pipeline
 from elit_export.bundle import Bundle
@@ -53,16 +55,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def new_environment(folder: Path) -> Path:
+    """The Python of a new and empty environment."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=SECONDS)
+    return folder / "bin" / "python"
+
+
 @pytest.fixture(scope="module")
 def scripts(wheel: Path) -> Path:
     """The scripts of an environment that holds the wheel and what running needs."""
-    environment = wheel.parent / "env"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True, timeout=SECONDS)
-    python = environment / "bin" / "python"
+    python = new_environment(wheel.parent / "env")
     pip(
         *("--python", python, "install", "--constraint", ROOT / "constraints.txt", f"{wheel}[onnxruntime]"),
         where=wheel.parent,
     )
+    return python.parent
+
+
+@pytest.fixture(scope="module")
+def building_scripts(wheel: Path) -> Path:
+    """The same with what building needs: the libraries of these tests, seen from a new environment."""
+    environment = wheel.parent / "building"
+    python = new_environment(environment)
+    pip("--python", python, "install", "--no-deps", wheel, where=wheel.parent)
+    own = Path(sysconfig.get_path("purelib", "venv", {"base": str(environment)}))
+    libraries = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (own / "libraries.pth").write_text("".join(f"{path}\n" for path in libraries))
     return python.parent
 
 
@@ -137,10 +155,43 @@ def test_a_bundle_is_shown_and_verified_without_torch(scripts: Path, tiny_bundle
     assert "trajectories against PyTorch" in ok(scripts, "verify", copied, where=tmp_path)
 
 
+def test_the_demo_draws_from_a_bundle_without_torch(scripts: Path, tiny_bundle: Bundle, tmp_path: Path) -> None:
+    copied = shutil.copytree(tiny_bundle.folder, tmp_path / "copied")
+    said = ok(scripts, "demo", "--bundle", copied, "--out", tmp_path / "drawn", where=tmp_path)
+    assert "quarter, then full" in said
+    with Image.open(tmp_path / "drawn" / "demo.png") as picture:
+        assert picture.size == (3 * (3 * 10 + 2), 3 * (4 * 10 + 2))  # three classes; three budgets and the mixed row
+
+
+SHIPPED = """
+import sys
+from elit_export.recipe import load_recipe, shipped_recipe
+assert shipped_recipe().is_relative_to(sys.prefix), shipped_recipe()
+print(load_recipe(shipped_recipe()).name)
+"""
+
+
+def test_the_shipped_recipe_is_installed(scripts: Path, tmp_path: Path) -> None:
+    done = run(scripts / "python", "-c", SHIPPED, where=tmp_path)
+    assert (done.stdout.strip(), done.stderr) == ("fashion", "")
+
+
 def test_doctor_says_what_is_missing(scripts: Path, tmp_path: Path) -> None:
     said = ok(scripts, "doctor", where=tmp_path)
     assert "backend onnxruntime" in said
     assert "elit-export[export]" in said
+
+
+def test_the_demo_builds_the_shipped_model_and_draws_it(building_scripts: Path, tmp_path: Path) -> None:
+    """The package of the wheel beside the libraries of these tests."""
+    code = "import elit_export, sys; sys.exit(not elit_export.__file__.startswith(sys.prefix))"
+    assert run(building_scripts / "python", "-c", code, where=tmp_path).returncode == 0
+    said = ok(building_scripts, "demo", where=tmp_path)
+    assert "quarter, then full" in said
+    made = tmp_path / "elit-export-demo"
+    with Image.open(made / "demo.png") as picture:
+        assert picture.size == (3 * (10 * 34 + 2), 3 * (6 * 34 + 2))  # ten classes; five budgets and the mixed row
+    assert Bundle.open(made / "bundle").manifest.model.name == "fashion"
 
 
 # ---------------------------------------------------------------- what does not, and says what to install
@@ -166,4 +217,5 @@ def test_a_command_that_needs_more_names_the_extra(
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert f"pip install 'elit-export[{extra}]'" in done.stderr
+    assert ("elit-export demo --bundle BUNDLE" in done.stderr) == (arguments == ("demo",))
     assert list(tmp_path.iterdir()) == []

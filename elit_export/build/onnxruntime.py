@@ -1,6 +1,7 @@
 """Graph → ONNX Runtime plan: the optimised model, written back as ONNX.
 
-Takes: a graph, profiles, a target.  Gives: one plan for all profiles.  May touch: the folder it is given.  Knows nothing of: weights' meaning.
+Takes: a graph, profiles, a target.  Gives: one plan for all profiles.  May touch: the folder it is given.
+Knows nothing of: weights' meaning.
 
 "Extended" optimisation is the highest level whose result does not depend on the CPU that ran it;
 what does depend on it is done again when the plan is opened.

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from elit_export.doctor import TOOLS
 from elit_export.errors import ElitExportError
 from elit_export.files import write_text
 
@@ -26,10 +27,6 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
-
-# Libraries that only some commands need, and the extra that brings them.
-LIBRARY_EXTRAS = dict.fromkeys(("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "filelock"), "export")
-LIBRARY_EXTRAS["matplotlib"] = "report"
 
 
 class Commands(click.Group):
@@ -42,9 +39,9 @@ class Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except ModuleNotFoundError as error:
-            if error.name not in LIBRARY_EXTRAS:
+            if error.name not in TOOLS:
                 raise
-            extra = LIBRARY_EXTRAS[error.name]
+            extra = TOOLS[error.name].extra
             click.echo(f"error: this command needs {error.name}: pip install 'elit-export[{extra}]'", err=True)
             ctx.exit(2)
         except OSError as error:

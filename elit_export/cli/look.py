@@ -8,7 +8,17 @@ from pathlib import Path
 import click
 
 from elit_export.bundle import Bundle, PlanSet
-from elit_export.cli.common import FOLDER, JSON_OPTION, architecture_options, progress_bar, say, show, write_json
+from elit_export.cli.common import (
+    FOLDER,
+    JSON_OPTION,
+    architecture_options,
+    progress_bar,
+    say,
+    show,
+    write_json,
+)
+from elit_export.doctor import TOOLS, findings
+from elit_export.errors import ElitExportError
 from elit_export.report.tables import inspection_tables, parity_tables, table
 from elit_export.runtime.pipeline import chosen_plan_set
 from elit_export.verify.parity import Comparison
@@ -35,7 +45,7 @@ def inspect(path: str, json_to: str | None, **numbers: int | None) -> None:
 @click.option("--checkpoint", help="Compare with PyTorch live instead of with its stored answers.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
-@click.option("--bisect", is_flag=True, help="After a miss, find the first node whose output departs (needs onnx).")
+@click.option("--bisect", is_flag=True, help="After a miss, find where: plan, optimiser, node or graph (needs onnx).")
 @JSON_OPTION
 def verify(
     bundle: Path,
@@ -72,14 +82,22 @@ def verify(
 
 
 def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -> None:
-    """Bisect at the case that missed; for a trajectory, at the first case."""
-    from elit_export.bisect import bisect
-
+    """Bisect at the case that missed; for a trajectory, at the first case. A miss stays one if that fails."""
     points = [(f"profile {case.profile}", f"K={case.kept} rows={case.rows} ") for case in plan_set.reference.cases]
     case = next(
         (i for i, (part, point) in enumerate(points) if missed.part == part and missed.point.startswith(point)), 0
     )
-    click.echo(str(bisect(bundle, plan_set, case=case)), err=True)
+    try:
+        from elit_export.bisect import bisect
+
+        click.echo(str(bisect(bundle, plan_set, case=case)), err=True)
+    except (ElitExportError, OSError) as error:
+        click.echo(f"cannot bisect: {error}", err=True)
+    except ModuleNotFoundError as error:
+        if error.name not in TOOLS:
+            raise
+        extra = TOOLS[error.name].extra
+        click.echo(f"cannot bisect: this needs {error.name}: pip install 'elit-export[{extra}]'", err=True)
 
 
 # ---------------------------------------------------------------- doctor
@@ -89,7 +107,6 @@ def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -
 @JSON_OPTION
 def doctor(json_to: str | None) -> None:
     """Show which backends and tools work on this machine, which do not, why, and what to type."""
-    from elit_export.doctor import findings
 
     found = list(findings())
     rows = [(f.what, f.detail, "works" if f.works else f.problem, f.remedy) for f in found]

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.table import Table
 
+from elit_export.bundle import Bundle
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, show, write_json
+from elit_export.errors import InputError
 from elit_export.report.tables import bench_tables, cost_table, soak_table, table
-from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.pipeline import Pipeline, chosen_plan_set
+from elit_export.verify.bench import BenchResult
 
+COUNT = click.IntRange(min=1)
 Measured = tuple[list[Table], dict[str, Any]]
+Runners = Mapping[str, Any]
 
 
 @click.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--checkpoint", help="Compare with PyTorch eager and torch.compile, in turn in this process.")
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out.")
-@click.option("--rows", default=8, show_default=True, help="Engine rows per call.")
-@click.option("--rounds", default=10, show_default=True, help="Measured calls per budget, after warm-up.")
+@click.option("--rows", type=COUNT, default=8, show_default=True, help="Engine rows per call.")
+@click.option("--rounds", type=COUNT, default=10, show_default=True, help="Measured calls per budget, after warm-up.")
 @click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
 @click.option("--samplers", is_flag=True, help="Measure the error of every sampler instead.")
 @click.option("--guidance", default="none", show_default=True, help="For --samplers.")
-@click.option("--soak", type=click.IntRange(min=1), metavar="N", help="Watch memory over N short samplings instead.")
+@click.option("--soak", type=COUNT, metavar="N", help="Watch memory over N short samplings instead.")
 @click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
 @click.option("--check", type=FILE, help="JSON file of bars to hold; ends with status 1 if one does not.")
 @click.option("--target", help="Needed if the bundle has several.")
@@ -49,16 +55,20 @@ def bench(
     """Measure BUNDLE's engines: time and error per budget, cost of switching, ways to sample."""
     from elit_export.verify.bars import load_bars, misses
 
+    refuse_together({"--samplers": samplers, "--soak": soak}, {"--plot": plot, "--checkpoint": checkpoint})
     bars = load_bars(check) if check else []
     with Pipeline.load(bundle, target=target) as pipeline:
         if samplers:
-            tables, facts = bench_samplers(pipeline, rows, guidance)
+            tables, facts = bench_samplers(pipeline, images=rows, guidance=guidance)
         elif soak:
-            tables, facts = bench_memory(pipeline, soak)
+            tables, facts = bench_soak(pipeline, samplings=soak)
         else:
             show(cost_table(pipeline.spec), json_to=json_to)
+            opened = Bundle.open(bundle)
+            others = torch_runners(opened, checkpoint, compiled=not no_compile) if checkpoint else {}
+            memory = memory_of(opened, target)
             tables, facts = bench_engines(
-                pipeline, torch_runners(checkpoint, no_compile), rows, rounds, not no_sampling, plot
+                pipeline, others, rows=rows, rounds=rounds, sampling=not no_sampling, bank_memory=memory, plot=plot
             )
     show(*tables, json_to=json_to)
     write_json(facts, json_to)
@@ -69,50 +79,84 @@ def bench(
         raise SystemExit(1)
 
 
-def torch_runners(checkpoint: str | None, no_compile: bool) -> Mapping[str, Any]:
-    if checkpoint is None:
-        return {}
-    from elit_export.checkpoint import load_checkpoint
+def refuse_together(instead: Mapping[str, object], engines_only: Mapping[str, object]) -> None:
+    """What measures something else instead goes alone, and without what belongs to the measuring of engines."""
+    given = [name for name, value in instead.items() if value]
+    more = [name for name, value in engines_only.items() if value]
+    if len(given) > 1 or (given and more):
+        raise InputError(f"{' and '.join([*given, *more])} cannot be given together: leave out one of them")
+
+
+def torch_runners(bundle: Bundle, checkpoint: str, *, compiled: bool) -> Runners:
+    from elit_export.verify.check import model_of
     from elit_export.verify.reference import torch_engine
 
-    model = load_checkpoint(checkpoint)
+    model = model_of(bundle, checkpoint)
     eager = {"eager": torch_engine(model)}
-    return eager if no_compile else {**eager, "compile": torch_engine(model, compiled=True)}
+    return {**eager, "compile": torch_engine(model, compiled=True)} if compiled else eager
+
+
+def memory_of(bundle: Bundle, target: str | None) -> Callable[[], float | None]:
+    from elit_export.verify.memory import bank_memory_ratio
+
+    return partial(bank_memory_ratio, bundle.folder, chosen_plan_set(bundle.manifest.plan_sets, target, None))
 
 
 def bench_engines(
-    pipeline: Pipeline, others: Mapping[str, Any], rows: int, rounds: int, sampling: bool, plot: Path | None
+    pipeline: Pipeline,
+    others: Runners,
+    *,
+    rows: int,
+    rounds: int,
+    sampling: bool,
+    bank_memory: Callable[[], float | None],
+    plot: Path | None,
 ) -> Measured:
     from elit_export.verify import bench
 
+    draw = drawer(plot)
     with progress_bar() as progress:
-        task = progress.add_task("", total=len(pipeline.spec.named_budgets) + 4)
+        task = progress.add_task("", total=len(bench.measured_budgets(pipeline)) + (5 if sampling else 3))
 
         def on_stage(stage: str) -> None:
             progress.update(task, description=stage, advance=1)
 
-        result = bench.bench(pipeline, others, rows=rows, rounds=rounds, sampling=sampling, on_stage=on_stage)
-    if plot:
-        from elit_export.report.plots import plot_bench
-
-        plot_bench(result, plot)
+        result = bench.bench(
+            pipeline,
+            others,
+            rows=rows,
+            rounds=rounds,
+            sampling=sampling,
+            bank_memory=bank_memory,
+            on_stage=on_stage,
+        )
+    draw(result)
     return list(bench_tables(result)), asdict(result)
 
 
-def bench_samplers(pipeline: Pipeline, images: int, guidance: str) -> Measured:
-    from elit_export.verify.solvers import COMPARED, FINE_STEPS, solver_errors
+def drawer(plot: Path | None) -> Callable[[BenchResult], None]:
+    """What draws into a file, if one is named; refuses before anything is measured if matplotlib is not there."""
+    if plot is None:
+        return lambda _result: None
+    from elit_export.report.plots import plot_bench
+
+    return partial(plot_bench, path=plot)
+
+
+def bench_samplers(pipeline: Pipeline, *, images: int, guidance: str) -> Measured:
+    from elit_export.verify.solvers import COMPARED, EXACT_STEPS, solver_errors
 
     labels = [image % pipeline.spec.num_classes for image in range(images)]
     with progress_bar() as progress:
         errors = solver_errors(pipeline, labels, schedule="full", guidance=guidance, seed=0)
         found = list(progress.track(errors, total=len(COMPARED), description="sampling"))
     rows = [(error.sampler, str(error.steps), str(error.calls), f"{error.sqnr_db:.1f}") for error in found]
-    title = f"{images} samples, guidance {guidance}, against Heun at {FINE_STEPS} steps"
+    title = f"{images} samples, guidance {guidance}, against Heun at {EXACT_STEPS} steps"
     tables = [table(title, ("sampler", "steps", "calls", "SQNR dB"), rows)]
     return tables, {"samplers": [asdict(error) for error in found]}
 
 
-def bench_memory(pipeline: Pipeline, samplings: int) -> Measured:
+def bench_soak(pipeline: Pipeline, *, samplings: int) -> Measured:
     from elit_export.verify.soak import soak
 
     with progress_bar() as progress:

@@ -8,8 +8,19 @@ from typing import Any
 import click
 import numpy as np
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, build_progress, progress_bar, say, show, write_json
-from elit_export.errors import InputError
+from elit_export.cli.common import (
+    FILE,
+    FOLDER,
+    JSON_OPTION,
+    build_progress,
+    progress_bar,
+    say,
+    show,
+    write_json,
+)
+from elit_export.demo import DemoRow, build_demo, demo_rows, demo_ways, open_demo, save_picture
+from elit_export.doctor import TOOLS
+from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
 from elit_export.report.tables import table
 from elit_export.runtime.images import grid
@@ -20,20 +31,40 @@ from elit_export.spec import DataFacts, ModelSpec
 
 @click.command()
 @click.option("--out", type=FOLDER, default=Path("elit-export-demo"), show_default=True)
+@click.option("--bundle", type=FOLDER, help="Draw from this bundle and build nothing; needs no torch.")
+@click.option("--target", help="Of --bundle; needed if it has several.")
+@click.option("--precision", help="Of --bundle; needed if the target has several.")
 @JSON_OPTION
-def demo(out: Path, json_to: str | None) -> None:
+def demo(out: Path, bundle: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
     """Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them."""
-    from elit_export.demo import STEPS, build_demo, demo_rows, save_picture
-
-    with progress_bar() as progress:
-        pipeline = build_demo(out, build_progress(progress))
+    if bundle is None and (target or precision):
+        raise InputError("--target and --precision choose from a bundle: give --bundle BUNDLE too")
+    pipeline = open_demo(bundle, target=target, precision=precision) if bundle else built_demo(out)
     with pipeline, progress_bar() as progress:
-        task = progress.add_task("sampling", total=len(pipeline.spec.named_budgets) + 1)
-        rows = []
-        for row in demo_rows(pipeline):
-            rows.append(row)
-            progress.advance(task)
-    save_picture(rows, out / "demo.png")
+        ways = demo_ways(pipeline)
+        rows = list(progress.track(demo_rows(pipeline, ways), total=len(ways), description="sampling"))
+    picture = out / "demo.png"
+    save_picture(rows, picture)
+    show_demo(rows, json_to)
+    engines = bundle or out / "bundle"
+    say(f"wrote {picture}, one row of images for each row of the table; engines in {engines}", json_to=json_to)
+
+
+def built_demo(out: Path) -> Pipeline:
+    """Raises BackendUnavailable where the libraries of building are not installed."""
+    try:
+        with progress_bar() as progress:
+            return build_demo(out, build_progress(progress))
+    except ModuleNotFoundError as error:
+        if error.name not in TOOLS:
+            raise
+        raise BackendUnavailable(
+            f"building the shipped model needs {error.name}: pip install 'elit-export[{TOOLS[error.name].extra}]', "
+            f"or draw from a bundle that was built elsewhere: elit-export demo --bundle BUNDLE"
+        ) from error
+
+
+def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
     full = rows[0]
     facts = [
         {
@@ -54,10 +85,9 @@ def demo(out: Path, json_to: str | None) -> None:
         )
         for row in rows
     ]
-    columns = ("budget", "guidance", "ms per image", "time / full", "FLOPs / full")
-    show(table(f"{STEPS} steps, {len(full.sample.labels)} images at once", columns, cells), json_to=json_to)
-    picture = out / "demo.png"
-    say(f"wrote {picture}, one row of images for each row of the table; engines in {out / 'bundle'}", json_to=json_to)
+    columns = ("budget", "guidance", "ms per image", f"time / {full.name}", f"FLOPs / {full.name}")
+    title = f"{len(full.sample.records)} steps, {len(full.sample.labels)} images at once"
+    show(table(title, columns, cells), json_to=json_to)
     write_json(facts, json_to)
 
 

@@ -74,17 +74,17 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
 def step_model(model: ElitSiT, precision: Precision) -> ir.Model:
     """The `step` graph in memory, with the model's tensors as its weights."""
     spec = model.spec
-    step = _Step(in_precision(model, precision)).eval()
+    step = StepModule(in_precision(model, precision)).eval()
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 step,
-                _example_inputs(spec),
+                example_inputs(spec),
                 dynamo=True,
                 opset_version=OPSETS[precision],
                 input_names=[tensor.name for tensor in spec.step_inputs],
                 output_names=[tensor.name for tensor in spec.step_outputs],
-                dynamic_shapes=_dynamic_shapes(spec),
+                dynamic_shapes=dynamic_shapes(spec),
                 custom_translation_table={SDPA: _spelled_out if precision is Precision.FP32 else _native},
                 verbose=False,
             )
@@ -112,7 +112,7 @@ def name_nodes(graph_model: ir.Model) -> None:
         node.name = f"{module}/{kind}" if re.fullmatch(MODULE_PATH, module) else kind
 
 
-class _Step(nn.Module):
+class StepModule(nn.Module):
     """`ElitSiT.step` as a forward, which is what the exporter traces."""
 
     def __init__(self, model: ElitSiT) -> None:
@@ -126,7 +126,7 @@ class _Step(nn.Module):
 # ---------------------------------------------------------------- inputs
 
 
-def _example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
+def example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
     sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2}
 
     def example(tensor: TensorSpec) -> Tensor:
@@ -137,7 +137,7 @@ def _example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
     return (*(example(tensor) for tensor in others), torch.arange(sizes[latents.name]))
 
 
-def _dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
+def dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
     dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: torch.export.Dim(LATENTS, min=1, max=spec.latents)}
     return {
         tensor.name: {axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims}

@@ -1,4 +1,4 @@
-"""What a forward pass costs, from the spec alone.
+"""What a forward pass costs, from the spec alone, and what a sampling's calls cost together.
 
 Takes: a ModelSpec and a budget.  Gives: FLOPs by part.  May touch: nothing; needs no torch.
 
@@ -8,7 +8,9 @@ sums are not counted. They are for one image; multiply by the rows. L is a numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from elit_export.spec import Budget, ModelSpec
 
@@ -41,6 +43,38 @@ def flops(spec: ModelSpec, budget: Budget) -> Cost:
         tail=spec.tail_depth * _block(spec, spec.tokens),
         other=_embedders(spec) + _final(spec),
     )
+
+
+# ---------------------------------------------------------------- whole samplings
+
+
+class Call(Protocol):
+    """An engine call, as the runtime records it."""
+
+    @property
+    def budget(self) -> Budget: ...
+    @property
+    def rows(self) -> int: ...
+
+
+class Step(Protocol):
+    @property
+    def calls(self) -> Sequence[Call]: ...
+
+
+class Sampling(Protocol):
+    """A finished sampling: one label per image."""
+
+    @property
+    def labels(self) -> Sequence[int]: ...
+    @property
+    def records(self) -> Sequence[Step]: ...
+
+
+def flops_per_image(sampling: Sampling, spec: ModelSpec) -> float:
+    """FLOPs of every engine call of a sampling, per image."""
+    calls = (call for step in sampling.records for call in step.calls)
+    return sum(call.rows * flops(spec, call.budget).total for call in calls) / len(sampling.labels)
 
 
 # ---------------------------------------------------------------- parts

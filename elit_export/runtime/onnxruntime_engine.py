@@ -5,6 +5,7 @@ Takes: a plan made by `build/onnxruntime.py`.  Gives: an Engine.  May touch: the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,6 +25,7 @@ IDENTITY = (
     b"\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
 WARNINGS, ERRORS, SILENT = 2, 3, 4  # ONNX Runtime's log levels; the first is its default
+MOST_THREADS = 1024  # more than any machine has cores; ONNX Runtime would start them all
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
@@ -31,7 +33,7 @@ def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, Onnx
     """Open verified plans, each file once; refuses those built by a newer ONNX Runtime than the one installed."""
     for plan in plan_set.plans:
         _check_version(plan.versions.get("onnxruntime", "0"))
-    threads = plan_set.options.get("threads", 0)
+    threads = _threads(plan_set)
     with ExitStack() as stack:
         opened = {
             path: stack.enter_context(OnnxRuntimeEngine(path, device=plan_set.device, threads=threads))
@@ -49,8 +51,18 @@ def _check_version(built: str) -> None:
         )
 
 
+def _threads(plan_set: PlanSet) -> int:
+    threads = plan_set.options.get("threads", 0)
+    if not isinstance(threads, int) or not 0 <= threads <= MOST_THREADS:
+        raise BundleError(
+            f"target {plan_set.target}: threads is {threads!r}, must be 0 to {MOST_THREADS}: "
+            f"change it in the recipe and build it again: elit-export build RECIPE --out BUNDLE"
+        )
+    return threads
+
+
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    return tuple(int(part) for part in version.split(".")[:2] if re.fullmatch("[0-9]{1,9}", part))
 
 
 def unfit(plan_set: PlanSet) -> str:

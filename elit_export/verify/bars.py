@@ -4,7 +4,7 @@ Takes: a bench's facts and a JSON file of bars.  Gives: what misses.  May touch:
 
     [{"metric": "budgets.0.speedups.eager", "min": 0.9}, {"metric": "switching", "max": 1.2}]
 
-A metric is a path into the facts that `bench --json` writes; numbers in it count list entries.
+A metric is a path into the facts that `bench --json` writes; numbers in it count list entries, -1 is the last.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def _value(facts: Any, metric: str) -> float:
         except (KeyError, IndexError, ValueError, TypeError) as error:
             known = list(value) if isinstance(value, dict) else json.dumps(value)[:80]
             raise InputError(f"no metric {metric!r} in this bench; at {key!r} there is {known}") from error
+    if value is None:
+        raise InputError(f"metric {metric!r} was not measured: this system or this bench does not tell it")
     if not isinstance(value, int | float):
         raise InputError(f"metric {metric!r} is not a number")
     return float(value)

@@ -1,6 +1,7 @@
 """What a bundle's engines cost: per budget, when switching, and over whole samplings.
 
-Takes: a pipeline, optionally its PyTorch model.  Gives: a BenchResult.  May touch: nothing.
+Takes: a pipeline, other functions of a step's inputs to time beside it (PyTorch, say), how to measure its memory.
+Gives: a BenchResult.  May touch: nothing.
 Times are comparable within one result only.
 """
 
@@ -11,36 +12,44 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elit_export.models.cost import Cost, flops
+from elit_export.errors import InputError
+from elit_export.models.cost import Cost, flops, flops_per_image
 from elit_export.runtime.engine import HostArray
-from elit_export.runtime.pipeline import Choices, Pipeline, Sample
+from elit_export.runtime.pipeline import Choices, Pipeline
 from elit_export.spec import LATENTS, Budget, ModelSpec
 from elit_export.verify.metrics import difference
 from elit_export.verify.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
 
 Inputs = dict[str, HostArray]
 Runner = Callable[[Inputs], object]
+Budgets = Mapping[str, Budget]  # by the name that a schedule takes, largest first
 ENGINE = "engine"
-FINE_STEPS = 100
 GUIDANCE = "cfg:2"
 FAST = Choices(steps=14, sampler="ab3", guidance=GUIDANCE)  # 15 calls
+FINE_STEPS = 100  # Heun's, of the solution that ways to sample are compared with
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """One budget. `speedups` are times of other runners over the engine's, by name.
+    """One budget. `speedups` are times of other runners over the engine's, by name; `flops` are of one image.
 
-    `sample_sqnr_db` is the error of whole samplings at this budget against a fine one at the full budget,
+    "Largest" is the first budget of the result: full, where it is covered. `time_over_flops` is
+    `time_over_largest` over `flops_over_largest`, 1 where time follows FLOPs.
+    `sample_sqnr_db` is the error of whole samplings at this budget against a fine one at the largest,
     None if nothing was sampled.
     """
 
     name: str
     budget: str
     cost: Cost
+    flops: int
     timings: dict[str, Timing]
     images_per_s: float
     gflops_per_s: float
     share_of_peak: float
+    time_over_largest: float
+    flops_over_largest: float
+    time_over_flops: float
     speedups: dict[str, float]
     sample_sqnr_db: float | None
 
@@ -49,6 +58,7 @@ class BudgetResult:
 class SamplingResult:
     """One way to sample; `speedup` is the time of the first way over this one's.
 
+    `outside_engines` is the share of the time, `outside_ms_per_step` the time of a step that all images share.
     `sqnr_db` compares the final images with a fine solution at the first way's guidance and budget.
     """
 
@@ -57,19 +67,27 @@ class SamplingResult:
     ms_per_image: float
     flops_per_image: float
     outside_engines: float
+    outside_ms_per_step: float
     speedup: float
     sqnr_db: float
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All of a bench. `switching` is the time of alternating two budgets over that of running each by itself."""
+    """All of a bench.
+
+    `switching` is the time of alternating the first and the last budget over that of running each by itself.
+    `bank_memory_ratio` is what the whole bank holds over what one engine of it does. `resident_bytes` is the whole
+    process at the end, with its libraries and whatever ran beside the engines. Both are None where the system
+    does not tell.
+    """
 
     rows: int
     peak_gflops: float
     budgets: list[BudgetResult]
     switching: float
     samplings: list[SamplingResult]
+    bank_memory_ratio: float | None
     resident_bytes: int | None
 
 
@@ -80,28 +98,61 @@ def bench(
     rows: int,
     rounds: int,
     sampling: bool,
+    bank_memory: Callable[[], float | None],
     on_stage: Callable[[str], None],
 ) -> BenchResult:
-    """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine."""
+    """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine.
+
+    Raises InputError before measuring if the profiles do not take the rows.
+    """
+    budgets = measured_budgets(pipeline)
+    labels = [image % pipeline.spec.num_classes for image in range(max(1, rows // 2))]  # cfg doubles the rows
+    check_rows(pipeline, budgets, rows)
+    if sampling:
+        check_samplings(pipeline, budgets, labels)
+    on_stage("memory")
+    memory_ratio = bank_memory()
     on_stage("matrix product")
     peak = matmul_peak_gflops()
-    budgets = []
-    for name, budget in pipeline.spec.named_budgets.items():
-        if budget in pipeline.bank.covered:
-            on_stage(name)
-            timed = budget_timings(pipeline, others, budget, rows=rows, rounds=rounds)
-            budgets.append(budget_result(pipeline.spec, name, budget, timed, rows, peak))
+    timed = {}
+    for name, budget in budgets.items():
+        on_stage(name)
+        timed[name] = budget_timings(pipeline, others, budget, rows=rows, rounds=rounds)
+    results = list(budget_results(pipeline.spec, budgets, timed, rows=rows, peak=peak))
     on_stage("switching")
-    switching = switching_ratio(pipeline, rows=rows, rounds=rounds)
-    if not sampling:
-        return BenchResult(rows, peak, budgets, switching, [], resident_bytes())
-    on_stage("fine solution")
-    labels = [image % pipeline.spec.num_classes for image in range(max(1, rows // 2))]  # cfg doubles the rows
-    exact = pipeline.sample(labels, sampler="heun", steps=FINE_STEPS, guidance=GUIDANCE).latents
-    on_stage("sampling")
-    budgets = [replace(result, sample_sqnr_db=budget_error(pipeline, result, labels, exact)) for result in budgets]
-    samplings = list(sampling_results(pipeline, labels, exact))
-    return BenchResult(rows, peak, budgets, switching, samplings, resident_bytes())
+    switching = switching_ratio(pipeline, list(budgets.values()), rows=rows, rounds=rounds)
+    samplings: list[SamplingResult] = []
+    if sampling:
+        on_stage("fine solution")
+        exact = pipeline.sample(labels, **fine_choices(budgets)).latents
+        on_stage("sampling")
+        results = [replace(result, sample_sqnr_db=budget_error(pipeline, result, labels, exact)) for result in results]
+        samplings = list(sampling_results(pipeline, budgets, labels, exact))
+    return BenchResult(rows, peak, results, switching, samplings, memory_ratio, resident_bytes())
+
+
+def measured_budgets(pipeline: Pipeline) -> Budgets:
+    """The largest budget that is covered, and the named ones that are."""
+    covered = pipeline.bank.covered
+    named = {name: budget for name, budget in pipeline.spec.named_budgets.items() if budget in covered}
+    return named if covered[-1] in named.values() else {str(covered[-1]): covered[-1], **named}
+
+
+def check_rows(pipeline: Pipeline, budgets: Budgets, rows: int) -> None:
+    try:
+        for budget in budgets.values():
+            pipeline.bank.slot_for(budget, rows)
+    except InputError as error:
+        raise InputError(f"a bench of {rows} rows a call does not fit: {error}; choose other --rows") from error
+
+
+def check_samplings(pipeline: Pipeline, budgets: Budgets, labels: Sequence[int]) -> None:
+    ways = [choices for _, choices in sampling_ways(budgets)]
+    try:
+        for choices in (fine_choices(budgets), *map(fast_choices, budgets), *ways):
+            pipeline.steps(labels, **choices).close()  # checked, not run
+    except InputError as error:
+        raise InputError(f"whole samplings do not fit: {error}; leave them out with --no-sampling") from error
 
 
 # ---------------------------------------------------------------- one budget
@@ -115,28 +166,35 @@ def budget_timings(
     return timed_in_turn({name: _bound(runner, inputs) for name, runner in runners.items()}, rounds=rounds)
 
 
-def budget_result(
-    spec: ModelSpec, name: str, budget: Budget, timings: dict[str, Timing], rows: int, peak: float
-) -> BudgetResult:
-    cost = flops(spec, budget)
-    engine_ms = timings[ENGINE].median_ms
-    gflops = cost.total * rows / engine_ms / 1e6
-    return BudgetResult(
-        name=name,
-        budget=str(budget),
-        cost=cost,
-        timings=timings,
-        images_per_s=rows / engine_ms * 1e3,
-        gflops_per_s=gflops,
-        share_of_peak=gflops / peak,
-        speedups={key: timing.median_ms / engine_ms for key, timing in timings.items() if key != ENGINE},
-        sample_sqnr_db=None,
-    )
+def budget_results(
+    spec: ModelSpec, budgets: Budgets, timed: Mapping[str, dict[str, Timing]], *, rows: int, peak: float
+) -> Iterator[BudgetResult]:
+    largest, *_ = budgets
+    for name, budget in budgets.items():
+        cost = flops(spec, budget)
+        engine_ms = timed[name][ENGINE].median_ms
+        gflops = cost.total * rows / engine_ms / 1e6
+        time_over_largest = engine_ms / timed[largest][ENGINE].median_ms
+        flops_over_largest = cost.total / flops(spec, budgets[largest]).total
+        yield BudgetResult(
+            name=name,
+            budget=str(budget),
+            cost=cost,
+            flops=cost.total,
+            timings=timed[name],
+            images_per_s=rows / engine_ms * 1e3,
+            gflops_per_s=gflops,
+            share_of_peak=gflops / peak,
+            time_over_largest=time_over_largest,
+            flops_over_largest=flops_over_largest,
+            time_over_flops=time_over_largest / flops_over_largest,
+            speedups={key: timing.median_ms / engine_ms for key, timing in timed[name].items() if key != ENGINE},
+            sample_sqnr_db=None,
+        )
 
 
 def budget_error(pipeline: Pipeline, result: BudgetResult, labels: Sequence[int], exact: HostArray) -> float:
-    sampled = pipeline.sample(labels, **Choices(**{**FAST, "schedule": result.budget}))
-    return difference(sampled.latents, exact).sqnr_db
+    return difference(pipeline.sample(labels, **fast_choices(result.name)).latents, exact).sqnr_db
 
 
 def _bound(runner: Runner, inputs: Inputs) -> Callable[[], object]:
@@ -163,11 +221,12 @@ def bench_inputs(spec: ModelSpec, budget: Budget, rows: int) -> Inputs:
 # ---------------------------------------------------------------- switching
 
 
-def switching_ratio(pipeline: Pipeline, *, rows: int, rounds: int) -> float:
+def switching_ratio(pipeline: Pipeline, budgets: Sequence[Budget], *, rows: int, rounds: int) -> float:
     """Time of largest, smallest, largest, smallest over that of largest twice and smallest twice."""
-    budgets = (pipeline.bank.covered[-1], pipeline.bank.covered[0])
-    calls = [_bound(engine_runner(pipeline, budget), bench_inputs(pipeline.spec, budget, rows)) for budget in budgets]
-    large, small = calls
+    large, small = (
+        _bound(engine_runner(pipeline, budget), bench_inputs(pipeline.spec, budget, rows))
+        for budget in (budgets[0], budgets[-1])
+    )
 
     def run(*order: Callable[[], object]) -> Callable[[], None]:
         def all_of_them() -> None:
@@ -185,38 +244,49 @@ def switching_ratio(pipeline: Pipeline, *, rows: int, rounds: int) -> float:
 # ---------------------------------------------------------------- whole samplings
 
 
-def sampling_ways(spec: ModelSpec) -> Iterator[tuple[str, Choices]]:
-    """The reference first: 50 Euler steps with classifier-free guidance at the full budget."""
-    lowest = list(spec.named_budgets)[-1]
-    middle = "quarter" if "quarter" in spec.named_budgets else lowest
+def fast_choices(schedule: str) -> Choices:
+    return Choices(**{**FAST, "schedule": schedule})
+
+
+def fine_choices(budgets: Budgets) -> Choices:
+    """What all ways to sample are compared with."""
+    largest, *_ = budgets
+    return Choices(steps=FINE_STEPS, sampler="heun", guidance=GUIDANCE, schedule=largest)
+
+
+def sampling_ways(budgets: Budgets) -> Iterator[tuple[str, Choices]]:
+    """The reference first: 50 Euler steps with classifier-free guidance at the largest budget."""
+    largest, *smaller = budgets
+    yield "euler 50", Choices(steps=50, sampler="euler", guidance=GUIDANCE, schedule=largest)
+    yield "ab3 14", fast_choices(largest)
+    if not smaller:
+        return
+    lowest = smaller[-1]
+    middle = "quarter" if "quarter" in smaller else lowest
     half = FAST["steps"] // 2
-    mixed = f"0-{half - 1}:{middle},{half}-{FAST['steps'] - 1}:full"
+    mixed = f"0-{half - 1}:{middle},{half}-{FAST['steps'] - 1}:{largest}"
     cheap = f"ccfg:2@{lowest}"
-    yield "euler 50", Choices(steps=50, sampler="euler", guidance=GUIDANCE)
-    yield "ab3 14", FAST
-    yield f"ab3 14, weak at {lowest}", Choices(**{**FAST, "guidance": cheap})
-    yield f"ab3 14, {middle} then full, weak at {lowest}", Choices(**{**FAST, "guidance": cheap, "schedule": mixed})
-    yield f"ab3 14, all at {lowest}", Choices(**{**FAST, "schedule": lowest})
+    yield f"ab3 14, weak at {lowest}", Choices(**{**fast_choices(largest), "guidance": cheap})
+    yield f"ab3 14, {middle} then {largest}, weak at {lowest}", Choices(**{**fast_choices(mixed), "guidance": cheap})
+    yield f"ab3 14, all at {lowest}", fast_choices(lowest)
 
 
-def sampling_results(pipeline: Pipeline, labels: Sequence[int], exact: HostArray) -> Iterator[SamplingResult]:
+def sampling_results(
+    pipeline: Pipeline, budgets: Budgets, labels: Sequence[int], exact: HostArray
+) -> Iterator[SamplingResult]:
     """Every way on the same noise and labels."""
     first_ms = 0.0
-    for name, choices in sampling_ways(pipeline.spec):
+    for name, choices in sampling_ways(budgets):
         sample = pipeline.sample(labels, **choices)
         first_ms = first_ms or sample.ms_per_image
+        outside_s = sample.timings.total_s - sample.timings.engines_s
         yield SamplingResult(
             name=name,
             choices={key: value for key, value in choices.items() if isinstance(value, str | int)},
             ms_per_image=sample.ms_per_image,
             flops_per_image=flops_per_image(sample, pipeline.spec),
-            outside_engines=1 - sample.timings.engines_s / sample.timings.total_s,
+            outside_engines=outside_s / sample.timings.total_s,
+            outside_ms_per_step=outside_s * 1e3 / len(sample.records),
             speedup=first_ms / sample.ms_per_image,
             sqnr_db=difference(sample.latents, exact).sqnr_db,
         )
-
-
-def flops_per_image(sample: Sample, spec: ModelSpec) -> float:
-    """FLOPs of every engine call of a sampling, per image."""
-    calls = (call for record in sample.records for call in record.calls)
-    return sum(call.rows * flops(spec, call.budget).total for call in calls) / len(sample.labels)

@@ -5,14 +5,15 @@ Takes: profiles.  Gives: cases and their inputs.  May touch: nothing; needs no t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from elit_export.bundle import ReferenceCase, ReferenceTrajectory
-from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.pipeline import Choices, Pipeline
+from elit_export.runtime.sampling import StepRecord, calls_needed
 from elit_export.spec import ModelSpec, Profile
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -25,12 +26,23 @@ TRAJECTORY_STEPS = 4
 
 
 def reference_cases(profiles: Sequence[Profile]) -> tuple[ReferenceCase, ...]:
-    """Every profile at its min, opt and max of K and rows together."""
+    """Every profile at its corners, each once."""
     return tuple(
         ReferenceCase(profile=profile.name, kept=kept, rows=rows)
         for profile in profiles
-        for kept, rows in zip(profile.latents.corners(), profile.rows.corners(), strict=True)
+        for kept, rows in dict.fromkeys(corners(profile))
     )
+
+
+def corners(profile: Profile) -> Iterator[tuple[int, int]]:
+    """(K, rows) at min, opt and max of both, then at the least of one with the most of the other.
+
+    Not all nine, because a bundle stores PyTorch's answer to each.
+    """
+    latents, rows = profile.latents, profile.rows
+    yield from zip(latents.corners(), rows.corners(), strict=True)
+    yield latents.min, rows.max
+    yield latents.max, rows.min
 
 
 def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
@@ -93,14 +105,27 @@ def _image_count(profiles: Sequence[Profile], budgets: set[int], *, rows_per_ima
     return next((images for images in sorted(range(1, most + 1), key=lambda n: abs(n - 2)) if fits(images)), 0)
 
 
-def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[npt.NDArray[np.float64]]:
-    """The state after each step, from any engines."""
-    steps = pipeline.steps(
-        trajectory.labels,
+def trajectory_choices(trajectory: ReferenceTrajectory) -> Choices:
+    return Choices(
         steps=trajectory.steps,
         schedule=trajectory.schedule,
         guidance=trajectory.guidance,
         sampler=trajectory.sampler,
         seed=INPUT_SEED,
     )
-    return [record.x for record in steps]
+
+
+def trajectory_steps(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Generator[StepRecord, None, None]:
+    """The steps of the sampling, from any engines."""
+    return pipeline.steps(trajectory.labels, **trajectory_choices(trajectory))
+
+
+def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[npt.NDArray[np.float64]]:
+    """The state after each step."""
+    return [record.x for record in trajectory_steps(pipeline, trajectory)]
+
+
+def trajectory_profiles(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> tuple[str, ...]:
+    """The profiles that serve the sampling, in the order of their first call."""
+    needed = calls_needed(pipeline.request(trajectory.labels, **trajectory_choices(trajectory)))
+    return tuple(dict.fromkeys(pipeline.bank.slot_for(budget, rows).profile.name for budget, rows in needed))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elit_export.bundle import Bundle, PlanSet, writing
 from elit_export.errors import BundleError
@@ -15,6 +16,9 @@ from elit_export.files import sha256_of
 from elit_export.runtime.pipeline import open_bank
 from elit_export.verify.cases import Arrays
 from elit_export.verify.parity import Comparison, compared, load_reference, parity_of
+
+if TYPE_CHECKING:
+    from elit_export.models.sit import ElitSiT
 
 
 def verify_plan_set(
@@ -39,20 +43,24 @@ def verify_plan_set(
 
 def live_reference(bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path) -> Arrays:
     """The answers of the checkpoint's own model to the bundle's cases."""
-    from elit_export.checkpoint import checkpoint_path, load_checkpoint  # the only path that needs torch
-    from elit_export.verify.reference import reference_arrays
+    from elit_export.verify.reference import reference_arrays  # needs torch
 
-    model_facts = bundle.manifest.model
-    if sha256_of(checkpoint_path(checkpoint)) != model_facts.checkpoint_sha256:
+    model = model_of(bundle, checkpoint)
+    return reference_arrays(model, plan_set.reference.cases, plan_set.reference.trajectories)
+
+
+def model_of(bundle: Bundle, checkpoint: str | Path) -> ElitSiT:
+    """The model that the bundle was built from; raises BundleError if the checkpoint is another one's."""
+    from elit_export.checkpoint import checkpoint_path, load_checkpoint  # needs torch
+
+    facts = bundle.manifest.model
+    if sha256_of(checkpoint_path(checkpoint)) != facts.checkpoint_sha256:
         raise BundleError(
             f"{bundle.folder} was not built from {checkpoint} (sha256 differs); "
             f"give its own checkpoint, or build again from this one"
         )
-    spec = model_facts.spec
-    model = load_checkpoint(
-        checkpoint, num_heads=spec.num_heads, head_depth=spec.head_depth, tail_depth=spec.tail_depth
-    )
-    return reference_arrays(model, plan_set.reference.cases, plan_set.reference.trajectories)
+    spec = facts.spec
+    return load_checkpoint(checkpoint, num_heads=spec.num_heads, head_depth=spec.head_depth, tail_depth=spec.tail_depth)
 
 
 def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison]) -> bool:

@@ -6,32 +6,39 @@ May touch: the bundle (reading).  Needs neither torch nor the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from elit_export.bundle import Bundle, Parity, PlanSet, Reference, ReferenceCase
-from elit_export.errors import BundleError, ParityError
+from elit_export.bundle import Bundle, Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
+from elit_export.errors import BundleError, EngineError, ParityError
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.engine import to_host
+from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import LATENTS, ModelSpec
-from elit_export.verify.cases import REFERENCE_FILE, Arrays, trajectory_states
+from elit_export.verify.cases import REFERENCE_FILE, Arrays, trajectory_profiles, trajectory_steps
 from elit_export.verify.metrics import Difference, difference, worst
 from elit_export.verify.tolerances import TOLERANCES
 
 IDENTICAL_DB = 999.0  # JSON has no infinity
+NOTHING = Difference(math.inf, math.inf, -math.inf, math.nan)  # no answer at all
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one point. `part` is `profile NAME` or `trajectory NAME`, `point` where in it."""
+    """One output at one point. `part` is `profile NAME` or `trajectory NAME`, `point` where in it.
+
+    `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare.
+    """
 
     part: str
     point: str
     found: Difference
     least_db: float
+    profiles: tuple[str, ...] = ()
+    problem: str = ""
 
     @property
     def passed(self) -> bool:
@@ -43,29 +50,43 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What was found, and for a miss the tolerance that would have passed."""
-        told = f"{self.part}, {self.point}: SQNR {self.found.sqnr_db:.1f} dB"
+        """What was found, and for a miss the tolerance that would have passed, if any would."""
+        told = f"{self._where}: SQNR {self.found.sqnr_db:.1f} dB"
         if self.passed:
             return f"{told}, {self.margin_db:.1f} dB better than needed"
+        if self.problem:
+            return f"{self._where}: nothing to compare: {self.problem}"
+        if not math.isfinite(self.found.sqnr_db):
+            return f"{told}: no tolerance would have passed ({self._hopeless})"
         return (
             f"{told} (max error {self.found.max_relative:.1e} of the largest value) misses {self.least_db:g} dB; "
             f"a tolerance of {np.floor(self.found.sqnr_db):g} dB would have passed"
         )
 
+    @property
+    def _where(self) -> str:
+        used = f" (profiles {', '.join(self.profiles)})" if self.profiles else ""
+        return f"{self.part}{used}, {self.point}"
+
+    @property
+    def _hopeless(self) -> str:
+        if math.isinf(self.found.max_abs):
+            return "values that are not finite, or another shape"
+        return f"max error {self.found.max_abs:.1e} where PyTorch has zeros only"
+
 
 def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
-    """Every profile at its corners with its own engine, then whole trajectories step by step."""
+    """Every profile at its corners with its own engine, then whole trajectories step by step.
+
+    An engine that fails or gives numbers that are not finite is a miss at every point it leaves without an answer.
+    """
     model = bundle.manifest.model
     tolerance = TOLERANCES[plan_set.precision]
     for index, case in enumerate(plan_set.reference.cases):
-        for name, found in _step_differences(bank, index, case, arrays, model.spec):
-            point = f"K={case.kept} rows={case.rows} {name}"
-            yield Comparison(f"profile {case.profile}", point, found, tolerance.step_db)
+        yield from _compared_case(bank, index, case, arrays, model.spec, tolerance.step_db)
     pipeline = Pipeline(bank, model.spec, model.data)
     for trajectory in plan_set.reference.trajectories:
-        for step, state in enumerate(trajectory_states(pipeline, trajectory)):
-            found = difference(state, arrays[f"{trajectory.name}/{step}"])
-            yield Comparison(f"trajectory {trajectory.name}", f"step {step}", found, tolerance.trajectory_db)
+        yield from _compared_trajectory(pipeline, trajectory, arrays, tolerance.trajectory_db)
 
 
 def comparisons_of(plan_set: PlanSet) -> int:
@@ -97,12 +118,46 @@ def load_reference(bundle: Bundle, reference: Reference) -> Arrays:
         raise BundleError(f"{path}: unreadable: {error}") from error
 
 
-def _step_differences(
-    bank: EngineBank, index: int, case: ReferenceCase, arrays: Arrays, spec: ModelSpec
-) -> Iterator[tuple[str, Difference]]:
+def _compared_case(
+    bank: EngineBank, index: int, case: ReferenceCase, arrays: Arrays, spec: ModelSpec, least_db: float
+) -> Iterator[Comparison]:
     """Velocity and residual, from the engine of this very profile."""
     engine = next(slot.engine for slot in bank.slots if slot.profile.name == case.profile)
     names = [tensor.name for tensor in spec.step_inputs if tensor.name != LATENTS]
-    outputs = engine({name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)})
+    inputs = {name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)}
+    outputs, problem = _answers(engine, inputs)
     for tensor in spec.step_outputs:
-        yield tensor.name, difference(to_host(outputs[tensor.name]), arrays[f"{index}/{tensor.name}"])
+        answer = outputs.get(tensor.name)
+        found = NOTHING if answer is None else difference(to_host(answer), arrays[f"{index}/{tensor.name}"])
+        point = f"K={case.kept} rows={case.rows} {tensor.name}"
+        yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem)
+
+
+def _answers(engine: Engine, inputs: Mapping[str, Array]) -> tuple[Mapping[str, Array], str]:
+    """An engine's outputs, or none and why."""
+    try:
+        return engine(inputs), ""
+    except EngineError as error:
+        return {}, str(error)
+
+
+def _compared_trajectory(
+    pipeline: Pipeline, trajectory: ReferenceTrajectory, arrays: Arrays, least_db: float
+) -> Iterator[Comparison]:
+    """Every state; where an engine fails, that step and the later ones miss."""
+    profiles = trajectory_profiles(pipeline, trajectory)
+    states = _states_and_problems(pipeline, trajectory)
+    for step, (state, problem) in enumerate(states):
+        found = NOTHING if state is None else difference(state, arrays[f"{trajectory.name}/{step}"])
+        yield Comparison(f"trajectory {trajectory.name}", f"step {step}", found, least_db, profiles, problem)
+
+
+def _states_and_problems(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Iterator[tuple[HostArray | None, str]]:
+    """As many as the trajectory has steps."""
+    done = 0
+    try:
+        for record in trajectory_steps(pipeline, trajectory):
+            yield record.x, ""
+            done += 1
+    except EngineError as error:
+        yield from ((None, str(error)) for _ in range(trajectory.steps - done))

@@ -24,14 +24,15 @@ MAX_ROWS = 1 << 20
 
 
 def torch_engine(model: ElitSiT, *, compiled: bool = False) -> FunctionEngine:
-    """The model itself as an engine for the `step` graph, by torch.compile if asked."""
+    """The model itself, where it is, as an engine for the `step` graph, by torch.compile if asked."""
     run = torch.compile(model.step, dynamic=True) if compiled else model.step
+    device = model.pos_embed.device
 
     @torch.inference_mode()
     def step(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        tensors = (torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.step_inputs)
+        tensors = (torch.from_numpy(inputs[tensor.name]).to(device) for tensor in model.spec.step_inputs)
         velocity, residual = run(*tensors)
-        return {"velocity": velocity.numpy(), "residual": residual.numpy()}
+        return {"velocity": velocity.cpu().numpy(), "residual": residual.cpu().numpy()}
 
     return FunctionEngine(step)
 

@@ -27,7 +27,7 @@ Record = tuple[int, int]  # samplings done, resident bytes then
 
 @dataclass(frozen=True)
 class SoakResult:
-    """Memory over `samplings`; the first `warmup` of them count in `seconds` only.
+    """Memory over `samplings`; the first `warmup` of them count in `seconds` only, the start is after them.
 
     The bytes are None where the system does not tell. Growth is the slope of a line fitted to all records.
     """

@@ -14,7 +14,7 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.verify.metrics import difference
 
-FINE_STEPS = 200
+EXACT_STEPS = 200  # Heun's, of the solution that samplers are measured against
 EULER_STEPS = 50
 # (sampler, steps): about as many calls in each block, after the reference of 50 Euler steps.
 COMPARED = (
@@ -40,7 +40,7 @@ def solver_errors(
 ) -> Iterator[SolverError]:
     """Compare all samplers on the same noise."""
     exact = pipeline.sample(
-        labels, sampler="heun", steps=FINE_STEPS, schedule=schedule, guidance=guidance, seed=seed
+        labels, sampler="heun", steps=EXACT_STEPS, schedule=schedule, guidance=guidance, seed=seed
     ).latents
     for sampler, steps in COMPARED:
         found = pipeline.sample(labels, sampler=sampler, steps=steps, schedule=schedule, guidance=guidance, seed=seed)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from elit_export.bundle import Bundle
+from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
+from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
-from elit_export.verify import parity
+from elit_export.runtime.engine import Array
+from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from elit_export.verify import bench, parity
 from elit_export.verify.tolerances import Tolerance
+from tests.helpers import tiny_model
 
 DATA = Path(__file__).parent.parent / "data" / "fashion"
 TINY_TRAINING = [
@@ -104,6 +109,88 @@ def test_class_names_serve_as_labels(fashion_bundle: Bundle, tmp_path: Path) -> 
 )
 def test_sample_refuses_what_is_wrong(tiny_bundle: Bundle, tmp_path: Path, options: list[str], said: str) -> None:
     assert said in refused("sample", tiny_bundle.folder, "--out", tmp_path / "s.png", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- demo
+
+
+def test_demo_draws_from_a_bundle_without_torch(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """With the files alone that running needs."""
+    running = tmp_path / "running"
+    shutil.copytree(tiny_bundle.folder, running, ignore=shutil.ignore_patterns("graphs", "reference"))
+    code = (
+        "import sys\nfrom elit_export.cli import main\nmain(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'torch', 'onnx'} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "demo", "--bundle", str(running), "--out", str(tmp_path / "drawn")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "quarter, then full" in done.stdout
+    assert [path.name for path in (tmp_path / "drawn").iterdir()] == ["demo.png"]
+    with Image.open(tmp_path / "drawn" / "demo.png") as picture:
+        assert picture.size == (3 * (3 * 10 + 2), 3 * (4 * 10 + 2))  # three classes; three budgets and the mixed row
+
+
+def test_demo_counts_flops_and_writes_them(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    rows = only_json("demo", "--bundle", tiny_bundle.folder, "--out", tmp_path)
+    assert [row["row"] for row in rows] == ["full", "half", "quarter", "quarter, then full"]
+    assert rows[0]["gflop_per_image"] > rows[1]["gflop_per_image"] > rows[2]["gflop_per_image"]
+
+
+def covering(low: int, high: int, bundle: Bundle, folder: Path) -> Path:
+    """A copy with one profile for these budgets."""
+    copied = Path(shutil.copytree(bundle.folder, folder))
+    values = json.loads((copied / MANIFEST).read_text())
+    del values[OWN_HASH]
+    plan_set = values["plan_sets"][0]
+    plan_set["profiles"] = [plan_set["profiles"][0] | {"latents": [low, low, high]}]
+    (copied / MANIFEST).write_text(manifest_text(values))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "drawn"),
+    [
+        (1, 3, ["half", "quarter", "quarter, then half"]),
+        (2, 4, ["full", "half", "half, then full"]),
+        (1, 1, ["quarter"]),
+    ],
+)
+def test_demo_draws_what_a_bundle_covers(
+    low: int, high: int, drawn: list[str], tiny_bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = covering(low, high, tiny_bundle, tmp_path / "copied")
+    rows = only_json("demo", "--bundle", folder, "--out", tmp_path / "drawn")
+    assert [row["row"] for row in rows] == drawn
+
+
+def test_demo_refuses_a_bundle_without_named_budgets(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    folder = covering(3, 3, tiny_bundle, tmp_path / "copied")
+    said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
+    assert "no profile covers any of full, half, quarter" in said
+    assert "the engines cover 3of4: elit-export sample BUNDLE --schedule BUDGET" in said
+
+
+def test_demo_refuses_latents(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
+    folder = golden_g4_bundle.folder
+    said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
+    assert f"the demo draws pixels: elit-export sample {folder}" in said
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_demo_refuses_a_target_without_a_bundle(tmp_path: Path) -> None:
+    assert "give --bundle BUNDLE too" in refused("demo", "--target", "cpu", "--out", tmp_path / "drawn")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_without_torch_says_that_a_bundle_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("elit_export.compile", "elit_export.checkpoint"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = refused("demo", "--out", tmp_path / "drawn")
+    assert "pip install 'elit-export[export]'" in said
+    assert "elit-export demo --bundle BUNDLE" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -193,11 +280,56 @@ def test_bench_holds_bars_and_draws(tiny_bundle: Bundle, tmp_path: Path) -> None
         assert picture.width > 500
 
 
-def test_bench_compares_with_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
+def test_bench_compares_with_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Without torch.compile, which takes a minute even here."""
+    committed = json.loads((Path(__file__).parent.parent.parent / "benchmarks" / "bars.json").read_text())
+    (tmp_path / "bars.json").write_text(json.dumps([{"metric": bar["metric"], "max": 1000} for bar in committed]))
     options = ("--checkpoint", tiny_checkpoint, "--no-compile", "--rows", "2", "--rounds", "2")
-    facts = only_json("bench", tiny_bundle.folder, *options)
+    facts = only_json("bench", tiny_bundle.folder, *options, "--check", tmp_path / "bars.json")
     assert set(facts["budgets"][0]["speedups"]) == {"eager"}
+
+
+def test_bench_refuses_the_checkpoint_of_another_model(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
+    said = refused("bench", tiny_bundle.folder, "--checkpoint", tmp_path / "other.safetensors")
+    assert "was not built from" in said
+    assert "sha256 differs" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--rounds", "0"], "0 is not in the range x>=1"),
+        (["--rows", "0"], "0 is not in the range x>=1"),
+        (["--rows", "9"], "choose other --rows"),
+        (["--samplers", "--plot", "p.png"], "--samplers and --plot cannot be given together"),
+        (["--soak", "10", "--plot", "p.png"], "--soak and --plot cannot be given together"),
+        (["--soak", "10", "--checkpoint", "c.pt"], "--soak and --checkpoint cannot be given together"),
+        (["--samplers", "--soak", "10"], "--samplers and --soak cannot be given together"),
+    ],
+)
+def test_bench_refuses_before_it_measures(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
+) -> None:
+    monkeypatch.delattr(bench, "matmul_peak_gflops")
+    assert said in refused("bench", tiny_bundle.folder, *options)
+
+
+def test_bench_misses_matplotlib_before_it_measures(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoMatplotlib:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            if name == "matplotlib":
+                raise ModuleNotFoundError(name=name)
+
+    monkeypatch.delattr(bench, "matmul_peak_gflops")
+    monkeypatch.setattr(sys, "meta_path", [NoMatplotlib, *sys.meta_path])
+    for name in ("matplotlib", "matplotlib.figure", "elit_export.report.plots"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    said = refused("bench", tiny_bundle.folder, "--plot", tmp_path / "p.png")
+    assert "this command needs matplotlib: pip install 'elit-export[report]'" in said
 
 
 # ---------------------------------------------------------------- verify, doctor
@@ -225,6 +357,23 @@ def test_verify_ends_with_1_and_says_what_would_have_passed(
     assert result.exit_code == 1
     assert "profile full, K=4 rows=1 velocity" in result.output
     assert "would have passed" in result.output
+
+
+def test_verify_of_an_engine_that_is_not_finite_ends_with_1_and_shows_the_table(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = OnnxRuntimeEngine.__call__
+
+    def not_finite(engine: OnnxRuntimeEngine, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = dict(real(engine, inputs))
+        return outputs | {"velocity": np.full_like(outputs["velocity"], np.nan)}
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "__call__", not_finite)
+    result = run("verify", tiny_bundle.folder)
+    assert result.exit_code == 1, result.output
+    assert "one step against PyTorch" in result.output
+    assert "profile full, K=4 rows=1 velocity: SQNR -inf dB: no tolerance would have passed" in result.output
+    assert "trajectory plain (profiles full), step 0: nothing to compare: step 0" in result.output
 
 
 def test_doctor_tells_what_works_and_what_to_type() -> None:

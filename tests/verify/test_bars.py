@@ -21,6 +21,15 @@ def test_a_metric_that_is_not_there_is_an_error(metric: str) -> None:
         misses([Bar(metric=metric)], FACTS)
 
 
+def test_a_metric_that_was_not_measured_is_an_error() -> None:
+    with pytest.raises(InputError, match="'bank_memory_ratio' was not measured"):
+        misses([Bar(metric="bank_memory_ratio", max=1.1)], {"bank_memory_ratio": None})
+
+
+def test_a_negative_number_counts_from_the_end() -> None:
+    assert misses([Bar(metric="budgets.-1", max=2)], {"budgets": [1, 3]}) == ["budgets.-1 is 3, the bar is at most 2"]
+
+
 @pytest.mark.parametrize("content", ["", "{}", '[{"metrik": "switching"}]', '[{"metric": "a", "min": "x"}]'])
 def test_a_file_that_is_no_list_of_bars_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "bars.json").write_text(content)

@@ -60,5 +60,16 @@ def test_a_miss_says_what_would_have_passed() -> None:
     assert "a tolerance of 63 dB would have passed" in Comparison("profile full", "K=1", found, 80.0).verdict
 
 
+@pytest.mark.parametrize(
+    ("found", "expected", "why"),
+    [([1.0, math.nan], [1.0, 1.0], "not finite"), ([1.0], [1.0, 1.0], "shape"), ([1e-9], [0.0], "zeros only")],
+)
+def test_a_hopeless_miss_names_no_tolerance(found: list[float], expected: list[float], why: str) -> None:
+    verdict = Comparison("profile full", "K=1", difference(found, expected), 60.0).verdict
+    assert "no tolerance would have passed" in verdict
+    assert why in verdict
+    assert "tolerance of" not in verdict
+
+
 def test_every_precision_has_a_tolerance() -> None:
     assert set(TOLERANCES) == set(Precision)

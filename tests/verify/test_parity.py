@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from elit_export.bundle import Bundle
-from elit_export.errors import ParityError
+from elit_export.errors import EngineError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, HostArray, to_host
 from elit_export.spec import Precision
-from elit_export.verify.parity import compared, comparisons_of, load_reference, require
+from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, require
 from elit_export.verify.reference import torch_engine
 
 Outputs = dict[str, HostArray]
+Change = Callable[[Mapping[str, HostArray], Outputs], Outputs]
 
 
-def check_with(bundle: Bundle, model: ElitSiT, change: Callable[[Mapping[str, HostArray], Outputs], Outputs]) -> None:
-    """Run the checks of a bundle over PyTorch with `change` applied to its outputs."""
+def found_with(bundle: Bundle, model: ElitSiT, change: Change) -> Iterator[Comparison]:
+    """The comparisons of a bundle over PyTorch with `change` applied to its outputs."""
     exact = torch_engine(model)
 
     def changed(inputs: Mapping[str, HostArray]) -> Outputs:
@@ -30,8 +31,13 @@ def check_with(bundle: Bundle, model: ElitSiT, change: Callable[[Mapping[str, Ho
     (plan_set,) = bundle.manifest.plan_sets
     slots = [Slot(facts.profile, FunctionEngine(changed)) for facts in plan_set.profiles]
     bank = EngineBank(slots, bundle.manifest.model.spec.budgets, Precision.FP32)
-    found = [require(one) for one in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference))]
-    assert len(found) == comparisons_of(plan_set)
+    yield from compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference))
+
+
+def check_with(bundle: Bundle, model: ElitSiT, change: Change) -> None:
+    """Stops at the first miss."""
+    found = [require(one) for one in found_with(bundle, model, change)]
+    assert len(found) == comparisons_of(bundle.manifest.plan_sets[0])
 
 
 def test_pytorch_itself_passes(golden_g4_bundle: Bundle, golden_g4_model: ElitSiT) -> None:
@@ -66,8 +72,54 @@ def test_error_in_the_null_class_alone_is_found_on_the_trajectory(
             return outputs | {"velocity": outputs["velocity"] * np.float32(1.001)}
         return outputs
 
-    with pytest.raises(ParityError, match="trajectory mixed, step 2"):
+    with pytest.raises(ParityError, match=r"trajectory mixed \(profiles sixteenth, full\), step 2"):
         check_with(golden_g4_bundle, golden_g4_model, wrong_null)
+
+
+def test_error_with_few_latents_and_many_rows_alone_is_found(
+    golden_g4_bundle: Bundle, golden_g4_model: ElitSiT
+) -> None:
+    """As of an engine whose row stride depends on K; no corner of the diagonal has both."""
+
+    def wrong_there(inputs: Mapping[str, HostArray], outputs: Outputs) -> Outputs:
+        if len(inputs["latents"]) == 5 and len(inputs["x"]) == 8:
+            return outputs | {"velocity": outputs["velocity"][::-1]}
+        return outputs
+
+    with pytest.raises(ParityError, match="profile half, K=5 rows=8 velocity"):
+        check_with(golden_g4_bundle, golden_g4_model, wrong_there)
+
+
+def test_an_engine_that_is_not_finite_misses_and_the_rest_is_still_compared(
+    golden_g4_bundle: Bundle, golden_g4_model: ElitSiT
+) -> None:
+    def not_finite(inputs: Mapping[str, HostArray], outputs: Outputs) -> Outputs:
+        if len(inputs["latents"]) == 16:
+            return outputs | {"velocity": np.full_like(outputs["velocity"], np.nan)}
+        return outputs
+
+    found = list(found_with(golden_g4_bundle, golden_g4_model, not_finite))
+    assert len(found) == comparisons_of(golden_g4_bundle.manifest.plan_sets[0])
+    missed = {f"{comparison.part}, {comparison.point}": comparison for comparison in found if not comparison.passed}
+    assert "no tolerance would have passed" in missed["profile full, K=16 rows=2 velocity"].verdict
+    assert {name for name in missed if name.startswith("trajectory")} == {
+        *(f"trajectory {name}, step {step}" for name in ("plain", "guided") for step in range(4)),
+        *(f"trajectory {name}, step {step}" for name in ("mixed", "multistep") for step in (2, 3)),
+    }
+    said = missed["trajectory mixed, step 3"].verdict
+    assert "trajectory mixed (profiles sixteenth, full), step 3: nothing to compare: step 2" in said
+    assert "profile full (fp32) at budget 16of16 gave a velocity that is not finite" in said
+
+
+def test_an_engine_that_fails_misses_with_its_reason(golden_g4_bundle: Bundle, golden_g4_model: ElitSiT) -> None:
+    def failing(inputs: Mapping[str, HostArray], outputs: Outputs) -> Outputs:
+        if len(inputs["x"]) == 8:
+            raise EngineError("out of memory")
+        return outputs
+
+    missed = [one for one in found_with(golden_g4_bundle, golden_g4_model, failing) if not one.passed]
+    assert missed
+    assert all("rows=8" in one.point and one.verdict.endswith("nothing to compare: out of memory") for one in missed)
 
 
 def test_reference_needs_no_checkpoint(golden_g4_bundle: Bundle) -> None:

@@ -1,0 +1,73 @@
+"""Saved program → a program compiled by Torch-TensorRT. Not run: the library cannot be imported without a GPU.
+
+Takes: a torch.export program, profiles, a target.  Gives: a saved program per profile.
+May touch: the folder it is given.  Knows nothing of: ONNX.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_tensorrt
+
+from elit_export.build.plan import BuiltPlan, OnShare
+from elit_export.errors import BuildError
+from elit_export.recipe import TorchTensorRTTarget
+from elit_export.spec import LATENTS, ROWS, Profile
+
+PLAN_FILE = "step.ep"
+
+
+def check(target: TorchTensorRTTarget) -> None:
+    """Raise BuildError without a GPU that torch can use: it builds for the one that is here."""
+    if not torch.cuda.is_available():
+        raise BuildError("torch-tensorrt builds for the GPU of this machine, and torch sees none")
+
+
+def grouped(profiles: Sequence[Profile], target: TorchTensorRTTarget) -> list[tuple[Profile, ...]]:
+    """One program each: Torch-TensorRT has one optimization profile."""
+    return [(profile,) for profile in profiles]
+
+
+def build_plan(
+    graph: Path, folder: Path, profiles: Sequence[Profile], target: TorchTensorRTTarget, progress: OnShare
+) -> BuiltPlan:
+    """Write the compiled program into `folder`; raises BuildError with what the library said."""
+    (profile,) = profiles
+    program = torch.export.load(graph)
+    try:
+        compiled = torch_tensorrt.dynamo.compile(
+            program.module(), arg_inputs=_inputs(program, profile), use_explicit_typing=True
+        )
+        torch_tensorrt.save(compiled, str(folder / PLAN_FILE), output_format="exported_program", retrace=True)
+    except RuntimeError as error:
+        raise BuildError(f"torch-tensorrt cannot build {profile.name}: {error}") from error
+    progress(1.0)
+    return BuiltPlan(
+        file=PLAN_FILE,
+        label=f"{profile.name}-torch-tensorrt{torch_tensorrt.__version__}",
+        versions={"torch-tensorrt": torch_tensorrt.__version__, "torch": torch.__version__},
+        built_on={"machine": platform.machine(), "system": platform.system(), "gpu": torch.cuda.get_device_name()},
+    )
+
+
+def _inputs(program: Any, profile: Profile) -> list[Any]:
+    """Ranges of the profile's rows for every input but the last, which is `latents`."""
+    *rows, latents = (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and _is_input(node))
+    return [
+        *(_range(tensor, profile.rows.corners(), ROWS) for tensor in rows),
+        _range(latents, profile.latents.corners(), LATENTS),
+    ]
+
+
+def _is_input(node: Any) -> bool:
+    return not str(node.target).startswith(("p_", "b_", "c_"))
+
+
+def _range(tensor: Any, corners: tuple[int, int, int], name: str) -> Any:
+    smallest, usual, largest = ((corner, *tensor.shape[1:]) for corner in corners)
+    return torch_tensorrt.Input(min_shape=smallest, opt_shape=usual, max_shape=largest, dtype=tensor.dtype, name=name)
