@@ -10,13 +10,10 @@ is a copy that belongs to the caller.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
-import threading
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -32,9 +29,11 @@ from elit_export.errors import BackendUnavailable, EngineError
 from elit_export.files import write_bytes
 from elit_export.runtime import cuda as cuda_layer
 from elit_export.runtime.cuda import Cuda
-from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray, to_host
+from elit_export.runtime.cuda_memory import Device, DeviceBuffer
+from elit_export.runtime.engine import HOST_OUTPUTS, Array, HostArray, to_host
 
 logger = logging.getLogger(__name__)
+AMPERE = (8, 0)  # the oldest compute capability that hardware-compatible plans run on
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ def _fits_later_versions(plan_set: PlanSet) -> bool:
 
 def _device_mismatch(plan_set: PlanSet, here: str) -> str:
     built_for = plan_set.options["compute_capabilities"]
-    if here in built_for or plan_set.options.get("compatibility") in ("hardware", "both"):
+    on_newer_gpus = plan_set.options.get("compatibility") in ("hardware", "both") and _numbers(here) >= AMPERE
+    if here in built_for or on_newer_gpus:
         return ""
     return (
         f"built for compute capability {', '.join(built_for)}, this GPU has {here}: "
@@ -127,7 +127,7 @@ def opened_on(cuda: Cuda, trt: Any, plans: Mapping[str, Path], plan_set: PlanSet
     device = Device(cuda)
     with ExitStack() as stack:
         stack.callback(device.close)
-        opened = {path: device.owning(OpenedPlan(trt, path, plan_set)) for path in dict.fromkeys(plans.values())}
+        opened = {path: _owned(device, OpenedPlan(trt, path, plan_set)) for path in dict.fromkeys(plans.values())}
         # Contexts of one plan are numbered by the order of its profiles.
         seats = [(name, opened[path], _index(plans, name)) for name, path in plans.items()]
         scratch_bytes = max(plan.engine.get_device_memory_size_for_profile_v2(index) for _, plan, index in seats)
@@ -138,6 +138,11 @@ def opened_on(cuda: Cuda, trt: Any, plans: Mapping[str, Path], plan_set: PlanSet
         }
         stack.pop_all()  # the caller owns the engines now, and they the device
     return engines
+
+
+def _owned(device: Device, plan: OpenedPlan) -> OpenedPlan:
+    device.own(plan.close)
+    return plan
 
 
 def _index(plans: Mapping[str, Path], name: str) -> int:
@@ -213,97 +218,6 @@ class OpenedPlan:
 def _cache_file(name: str) -> Path:
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(folder) / "elit_export" / f"{name}.cache"
-
-
-# ---------------------------------------------------------------- memory
-
-
-class Device:
-    """What the engines of a bank share: a stream, memory, opened plans. Closed with the last of them.
-
-    The lock is held by whoever uses the stream: what another thread asks of it would end up in a graph
-    that is being captured. Memory given back is kept for the next taker of that size: on one stream, work
-    runs in the order in which it was given, so what is still being read is never overwritten early.
-    """
-
-    def __init__(self, cuda: Cuda) -> None:
-        self.cuda = cuda
-        self.lock = threading.Lock()
-        self.closed = False
-        self.stream = cuda.create_stream()
-        self._owned = ExitStack()  # freed last to first, each of them whatever fails
-        self._owned.callback(cuda.destroy_stream, self.stream)
-        self._spare: dict[int, list[int]] = {}  # bytes → addresses
-        self._engines = 0
-
-    def take(self, size_bytes: int) -> int:
-        if spare := self._spare.get(size_bytes):
-            return spare.pop()
-        address = self.cuda.allocate(max(size_bytes, 1))
-        self._owned.callback(self.cuda.free, address)
-        return address
-
-    def give_back(self, address: int, size_bytes: int) -> None:
-        """Without a lock: garbage collection calls this at any moment, also inside `take`."""
-        self._spare.setdefault(size_bytes, []).append(address)
-
-    def pinned(self, shape: Sequence[int], dtype: Any) -> tuple[int, HostArray]:
-        """Host memory for copies, as an address and as an array over it; lives as long as the device."""
-        size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        address = self.cuda.allocate_pinned(size_bytes)
-        self._owned.callback(self.cuda.free_pinned, address)
-        memory = (ctypes.c_byte * size_bytes).from_address(address)
-        return address, np.frombuffer(memory, dtype)
-
-    def owning(self, plan: OpenedPlan) -> OpenedPlan:
-        self._owned.callback(plan.close)
-        return plan
-
-    def wait(self) -> None:
-        """Until everything asked of the stream is done."""
-        self.cuda.synchronize(self.stream)
-
-    def hold(self) -> None:
-        self._engines += 1
-
-    def let_go(self) -> None:
-        self._engines -= 1
-        if not self._engines:
-            self.close()
-
-    def close(self) -> None:
-        """Free everything, also what callers still hold; safe to call twice."""
-        with self.lock:
-            if self.closed:
-                return
-            self.closed = True
-            with self._owned:
-                self.wait()
-
-
-class DeviceBuffer(DeviceArray):
-    """An output on the GPU that belongs to its holder; its memory goes back when it is dropped."""
-
-    def __init__(self, device: Device, shape: tuple[int, ...], dtype: Any) -> None:
-        self.device, self.dtype = device, np.dtype(dtype)
-        self._shape = shape
-        self.size_bytes = math.prod(shape) * self.dtype.itemsize
-        self.address = device.take(self.size_bytes)
-        weakref.finalize(self, device.give_back, self.address, self.size_bytes)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    def numpy(self) -> HostArray:
-        """A copy on the host; raises EngineError once the bank is closed."""
-        values = np.empty(self._shape, self.dtype)
-        with self.device.lock:
-            if self.device.closed:
-                raise EngineError("the engine bank of this array is closed: copy it with .numpy() before")
-            self.device.cuda.to_host(values.ctypes.data, self.address, self.size_bytes, self.device.stream)
-            self.device.wait()
-        return values
 
 
 # ---------------------------------------------------------------- running
