@@ -148,7 +148,10 @@ class ProfileFacts(_Facts):
 
 
 class PlanSet(_Facts):
-    """The plans of one target in one precision; `options` are the target's choices beyond that."""
+    """The plans of one target in one precision; `options` are the target's choices beyond that.
+
+    `cache` are the plans of the graphs `probe` and `reuse`, which serve every budget.
+    """
 
     target: str
     backend: str
@@ -157,12 +160,14 @@ class PlanSet(_Facts):
     options: dict[str, Any]
     graph: str
     profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
+    cache: dict[str, Plan]
     reference: Reference
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Each plan once, however many profiles share it."""
-        return tuple({facts.plan.artifact.name: facts.plan for facts in self.profiles}.values())
+        """Each plan once, however many profiles share it; those of the cache last."""
+        every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
+        return tuple({plan.artifact.name: plan for plan in every}.values())
 
 
 Spec = Annotated[

@@ -158,6 +158,8 @@ class TensorSpec:
 
 ROWS = "rows"
 LATENTS = "latents"
+STEP = "step"
+CACHE_GRAPHS = ("probe", "reuse")  # beside `step`: what step caching calls
 
 
 # ---------------------------------------------------------------- data
