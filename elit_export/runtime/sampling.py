@@ -118,25 +118,28 @@ class GuidedVelocity:
         """The velocity of each branch, (B, C, H, W) float32."""
         budgets = {branch.budget for branch in branches}
         if len(budgets) == 1:  # the branches share a call
-            joined = self._call(x, t, branches)
+            joined = self._call(x, t, branches, "joined" if len(branches) > 1 else "strong")
             return [joined[start : start + len(x)] for start in range(0, len(joined), len(x))]
-        return [self._call(x, t, (branch,)) for branch in branches]
+        return [self._call(x, t, (branch,), role) for branch, role in zip(branches, ("strong", "weak"), strict=True)]
 
-    def _call(self, x: Float64, t: float, branches: Sequence[Branch]) -> HostArray:
+    def _call(self, x: Float64, t: float, branches: Sequence[Branch], role: str) -> HostArray:
         budget = branches[0].budget
         inputs = self._inputs(x, t, branches)
         rows = len(inputs["x"])
         started = time.perf_counter()
-        outputs, reused = self._run(budget, inputs, t, tuple(branch.null_class for branch in branches))
+        outputs, reused = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3
         self._calls.append(Call(budget, rows, self._profile(budget, rows), engine_ms, reused))
         return to_host(outputs["velocity"])
 
-    def _run(self, budget: Budget, inputs: Inputs, t: float, kinds: tuple[bool, ...]) -> tuple[Outputs, bool]:
-        """What the engines give, and whether that was reused. The rows of a call compute or reuse together."""
+    def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, bool]:
+        """What the engines give, and whether that was reused. The rows of a call compute or reuse together.
+
+        Each role in guidance has its own memory, and so has each evaluation of a step.
+        """
         if self._cache is None:
             return self._bank(budget, inputs), False
-        remembered = self._cache.branch((kinds, self._evaluation), self._step)
+        remembered = self._cache.branch((role, self._evaluation), self._step)
         if self._cache.reuses(remembered, self._step):
             residual, before, weight = self._cache.forecast(remembered, self._step, t)
             forecast = np.full(len(inputs["x"]), weight, np.float32)
