@@ -16,7 +16,7 @@ from pathlib import Path
 
 from elit_export.backends import BACKENDS
 from elit_export.checkpoint import load_checkpoint
-from elit_export.graphs.export import export_step
+from elit_export.graphs.export import export_graph
 from elit_export.models.cost import flops
 from elit_export.recipe import TensorRTTarget, load_recipe
 from elit_export.spec import ModelSpec, default_profiles
@@ -40,7 +40,7 @@ def compare(checkpoint: str, recipe: Path, target: str) -> None:
     model = load_checkpoint(checkpoint)
     print(card(model.spec))
     with tempfile.TemporaryDirectory() as folder:
-        graph = export_step(model, Path(folder), load_recipe(recipe).target(target).precision)
+        graph = export_graph(model, "step", Path(folder), load_recipe(recipe).target(target).precision)
         print(f"export: {time.perf_counter() - started:.0f} s, peak {peak_gb():.1f} GB")
         latents = str(model.spec.latents)
         del model

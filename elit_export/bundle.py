@@ -117,10 +117,11 @@ class Graph(_Facts):
 
 
 class Reference(_Facts):
-    """PyTorch's answers. `key` as of a graph."""
+    """PyTorch's answers. `key` as of a graph; `cache_rows` are the rows that `probe` and `reuse` were asked with."""
 
     artifact: Artifact
     key: str
+    cache_rows: tuple[int, ...]
     cases: tuple[ReferenceCase, ...]
     trajectories: tuple[ReferenceTrajectory, ...]
 
@@ -148,7 +149,10 @@ class ProfileFacts(_Facts):
 
 
 class PlanSet(_Facts):
-    """The plans of one target in one precision; `options` are the target's choices beyond that."""
+    """The plans of one target in one precision; `options` are the target's choices beyond that.
+
+    `cache` are the plans of the graphs `probe` and `reuse`, which serve every budget.
+    """
 
     target: str
     backend: str
@@ -157,12 +161,14 @@ class PlanSet(_Facts):
     options: dict[str, Any]
     graph: str
     profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
+    cache: dict[str, Plan]
     reference: Reference
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Each plan once, however many profiles share it."""
-        return tuple({facts.plan.artifact.name: facts.plan for facts in self.profiles}.values())
+        """Each plan once, however many profiles share it; those of the cache last."""
+        every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
+        return tuple({plan.artifact.name: plan for plan in every}.values())
 
 
 Spec = Annotated[

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -35,18 +35,19 @@ from elit_export.bundle import (
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
 from elit_export.errors import BundleError, RecipeError
 from elit_export.files import sha256_of
-from elit_export.graphs.export import export_step
+from elit_export.graphs.export import export_graph
 from elit_export.graphs.program import export_program
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.pipeline import open_bank, unfit
-from elit_export.spec import Profile
-from elit_export.verify.cases import REFERENCE_FILE, reference_cases, reference_trajectories
+from elit_export.spec import CACHE_GRAPHS, STEP, Precision, Profile, Range
+from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, parity_of, require
 from elit_export.verify.reference import reference_arrays
 
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 NOTHING_CHANGED = "nothing changed"
+ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
 BEING_BUILT = Parity(status="not run", reason="being built")
 Progress = Callable[[str, float], None]
 Profiles = tuple[Profile, ...]
@@ -99,11 +100,11 @@ class _Build:
     def run(self) -> Bundle:
         facts = self._facts()
         profiles = self.recipe.profiles_for(facts.spec)
-        graph = self._graph()
+        graphs = {name: self._graph(name) for name in (STEP, *CACHE_GRAPHS)}
         reference = self._reference(profiles)
-        unverified = self._plan_set(graph, profiles, reference)
-        plan_set = self._verified(facts, graph, unverified)
-        manifest = self._manifest(facts, graph, plan_set)
+        unverified = self._plan_set(graphs, profiles, reference)
+        plan_set = self._verified(facts, graphs, unverified)
+        manifest = self._manifest(facts, graphs, plan_set)
         if manifest == self.earlier:
             self.progress(NOTHING_CHANGED, 1.0)
             return Bundle(self.writer.folder, manifest)
@@ -151,15 +152,17 @@ class _Build:
         architecture = self.recipe.architecture.model_dump()
         return key_of(self.sha256, architecture, self.recipe.name, code("checkpoint.py", "spec.py", "models"))
 
-    @property
-    def graph_name(self) -> str:
-        """`step-bf16`, or `program-bf16` for a backend that reads torch programs."""
-        kind = {"onnx": "step", "program": "program"}[BACKENDS[self.chosen.backend].reads]
-        return f"{kind}-{self.chosen.precision.value}"
+    def stored_name(self, graph: str) -> str:
+        """`step-bf16`; with `-program` behind it for a backend that reads torch programs."""
+        reads = BACKENDS[self.chosen.backend].reads
+        return f"{graph}-{self.precision_of(graph).value}" + ("" if reads == "onnx" else f"-{reads}")
 
-    @cached_property
-    def graph_key(self) -> str:
-        return key_of(self.model_key, self.graph_name, code("graphs"), versions_of(GRAPH_LIBRARIES))
+    def precision_of(self, graph: str) -> Precision:
+        """Nothing in the graphs of the cache is rounded."""
+        return self.chosen.precision if graph == STEP else Precision.FP32
+
+    def graph_key(self, graph: str) -> str:
+        return key_of(self.model_key, self.stored_name(graph), code("graphs"), versions_of(GRAPH_LIBRARIES))
 
     def reference_key(self, profiles: Profiles) -> str:
         return key_of(self.model_key, str(profiles), version("torch"), code("verify", "runtime"))
@@ -178,23 +181,19 @@ class _Build:
             name=self.recipe.name, spec=self.model.spec, data=self.model.data, checkpoint_sha256=self.sha256
         )
 
-    def _graph(self) -> Graph:
-        """The step graph in the target's precision."""
-        name = self.graph_name
+    def _graph(self, graph: str) -> Graph:
+        """A graph in the precision of the target."""
+        name, key = self.stored_name(graph), self.graph_key(graph)
         old = self.earlier.graphs.get(name) if self.earlier else None
-        if old and old.key == self.graph_key and self._is_whole(old.artifact):
+        if old and old.key == key and self._is_whole(old.artifact):
             return old
         model = self.model
-        self.progress("export graph", STARTS["graph"])
+        self.progress(f"export graph {graph}", STARTS["graph"])
+        export = {"onnx": export_graph, "program": export_program}[BACKENDS[self.chosen.backend].reads]
         with self.writer.staged() as folder:
-            file = self._export(model, folder).name
+            file = export(model, graph, folder, self.precision_of(graph)).name
             artifact = self.writer.adopt(folder, "graphs", name)
-        return Graph(artifact=artifact, file=file, key=self.graph_key, versions=versions_of(GRAPH_LIBRARIES))
-
-    def _export(self, model: ElitSiT, folder: Path) -> Path:
-        """Write what the backend reads, and give the file."""
-        export = {"onnx": export_step, "program": export_program}[BACKENDS[self.chosen.backend].reads]
-        return export(model, folder, self.chosen.precision)
+        return Graph(artifact=artifact, file=file, key=key, versions=versions_of(GRAPH_LIBRARIES))
 
     def _reference(self, profiles: Profiles) -> Reference:
         """PyTorch's answers, which targets with the same profiles share."""
@@ -206,24 +205,30 @@ class _Build:
         self.progress("PyTorch reference", STARTS["reference"])
         cases = reference_cases(profiles)
         trajectories = reference_trajectories(profiles, model.spec)
-        arrays = reference_arrays(model, cases, trajectories)
+        rows = cache_rows(profiles)
+        arrays = reference_arrays(model, cases, rows, trajectories)
         with self.writer.staged() as folder:
             np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
             artifact = self.writer.adopt(folder, "reference", "reference")
-        return Reference(artifact=artifact, key=key, cases=cases, trajectories=trajectories)
+        return Reference(artifact=artifact, key=key, cache_rows=rows, cases=cases, trajectories=trajectories)
 
-    def _plan_set(self, graph: Graph, profiles: Profiles, reference: Reference) -> PlanSet:
+    def _plan_set(self, graphs: Mapping[str, Graph], profiles: Profiles, reference: Reference) -> PlanSet:
         """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
         groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
-        share = 1 / len(groups)
-        plans = [self._plan(graph, group, index * share, share) for index, group in enumerate(groups)]
+        share = 1 / (len(groups) + len(CACHE_GRAPHS))
+        plans = [self._plan(STEP, graphs[STEP], group, index * share, share) for index, group in enumerate(groups)]
+        every_row = (Profile("cache", ANY_BUDGET, _covering([profile.rows for profile in profiles])),)
+        cache = {
+            name: self._plan(name, graphs[name], every_row, (len(groups) + index) * share, share)
+            for index, name in enumerate(CACHE_GRAPHS)
+        }
         plan_set = PlanSet(
             target=self.target,
             backend=self.chosen.backend,
             device=self.chosen.device,
             precision=self.chosen.precision,
             options=self.chosen.options(),
-            graph=self.graph_name,
+            graph=self.stored_name(STEP),
             profiles=tuple(
                 ProfileFacts(
                     name=profile.name,
@@ -235,40 +240,41 @@ class _Build:
                 for group, plan in zip(groups, plans, strict=True)
                 for profile in group
             ),
+            cache=cache,
             reference=reference,
         )
         if self.before and with_parity(self.before, lambda _profile: BEING_BUILT) == plan_set:
             return self.before
         return plan_set
 
-    def _plan(self, graph: Graph, profiles: Profiles, done_before: float, share: float) -> Plan:
+    def _plan(self, name: str, graph: Graph, profiles: Profiles, done_before: float, share: float) -> Plan:
         key = self.plan_key(graph, profiles)
         for old in self.before.plans if self.before else ():
             if old.key == key and self._is_whole(old.artifact):
                 return old
-        names = ", ".join(profile.name for profile in profiles)
+        what = ", ".join([name, *(profile.name for profile in profiles if name == STEP)])
 
         def on_share(done: float) -> None:
             whole = STARTS["verify"] - STARTS["plans"]
-            self.progress(f"build {names}", STARTS["plans"] + whole * (done_before + done * share))
+            self.progress(f"build {what}", STARTS["plans"] + whole * (done_before + done * share))
 
         on_share(0.0)
         graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
         builder = BACKENDS[self.chosen.backend].builder()
         with self.writer.staged() as folder:
             built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
-            prefix = f"step-{self.target}-{self.chosen.precision.value}-{built.label}"
+            prefix = f"{name}-{self.target}-{self.precision_of(name).value}-{built.label}"
             artifact = self.writer.adopt(folder, "plans", prefix)
         return Plan(artifact=artifact, key=key, file=built.file, versions=built.versions, built_on=built.built_on)
 
-    def _verified(self, facts: ModelFacts, graph: Graph, plan_set: PlanSet) -> PlanSet:
+    def _verified(self, facts: ModelFacts, graphs: Mapping[str, Graph], plan_set: PlanSet) -> PlanSet:
         """The plan set with what its engines showed, or why they did not run; raises ParityError at the first miss."""
         if plan_set is self.before and all(profile.parity.status == "passed" for profile in plan_set.profiles):
             return plan_set
         if reason := unfit(plan_set):
             return with_parity(plan_set, lambda _profile: Parity(status="not run", reason=reason))
         self.progress("verify", STARTS["verify"])
-        bundle = Bundle(self.writer.folder, self._manifest(facts, graph, plan_set))
+        bundle = Bundle(self.writer.folder, self._manifest(facts, graphs, plan_set))
         found: list[Comparison] = []
         with open_bank(bundle, plan_set) as bank:
             for comparison in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference)):
@@ -277,7 +283,7 @@ class _Build:
                 self.progress(f"verified {comparison.part}", STARTS["verify"] + (1 - STARTS["verify"]) * done)
         return with_parity(plan_set, lambda profile: parity_of(profile, found))
 
-    def _manifest(self, facts: ModelFacts, graph: Graph, plan_set: PlanSet) -> Manifest:
+    def _manifest(self, facts: ModelFacts, graphs: Mapping[str, Graph], plan_set: PlanSet) -> Manifest:
         """The plan set in its place beside those of other targets that were built of the same model."""
         kept = self.earlier if self.earlier and self.earlier.model == facts else None
         plan_sets = [plan_set if self._is_same_target(old) else old for old in (kept.plan_sets if kept else ())]
@@ -286,7 +292,10 @@ class _Build:
             package_version=version("elit-export"),
             model=facts,
             model_key=self.model_key,
-            graphs={**(kept.graphs if kept else {}), plan_set.graph: graph},
+            graphs={
+                **(kept.graphs if kept else {}),
+                **{self.stored_name(name): graph for name, graph in graphs.items()},
+            },
             plan_sets=tuple(plan_sets) if plan_set in plan_sets else (*plan_sets, plan_set),
         )
 
@@ -307,6 +316,11 @@ def code(*places: str) -> str:
 
 def versions_of(libraries: Iterable[str]) -> dict[str, str]:
     return {library: version(library) for library in libraries}
+
+
+def _covering(ranges: Sequence[Range]) -> Range:
+    """The range from the least to the most of several; its opt is the largest."""
+    return Range(min(rows.min for rows in ranges), max(rows.opt for rows in ranges), max(rows.max for rows in ranges))
 
 
 def with_parity(plan_set: PlanSet, parity: Callable[[str], Parity]) -> PlanSet:

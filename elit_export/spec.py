@@ -158,6 +158,8 @@ class TensorSpec:
 
 ROWS = "rows"
 LATENTS = "latents"
+STEP = "step"
+CACHE_GRAPHS = ("probe", "reuse")  # beside `step`: what step caching calls
 
 
 # ---------------------------------------------------------------- data
@@ -351,15 +353,51 @@ class ModelSpec:
         return (TensorSpec("y", "int64", (ROWS,)),)
 
     @property
-    def step_inputs(self) -> tuple[TensorSpec, ...]:
+    def common_inputs(self) -> tuple[TensorSpec, ...]:
+        """What every graph takes first: x, t and the conditioning."""
         x = TensorSpec("x", "float32", (ROWS, *self.sample_shape))
-        t = TensorSpec("t", "float32", (ROWS,))
-        return (x, t, *self.conditioning, TensorSpec("latents", "int64", (LATENTS,)))
+        return (x, TensorSpec("t", "float32", (ROWS,)), *self.conditioning)
+
+    def on_tokens(self, name: str) -> TensorSpec:
+        """A float32 tensor with a vector per spatial token."""
+        return TensorSpec(name, "float32", (ROWS, self.tokens, self.hidden_size))
+
+    @property
+    def velocity(self) -> TensorSpec:
+        return TensorSpec("velocity", "float32", (ROWS, *self.sample_shape))
+
+    @property
+    def step_inputs(self) -> tuple[TensorSpec, ...]:
+        return (*self.common_inputs, TensorSpec(LATENTS, "int64", (LATENTS,)))
 
     @property
     def step_outputs(self) -> tuple[TensorSpec, ...]:
-        velocity = TensorSpec("velocity", "float32", (ROWS, *self.sample_shape))
-        return velocity, TensorSpec("residual", "float32", (ROWS, self.tokens, self.hidden_size))
+        return self.velocity, self.on_tokens("residual")
+
+    @property
+    def probe_inputs(self) -> tuple[TensorSpec, ...]:
+        return (*self.common_inputs, self.on_tokens("signal_prev"))
+
+    @property
+    def probe_outputs(self) -> tuple[TensorSpec, ...]:
+        return self.on_tokens("signal"), TensorSpec("distance", "float32", (ROWS,))
+
+    @property
+    def reuse_inputs(self) -> tuple[TensorSpec, ...]:
+        older = (self.on_tokens("residual_prev"), TensorSpec("forecast", "float32", (ROWS,)))
+        return (*self.common_inputs, self.on_tokens("residual"), *older)
+
+    @property
+    def reuse_outputs(self) -> tuple[TensorSpec, ...]:
+        return (self.velocity,)
+
+    def inputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
+        """Inputs of the graph `step`, `probe` or `reuse`."""
+        return {"step": self.step_inputs, "probe": self.probe_inputs, "reuse": self.reuse_inputs}[graph]
+
+    def outputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
+        """Outputs of the graph `step`, `probe` or `reuse`."""
+        return {"step": self.step_outputs, "probe": self.probe_outputs, "reuse": self.reuse_outputs}[graph]
 
     # storage
 

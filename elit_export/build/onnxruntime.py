@@ -20,7 +20,6 @@ from elit_export.errors import BackendUnavailable, BuildError
 from elit_export.recipe import OnnxRuntimeTarget
 from elit_export.spec import Profile
 
-PLAN_FILE = "step.onnx"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTERNAL_FROM_BYTES = "1024"
 
@@ -46,9 +45,9 @@ def build_plan(
     provider = PROVIDERS[target.device]
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    options.optimized_model_filepath = str(folder / PLAN_FILE)
+    options.optimized_model_filepath = str(folder / graph.name)
     options.log_severity_level = 3
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{PLAN_FILE}.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{graph.name}.data")
     options.add_session_config_entry(
         "session.optimized_model_external_initializers_min_size_in_bytes", EXTERNAL_FROM_BYTES
     )
@@ -63,7 +62,7 @@ def build_plan(
         )
     progress(1.0)
     return BuiltPlan(
-        file=PLAN_FILE,
+        file=graph.name,
         label="onnxruntime",
         versions={"onnxruntime": ort.__version__},
         built_on={"machine": platform.machine(), "system": platform.system()},

@@ -23,7 +23,6 @@ from elit_export.errors import BackendUnavailable, BuildError
 from elit_export.recipe import TensorRTTarget
 from elit_export.spec import LATENTS, ROWS, Precision, Profile
 
-PLAN_FILE = "step.plan"
 TIMING_CACHE = "timing.cache"
 MEGABYTE = 1 << 20
 logger = logging.getLogger(__name__)
@@ -111,15 +110,16 @@ def build_plan(
     monitor = config.progress_monitor = _monitor(trt, progress)
     cache = _timing_cache(config, folder.parent / TIMING_CACHE) if target.timing_cache else None
     plan = builder.build_serialized_network(network, config)
+    file = graph.with_suffix(".plan").name
     if monitor.interrupted:
         raise monitor.interrupted
     if plan is None:
         raise BuildError(f"{target.backend} cannot build {_names(profiles)}: {log.last_errors() or 'it says no more'}")
-    (folder / PLAN_FILE).write_bytes(plan)
+    (folder / file).write_bytes(plan)
     if cache is not None:
         (folder.parent / TIMING_CACHE).write_bytes(cache.serialize())
     return BuiltPlan(
-        file=PLAN_FILE,
+        file=file,
         label="-".join(
             [_names(profiles), f"{target.backend}{trt.__version__}", *map(_sm, target.compute_capabilities)]
         ),

@@ -19,8 +19,6 @@ from elit_export.errors import BuildError
 from elit_export.recipe import TorchTensorRTTarget
 from elit_export.spec import LATENTS, ROWS, Profile
 
-PLAN_FILE = "step.ep"
-
 
 def check(target: TorchTensorRTTarget) -> None:
     """Raise BuildError without a GPU that torch can use: it builds for the one that is here."""
@@ -38,17 +36,18 @@ def build_plan(
 ) -> BuiltPlan:
     """Write the compiled program into `folder`; raises BuildError with what the library said."""
     (profile,) = profiles
+    file = graph.with_suffix(".ep").name
     program = torch.export.load(graph)
     try:
         compiled = torch_tensorrt.dynamo.compile(
             program.module(), arg_inputs=_inputs(program, profile), use_explicit_typing=True
         )
-        torch_tensorrt.save(compiled, str(folder / PLAN_FILE), output_format="exported_program", retrace=True)
+        torch_tensorrt.save(compiled, str(folder / file), output_format="exported_program", retrace=True)
     except RuntimeError as error:
         raise BuildError(f"torch-tensorrt cannot build {profile.name}: {error}") from error
     progress(1.0)
     return BuiltPlan(
-        file=PLAN_FILE,
+        file=file,
         label=f"{profile.name}-torch-tensorrt{torch_tensorrt.__version__}",
         versions={"torch-tensorrt": torch_tensorrt.__version__, "torch": torch.__version__},
         built_on={"machine": platform.machine(), "system": platform.system(), "gpu": torch.cuda.get_device_name()},

@@ -19,9 +19,9 @@ DEFAULT_BUILD_FOLDER = Path("engines/build")
 def export(checkpoint: str, out: Path, **numbers: int | None) -> None:
     """Export CHECKPOINT (.pt, .safetensors or shipped:fashion) as one ONNX graph for every budget."""
     from elit_export.checkpoint import load_checkpoint
-    from elit_export.graphs.export import export_step
+    from elit_export.graphs.export import export_graph
 
-    path = export_step(load_checkpoint(checkpoint, **numbers), out)
+    path = export_graph(load_checkpoint(checkpoint, **numbers), "step", out)
     say(f"wrote {path} and {path.name}.data")
 
 

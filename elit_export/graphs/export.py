@@ -12,7 +12,7 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from elit_export.models.precision import in_precision
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import LATENTS, ROWS, ModelSpec, Precision, TensorSpec
 
-STEP_FILE = "step.onnx"
 # fp32 spells attention out: TensorRT has no native kernel for it. Half precision uses the native operator.
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
 HEAD_SIZE_MULTIPLE = 8  # of fused attention kernels
@@ -43,20 +42,20 @@ MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 
 
-def export_step(model: ElitSiT, folder: Path, precision: Precision = Precision.FP32) -> Path:
-    """Write the `step` graph of a float32 model into `folder` (made if missing), once its structure is checked.
+def export_graph(model: ElitSiT, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
+    """Write the graph `step`, `probe` or `reuse` of a float32 model into `folder` (made if missing), once checked.
 
     Inputs and outputs are float32 and int64 in every precision; `models.precision` says what is rounded.
-    Gives the path of the graph; its weights lie beside it as `step.onnx.data`. Raises ExportError.
+    Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
-        path = Path(private) / STEP_FILE
-        ir.save(step_model(model, precision), path, external_data=f"{path.name}.data")
-        check_graph(path, model.spec.step_inputs, model.spec.step_outputs, opset=OPSETS[precision])
-        for name in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
-            (Path(private) / name).replace(folder / name)
+        path = Path(private) / f"{name}.onnx"
+        ir.save(graph_model(model, name, precision), path, external_data=f"{path.name}.data")
+        check_graph(path, model.spec.inputs_of(name), model.spec.outputs_of(name), opset=OPSETS[precision])
+        for file in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
+            (Path(private) / file).replace(folder / file)
     return folder / path.name
 
 
@@ -71,20 +70,19 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
         )
 
 
-def step_model(model: ElitSiT, precision: Precision) -> ir.Model:
-    """The `step` graph in memory, with the model's tensors as its weights."""
-    spec = model.spec
-    step = StepModule(in_precision(model, precision)).eval()
+def graph_model(model: ElitSiT, name: str, precision: Precision) -> ir.Model:
+    """A graph in memory, with the model's tensors as its weights."""
+    inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                step,
-                example_inputs(spec),
+                GraphModule(in_precision(model, precision), name).eval(),
+                example_inputs(inputs),
                 dynamo=True,
                 opset_version=OPSETS[precision],
-                input_names=[tensor.name for tensor in spec.step_inputs],
-                output_names=[tensor.name for tensor in spec.step_outputs],
-                dynamic_shapes=dynamic_shapes(spec),
+                input_names=[tensor.name for tensor in inputs],
+                output_names=[tensor.name for tensor in outputs],
+                dynamic_shapes=dynamic_shapes(inputs, model.spec),
                 custom_translation_table={SDPA: _spelled_out if precision is Precision.FP32 else _native},
                 verbose=False,
             )
@@ -92,57 +90,56 @@ def step_model(model: ElitSiT, precision: Precision) -> ir.Model:
         raise ExportError(f"torch.onnx.export failed: {error}") from error
     if program is None:
         raise ExportError("torch.onnx.export gave no graph")
-    graph_model: ir.Model = program.model
-    fold_constants(graph_model, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
-    RemoveUnusedNodesPass()(graph_model)
-    name_nodes(graph_model)
-    ClearMetadataAndDocStringPass()(graph_model)  # stack traces of the exporting machine
-    return graph_model
+    made: ir.Model = program.model
+    fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
+    RemoveUnusedNodesPass()(made)
+    name_nodes(made)
+    ClearMetadataAndDocStringPass()(made)  # stack traces of the exporting machine
+    return made
 
 
-def name_nodes(graph_model: ir.Model) -> None:
+def name_nodes(made: ir.Model) -> None:
     """Name every node after the module it came from, so that errors and profiles can be read.
 
     `core.3.attn/MatMul_93`; nodes that belong to no module keep their name alone.
     """
-    for number, node in enumerate(graph_model.graph):
+    for number, node in enumerate(made.graph):
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         module = str(scopes[-2]).removeprefix("model.") if len(scopes) > 1 else ""
         kind = f"{node.op_type}_{number}"
         node.name = f"{module}/{kind}" if re.fullmatch(MODULE_PATH, module) else kind
 
 
-class StepModule(nn.Module):
-    """`ElitSiT.step` as a forward, which is what the exporter traces."""
+class GraphModule(nn.Module):
+    """A method of the model, named as its graph, as a forward, which is what the exporter traces."""
 
-    def __init__(self, model: ElitSiT) -> None:
+    def __init__(self, model: ElitSiT, name: str) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.name = model, name
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.step(x, t, y, latents)
+    def forward(self, *inputs: Tensor) -> Any:
+        return getattr(self.model, self.name)(*inputs)
 
 
 # ---------------------------------------------------------------- inputs
 
 
-def example_inputs(spec: ModelSpec) -> tuple[Tensor, ...]:
+def example_inputs(inputs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
     sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2}
 
     def example(tensor: TensorSpec) -> Tensor:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        return torch.zeros(shape, dtype=getattr(torch, tensor.dtype))
+        if tensor.name == LATENTS:
+            return torch.arange(shape[0])
+        return torch.ones(shape, dtype=getattr(torch, tensor.dtype))
 
-    *others, latents = spec.step_inputs
-    return (*(example(tensor) for tensor in others), torch.arange(sizes[latents.name]))
+    return tuple(example(tensor) for tensor in inputs)
 
 
-def dynamic_shapes(spec: ModelSpec) -> dict[str, dict[int, Any]]:
+def dynamic_shapes(inputs: Sequence[TensorSpec], spec: ModelSpec) -> dict[str, tuple[dict[int, Any], ...]]:
     dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: torch.export.Dim(LATENTS, min=1, max=spec.latents)}
-    return {
-        tensor.name: {axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims}
-        for tensor in spec.step_inputs
-    }
+    shapes = ({axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims} for tensor in inputs)
+    return {"inputs": tuple(shapes)}
 
 
 @contextmanager

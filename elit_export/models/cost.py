@@ -55,6 +55,8 @@ class Call(Protocol):
     def budget(self) -> Budget: ...
     @property
     def rows(self) -> int: ...
+    @property
+    def reused(self) -> bool: ...
 
 
 class Step(Protocol):
@@ -73,8 +75,14 @@ class Sampling(Protocol):
 
 def flops_per_image(sampling: Sampling, spec: ModelSpec) -> float:
     """FLOPs of every engine call of a sampling, per image."""
-    calls = (call for step in sampling.records for call in step.calls)
-    return sum(call.rows * flops(spec, call.budget).total for call in calls) / len(sampling.labels)
+    calls = [call for step in sampling.records for call in step.calls]
+    return sum(call.rows * _of_call(call, spec) for call in calls) / len(sampling.labels)
+
+
+def _of_call(call: Call, spec: ModelSpec) -> int:
+    """A call that reuses a residual runs the embedders and the final layer only."""
+    cost = flops(spec, call.budget)
+    return cost.other if call.reused else cost.total
 
 
 # ---------------------------------------------------------------- parts

@@ -160,6 +160,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, mlp_size, bias=True)
         self.modulation = Modulation(width, chunks=6)
 
+    def modulated(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
+        """What attention takes in."""
+        shift, scale, *_ = self.modulation(c)
+        return modulate(self.norm1(x), shift, scale)
+
     def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1))

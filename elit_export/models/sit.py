@@ -57,6 +57,35 @@ class ElitSiT(nn.Module):
         tokens = self.transform(embedded, c, latents)
         return self.unpatchify(self.final(tokens, c)), tokens - embedded
 
+    def probe(self, x: Tensor, t: Tensor, y: Tensor, signal_prev: Tensor) -> tuple[Tensor, Tensor]:
+        """What step caching decides by: the modulated input of the first block, as TeaCache takes it.
+
+        Gives it as `signal` (B, N, D), and how far it is from that of the step before, `distance` (B,):
+        mean|signal − signal_prev| / mean|signal_prev|, infinite where signal_prev is zero.
+        """
+        embedded = self.patch_embed(x) + self.pos_embed
+        signal = self.first_block.modulated(embedded, self.t_embedder(t) + self.y_embedder(y))
+        distance = (signal - signal_prev).abs().mean((1, 2)) / signal_prev.abs().mean((1, 2))
+        return signal, distance
+
+    def reuse(
+        self, x: Tensor, t: Tensor, y: Tensor, residual: Tensor, residual_prev: Tensor, forecast: Tensor
+    ) -> Tensor:
+        """The velocity with a residual (B, N, D) of earlier steps in place of all blocks.
+
+        residual + forecast · (residual − residual_prev): forecast (B,) is 0 to take it as it is, or how many
+        times the step between the two to go on.
+        """
+        expected = residual + forecast[:, None, None] * (residual - residual_prev)
+        embedded = self.patch_embed(x) + self.pos_embed
+        return self.unpatchify(self.final(embedded + expected, self.t_embedder(t) + self.y_embedder(y)))
+
+    @property
+    def first_block(self) -> Block:
+        block = next(iter([*self.head, *self.core, *self.tail]))
+        assert isinstance(block, Block)
+        return block
+
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
         """Head, Read, core on the kept latents, Write, tail."""
         tokens = run_blocks(self.head, tokens, c)

@@ -98,7 +98,7 @@ def parity_text(parity: Facts) -> str:
 
 def parity_tables(found: Sequence[Comparison]) -> Iterator[Table]:
     """Single steps in one table, trajectories in another."""
-    steps = [comparison for comparison in found if comparison.part.startswith("profile")]
+    steps = [comparison for comparison in found if not comparison.part.startswith("trajectory")]
     states = [comparison for comparison in found if comparison.part.startswith("trajectory")]
     for title, rows in (("one step against PyTorch", steps), ("trajectories against PyTorch", states)):
         columns = ("part", "point", "max abs", "relative", "cosine", "SQNR dB", "needed", "margin")

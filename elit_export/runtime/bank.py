@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 
 from elit_export.errors import EngineError, InputError
-from elit_export.runtime.engine import Array, Engine, HostArray, to_host
+from elit_export.runtime.engine import Array, Engine, to_host
 from elit_export.spec import LATENTS, Budget, Precision, Profile, listed
 
 
@@ -33,8 +33,16 @@ class EngineBank:
     One call at a time: a lock makes a bank safe to share between threads and pipelines.
     """
 
-    def __init__(self, slots: Sequence[Slot], budgets: Sequence[Budget], precision: Precision) -> None:
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        budgets: Sequence[Budget],
+        precision: Precision,
+        cache: Mapping[str, Engine] | None = None,
+    ) -> None:
+        """`cache` are the engines of the graphs `probe` and `reuse`, without which nothing can be cached."""
         self.slots = tuple(slots)
+        self.cache = dict(cache or {})
         self.precision = precision
         self._budgets = tuple(budgets)
         self._known = frozenset(budgets)  # asked for at every call
@@ -77,12 +85,26 @@ class EngineBank:
         Raises EngineError if the velocity is not finite, naming profile and precision.
         """
         slot = self.slot_for(budget, _rows(inputs))
+        outputs = self._run(slot.engine, {**inputs, LATENTS: np.arange(budget.kept, dtype=np.int64)})
+        _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
+        return outputs
+
+    def reuse(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """The velocity from residuals of earlier steps, without the blocks; raises EngineError as a step does."""
+        outputs = self._run(self.cache["reuse"], inputs)
+        _check_finite(outputs, "the graph `reuse`")
+        return outputs
+
+    @property
+    def caches(self) -> bool:
+        """Are the engines there that step caching needs?"""
+        return "reuse" in self.cache
+
+    def _run(self, engine: Engine, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         with self._lock:
             if self._closed:
                 raise EngineError("this engine bank is closed; load the pipeline again")
-            outputs = slot.engine({**inputs, LATENTS: np.arange(budget.kept, dtype=np.int64)})
-        _check_finite(to_host(outputs["velocity"]), slot.profile, self.precision, budget)
-        return outputs
+            return engine(inputs)
 
     def close(self) -> None:
         """Close every engine once, after a call in progress."""
@@ -90,8 +112,9 @@ class EngineBank:
             if self._closed:
                 return
             self._closed = True
+            engines = [*(slot.engine for slot in self.slots), *self.cache.values()]
             with ExitStack() as stack:  # all of them, whatever fails
-                for engine in {id(slot.engine): slot.engine for slot in self.slots}.values():
+                for engine in {id(engine): engine for engine in engines}.values():
                     stack.callback(engine.close)
 
     def __enter__(self) -> Self:
@@ -105,8 +128,6 @@ def _rows(inputs: Mapping[str, Array]) -> int:
     return len(to_host(inputs["x"]))
 
 
-def _check_finite(velocity: HostArray, profile: Profile, precision: Precision, budget: Budget) -> None:
-    if not np.isfinite(velocity).all():
-        raise EngineError(
-            f"profile {profile.name} ({precision.value}) at budget {budget} gave a velocity that is not finite"
-        )
+def _check_finite(outputs: Mapping[str, Array], who: str) -> None:
+    if not np.isfinite(to_host(outputs["velocity"])).all():
+        raise EngineError(f"{who} gave a velocity that is not finite")

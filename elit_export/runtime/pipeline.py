@@ -19,6 +19,7 @@ from elit_export.backends import BACKENDS, Backend
 from elit_export.bundle import Bundle, PlanSet, described
 from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.cache import CachePolicy
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.images import to_images
 from elit_export.runtime.noise import Float64, SeededNoise
@@ -38,13 +39,21 @@ class Choices(TypedDict, total=False):
     guidance_interval: tuple[float, float]
     sampler: str
     time_grid: str
+    cache: str | CachePolicy
     seed: int
     noise: npt.ArrayLike  # (B, C, H, W) start noise, in place of the seed's
     step_noise: npt.ArrayLike  # (steps − 1, B, C, H, W) for stochastic samplers
 
 
 DEFAULTS = Choices(
-    steps=20, schedule="full", guidance="none", guidance_interval=(0.0, 1.0), sampler="ab3", time_grid="linear", seed=0
+    steps=20,
+    schedule="full",
+    guidance="none",
+    guidance_interval=(0.0, 1.0),
+    sampler="ab3",
+    time_grid="linear",
+    cache="none",
+    seed=0,
 )
 
 
@@ -77,7 +86,8 @@ class Sample:
 
     def summary(self) -> str:
         """One line: images, steps, engine calls by budget, time."""
-        calls = Counter(str(call.budget) for record in self.records for call in record.calls)
+        every = [call for record in self.records for call in record.calls]
+        calls = Counter("reused" if call.reused else str(call.budget) for call in every)
         by_budget = ", ".join(f"{count}×{budget}" for budget, count in calls.items())
         return (
             f"{len(self.labels)} images in {len(self.records)} steps, engine calls {by_budget}; "
@@ -161,6 +171,7 @@ class Pipeline:
         guidance = chosen["guidance"]
         if isinstance(guidance, str):
             guidance = Guidance.parse(guidance, self.spec, interval=chosen["guidance_interval"])
+        cache = self._checked_cache(chosen["cache"], chosen["steps"])
         y = self._checked_labels(labels)
         name = self.spec.conditioning[0].name
         seeded = SeededNoise(chosen["seed"], len(y), self.spec.sample_shape)
@@ -181,7 +192,17 @@ class Pipeline:
             conditioning={name: y},
             null_conditioning={name: np.full_like(y, self.spec.null_class)},
             noise=noise,
+            cache=cache,
         )
+
+    def _checked_cache(self, cache: str | CachePolicy, steps: int) -> CachePolicy | None:
+        policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
+        if policy is None:
+            return None
+        policy.steps(steps)
+        if not self.bank.caches:
+            raise InputError("these engines have no graph `reuse`: build the bundle again, or leave cache out")
+        return policy
 
     def _checked_labels(self, labels: Sequence[int]) -> npt.NDArray[np.int64]:
         try:
@@ -217,6 +238,7 @@ CHOICE_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "guidance_interval": ("a pair of numbers", (tuple, list)),
     "sampler": ("text", (str,)),
     "time_grid": ("text", (str,)),
+    "cache": ("text or a CachePolicy", (str, CachePolicy)),
 }
 
 
@@ -243,6 +265,8 @@ def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> 
 
 
 # ---------------------------------------------------------------- opening plans
+
+CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
 
 
 def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
@@ -307,6 +331,8 @@ def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     """Verify and open the plans of one set, each once."""
     engines = _backend_of(plan_set).engines()
     plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
-    opened = engines.open_engines(plans, plan_set)
+    cache = {name: bundle.verified(plan.artifact) / plan.file for name, plan in plan_set.cache.items()}
+    opened = engines.open_engines({**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}, plan_set)
     slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
-    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision)
+    caching = {name: opened[f"{CACHE}{name}"] for name in cache}
+    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching)

@@ -17,12 +17,15 @@ import numpy as np
 
 from elit_export.errors import EngineError
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.engine import HostArray, to_host
+from elit_export.runtime.cache import CachePolicy, Computed, RequestCache
+from elit_export.runtime.engine import Array, HostArray, to_host
 from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.samplers.base import Float64, Noise, Sampler
 from elit_export.spec import Budget
 
 Conditioning = Mapping[str, HostArray]
+Inputs = Mapping[str, HostArray]
+Outputs = Mapping[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +40,22 @@ class Request:
     conditioning: Conditioning
     null_conditioning: Conditioning
     noise: Noise
+    cache: CachePolicy | None = None
 
 
 @dataclass(frozen=True)
 class Call:
     """One engine call. Two branches at one budget share a call with twice the rows.
 
-    `engine_ms` includes waiting for another request's call where a bank is shared.
+    `reused` calls ran no block: they took a residual of earlier steps. `engine_ms` includes waiting for
+    another request's call where a bank is shared.
     """
 
     budget: Budget
     rows: int
     profile: str
     engine_ms: float
+    reused: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,8 @@ class GuidedVelocity:
     def __init__(self, bank: EngineBank, request: Request) -> None:
         self._bank = bank
         self._request = request
+        self._cache = RequestCache(request.cache, len(request.schedule)) if request.cache else None
+        self._step, self._evaluation = -1, 0  # which evaluation of the step this is; Heun has two
         self._calls: list[Call] = []
         self._profiles: dict[tuple[Budget, int], str] = {}
         self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
@@ -92,6 +100,8 @@ class GuidedVelocity:
 
     def __call__(self, x: Float64, t: float, step: int) -> Float64:
         branches = self._request.guidance.branches(self._request.schedule[step], t)
+        self._evaluation = self._evaluation + 1 if step == self._step else 0
+        self._step = step
         try:
             velocities = self._evaluate(x, t, branches)
         except EngineError as error:
@@ -108,19 +118,36 @@ class GuidedVelocity:
         """The velocity of each branch, (B, C, H, W) float32."""
         budgets = {branch.budget for branch in branches}
         if len(budgets) == 1:  # the branches share a call
-            joined = self._call(x, t, branches)
+            joined = self._call(x, t, branches, "joined" if len(branches) > 1 else "strong")
             return [joined[start : start + len(x)] for start in range(0, len(joined), len(x))]
-        return [self._call(x, t, (branch,)) for branch in branches]
+        return [self._call(x, t, (branch,), role) for branch, role in zip(branches, ("strong", "weak"), strict=True)]
 
-    def _call(self, x: Float64, t: float, branches: Sequence[Branch]) -> HostArray:
+    def _call(self, x: Float64, t: float, branches: Sequence[Branch], role: str) -> HostArray:
         budget = branches[0].budget
         inputs = self._inputs(x, t, branches)
         rows = len(inputs["x"])
         started = time.perf_counter()
-        outputs = self._bank(budget, inputs)
+        outputs, reused = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3
-        self._calls.append(Call(budget, rows, self._profile(budget, rows), engine_ms))
+        self._calls.append(Call(budget, rows, self._profile(budget, rows), engine_ms, reused))
         return to_host(outputs["velocity"])
+
+    def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, bool]:
+        """What the engines give, and whether that was reused. The rows of a call compute or reuse together.
+
+        Each role in guidance has its own memory, and so has each evaluation of a step.
+        """
+        if self._cache is None:
+            return self._bank(budget, inputs), False
+        remembered = self._cache.branch((role, self._evaluation), self._step)
+        if self._cache.reuses(remembered, self._step):
+            residual, before, weight = self._cache.forecast(remembered, self._step, t)
+            forecast = np.full(len(inputs["x"]), weight, np.float32)
+            older = {"residual": residual, "residual_prev": before, "forecast": forecast}
+            return self._bank.reuse({**inputs, **older}), True
+        outputs = self._bank(budget, inputs)
+        remembered.note(self._step, Computed(t, budget, outputs["residual"]))
+        return outputs, False
 
     def _profile(self, budget: Budget, rows: int) -> str:
         """The profile that served, looked up once per budget and rows of a sampling."""

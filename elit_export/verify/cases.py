@@ -55,6 +55,23 @@ def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
     }
 
 
+# ---------------------------------------------------------------- graphs of the cache
+
+
+def cache_rows(profiles: Sequence[Profile]) -> tuple[int, ...]:
+    """Least and most usual rows; not the most, because what these graphs take and give is large."""
+    return tuple(sorted({min(profile.rows.min for profile in profiles), max(profile.rows.opt for profile in profiles)}))
+
+
+def cache_inputs(graph: str, rows: int, spec: ModelSpec) -> Arrays:
+    """Inputs of `probe` or `reuse`; a function of (graph, rows) alone."""
+    generator = np.random.default_rng((INPUT_SEED, len(graph), rows))
+    common = case_inputs(ReferenceCase(profile="", kept=1, rows=rows), rows, spec)
+    more = spec.inputs_of(graph)[len(spec.common_inputs) :]
+    shapes = {tensor.name: (rows, *(int(size) for size in tensor.shape[1:])) for tensor in more}
+    return common | {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
 # ---------------------------------------------------------------- trajectories
 
 

@@ -46,7 +46,8 @@ def live_reference(bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path) ->
     from elit_export.verify.reference import reference_arrays  # needs torch
 
     model = model_of(bundle, checkpoint)
-    return reference_arrays(model, plan_set.reference.cases, plan_set.reference.trajectories)
+    reference = plan_set.reference
+    return reference_arrays(model, reference.cases, reference.cache_rows, reference.trajectories)
 
 
 def model_of(bundle: Bundle, checkpoint: str | Path) -> ElitSiT:

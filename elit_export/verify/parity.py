@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from elit_export.errors import BundleError, EngineError, ParityError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import LATENTS, ModelSpec
-from elit_export.verify.cases import REFERENCE_FILE, Arrays, trajectory_profiles, trajectory_steps
+from elit_export.spec import CACHE_GRAPHS, LATENTS, ModelSpec, Precision
+from elit_export.verify.cases import REFERENCE_FILE, Arrays, cache_inputs, trajectory_profiles, trajectory_steps
 from elit_export.verify.metrics import Difference, difference, worst
 from elit_export.verify.tolerances import TOLERANCES
 
@@ -76,7 +77,7 @@ class Comparison:
 
 
 def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
-    """Every profile at its corners with its own engine, then whole trajectories step by step.
+    """Every profile at its corners with its own engine, the cache's graphs, whole trajectories step by step.
 
     An engine that fails or gives numbers that are not finite is a miss at every point it leaves without an answer.
     """
@@ -84,6 +85,8 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
     tolerance = TOLERANCES[plan_set.precision]
     for index, case in enumerate(plan_set.reference.cases):
         yield from _compared_case(bank, index, case, arrays, model.spec, tolerance.step_db)
+    for graph, rows in product(CACHE_GRAPHS, plan_set.reference.cache_rows):
+        yield from _compared_cache(bank, graph, rows, arrays, model.spec)
     pipeline = Pipeline(bank, model.spec, model.data)
     for trajectory in plan_set.reference.trajectories:
         yield from _compared_trajectory(pipeline, trajectory, arrays, tolerance.trajectory_db)
@@ -92,7 +95,8 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
 def comparisons_of(plan_set: PlanSet) -> int:
     """How many Comparisons a plan set has."""
     reference = plan_set.reference
-    return 2 * len(reference.cases) + sum(trajectory.steps for trajectory in reference.trajectories)
+    cached = 3 * len(reference.cache_rows)  # outputs of `probe` and `reuse`
+    return 2 * len(reference.cases) + cached + sum(trajectory.steps for trajectory in reference.trajectories)
 
 
 def require(comparison: Comparison) -> Comparison:
@@ -131,6 +135,16 @@ def _compared_case(
         found = NOTHING if answer is None else difference(to_host(answer), arrays[f"{index}/{tensor.name}"])
         point = f"K={case.kept} rows={case.rows} {tensor.name}"
         yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem)
+
+
+def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
+    """`probe` and `reuse` are fp32 in every plan set."""
+    outputs, problem = _answers(bank.cache[graph], cache_inputs(graph, rows, spec))
+    for tensor in spec.outputs_of(graph):
+        answer = outputs.get(tensor.name)
+        found = NOTHING if answer is None else difference(to_host(answer), arrays[f"{graph}/{rows}/{tensor.name}"])
+        least_db = TOLERANCES[Precision.FP32].step_db
+        yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", found, least_db, problem=problem)
 
 
 def _answers(engine: Engine, inputs: Mapping[str, Array]) -> tuple[Mapping[str, Array], str]:

@@ -6,6 +6,7 @@ Takes: a model, cases.  Gives: arrays for the bundle's reference file.  May touc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,8 @@ from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import LATENTS, Precision, Profile, Range
-from elit_export.verify.cases import Arrays, case_inputs, trajectory_states
+from elit_export.spec import CACHE_GRAPHS, LATENTS, Precision, Profile, Range
+from elit_export.verify.cases import Arrays, cache_inputs, case_inputs, trajectory_states
 
 MAX_ROWS = 1 << 20
 
@@ -45,17 +46,35 @@ def torch_pipeline(model: ElitSiT) -> Pipeline:
 
 
 def reference_arrays(
-    model: ElitSiT, cases: Sequence[ReferenceCase], trajectories: Sequence[ReferenceTrajectory]
+    model: ElitSiT,
+    cases: Sequence[ReferenceCase],
+    rows: Sequence[int],
+    trajectories: Sequence[ReferenceTrajectory],
 ) -> Arrays:
-    """Inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`."""
+    """Inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`.
+
+    Outputs of `probe` and `reuse` at each of `rows` as `GRAPH/ROWS/NAME`.
+    """
     engine = torch_engine(model)
     arrays: Arrays = {}
     for index, case in enumerate(cases):
         inputs = case_inputs(case, index, model.spec)
         outputs = engine({**inputs, LATENTS: np.arange(case.kept)})
         arrays |= {f"{index}/{name}": to_host(array) for name, array in {**inputs, **outputs}.items()}
+    for graph, count in product(CACHE_GRAPHS, rows):
+        arrays |= {f"{graph}/{count}/{name}": array for name, array in _cache_answers(model, graph, count).items()}
     pipeline = torch_pipeline(model)
     for trajectory in trajectories:
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
     return arrays
+
+
+@torch.inference_mode()
+def _cache_answers(model: ElitSiT, graph: str, rows: int) -> Arrays:
+    inputs = cache_inputs(graph, rows, model.spec)
+    tensors = [torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.inputs_of(graph)]
+    answers = getattr(model, graph)(*tensors)
+    outputs = answers if isinstance(answers, tuple) else (answers,)
+    names = [tensor.name for tensor in model.spec.outputs_of(graph)]
+    return {name: output.numpy() for name, output in zip(names, outputs, strict=True)}
