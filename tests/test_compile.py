@@ -17,7 +17,13 @@ from elit_export.runtime import onnxruntime_engine
 from tests.conftest import recipe_values
 from tests.helpers import tiny_model
 
-READ, EXPORT, BUILD, ANSWER, VERIFY = "read checkpoint", "export graph", "build plan", "PyTorch reference", "verify"
+READ, EXPORT, ANSWER, BUILD, VERIFY = (
+    "read checkpoint",
+    "export graph",
+    "PyTorch reference",
+    "build full, half, quarter",
+    "verify",
+)
 
 
 @pytest.fixture
@@ -26,12 +32,12 @@ def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 
 
 def build_again(folder: Path, checkpoint: Path, **changes: Any) -> list[str]:
-    """The stages of a second build with a changed recipe."""
+    """The stages of a second build with a changed recipe, each once."""
     stages: list[str] = []
     recipe = recipe_from_values(recipe_values(checkpoint) | changes, "test")
     compile_bundle(recipe, "cpu", out=folder, progress=lambda stage, _: stages.append(stage))
     Pipeline.load(folder).close()
-    return [stage for stage in stages if not stage.startswith("verified")]
+    return [stage for stage in dict.fromkeys(stages) if not stage.startswith("verified")]
 
 
 def test_nothing_changed_does_nothing(copied: Path, tiny_checkpoint: Path) -> None:
@@ -51,19 +57,19 @@ def test_a_changed_target_builds_only_the_plan(copied: Path, tiny_checkpoint: Pa
 
 
 def test_changed_rows_ask_pytorch_again_but_do_not_export(copied: Path, tiny_checkpoint: Path) -> None:
-    assert build_again(copied, tiny_checkpoint, rows={"min": 1, "opt": 2, "max": 4}) == [BUILD, READ, ANSWER, VERIFY]
+    assert build_again(copied, tiny_checkpoint, rows={"min": 1, "opt": 2, "max": 4}) == [READ, ANSWER, BUILD, VERIFY]
 
 
 def test_a_changed_checkpoint_makes_everything_again(copied: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
     stages = build_again(copied, tmp_path / "other.safetensors")
-    assert stages == [READ, EXPORT, BUILD, ANSWER, VERIFY]
+    assert stages == [READ, EXPORT, ANSWER, BUILD, VERIFY]
 
 
 def test_a_newer_library_builds_the_plan_again(
     copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxruntime_engine, "library_version", lambda: "onnxruntime 99")
+    monkeypatch.setattr(onnxruntime_engine, "library_version", lambda _library: "onnxruntime 99")
     assert build_again(copied, tiny_checkpoint) == [BUILD, VERIFY]
 
 
@@ -89,4 +95,4 @@ def test_what_is_gone_from_disk_is_made_again(copied: Path, tiny_checkpoint: Pat
 
 def test_a_damaged_manifest_is_built_over(copied: Path, tiny_checkpoint: Path) -> None:
     (copied / MANIFEST).write_text("{")
-    assert build_again(copied, tiny_checkpoint) == [READ, EXPORT, BUILD, ANSWER, VERIFY]
+    assert build_again(copied, tiny_checkpoint) == [READ, EXPORT, ANSWER, BUILD, VERIFY]

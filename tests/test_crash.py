@@ -32,7 +32,7 @@ from elit_export.cli import main
 from elit_export.errors import BundleError
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values
-from elit_export.spec import PIXELS
+from elit_export.spec import PIXELS, Precision
 from elit_export.training.data import LabelledImages, load_images
 from elit_export.training.trainer import TrainConfig, Trainer
 from tests.conftest import recipe_values
@@ -59,11 +59,12 @@ def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
 @pytest.fixture
 def ready_graph(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """The export, which takes seconds in memory, gives way to a copy of what it writes."""
-    graph = tiny_bundle.folder / "graphs" / tiny_bundle.manifest.graphs[compile.GRAPH].name
+    graph = tiny_bundle.manifest.graphs["step-fp32"]
 
-    def copy(_model: ElitSiT, folder: Path) -> None:
-        for path in graph.iterdir():
+    def copy(_model: ElitSiT, folder: Path, _precision: Precision) -> Path:
+        for path in tiny_bundle.verified(graph.artifact).iterdir():
             shutil.copy(path, folder)
+        return folder / graph.file
 
     monkeypatch.setattr(compile, "export_step", copy)
 

@@ -22,11 +22,12 @@ def graph(golden_g4_bundle: Bundle) -> onnx.GraphProto:
 
 
 def graph_file(bundle: Bundle) -> Path:
-    return bundle.verified(bundle.manifest.graphs["step-fp32"]) / "step.onnx"
+    graph = bundle.manifest.graphs["step-fp32"]
+    return bundle.verified(graph.artifact) / graph.file
 
 
 def test_weights_lie_in_one_file_beside_the_graph(golden_g4_bundle: Bundle) -> None:
-    assert set(golden_g4_bundle.manifest.graphs["step-fp32"].files) == {"step.onnx", "step.onnx.data"}
+    assert set(golden_g4_bundle.manifest.graphs["step-fp32"].artifact.files) == {"step.onnx", "step.onnx.data"}
 
 
 def test_rows_and_latents_are_the_only_dynamic_dimensions(graph: onnx.GraphProto) -> None:
