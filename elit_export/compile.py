@@ -216,7 +216,8 @@ class _Build:
         """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
         groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
         share = 1 / len(groups)
-        plans = [self._plan(graph, group, index * share, share) for index, group in enumerate(groups)]
+        with self.writer.staged() as shared:
+            plans = [self._plan(graph, group, shared, index * share, share) for index, group in enumerate(groups)]
         plan_set = PlanSet(
             target=self.target,
             backend=self.chosen.backend,
@@ -241,7 +242,8 @@ class _Build:
             return self.before
         return plan_set
 
-    def _plan(self, graph: Graph, profiles: Profiles, done_before: float, share: float) -> Plan:
+    def _plan(self, graph: Graph, profiles: Profiles, shared: Path, done_before: float, share: float) -> Plan:
+        """One plan, built in a folder of its own inside the one that the plans of the set share."""
         key = self.plan_key(graph, profiles)
         for old in self.before.plans if self.before else ():
             if old.key == key and self._is_whole(old.artifact):
@@ -255,10 +257,11 @@ class _Build:
         on_share(0.0)
         graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
         builder = BACKENDS[self.chosen.backend].builder()
-        with self.writer.staged() as folder:
-            built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
-            prefix = f"step-{self.target}-{self.chosen.precision.value}-{built.label}"
-            artifact = self.writer.adopt(folder, "plans", prefix)
+        folder = shared / profiles[0].name
+        folder.mkdir()
+        built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
+        prefix = f"step-{self.target}-{self.chosen.precision.value}-{built.label}"
+        artifact = self.writer.adopt(folder, "plans", prefix)
         return Plan(artifact=artifact, key=key, file=built.file, versions=built.versions, built_on=built.built_on)
 
     def _verified(self, facts: ModelFacts, graph: Graph, plan_set: PlanSet) -> PlanSet:
