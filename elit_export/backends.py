@@ -6,6 +6,7 @@ A build module offers
     check(target)                                          raises if it cannot build for the target here
     grouped(profiles, target) -> groups of profiles        each group shares a plan
     build_plan(graph, folder, profiles, target, progress) -> BuiltPlan
+                                                           what plans of a set share may lie beside `folder`
 An engine module offers
     open_engines(plans, plan_set) -> engines               by name of profile; `plans` are their files
     unfit(plan_set) -> str                                 why its plans cannot run here, or nothing

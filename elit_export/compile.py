@@ -216,12 +216,16 @@ class _Build:
         """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
         groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
         share = 1 / (len(groups) + len(CACHE_GRAPHS))
-        plans = [self._plan(STEP, graphs[STEP], group, index * share, share) for index, group in enumerate(groups)]
         every_row = (Profile("cache", ANY_BUDGET, _covering([profile.rows for profile in profiles])),)
-        cache = {
-            name: self._plan(name, graphs[name], every_row, (len(groups) + index) * share, share)
-            for index, name in enumerate(CACHE_GRAPHS)
-        }
+        with self.writer.staged() as shared:
+            plans = [
+                self._plan(STEP, graphs[STEP], group, shared, (index * share, share))
+                for index, group in enumerate(groups)
+            ]
+            cache = {
+                name: self._plan(name, graphs[name], every_row, shared, ((len(groups) + index) * share, share))
+                for index, name in enumerate(CACHE_GRAPHS)
+            }
         plan_set = PlanSet(
             target=self.target,
             backend=self.chosen.backend,
@@ -247,24 +251,31 @@ class _Build:
             return self.before
         return plan_set
 
-    def _plan(self, name: str, graph: Graph, profiles: Profiles, done_before: float, share: float) -> Plan:
+    def _plan(self, name: str, graph: Graph, profiles: Profiles, shared: Path, part: tuple[float, float]) -> Plan:
+        """One plan, built in a folder of its own inside the one that the plans of the set share.
+
+        `part` is the share of all plans that is done before it, and its own.
+        """
         key = self.plan_key(graph, profiles)
         for old in self.before.plans if self.before else ():
             if old.key == key and self._is_whole(old.artifact):
                 return old
         what = ", ".join([name, *(profile.name for profile in profiles if name == STEP)])
 
+        before, share = part
+
         def on_share(done: float) -> None:
             whole = STARTS["verify"] - STARTS["plans"]
-            self.progress(f"build {what}", STARTS["plans"] + whole * (done_before + done * share))
+            self.progress(f"build {what}", STARTS["plans"] + whole * (before + done * share))
 
         on_share(0.0)
         graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
         builder = BACKENDS[self.chosen.backend].builder()
-        with self.writer.staged() as folder:
-            built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
-            prefix = f"{name}-{self.target}-{self.precision_of(name).value}-{built.label}"
-            artifact = self.writer.adopt(folder, "plans", prefix)
+        folder = shared / f"{name}-{profiles[0].name}"
+        folder.mkdir()
+        built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
+        prefix = f"{name}-{self.target}-{self.precision_of(name).value}-{built.label}"
+        artifact = self.writer.adopt(folder, "plans", prefix)
         return Plan(artifact=artifact, key=key, file=built.file, versions=built.versions, built_on=built.built_on)
 
     def _verified(self, facts: ModelFacts, graphs: Mapping[str, Graph], plan_set: PlanSet) -> PlanSet:

@@ -6,12 +6,13 @@ Takes: a TOML file.  Gives: Recipe.  May touch: that file.  Knows nothing of: we
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
@@ -79,6 +80,12 @@ class OnnxRuntimeTarget(Target):
     threads: int = Field(default=0, ge=0, le=MOST_THREADS)
 
 
+def _capability(text: str) -> str:
+    if not re.fullmatch(r"\d{1,2}\.\d", text):
+        raise ValueError(f"{text!r} is no compute capability; they look like '8.9' and '12.0'")
+    return text
+
+
 class TensorRTTarget(Target):
     """TensorRT, and TensorRT for RTX, which builds without a GPU for the `compute_capabilities` named.
 
@@ -90,9 +97,7 @@ class TensorRTTarget(Target):
 
     backend: Literal["tensorrt", "tensorrt-rtx"]
     device: str = "cuda"
-    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d{1,2}\.\d$")], ...] = Field(
-        min_length=1, strict=False
-    )
+    compute_capabilities: tuple[Annotated[str, AfterValidator(_capability)], ...] = Field(min_length=1, strict=False)
     layout: Literal["per-profile", "multi-profile"] = "per-profile"
     workspace_mb: int | None = Field(default=None, ge=1)
     optimization_level: int | None = Field(default=None, ge=0, le=5)

@@ -9,10 +9,12 @@ import torch
 from hypothesis import settings
 
 from elit_export.bundle import Bundle
-from elit_export.checkpoint import save_checkpoint
+from elit_export.checkpoint import load_checkpoint, save_checkpoint
 from elit_export.compile import compile_bundle
+from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import recipe_from_values, shipped_recipe
+from elit_export.spec import Precision
 from tests.helpers import Golden, golden, tiny_model
 
 torch.set_num_threads(1)  # the models here are tiny; a second thread only waits for the first
@@ -75,3 +77,18 @@ def tiny_bundle(tiny_checkpoint: Path) -> Bundle:
 def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The shipped model through its own recipe."""
     return compile_bundle(shipped_recipe(), "cpu", out=tmp_path_factory.mktemp("fashion") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def fashion_model() -> ElitSiT:
+    """The shipped model. Do not change it."""
+    return load_checkpoint("shipped:fashion")
+
+
+@pytest.fixture(scope="session")
+def fashion_graphs(fashion_model: ElitSiT, tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
+    """The shipped model's graphs in half precision."""
+    return {
+        precision: export_graph(fashion_model, "step", tmp_path_factory.mktemp(precision.value), precision)
+        for precision in (Precision.FP16, Precision.BF16)
+    }

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 from elit_export.checkpoint import load_checkpoint
 from elit_export.models.sit import ElitSiT
@@ -124,3 +126,40 @@ def tiny_model(**changes: Any) -> ElitSiT:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(weights_by_name(shapes, seed=3))
     return model.eval()
+
+
+# ---------------------------------------------------------------- bfloat16 on a CPU
+
+
+def rounding_graph(graph: Path) -> onnx.ModelProto:
+    """A bfloat16 graph rewritten for ONNX Runtime, which has no bfloat16 kernels on a CPU.
+
+    Every bfloat16 value is computed in float32 from bfloat16 values and rounded to bfloat16 where it
+    leaves its node, as on a GPU that sums in float32; inside a node, as in Attention, nothing is rounded.
+    Run it without graph optimization, which would take the rounding for a pair of casts that cancel.
+    """
+    model = onnx.load(graph)
+    for tensor in model.graph.initializer:
+        if tensor.data_type == TensorProto.BFLOAT16:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    halves = {
+        value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
+    }
+    nodes = [made for node in model.graph.node for made in _rounding_nodes(node, halves)]
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def _rounding_nodes(node: onnx.NodeProto, halves: set[str]) -> list[onnx.NodeProto]:
+    """The node in float32, then what rounds those of its outputs that are among the `halves`."""
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.i == TensorProto.BFLOAT16:
+            attribute.i = TensorProto.FLOAT
+    made = [node]
+    for index, name in enumerate(node.output):
+        if name in halves:
+            node.output[index] = f"{name}/exact"
+            made.append(helper.make_node("Cast", [f"{name}/exact"], [f"{name}/rounded"], to=TensorProto.BFLOAT16))
+            made.append(helper.make_node("Cast", [f"{name}/rounded"], [name], to=TensorProto.FLOAT))
+    return made

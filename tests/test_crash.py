@@ -38,7 +38,7 @@ from elit_export.errors import BundleError
 from elit_export.files import written_whole
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values
-from elit_export.spec import PIXELS, ModelSpec
+from elit_export.spec import PIXELS, ModelSpec, Precision
 from elit_export.training.data import LabelledImages, load_images
 from elit_export.training.trainer import TrainConfig, Trainer
 from tests.conftest import recipe_values
@@ -101,12 +101,14 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def ready_graphs(tiny: Built, other: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     """The export, which takes seconds in memory, gives way to a copy of what it writes."""
 
-    def copy(model: ElitSiT, folder: Path) -> None:
+    def copy(model: ElitSiT, name: str, folder: Path, precision: Precision) -> Path:
         ready = tiny.bundle if model.spec == tiny.spec else other.bundle
-        for path in ready.verified(ready.manifest.graphs[compile.GRAPH]).iterdir():
+        graph = ready.manifest.graphs[f"{name}-{precision.value}"]
+        for path in ready.verified(graph.artifact).iterdir():
             shutil.copy(path, folder)
+        return folder / graph.file
 
-    monkeypatch.setattr(compile, "export_step", copy)
+    monkeypatch.setattr(compile, "export_graph", copy)
 
 
 # ---------------------------------------------------------------- children

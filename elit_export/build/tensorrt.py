@@ -1,7 +1,8 @@
 """Graph → TensorRT plan, with `tensorrt` or `tensorrt_rtx`: their Python API is one.
 
 Takes: a graph, profiles, a target.  Gives: a plan per profile, or one with several optimization
-profiles.  May touch: the folder it is given.  Knows nothing of: running plans.
+profiles.  May touch: the folder it is given, and a timing cache beside it.  Knows nothing of: running
+plans.
 
 Networks are strongly typed: the arithmetic is baked into the graph. TensorRT for RTX builds for named
 compute capabilities without a GPU; TensorRT builds for the GPU of the machine it runs on.
@@ -9,9 +10,11 @@ compute capabilities without a GPU; TensorRT builds for the GPU of the machine i
 
 from __future__ import annotations
 
+import functools
 import logging
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +28,7 @@ from elit_export.spec import LATENTS, ROWS, Precision, Profile
 
 TIMING_CACHE = "timing.cache"
 MEGABYTE = 1 << 20
+FIRST_BF16 = (8, 0)  # compute capability
 logger = logging.getLogger(__name__)
 
 
@@ -34,12 +38,13 @@ class Flavour:
 
     names_capabilities: bool  # builds for named GPUs that need not be there
     timing_cache: bool
+    compatibility: bool  # plans for other GPUs and later versions than those named
     oldest: tuple[int, int]
 
 
 FLAVOURS = {
-    "tensorrt": Flavour(names_capabilities=False, timing_cache=True, oldest=(10, 14)),
-    "tensorrt-rtx": Flavour(names_capabilities=True, timing_cache=False, oldest=(1, 4)),
+    "tensorrt": Flavour(names_capabilities=False, timing_cache=True, compatibility=True, oldest=(10, 14)),
+    "tensorrt-rtx": Flavour(names_capabilities=True, timing_cache=False, compatibility=False, oldest=(1, 4)),
 }
 
 
@@ -56,10 +61,22 @@ def check(target: TensorRTTarget) -> None:
         )
     if target.timing_cache and not flavour.timing_cache:
         raise BuildError(f"{target.backend} tunes on the device that runs the plan: leave timing_cache out")
+    if target.compatibility != "none" and not flavour.compatibility:
+        raise BuildError(
+            f"{target.backend} has no compatibility = {target.compatibility!r}: leave it out, and name every GPU "
+            f"in compute_capabilities"
+        )
+    _check_arithmetic(target)
     if flavour.names_capabilities:
         _check_known(trt, target.compute_capabilities)
     else:
         _check_local(target)
+
+
+def _check_arithmetic(target: TensorRTTarget) -> None:
+    older = [name for name in target.compute_capabilities if _numbers(name) < FIRST_BF16]
+    if target.precision is Precision.BF16 and older:
+        raise BuildError(f"compute capability {older[0]} has no bf16 arithmetic: give it a target with fp16")
 
 
 def _check_known(trt: Any, wanted: Iterable[str]) -> None:
@@ -101,31 +118,49 @@ def build_plan(
     Raises BuildError with what the library said; KeyboardInterrupt ends the build at its next step.
     """
     trt = _library(target)
+    monitor = _monitor(trt, progress)
+    # On a thread of its own: Ctrl-C comes to the main thread, where the library would swallow it in a callback.
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        try:
+            timing = folder.parent / TIMING_CACHE
+            plan = worker.submit(_serialized, trt, graph, profiles, target, monitor, timing).result()
+        except BaseException as error:
+            monitor.interrupted = error
+            raise
+    file = graph.with_suffix(".plan").name
+    (folder / file).write_bytes(plan)
+    progress(1.0)
+    return BuiltPlan(
+        file=file,
+        label=_label(profiles, target, trt.__version__),
+        versions={target.backend: trt.__version__},
+        built_on={"machine": platform.machine(), "system": platform.system()},
+    )
+
+
+def _serialized(
+    trt: Any, graph: Path, profiles: Sequence[Profile], target: TensorRTTarget, monitor: Any, timing: Path
+) -> Any:
+    """The bytes of a plan; raises BuildError, or what interrupted the monitor."""
     log = _log(trt)
+    log.errors.clear()
     builder = trt.Builder(log)
     network = _parsed(trt, builder, graph, log, target.precision)
     config = _config(trt, builder, target)
     for profile in profiles:
         config.add_optimization_profile(_optimization_profile(builder, network, profile))
-    monitor = config.progress_monitor = _monitor(trt, progress)
-    cache = _timing_cache(config, folder.parent / TIMING_CACHE) if target.timing_cache else None
+    config.progress_monitor = monitor
+    cache = _timing_cache(config, timing) if target.timing_cache else None
     plan = builder.build_serialized_network(network, config)
-    file = graph.with_suffix(".plan").name
     if monitor.interrupted:
         raise monitor.interrupted
     if plan is None:
-        raise BuildError(f"{target.backend} cannot build {_names(profiles)}: {log.last_errors() or 'it says no more'}")
-    (folder / file).write_bytes(plan)
+        small = f" (workspace_mb = {target.workspace_mb} may be too little)" if target.workspace_mb else ""
+        said = log.last_errors() or "it says no more"
+        raise BuildError(f"{target.backend} cannot build {_names(profiles)}: {said}{small}")
     if cache is not None:
-        (folder.parent / TIMING_CACHE).write_bytes(cache.serialize())
-    return BuiltPlan(
-        file=file,
-        label="-".join(
-            [_names(profiles), f"{target.backend}{trt.__version__}", *map(_sm, target.compute_capabilities)]
-        ),
-        versions={target.backend: trt.__version__},
-        built_on={"machine": platform.machine(), "system": platform.system()},
-    )
+        timing.write_bytes(cache.serialize())
+    return plan
 
 
 def _parsed(trt: Any, builder: Any, graph: Path, log: Any, precision: Precision) -> Any:
@@ -134,12 +169,17 @@ def _parsed(trt: Any, builder: Any, graph: Path, log: Any, precision: Precision)
     network = builder.create_network(1 << int(flag))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        refused = "; ".join(f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors)
+        refused = "; ".join(_refusal(parser.get_error(index)) for index in range(parser.num_errors))
         raise BuildError(f"{trt.__name__} cannot read {graph.name}: {refused or log.last_errors()}")
     if precision is Precision.FP32 and _has_native_attention(trt, network):
         raise BuildError(f"{graph.name}: native attention has no fp32 kernel; export with precision = 'fp32'")
     return network
+
+
+def _refusal(error: Any) -> str:
+    """`MatMul core.3.attn/MatMul_93: what is wrong`, or only that where no node is to blame."""
+    node = f"{error.node_operator()} {error.node_name()}".strip()
+    return f"{node}: {error.desc()}" if node else str(error.desc())
 
 
 def _has_native_attention(trt: Any, network: Any) -> bool:
@@ -194,18 +234,16 @@ def _timing_cache(config: Any, path: Path) -> Any:
 # ---------------------------------------------------------------- what the library says
 
 
+@functools.cache
 def _log(trt: Any) -> Any:
     """A TensorRT logger that speaks through `logging` and remembers its errors.
 
-    A class inside a function, because its base is known only once the library is chosen.
+    One for all builds: the library keeps the first it sees for as long as anything that was made with it
+    lives. Its warnings are about the network made here and its errors come back in a BuildError, so both
+    are only INFO. A class inside a function, because its base is known only once the library is chosen.
     """
-    levels = {
-        trt.ILogger.INTERNAL_ERROR: logging.ERROR,
-        trt.ILogger.ERROR: logging.ERROR,
-        trt.ILogger.WARNING: logging.WARNING,
-        trt.ILogger.INFO: logging.INFO,
-        trt.ILogger.VERBOSE: logging.DEBUG,
-    }
+    failures = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+    levels = {**dict.fromkeys((*failures, trt.ILogger.WARNING), logging.INFO), trt.ILogger.INFO: logging.DEBUG}
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -213,8 +251,8 @@ def _log(trt: Any) -> Any:
             self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            logger.log(levels[severity], "%s", message)
-            if levels[severity] == logging.ERROR:
+            logger.log(levels.get(severity, logging.DEBUG), "%s", message)
+            if severity in failures:
                 self.errors.append(message)
 
         def last_errors(self) -> str:

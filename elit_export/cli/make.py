@@ -8,20 +8,23 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, architecture_options, build_progress, progress_bar, say, show
 from elit_export.report.tables import inspection_tables
+from elit_export.spec import Precision
 
 DEFAULT_BUILD_FOLDER = Path("engines/build")
+PRECISION = click.Choice([precision.value for precision in Precision])
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--out", type=FOLDER, required=True, help="Folder for step.onnx and its weights.")
+@click.option("--precision", type=PRECISION, default=Precision.FP32.value, show_default=True)
 @architecture_options
-def export(checkpoint: str, out: Path, **numbers: int | None) -> None:
+def export(checkpoint: str, out: Path, precision: str, **numbers: int | None) -> None:
     """Export CHECKPOINT (.pt, .safetensors or shipped:fashion) as one ONNX graph for every budget."""
     from elit_export.checkpoint import load_checkpoint
     from elit_export.graphs.export import export_graph
 
-    path = export_graph(load_checkpoint(checkpoint, **numbers), "step", out)
+    path = export_graph(load_checkpoint(checkpoint, **numbers), "step", out, Precision(precision))
     say(f"wrote {path} and {path.name}.data")
 
 

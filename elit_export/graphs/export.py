@@ -33,7 +33,7 @@ from elit_export.spec import LATENTS, ROWS, ModelSpec, Precision, TensorSpec
 
 # fp32 spells attention out: TensorRT has no native kernel for it. Half precision uses the native operator.
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
-HEAD_SIZE_MULTIPLE = 8  # of fused attention kernels
+HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
 # Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
 # latent positions) becomes a constant of the graph, and nothing large can appear from it.
 NO_LIMIT = 1 << 40
@@ -63,10 +63,11 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
     if spec.latents == 1:
         raise ExportError("a model with one latent per group has one budget only: there is nothing elastic to export")
     head_size = spec.hidden_size // spec.num_heads
-    if precision is not Precision.FP32 and head_size % HEAD_SIZE_MULTIPLE:
+    if precision is not Precision.FP32 and head_size not in HEAD_SIZES:
         raise ExportError(
             f"heads of {head_size} channels (width {spec.hidden_size}, {spec.num_heads} heads): native attention in "
-            f"{precision.value} wants a multiple of {HEAD_SIZE_MULTIPLE}; use precision = 'fp32'"
+            f"{precision.value} wants a multiple of {HEAD_SIZES.step} from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}; "
+            f"use precision fp32"
         )
 
 

@@ -86,15 +86,15 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def queries(self, x: Tensor) -> Tensor:  # (..., Q, D)
-        return split_heads(in_float32(self.q_norm, linear(self.q_proj, x)), self.num_heads)  # (..., h, Q, D/h)
+        q = in_float32(self.q_norm, linear(self.q_proj, x)).to(self.kv_proj.weight.dtype)
+        return split_heads(q, self.num_heads)  # (..., h, Q, D/h)
 
     def attend(self, queries: Tensor, context: Tensor) -> Tensor:  # (B, G, h, Q, D/h), (B, G, J, D)
         k, v = linear(self.kv_proj, context).chunk(2, dim=-1)
         k = split_heads(in_float32(self.k_norm, k), self.num_heads)
         v = split_heads(v, self.num_heads)
         # Four axes, as attention kernels want them: (B·G, h, Q or J, D/h).
-        queries = queries.flatten(0, 1).to(v.dtype)
-        attended = F.scaled_dot_product_attention(queries, k.flatten(0, 1), v.flatten(0, 1))
+        attended = F.scaled_dot_product_attention(queries.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         projected: Tensor = self.proj(merge_heads(attended).unflatten(0, (-1, context.shape[1])))
         return projected  # (B, G, Q, D)
 

@@ -11,7 +11,7 @@ from elit_export.bundle import Bundle
 from elit_export.errors import ExportError
 from elit_export.graphs import check
 from elit_export.graphs.check import check_graph
-from elit_export.graphs.export import export_step
+from elit_export.graphs.export import export_graph
 from elit_export.spec import TensorSpec
 from tests.helpers import tiny_model
 
@@ -22,11 +22,12 @@ def graph(golden_g4_bundle: Bundle) -> onnx.GraphProto:
 
 
 def graph_file(bundle: Bundle) -> Path:
-    return bundle.verified(bundle.manifest.graphs["step-fp32"]) / "step.onnx"
+    graph = bundle.manifest.graphs["step-fp32"]
+    return bundle.verified(graph.artifact) / graph.file
 
 
 def test_weights_lie_in_one_file_beside_the_graph(golden_g4_bundle: Bundle) -> None:
-    assert set(golden_g4_bundle.manifest.graphs["step-fp32"].files) == {"step.onnx", "step.onnx.data"}
+    assert set(golden_g4_bundle.manifest.graphs["step-fp32"].artifact.files) == {"step.onnx", "step.onnx.data"}
 
 
 def test_rows_and_latents_are_the_only_dynamic_dimensions(graph: onnx.GraphProto) -> None:
@@ -129,7 +130,7 @@ def test_another_operator_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_with_one_latent_per_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="one budget only"):
-        export_step(tiny_model(group_size=1), tmp_path)
+        export_graph(tiny_model(group_size=1), "step", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,6 +138,6 @@ def test_a_failed_check_leaves_the_old_graph(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "step.onnx").write_text("old")
     monkeypatch.setattr(check, "FORBIDDEN", {"Softmax"})
     with pytest.raises(ExportError, match="forbidden node Softmax"):
-        export_step(tiny_model(), tmp_path)
+        export_graph(tiny_model(), "step", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
     assert (tmp_path / "step.onnx").read_text() == "old"

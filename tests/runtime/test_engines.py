@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,20 +115,24 @@ def test_arrays_that_are_not_contiguous_are_taken(engine: Engine) -> None:
 # ---------------------------------------------------------------- onnxruntime alone
 
 
-def plan_of(bundle: Bundle, device: str = "cpu") -> OnnxRuntimeEngine:
+def plan_of(bundle: Bundle) -> Path:
     plan = bundle.manifest.plan_sets[0].plans[0]
-    return OnnxRuntimeEngine(bundle.verified(plan.artifact) / plan.file, device=device, threads=1)
+    return bundle.verified(plan.artifact) / plan.file
+
+
+def engine_of(bundle: Bundle) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(plan_of(bundle), device="cpu", threads=1)
 
 
 def test_wrong_shape_is_an_engine_error(golden_g4_bundle: Bundle) -> None:
-    with plan_of(golden_g4_bundle) as engine, pytest.raises(EngineError, match="onnxruntime failed"):
+    with engine_of(golden_g4_bundle) as engine, pytest.raises(EngineError, match="onnxruntime failed"):
         engine({**step_inputs(rows=1, kept=1), "x": np.zeros((1, 3, 16, 16), np.float32)})
 
 
 def test_its_own_arrays_go_back_in(golden_g4_bundle: Bundle) -> None:
     """`x` is not what will be fed back later, but any input shows that no host copy is needed."""
     inputs = step_inputs(rows=1, kept=2)
-    with plan_of(golden_g4_bundle) as engine:
+    with engine_of(golden_g4_bundle) as engine:
         from onnxruntime import OrtValue
 
         from elit_export.runtime.onnxruntime_engine import OrtArray
@@ -139,4 +144,4 @@ def test_its_own_arrays_go_back_in(golden_g4_bundle: Bundle) -> None:
 def test_absent_provider_is_refused_not_replaced(golden_g4_bundle: Bundle) -> None:
     """ONNX Runtime itself falls back to the CPU without a word."""
     with pytest.raises(BackendUnavailable, match="CUDAExecutionProvider"):
-        plan_of(golden_g4_bundle, device="cuda")
+        OnnxRuntimeEngine(plan_of(golden_g4_bundle), device="cuda", threads=0)
