@@ -570,7 +570,10 @@ class Machine:
                 )
                 for profile in profiles
             ),
-            reference=Reference(artifact=_artifact("reference", "none"), key="", cases=(), trajectories=()),
+            cache={},
+            reference=Reference(
+                artifact=_artifact("reference", "none"), key="", cache_rows=(), cases=(), trajectories=()
+            ),
         )
 
     def open(self) -> dict[str, TensorRTEngine]:
