@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
+from elit_export import compile
 from elit_export.bundle import Bundle
 from elit_export.checkpoint import load_checkpoint, save_checkpoint
 from elit_export.compile import compile_bundle
@@ -22,6 +28,35 @@ torch.set_num_threads(1)  # the models here are tiny; a second thread only waits
 #     python -m pytest tests/test_corruption.py --hypothesis-profile=long
 # `--hypothesis-seed=N` repeats a run, and what failed is tried first at the next one.
 settings.register_profile("long", max_examples=5000)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds share real exports: torch takes seconds for one, and most builds here are of the same few models."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"  # shared by a run's workers
+
+    def remembered(model: ElitSiT, name: str, target: Path, precision: Precision) -> Path:
+        made = folder / f"{fingerprint(model)}-{name}-{precision.value}"
+        folder.mkdir(exist_ok=True)
+        with FileLock(f"{made}.lock"):
+            if not made.is_dir():
+                export_graph(model, name, made.with_suffix(".part"), precision)
+                made.with_suffix(".part").rename(made)
+        shutil.copytree(made, target, dirs_exist_ok=True)
+        return target / f"{name}.onnx"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compile, "export_graph", remembered)
+        yield
+
+
+def fingerprint(model: ElitSiT) -> str:
+    """Of the spec and every weight."""
+    digest = hashlib.sha256(str(model.spec).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @pytest.fixture(scope="session", params=["tiny_g4", "tiny_g2_qknorm"])

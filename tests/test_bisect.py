@@ -120,7 +120,7 @@ def test_a_plan_that_building_again_mends_is_stale(copied: Path, fault: Change) 
     alter(copied, "plans", fault)
     verdict = verdict_on(copied)
     assert verdict.cause is Cause.PLAN
-    (plan,) = copied.glob("plans/*")
+    (plan,) = copied.glob("plans/step-*")
     remedy = f"rm -r {plan} && elit-export build RECIPE --target cpu --out {copied}"
     assert str(verdict).endswith(remedy)
 
@@ -222,7 +222,7 @@ def test_a_trajectory_that_misses_is_bisected_at_the_first_case(copied: Path) ->
     rewrite_manifest(copied)
     done = verify(copied)
     assert done.exit_code == 1, done.output
-    assert "trajectory plain, step 0: SQNR 40.1 dB" in done.stderr
+    assert "trajectory plain (profiles full), step 0: SQNR 40.1 dB" in done.stderr
     assert "profile full, K=4 rows=1, where 115 dB are needed: the stored plan is sound" in done.stderr
 
 

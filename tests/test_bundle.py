@@ -274,7 +274,9 @@ def test_rebuild_of_another_model_drops_what_the_manifest_no_longer_names(
     bundle = compile_bundle(recipe, "cpu", out=copied, checkpoint=tmp_path / "other.safetensors")
     present = {path.name for kind in ("graphs", "plans", "reference") for path in (copied / kind).iterdir()}
     assert present == {artifact.name for artifact in bundle.manifest.artifacts()}
-    assert present.isdisjoint(old)
+    steps = {name for name in old if name.startswith("step")}  # probe and reuse happen to be the same
+    assert steps
+    assert present.isdisjoint(steps)
 
 
 def test_targets_of_one_checkpoint_share_a_bundle(copied: Path, tiny_checkpoint: Path) -> None:
@@ -317,7 +319,7 @@ def test_every_profile_was_compared_at_its_corners(golden_g4_bundle: Bundle, gol
 def test_profiles_of_onnxruntime_share_one_plan(tiny_bundle: Bundle) -> None:
     (plan_set,) = tiny_bundle.manifest.plan_sets
     assert len(plan_set.profiles) > 1
-    assert len(plan_set.plans) == 1
+    assert len({facts.plan.artifact.name for facts in plan_set.profiles}) == 1
 
 
 def test_a_folder_of_other_things_is_refused_and_left_alone(recipe: Recipe, tmp_path: Path) -> None:

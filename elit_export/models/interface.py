@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from elit_export.models.layers import (
     Mlp,
     Modulation,
-    in_float32,
     linear,
     merge_heads,
     modulate,
+    normed,
     over_tokens,
     plain_norm,
     split_heads,
@@ -86,12 +86,12 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def queries(self, x: Tensor) -> Tensor:  # (..., Q, D)
-        q = in_float32(self.q_norm, linear(self.q_proj, x)).to(self.kv_proj.weight.dtype)
+        q = normed(self.q_norm, linear(self.q_proj, x)).to(self.kv_proj.weight.dtype)
         return split_heads(q, self.num_heads)  # (..., h, Q, D/h)
 
     def attend(self, queries: Tensor, context: Tensor) -> Tensor:  # (B, G, h, Q, D/h), (B, G, J, D)
         k, v = linear(self.kv_proj, context).chunk(2, dim=-1)
-        k = split_heads(in_float32(self.k_norm, k), self.num_heads)
+        k = split_heads(normed(self.k_norm, k), self.num_heads)
         v = split_heads(v, self.num_heads)
         # Four axes, as attention kernels want them: (B·G, h, Q or J, D/h).
         attended = F.scaled_dot_product_attention(queries.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))

@@ -73,9 +73,9 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return product
 
 
-def in_float32(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm computed in float32, rounded back to the precision of x."""
-    return x if isinstance(norm, nn.Identity) else norm(x.float()).to(x.dtype)
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
+    """A norm in its own precision, rounded back to that of x."""
+    return x if isinstance(norm, nn.Identity) else norm(x.to(next(norm.parameters()).dtype)).to(x.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (..., L, D)
@@ -101,7 +101,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
         q, k, v = (split_heads(part, self.num_heads) for part in linear(self.qkv, x).chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(in_float32(self.q_norm, q), in_float32(self.k_norm, k), v)
+        attended = F.scaled_dot_product_attention(normed(self.q_norm, q), normed(self.k_norm, k), v)
         projected: Tensor = self.proj(merge_heads(attended))
         return projected
 

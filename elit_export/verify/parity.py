@@ -18,7 +18,7 @@ from elit_export.errors import BundleError, EngineError, ParityError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import CACHE_GRAPHS, LATENTS, ModelSpec, Precision
+from elit_export.spec import LATENTS, ModelSpec, Precision
 from elit_export.verify.cases import REFERENCE_FILE, Arrays, cache_inputs, trajectory_profiles, trajectory_steps
 from elit_export.verify.metrics import Difference, difference, worst
 from elit_export.verify.tolerances import TOLERANCES
@@ -85,7 +85,7 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
     tolerance = TOLERANCES[plan_set.precision]
     for index, case in enumerate(plan_set.reference.cases):
         yield from _compared_case(bank, index, case, arrays, model.spec, tolerance.step_db)
-    for graph, rows in product(CACHE_GRAPHS, plan_set.reference.cache_rows):
+    for graph, rows in product(bank.cache, plan_set.reference.cache_rows):
         yield from _compared_cache(bank, graph, rows, arrays, model.spec)
     pipeline = Pipeline(bank, model.spec, model.data)
     for trajectory in plan_set.reference.trajectories:

@@ -18,30 +18,33 @@ from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import CACHE_GRAPHS, LATENTS, Precision, Profile, Range
+from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, Precision, Profile, Range
 from elit_export.verify.cases import Arrays, cache_inputs, case_inputs, trajectory_states
 
 MAX_ROWS = 1 << 20
 
 
-def torch_engine(model: ElitSiT, *, compiled: bool = False) -> FunctionEngine:
-    """The model itself, where it is, as an engine for the `step` graph, by torch.compile if asked."""
-    run = torch.compile(model.step, dynamic=True) if compiled else model.step
+def torch_engine(model: ElitSiT, graph: str = STEP, *, compiled: bool = False) -> FunctionEngine:
+    """The model itself, where it is, as an engine for a graph, by torch.compile if asked."""
+    method = getattr(model, graph)
+    run = torch.compile(method, dynamic=True) if compiled else method
     device = model.pos_embed.device
 
     @torch.inference_mode()
-    def step(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        tensors = (torch.from_numpy(inputs[tensor.name]).to(device) for tensor in model.spec.step_inputs)
-        velocity, residual = run(*tensors)
-        return {"velocity": velocity.cpu().numpy(), "residual": residual.cpu().numpy()}
+    def answer(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+        tensors = (torch.from_numpy(inputs[tensor.name]).to(device) for tensor in model.spec.inputs_of(graph))
+        outputs = run(*tensors)
+        named = zip(model.spec.outputs_of(graph), outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
+        return {tensor.name: output.cpu().numpy() for tensor, output in named}
 
-    return FunctionEngine(step)
+    return FunctionEngine(answer)
 
 
 def torch_pipeline(model: ElitSiT) -> Pipeline:
     """The runtime with PyTorch in place of engines, at every budget."""
     every = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS))
-    bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32)
+    cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
+    bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)
     return Pipeline(bank, model.spec, model.data)
 
 
@@ -62,19 +65,10 @@ def reference_arrays(
         outputs = engine({**inputs, LATENTS: np.arange(case.kept)})
         arrays |= {f"{index}/{name}": to_host(array) for name, array in {**inputs, **outputs}.items()}
     for graph, count in product(CACHE_GRAPHS, rows):
-        arrays |= {f"{graph}/{count}/{name}": array for name, array in _cache_answers(model, graph, count).items()}
+        answers = torch_engine(model, graph)(cache_inputs(graph, count, model.spec))
+        arrays |= {f"{graph}/{count}/{name}": to_host(array) for name, array in answers.items()}
     pipeline = torch_pipeline(model)
     for trajectory in trajectories:
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
     return arrays
-
-
-@torch.inference_mode()
-def _cache_answers(model: ElitSiT, graph: str, rows: int) -> Arrays:
-    inputs = cache_inputs(graph, rows, model.spec)
-    tensors = [torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.inputs_of(graph)]
-    answers = getattr(model, graph)(*tensors)
-    outputs = answers if isinstance(answers, tuple) else (answers,)
-    names = [tensor.name for tensor in model.spec.outputs_of(graph)]
-    return {name: output.numpy() for name, output in zip(names, outputs, strict=True)}

@@ -253,7 +253,7 @@ def test_recipe_errors_name_the_key(tmp_path: Path) -> None:
 
 def test_recipe_without_a_checkpoint_says_how_to_give_one(tmp_path: Path) -> None:
     recipe = Path(__file__).parent.parent.parent / "engines" / "elit-sit-xl-2-256.toml"
-    assert "--checkpoint FILE" in refused("build", recipe, "--out", tmp_path / "bundle")
+    assert "--checkpoint FILE" in refused("build", recipe, "--target", "cpu", "--out", tmp_path / "bundle")
 
 
 def test_damaged_plan_is_a_clear_error(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -366,7 +366,7 @@ def test_verify_of_an_engine_that_is_not_finite_ends_with_1_and_shows_the_table(
 
     def not_finite(engine: OnnxRuntimeEngine, inputs: Mapping[str, Array]) -> dict[str, Array]:
         outputs = dict(real(engine, inputs))
-        return outputs | {"velocity": np.full_like(outputs["velocity"], np.nan)}
+        return {name: np.full_like(array, np.nan) if name == "velocity" else array for name, array in outputs.items()}
 
     monkeypatch.setattr(OnnxRuntimeEngine, "__call__", not_finite)
     result = run("verify", tiny_bundle.folder)

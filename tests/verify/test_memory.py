@@ -34,8 +34,10 @@ def with_own_plans(folder: Path, plan_set: PlanSet) -> PlanSet:
     """Every profile with a plan of its own: the same one under another name."""
     profiles = []
     for facts in plan_set.profiles:
-        plan = facts.plan.model_copy(update={"name": f"{facts.name}-{facts.plan.name}"})
-        shutil.copytree(folder / plan.kind / facts.plan.name, folder / plan.kind / plan.name)
+        old = facts.plan.artifact
+        own = old.model_copy(update={"name": f"{facts.name}-{old.name}"})
+        shutil.copytree(folder / own.kind / old.name, folder / own.kind / own.name)
+        plan = facts.plan.model_copy(update={"artifact": own})
         profiles.append(facts.model_copy(update={"plan": plan}))
     return plan_set.model_copy(update={"profiles": tuple(profiles)})
 

@@ -13,7 +13,7 @@ from elit_export.errors import EngineError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, HostArray, to_host
-from elit_export.spec import Precision
+from elit_export.spec import CACHE_GRAPHS, Precision
 from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, require
 from elit_export.verify.reference import torch_engine
 
@@ -30,7 +30,8 @@ def found_with(bundle: Bundle, model: ElitSiT, change: Change) -> Iterator[Compa
 
     (plan_set,) = bundle.manifest.plan_sets
     slots = [Slot(facts.profile, FunctionEngine(changed)) for facts in plan_set.profiles]
-    bank = EngineBank(slots, bundle.manifest.model.spec.budgets, Precision.FP32)
+    cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
+    bank = EngineBank(slots, bundle.manifest.model.spec.budgets, Precision.FP32, cache)
     yield from compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference))
 
 
