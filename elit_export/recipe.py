@@ -229,7 +229,7 @@ def _told(problem: Any) -> str:
             Architecture,
         )
         known = [name for table in tables for name in table.model_fields]
-        near = difflib.get_close_matches(where[-1], known, n=1)
+        near = difflib.get_close_matches(where[-1], known, n=1) if where[-1] not in known else []
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]}" if key else message

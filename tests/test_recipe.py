@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elit_export.errors import RecipeError
-from elit_export.recipe import Recipe, load_recipe, recipe_from_values, shipped_recipe
+from elit_export.recipe import Recipe, TensorRTTarget, load_recipe, recipe_from_values, shipped_recipe
 from elit_export.spec import Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
 
@@ -35,15 +35,27 @@ threads = 2
 """
 
 
+GPU_RECIPE = (
+    RECIPE
+    + """
+[targets.rtx]
+backend = "tensorrt-rtx"
+precision = "bf16"
+compute_capabilities = ["8.9", "12.0"]
+"""
+)
+ENGINES = Path(__file__).parent.parent / "engines"
+
+
 def recipe_file(folder: Path, text: str = RECIPE) -> Path:
     path = folder / "mine.toml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
-def changed(old: str, new: str) -> str:
-    assert old in RECIPE
-    return RECIPE.replace(old, new)
+def changed(old: str, new: str, text: str = RECIPE) -> str:
+    assert old in text
+    return text.replace(old, new)
 
 
 def loaded(folder: Path, text: str = RECIPE) -> Recipe:
@@ -103,6 +115,31 @@ def test_of_several_targets_one_must_be_chosen(tmp_path: Path) -> None:
 
 def test_threads_are_all_cores_unless_said(tmp_path: Path) -> None:
     assert loaded(tmp_path, changed("threads = 2", "")).target("cpu").threads == 0
+
+
+@pytest.mark.parametrize("path", sorted(ENGINES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_in_the_repository_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert recipe.target("cpu").backend == "onnxruntime"
+    for name, target in recipe.targets.items():
+        assert name == "cpu" or isinstance(target, TensorRTTarget)
+        assert name.endswith("-tensorrt") is (target.backend == "tensorrt")
+
+
+def test_a_tensorrt_target_needs_little(tmp_path: Path) -> None:
+    target = loaded(tmp_path, GPU_RECIPE).target("rtx")
+    assert (target.backend, target.device, target.precision) == ("tensorrt-rtx", "cuda", Precision.BF16)
+    assert target.options() == {
+        "compute_capabilities": ["8.9", "12.0"],
+        "layout": "per-profile",
+        "workspace_mb": None,
+        "optimization_level": None,
+        "compatibility": "none",
+        "timing_cache": False,
+        "cuda_graphs": True,
+        "detailed_inspection": False,
+    }
 
 
 # ---------------------------------------------------------------- paths
@@ -180,6 +217,41 @@ def test_what_is_not_toml_is_refused_with_the_file(tmp_path: Path, content: byte
 def test_a_mistake_is_told_with_file_and_key(tmp_path: Path, old: str, new: str, told: str) -> None:
     path = recipe_file(tmp_path, changed(old, new))
     with pytest.raises(RecipeError, match=re.escape(f"{path}: ") + told):
+        load_recipe(path)
+
+
+CAPABILITIES = '["8.9", "12.0"]'
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        # unknown and missing keys
+        ('precision = "bf16"', 'precision = "bf16"\ntime_cache = true', r"time_cache: unknown key \(.*'timing_cache'"),
+        ('precision = "bf16"', 'precision = "bf16"\nthreads = 2', r"\.threads: unknown key$"),
+        (f"compute_capabilities = {CAPABILITIES}", "", r"\.compute_capabilities: field required"),
+        # GPUs that cannot be
+        (CAPABILITIES, '["89"]', r"compute_capabilities\.0: '89' is no compute capability; .* like '8\.9' and '12\.0'"),
+        (CAPABILITIES, '["8.9", "sm120"]', r"compute_capabilities\.1: 'sm120' is no compute capability"),
+        (CAPABILITIES, '["8.9\\n"]', r"compute_capabilities\.0: '8\.9\\n' is no compute capability"),
+        (CAPABILITIES, "[8.9]", r"compute_capabilities\.0: input should be a valid string"),
+        (CAPABILITIES, '"8.9"', r"compute_capabilities: input should be a valid tuple"),
+        (CAPABILITIES, '["8.9", "12.0", "8.9"]', r": compute_capabilities .* names one twice"),
+        (CAPABILITIES, "[]", r"compute_capabilities: tuple should have at least 1 item"),
+        # values that cannot be
+        ('precision = "bf16"', 'precision = "fp8"', r"\.precision: input should be 'fp32', 'fp16' or 'bf16'"),
+        ('precision = "bf16"', 'precision = "bf16"\ndevice = "cpu"', r"device 'cpu': backend tensorrt-rtx has cuda"),
+        ('precision = "bf16"', 'precision = "bf16"\nlayout = "both"', r"layout: input should be 'per-profile' or 'mul"),
+        ('precision = "bf16"', 'precision = "bf16"\nworkspace_mb = 0', r"workspace_mb: .*greater than or equal to 1"),
+        ('precision = "bf16"', 'precision = "bf16"\noptimization_level = 6', r"optimization_level: .*less than or eq"),
+        ('precision = "bf16"', 'precision = "bf16"\ncompatibility = "gpu"', r"compatibility: input should be 'none', "),
+    ],
+)
+def test_a_mistake_in_a_tensorrt_target_is_told_with_file_and_key(
+    tmp_path: Path, old: str, new: str, told: str
+) -> None:
+    path = recipe_file(tmp_path, changed(old, new, GPU_RECIPE))
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: targets.rtx") + f".*{told}"):
         load_recipe(path)
 
 

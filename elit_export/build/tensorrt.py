@@ -238,9 +238,9 @@ def _timing_cache(config: Any, path: Path) -> Any:
 def _log(trt: Any) -> Any:
     """A TensorRT logger that speaks through `logging` and remembers its errors.
 
-    One for all builds: the library keeps the first it sees for as long as anything that was made with it
-    lives. Its warnings are about the network made here and its errors come back in a BuildError, so both
-    are only INFO. A class inside a function, because its base is known only once the library is chosen.
+    One for all builds, as the library wants it while anything made with an earlier one lives. Its warnings
+    are about the network made here and its errors come back in a BuildError, so both are only INFO.
+    A class inside a function, because its base is known only once the library is chosen.
     """
     failures = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
     levels = {**dict.fromkeys((*failures, trt.ILogger.WARNING), logging.INFO), trt.ILogger.INFO: logging.DEBUG}

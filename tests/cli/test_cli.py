@@ -23,6 +23,7 @@ from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.runtime.engine import Array
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from elit_export.spec import Precision
 from elit_export.verify import bench, parity
 from elit_export.verify.tolerances import Tolerance
 from tests.helpers import tiny_model
@@ -233,6 +234,45 @@ def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
 def test_export_writes_a_graph(tiny_checkpoint: Path, tmp_path: Path) -> None:
     ok("export", tiny_checkpoint, "--out", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step.onnx", "step.onnx.data"}
+
+
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [
+        ((), "fp32"),
+        (("--precision", "fp32"), "fp32"),
+        (("--precision", "fp16"), "fp16"),
+        (("--precision", "bf16"), "bf16"),
+    ],
+)
+def test_export_takes_a_precision(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], precision: str
+) -> None:
+    asked: list[str] = []
+
+    def export_graph(_model: object, name: str, folder: Path, precision: Precision) -> Path:
+        asked.append(f"{name}-{precision.value}")
+        return folder / f"{name}.onnx"
+
+    monkeypatch.setattr("elit_export.graphs.export.export_graph", export_graph)
+    said = ok("export", tiny_checkpoint, "--out", tmp_path / "out", *options)
+    assert said == f"wrote {tmp_path / 'out' / 'step.onnx'} and step.onnx.data\n"
+    assert asked == [f"step-{precision}"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "said"),
+    [
+        (
+            "bf16",
+            "heads of 8 channels (width 16, 2 heads): native attention in bf16 wants a multiple of 8 from 16 to 256",
+        ),
+        ("fp8", "'fp8' is not one of 'fp32', 'fp16', 'bf16'"),
+    ],
+)
+def test_export_refuses_a_precision(tiny_checkpoint: Path, tmp_path: Path, precision: str, said: str) -> None:
+    assert said in refused("export", tiny_checkpoint, "--out", tmp_path / "out", "--precision", precision)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_build_refuses_a_device_that_is_not_there(tiny_checkpoint: Path, tmp_path: Path) -> None:

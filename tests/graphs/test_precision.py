@@ -108,7 +108,7 @@ def graph(request: pytest.FixtureRequest, fashion_graphs: dict[Precision, Path])
 
 @pytest.fixture(scope="module")
 def qk_model() -> ElitSiT:
-    return tiny_model(hidden_size=32, qk_norm=True)
+    return tiny_model(hidden_size=32, qk_norm=True, head_depth=0, core_depth=1, tail_depth=0)
 
 
 @pytest.fixture(scope="module", params=TYPES, ids=str)
@@ -288,7 +288,7 @@ MOST_DB = {Precision.FP16: 90.0, Precision.BF16: 70.0}  # beyond it, nothing was
 
 
 def test_every_budget_is_near_pytorch_but_rounded(graph: Graph, fashion_model: ElitSiT) -> None:
-    """Measured 62.8 to 63.4 dB in fp16, 49.8 to 50.6 dB in bf16."""
+    """Measured 62.2 to 63.3 dB in fp16, 47.6 to 47.8 dB in bf16."""
     found = list(sqnr_by_budget(graph, fashion_model))
     assert len(found) == 16
     assert min(found) >= TOLERANCES[graph.precision].step_db
@@ -328,6 +328,6 @@ def test_a_failed_check_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(export, "graph_model", lambda *_: ir.load(qk_graph.path))
     monkeypatch.setattr(check, "FORBIDDEN", {"Attention"})
-    with pytest.raises(ExportError, match=r"forbidden node Attention \(head\.0\.attn/Attention_\d+\)"):
+    with pytest.raises(ExportError, match=r"forbidden node Attention \((head|core)\.0\.attn/Attention_\d+\)"):
         export_graph(qk_model, "step", tmp_path, qk_graph.precision)
     assert list(tmp_path.iterdir()) == []
