@@ -124,6 +124,6 @@ def fashion_model() -> ElitSiT:
 def fashion_graphs(fashion_model: ElitSiT, tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
     """The shipped model's graphs in half precision."""
     return {
-        precision: export_graph(fashion_model, "step", tmp_path_factory.mktemp(precision.value), precision)
+        precision: compile.export_graph(fashion_model, "step", tmp_path_factory.mktemp(precision.value), precision)
         for precision in (Precision.FP16, Precision.BF16)
     }
