@@ -42,11 +42,12 @@ class Flavour:
 
     compiles_on_device: bool  # has a runtime cache, and captures CUDA graphs itself
     opens_older_plans: bool  # those built to be compatible
+    tells_validity: bool  # of a plan's header, before it is deserialized
 
 
 FLAVOURS = {
-    "tensorrt": Flavour(compiles_on_device=False, opens_older_plans=True),
-    "tensorrt-rtx": Flavour(compiles_on_device=True, opens_older_plans=False),
+    "tensorrt": Flavour(compiles_on_device=False, opens_older_plans=True, tells_validity=False),
+    "tensorrt-rtx": Flavour(compiles_on_device=True, opens_older_plans=False, tells_validity=True),
 }
 
 
@@ -165,7 +166,10 @@ class OpenedPlan:
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
         # A version-compatible plan brings code that runs on the host; its hash was checked before.
         runtime.engine_host_code_allowed = _fits_later_versions(plan_set)
-        self.engine: Any = runtime.deserialize_cuda_engine(path.read_bytes())
+        content = path.read_bytes()
+        if flavour.tells_validity:
+            _check_header(trt, runtime, content, path)
+        self.engine: Any = runtime.deserialize_cuda_engine(content)
         if self.engine is None:
             raise EngineError(f"{trt.__name__} cannot open {path}; its reason was written to the error output")
         self._config: Any = None
@@ -213,6 +217,15 @@ class OpenedPlan:
         if self._config is not None:
             self._save_cache()
         self.engine = self._config = self._cache = None
+
+
+def _check_header(trt: Any, runtime: Any, content: bytes, path: Path) -> None:
+    """Raise EngineError if the library finds that a plan does not fit this version or GPU, with its reasons."""
+    validity, diagnostics = runtime.get_engine_validity(content)
+    if validity == trt.EngineValidity.INVALID:
+        known = trt.EngineInvalidityDiagnostics.__members__.items()
+        reasons = ", ".join(name.lower().replace("_", " ") for name, flag in known if diagnostics & int(flag))
+        raise EngineError(f"{trt.__name__} cannot run {path}: {reasons or 'it gives no reason'}")
 
 
 def _cache_file(name: str) -> Path:

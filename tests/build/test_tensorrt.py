@@ -21,6 +21,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from onnx import TensorProto, helper
 
@@ -31,9 +32,10 @@ from elit_export.bundle import STAGING, Bundle, Plan, PlanSet
 from elit_export.cli import main
 from elit_export.compile import NOTHING_CHANGED, STARTS
 from elit_export.errors import BackendUnavailable, BuildError, BundleError, RecipeError
+from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, TensorRTTarget, recipe_from_values, shipped_recipe
-from elit_export.spec import Precision, Profile, Range, default_profiles
+from elit_export.spec import SD_VAE, ModelSpec, Precision, Profile, Range, default_profiles
 from elit_export.verify.cases import Arrays
 from elit_export.verify.reference import reference_arrays
 from tests.conftest import recipe_values
@@ -670,3 +672,24 @@ def test_ctrl_c_ends_the_command_within_one_profile(built: Built, tmp_path: Path
     assert contents(folder) == before
     assert not (folder / STAGING).exists()
     Pipeline.load(folder, target="cpu").close()
+
+
+# ---------------------------------------------------------------- a model of real size
+
+
+def test_a_plan_of_s2_serves_every_profile(tmp_path: Path) -> None:
+    """33 M parameters, 256 tokens, 12 blocks; one plan in bf16 for two GPUs with all four profiles in it."""
+    spec = ModelSpec.named("ELIT-SiT-S/2")
+    model = ElitSiT(spec, SD_VAE)
+    for number, parameter in enumerate(model.parameters()):
+        parameter.data.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
+    graph = export_graph(model, "step", tmp_path / "graph", Precision.BF16)
+    profiles = default_profiles(spec.latents, Range(1, 2, 8))
+    (tmp_path / "plan").mkdir()
+    wanted = target(precision=Precision.BF16, compute_capabilities=["8.9", "12.0"], layout="multi-profile")
+    shares: list[float] = []
+    built = tensorrt.build_plan(graph, tmp_path / "plan", profiles, wanted, shares.append)
+    weights = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert (tmp_path / "plan" / built.file).stat().st_size > weights
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0

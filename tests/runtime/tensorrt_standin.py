@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -265,6 +265,16 @@ class CudaGraphStrategy(Enum):
     DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
 
 
+class EngineValidity(Enum):
+    VALID, SUBOPTIMAL, INVALID = range(3)
+
+
+class EngineInvalidityDiagnostics(IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    MALFORMED_ENGINE = 32
+
+
 class Logger:
     WARNING = 2
 
@@ -277,6 +287,8 @@ class StandInTensorRT(Books):
 
     Logger = Logger
     TensorIOMode = TensorIOMode
+    EngineValidity = EngineValidity
+    EngineInvalidityDiagnostics = EngineInvalidityDiagnostics
     ExecutionContextAllocationStrategy = ExecutionContextAllocationStrategy
     CudaGraphStrategy = CudaGraphStrategy
 
@@ -301,6 +313,12 @@ class StandInRuntime:
 
     def __init__(self, trt: StandInTensorRT, logger: Logger) -> None:
         self._trt, self._logger = trt, logger
+
+    def get_engine_validity(self, plan: bytes) -> tuple[EngineValidity, int]:
+        if plan.startswith(b"{"):
+            return EngineValidity.VALID, 0
+        flags = EngineInvalidityDiagnostics
+        return EngineValidity.INVALID, flags.MALFORMED_ENGINE | flags.UNSUPPORTED_CC
 
     def deserialize_cuda_engine(self, plan: bytes) -> StandInEngine | None:
         facts = json.loads(plan)

@@ -680,6 +680,15 @@ def test_code_in_a_plan_is_not_run_unless_it_was_asked_for(machine_with: Machine
     assert machine.left() == []
 
 
+def test_a_plan_whose_header_does_not_fit_is_not_deserialized(machine_with: MachineMaker) -> None:
+    machine = machine_with(backend="tensorrt-rtx")
+    machine.plans["low"].write_bytes(b"ftrt" + bytes(60))
+    with pytest.raises(EngineError, match=r"cannot run .*: unsupported cc, malformed engine"):
+        machine.open()
+    assert "deserialize_cuda_engine" not in machine.trt.calls
+    assert machine.left() == []
+
+
 def test_a_device_problem_is_told_with_its_remedy(machine_with: MachineMaker, here: Here) -> None:
     machine = machine_with()
     here.has(machine, problem=("no NVIDIA GPU is visible", "see nvidia-smi"))
