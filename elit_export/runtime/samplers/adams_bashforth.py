@@ -45,14 +45,27 @@ def weighted(history: Sequence[Float64], weights: Float64) -> Float64:
 
 def step_weights(times: Float64, *, order: int) -> list[Float64]:
     """The weights of each step for its last `order` evaluations (fewer at the start), the latest first."""
-    nodes = [times[max(0, step + 1 - order) : step + 1][::-1] for step in range(len(times) - 1)]
-    return [integration_weights(nodes[step], times[step], times[step + 1]) for step in range(len(times) - 1)]
+    steps = len(times) - 1
+    starting = [
+        integration_weights(times[step::-1], times[step], times[step + 1]) for step in range(min(order - 1, steps))
+    ]
+    if steps < order:
+        return starting
+    later = np.arange(order - 1, steps)
+    nodes = times[later[:, None] - np.arange(order)]  # (steps, order), the latest first
+    return [*starting, *integration_weights(nodes, times[later], times[later + 1])]
 
 
-def integration_weights(nodes: npt.ArrayLike, start: float, end: float) -> Float64:
-    """Weights w with ∫ p dt from start to end = Σ wᵢ·p(nodeᵢ), for every polynomial p the nodes determine."""
-    h = end - start
-    offsets = (np.asarray(nodes) - start) / h
-    powers = np.arange(len(offsets))
-    moments = 1.0 / (powers + 1)  # of 1, s, s², … over [0, 1]
-    return np.asarray(h * np.linalg.solve(offsets[None, :] ** powers[:, None], moments), np.float64)
+def integration_weights(nodes: npt.ArrayLike, start: npt.ArrayLike, end: npt.ArrayLike) -> Float64:
+    """Weights w with ∫ p dt from start to end = Σ wᵢ·p(nodeᵢ), for every polynomial p the nodes determine.
+
+    nodes (..., n), start and end (...) → (..., n).
+    """
+    nodes, start, h = np.asarray(nodes), np.asarray(start), np.asarray(end) - np.asarray(start)
+    offsets = (nodes - start[..., None]) / h[..., None]
+    powers = np.arange(nodes.shape[-1])
+    moments = 1.0 / (powers[:, None] + 1)  # of 1, s, s², … over [0, 1]
+    solved = np.linalg.solve(
+        offsets[..., None, :] ** powers[:, None], np.broadcast_to(moments, (*h.shape, *moments.shape))
+    )
+    return np.asarray(h[..., None] * solved[..., 0], np.float64)
