@@ -189,6 +189,7 @@ def _has_native_attention(trt: Any, network: Any) -> bool:
 
 def _config(trt: Any, builder: Any, target: TensorRTTarget) -> Any:
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and fp32 would not be fp32
     if FLAVOURS[target.backend].names_capabilities:
         config.num_compute_capabilities = len(target.compute_capabilities)
         for index, capability in enumerate(target.compute_capabilities):

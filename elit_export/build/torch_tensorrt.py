@@ -17,7 +17,7 @@ import torch_tensorrt
 from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BuildError
 from elit_export.recipe import TorchTensorRTTarget
-from elit_export.spec import LATENTS, ROWS, Profile
+from elit_export.spec import LATENTS, ROWS, STEP, Profile
 
 
 def check(target: TorchTensorRTTarget) -> None:
@@ -40,10 +40,13 @@ def build_plan(
     program = torch.export.load(graph)
     try:
         compiled = torch_tensorrt.dynamo.compile(
-            program.module(), arg_inputs=_inputs(program, profile), use_explicit_typing=True
+            program,
+            arg_inputs=_inputs(program, profile, elastic=graph.stem == STEP),
+            use_explicit_typing=True,
+            disable_tf32=True,
         )
-        torch_tensorrt.save(compiled, str(folder / file), output_format="exported_program", retrace=True)
-    except RuntimeError as error:
+        torch_tensorrt.save(compiled, str(folder / file), output_format="exported_program", retrace=False)
+    except (RuntimeError, ValueError) as error:
         raise BuildError(f"torch-tensorrt cannot build {profile.name}: {error}") from error
     progress(1.0)
     return BuiltPlan(
@@ -54,13 +57,13 @@ def build_plan(
     )
 
 
-def _inputs(program: Any, profile: Profile) -> list[Any]:
-    """Ranges of the profile's rows for every input but the last, which is `latents`."""
-    *rows, latents = (node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and _is_input(node))
-    return [
-        *(_range(tensor, profile.rows.corners(), ROWS) for tensor in rows),
-        _range(latents, profile.latents.corners(), LATENTS),
-    ]
+def _inputs(program: Any, profile: Profile, *, elastic: bool) -> list[Any]:
+    """Ranges of the profile's rows for every input, but for the last of an elastic graph, which is `latents`."""
+    tensors = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and _is_input(node)]
+    ranges = [(profile.rows.corners(), ROWS)] * len(tensors)
+    if elastic:
+        ranges[-1] = (profile.latents.corners(), LATENTS)
+    return [_range(tensor, corners, name) for tensor, (corners, name) in zip(tensors, ranges, strict=True)]
 
 
 def _is_input(node: Any) -> bool:

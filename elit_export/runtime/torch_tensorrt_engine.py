@@ -18,8 +18,8 @@ from elit_export.bundle import PlanSet
 from elit_export.errors import BackendUnavailable, EngineError
 from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray
 
-INPUTS = ("x", "t", "y", "latents")
-OUTPUTS = ("velocity", "residual")
+# By the name of a plan's file, which is its graph's.
+OUTPUTS = {"step": ("velocity", "residual"), "probe": ("signal", "distance"), "reuse": ("velocity",)}
 
 
 def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, TorchTensorRTEngine]:
@@ -54,21 +54,22 @@ def device_problem(_library: str, _device: str) -> tuple[str, str]:
 
 
 class TorchTensorRTEngine:
-    """One saved program on the GPU."""
+    """One saved program on the GPU. Its inputs come in the order of the graph's, as the bank gives them."""
 
     def __init__(self, plan: Path) -> None:
+        self._outputs = OUTPUTS[plan.stem]
         self._run: Any = torch_tensorrt.load(str(plan)).module()
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        tensors = [_on_device(inputs[name]) for name in INPUTS]
+        tensors = [_on_device(array) for array in inputs.values()]
         try:
             with torch.inference_mode():
-                outputs = dict(zip(OUTPUTS, self._run(*tensors), strict=True))
+                given = self._run(*tensors)
         except RuntimeError as error:
             raise EngineError(f"torch-tensorrt failed: {error}") from error
+        named = zip(self._outputs, given if isinstance(given, tuple | list) else (given,), strict=True)
         return {
-            name: tensor.cpu().numpy() if name in HOST_OUTPUTS else TorchArray(tensor.clone())
-            for name, tensor in outputs.items()
+            name: tensor.cpu().numpy() if name in HOST_OUTPUTS else TorchArray(tensor.clone()) for name, tensor in named
         }
 
     def close(self) -> None:

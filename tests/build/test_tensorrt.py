@@ -693,3 +693,10 @@ def test_a_plan_of_s2_serves_every_profile(tmp_path: Path) -> None:
     assert (tmp_path / "plan" / built.file).stat().st_size > weights
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
+
+
+def test_fp32_is_not_tf32() -> None:
+    """The library's default would round the products of fp32 graphs to ten bits."""
+    builder = trt.Builder(tensorrt._log(trt))
+    assert builder.create_builder_config().get_flag(trt.BuilderFlag.TF32)
+    assert not tensorrt._config(trt, builder, target()).get_flag(trt.BuilderFlag.TF32)

@@ -131,8 +131,8 @@ def test_attention_is_fused(backend: str, tmp_path: Path) -> None:
     runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
     engine = runtime.deserialize_cuda_engine((built.verified(plan.artifact) / plan.file).read_bytes())
     told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    layers = [str(layer) for layer in json.loads(told)["Layers"]]
-    fused = [layer for layer in layers if "mha" in layer.lower() or "attention" in layer.lower()]
+    kernels = [str(layer.get("TacticName", "")).lower() for layer in json.loads(told)["Layers"]]
+    fused = [kernel for kernel in kernels if "mha" in kernel or "flash" in kernel]
     spec = built.manifest.model.spec
     assert len(fused) >= spec.depth + 2  # the blocks', Read's and Write's
 
