@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 
-from elit_export.errors import BackendUnavailable
+from elit_export.errors import BackendUnavailable, first_line
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,10 @@ class Backend:
                 if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
                     raise BackendUnavailable(f"backend {self.name} needs {library}: pip install {extra}") from error
                 raise BackendUnavailable(
-                    f"backend {self.name}: {library} is installed but broken, {_first_line(error)}: "
+                    f"backend {self.name}: {library} is installed but broken, {first_line(error)}: "
                     f"pip install --force-reinstall {extra}"
                 ) from error
         return import_module(module)
-
-
-def _first_line(error: Exception) -> str:
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
 
 
 BACKENDS = {

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from elit_export.errors import CheckpointError, InputError
+from elit_export.errors import CheckpointError, InputError, first_line
 from elit_export.files import written_whole
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import PIXELS, RELEASED_HEAD_DEPTH, SD_VAE, SIT_NAMES, SIT_SIZES, DataFacts, ModelSpec
@@ -104,7 +104,7 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
             f"{path}: not a whole torch.save zip file (truncated, damaged, or saved in the old format): "
-            f"{_first_line(error)}; download or save it again"
+            f"{first_line(error)}; download or save it again"
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a table of model, ema, opt and args")
@@ -116,10 +116,6 @@ def _forbidden(error: UnpicklingError) -> str:
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return f"reading it would build or run {named[1]}"
     return "it holds something else"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -318,7 +314,7 @@ def _meta_model(spec: ModelSpec, data: DataFacts) -> ElitSiT:
         with torch.device("meta"):
             return ElitSiT(spec, data)
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
-        raise CheckpointError(f"its spec describes no model that can be: {_first_line(error)}") from error
+        raise CheckpointError(f"its spec describes no model that can be: {first_line(error)}") from error
 
 
 # ---------------------------------------------------------------- own format
@@ -336,7 +332,7 @@ def save_checkpoint(path: Path, model: ElitSiT, *, dtype: torch.dtype = torch.fl
         with written_whole(path) as temporary:
             save_file(weights, temporary, metadata)
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be written: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
@@ -345,7 +341,7 @@ def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
             metadata = file.metadata() or {}
         weights = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {_first_line(error)}") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
     try:

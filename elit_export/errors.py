@@ -60,3 +60,9 @@ class CalibrationError(ElitExportError):
 
 class InputError(ElitExportError, ValueError):
     """An argument is wrong."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for a line."""
+    said = str(error).strip()
+    return said.splitlines()[0] if said else type(error).__name__

@@ -84,7 +84,7 @@ def graph_model(model: ElitSiT, name: str, precision: Precision) -> ir.Model:
                 input_names=[tensor.name for tensor in inputs],
                 output_names=[tensor.name for tensor in outputs],
                 dynamic_shapes=dynamic_shapes(inputs, model.spec),
-                custom_translation_table={SDPA: _spelled_out if precision is Precision.FP32 else _native},
+                custom_translation_table={SDPA: _in_place_of_sdpa(ATTENTION[precision])},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -160,45 +160,41 @@ def _quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- attention
 
 
-def _spelled_out(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:  # (B, h, L, D/h) each
+def _spelled_out(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
     """softmax(q · kᵀ / √d) · v in six nodes.
 
     The exporter's own form takes k apart and together again through its runtime shape, which
     keeps backends from recognising attention.
     """
-    assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
-    scaled = op.Mul(query, op.Constant(value_float=scale or _scale(query)))
+    scaled = op.Mul(query, op.Constant(value_float=scale))
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
-def _native(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:  # (B, h, L, D/h) each
+def _native(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
     """ONNX's Attention: nothing stands between scale, softmax and the two products."""
-    assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
-    attended, *_ = opset23.Attention(query, key, value, scale=scale or _scale(query))
+    attended, *_ = opset23.Attention(query, key, value, scale=scale)
     return attended
 
 
-def _scale(query: Any) -> float:
-    return 1 / math.sqrt(query.shape[-1])
+def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """What the exporter calls for scaled_dot_product_attention; only its plain form is used here."""
+
+    def translated(
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
+        return attention(query, key, value, scale or 1 / math.sqrt(query.shape[-1]))
+
+    return translated
 
 
 SDPA: Callable[..., Any] = torch.ops.aten.scaled_dot_product_attention.default
+ATTENTION = {Precision.FP32: _spelled_out, Precision.FP16: _native, Precision.BF16: _native}

@@ -95,8 +95,8 @@ class Computed:
 
 
 @dataclass
-class Branch:
-    """What one branch of guidance, in one evaluation of a step, remembers: its last computed residuals."""
+class Memory:
+    """What is kept for one branch of guidance in one evaluation of a step: its last computed residuals."""
 
     computed: list[Computed] = field(default_factory=list)  # the latest first, at most two
     step: int = -1  # of the last evaluation
@@ -122,22 +122,22 @@ class RequestCache:
     def __init__(self, policy: CachePolicy, steps: int) -> None:
         self._policy = policy
         self._compute = policy.steps(steps)
-        self._branches: dict[Hashable, Branch] = {}
+        self._memories: dict[Hashable, Memory] = {}
 
-    def branch(self, key: Hashable, step: int) -> Branch:
+    def memory(self, key: Hashable, step: int) -> Memory:
         """The memory of a branch; one that was idle in the step before starts anew."""
-        known = self._branches.get(key)
+        known = self._memories.get(key)
         if known is None or step - known.step > 1:
-            known = self._branches[key] = Branch()
+            known = self._memories[key] = Memory()
         return known
 
-    def reuses(self, branch: Branch, step: int) -> bool:
-        """Must this branch not compute at this step?"""
-        return bool(branch.computed) and not self._compute[step] and branch.reused < self._policy.most
+    def reuses(self, memory: Memory, step: int) -> bool:
+        """Does this branch reuse at this step?"""
+        return bool(memory.computed) and not self._compute[step] and memory.reused < self._policy.most
 
-    def forecast(self, branch: Branch, step: int, t: float) -> tuple[Array, Array, float]:
-        """As Branch.forecast, and the branch notes that it reused."""
-        branch.step, branch.reused = step, branch.reused + 1
-        residual, before, weight = branch.forecast(t, self._policy.order)
+    def forecast(self, memory: Memory, step: int, t: float) -> tuple[Array, Array, float]:
+        """As Memory.forecast, which notes that it was reused."""
+        memory.step, memory.reused = step, memory.reused + 1
+        residual, before, weight = memory.forecast(t, self._policy.order)
         assert math.isfinite(weight)
         return residual, before, weight

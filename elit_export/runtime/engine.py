@@ -29,7 +29,7 @@ Array = HostArray | DeviceArray
 
 
 class Engine(Protocol):
-    """One opened plan; a context manager.
+    """One opened plan; a context manager, which a subclass need not write again.
 
     `velocity` and `distance` come back as NumPy arrays, other outputs as the backend's own
     (with `.numpy()`). What comes back belongs to the caller and is never written again.
@@ -40,11 +40,13 @@ class Engine(Protocol):
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def to_host(array: Array) -> HostArray:
@@ -65,7 +67,7 @@ class HostOutput:
         return self._values
 
 
-class FunctionEngine:
+class FunctionEngine(Engine):
     """Any function of NumPy arrays as an engine: PyTorch references, tests, your own backend."""
 
     def __init__(self, function: Callable[[Mapping[str, HostArray]], Mapping[str, HostArray]]) -> None:
@@ -79,11 +81,3 @@ class FunctionEngine:
 
     def close(self) -> None:
         pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

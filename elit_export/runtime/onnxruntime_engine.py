@@ -9,15 +9,14 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from elit_export.bundle import PlanSet
-from elit_export.errors import BackendUnavailable, BundleError, EngineError
-from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray
+from elit_export.errors import BackendUnavailable, BundleError, EngineError, first_line
+from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, Engine, HostArray
 
 # y = x, one float, as ONNX: the smallest model that makes a provider start or refuse.
 IDENTITY = (
@@ -83,7 +82,7 @@ def device_problem(_library: str, device: str) -> tuple[str, str]:
     try:
         started = ort.InferenceSession(IDENTITY, providers=[provider]).get_providers()[0]
     except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
-        return f"{provider} fails: {_first_line(error)}", "mend its driver and libraries, or use device = 'cpu'"
+        return f"{provider} fails: {first_line(error)}", "mend its driver and libraries, or use device = 'cpu'"
     finally:
         ort.set_default_logger_severity(WARNINGS)
     if started != provider:
@@ -91,7 +90,7 @@ def device_problem(_library: str, device: str) -> tuple[str, str]:
     return "", ""
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """One inference session. `threads = 0` uses all cores; `device` is "cpu" or "cuda".
 
     Raises BackendUnavailable if the device's provider is not there: ONNX Runtime itself would
@@ -108,7 +107,7 @@ class OnnxRuntimeEngine:
         try:
             self._session = ort.InferenceSession(plan, options, providers=[provider])
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
-            raise EngineError(f"onnxruntime cannot open {plan}: {_first_line(error)}") from error
+            raise EngineError(f"onnxruntime cannot open {plan}: {first_line(error)}") from error
         if self._session.get_providers()[0] != provider:  # it falls back to the CPU without a word
             raise BackendUnavailable(
                 f"onnxruntime could not start {provider} for {plan.name}; elit-export doctor says what to do, "
@@ -126,7 +125,7 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # see above
-            raise EngineError(f"onnxruntime failed: {_first_line(error)}") from error
+            raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
         # Unshaped outputs are allocated for each call, so they are the caller's.
         values = zip(self._outputs, binding.get_outputs(), strict=True)
         return {name: value.numpy() if name in HOST_OUTPUTS else OrtArray(value) for name, value in values}
@@ -142,14 +141,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         self.__dict__.pop("_session", None)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class OrtArray(DeviceArray):
     """An output that stays where ONNX Runtime put it."""
@@ -164,7 +155,3 @@ class OrtArray(DeviceArray):
     def numpy(self) -> HostArray:
         host: HostArray = self.value.numpy()
         return host
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

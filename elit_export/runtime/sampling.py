@@ -139,7 +139,7 @@ class GuidedVelocity:
         """
         if self._cache is None:
             return self._bank(budget, inputs), False
-        remembered = self._cache.branch((role, self._evaluation), self._step)
+        remembered = self._cache.memory((role, self._evaluation), self._step)
         if self._cache.reuses(remembered, self._step):
             residual, before, weight = self._cache.forecast(remembered, self._step, t)
             forecast = np.full(len(inputs["x"]), weight, np.float32)

@@ -18,8 +18,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from elit_export.files import write_bytes
 from elit_export.runtime import cuda as cuda_layer
 from elit_export.runtime.cuda import Cuda
 from elit_export.runtime.cuda_memory import Device, DeviceBuffer
-from elit_export.runtime.engine import HOST_OUTPUTS, Array, HostArray, to_host
+from elit_export.runtime.engine import HOST_OUTPUTS, Array, Engine, HostArray, to_host
 
 logger = logging.getLogger(__name__)
 AMPERE = (8, 0)  # the oldest compute capability that hardware-compatible plans run on
@@ -247,7 +246,7 @@ class Port:
     pinned: HostArray
 
 
-class TensorRTEngine:
+class TensorRTEngine(Engine):
     """One profile of a plan. `scratch` is the activation memory (address, bytes) that the bank's engines share.
 
     With CUDA graphs, the second call in a row with the same shapes captures, and the next ones replay.
@@ -391,11 +390,3 @@ class TensorRTEngine:
 
     def _drop_context(self) -> None:
         self._context = None  # before the memory it uses
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ import torch_tensorrt
 
 from elit_export.bundle import PlanSet
 from elit_export.errors import BackendUnavailable, EngineError
-from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, HostArray
+from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, Engine, HostArray
 
 # By the name of a plan's file, which is its graph's.
 OUTPUTS = {"step": ("velocity", "residual"), "probe": ("signal", "distance"), "reuse": ("velocity",)}
@@ -53,7 +52,7 @@ def device_problem(_library: str, _device: str) -> tuple[str, str]:
     return ("", "") if torch.cuda.is_available() else ("torch sees no GPU", "see nvidia-smi")
 
 
-class TorchTensorRTEngine:
+class TorchTensorRTEngine(Engine):
     """One saved program on the GPU. Its inputs come in the order of the graph's, as the bank gives them."""
 
     def __init__(self, plan: Path) -> None:
@@ -74,14 +73,6 @@ class TorchTensorRTEngine:
 
     def close(self) -> None:
         self.__dict__.pop("_run", None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class TorchArray(DeviceArray):

@@ -284,6 +284,7 @@ def sqnr_by_budget(graph: Graph, model: ElitSiT) -> Iterator[float]:
         yield min(difference(found[name], to_host(array)).sqnr_db for name, array in expected.items())
 
 
+LEAST_DB = {Precision.FP16: 61.0, Precision.BF16: 47.0}  # of the shipped model, as README says
 MOST_DB = {Precision.FP16: 90.0, Precision.BF16: 70.0}  # beyond it, nothing was rounded
 
 
@@ -291,7 +292,7 @@ def test_every_budget_is_near_pytorch_but_rounded(graph: Graph, fashion_model: E
     """Measured 62.2 to 63.3 dB in fp16, 47.6 to 47.8 dB in bf16."""
     found = list(sqnr_by_budget(graph, fashion_model))
     assert len(found) == 16
-    assert min(found) >= TOLERANCES[graph.precision].step_db
+    assert min(found) >= LEAST_DB[graph.precision] >= TOLERANCES[graph.precision].step_db
     assert max(found) <= MOST_DB[graph.precision]
 
 

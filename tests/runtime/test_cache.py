@@ -15,7 +15,7 @@ from elit_export.bundle import Bundle
 from elit_export.errors import InputError
 from elit_export.models.cost import flops, flops_per_image
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.cache import Branch, CachePolicy, Computed
+from elit_export.runtime.cache import CachePolicy, Computed, Memory
 from elit_export.runtime.engine import FunctionEngine, HostArray, HostOutput, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import PIXELS, Budget, ModelSpec, Precision, Profile, Range
@@ -106,25 +106,25 @@ def computed(t: float, kept: int, value: float) -> Computed:
 
 
 def test_the_forecast_goes_on_in_a_straight_line() -> None:
-    branch = Branch()
-    branch.note(0, computed(1.0, 4, 10.0))
-    branch.note(1, computed(0.8, 4, 12.0))
-    latest, before, weight = branch.forecast(0.5, order=1)
+    memory = Memory()
+    memory.note(0, computed(1.0, 4, 10.0))
+    memory.note(1, computed(0.8, 4, 12.0))
+    latest, before, weight = memory.forecast(0.5, order=1)
     assert to_host(latest) + weight * (to_host(latest) - to_host(before)) == pytest.approx(15.0)
 
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_one_residual_is_taken_as_it_is(order: int) -> None:
-    branch = Branch()
-    branch.note(0, computed(1.0, 4, 10.0))
-    assert branch.forecast(0.5, order)[2] == 0.0
+    memory = Memory()
+    memory.note(0, computed(1.0, 4, 10.0))
+    assert memory.forecast(0.5, order)[2] == 0.0
 
 
 def test_a_residual_of_another_budget_gives_no_slope() -> None:
-    branch = Branch()
-    branch.note(0, computed(1.0, 4, 10.0))
-    branch.note(1, computed(0.8, 2, 12.0))
-    latest, _, weight = branch.forecast(0.5, order=1)
+    memory = Memory()
+    memory.note(0, computed(1.0, 4, 10.0))
+    memory.note(1, computed(0.8, 2, 12.0))
+    latest, _, weight = memory.forecast(0.5, order=1)
     assert weight == 0.0
     assert float(to_host(latest).flat[0]) == 12.0
 
