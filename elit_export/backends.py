@@ -28,13 +28,15 @@ class Backend:
     """`devices` and `precisions` are what a recipe may ask of it; `extra` is what pip installs.
 
     `library` is the module of the backend itself; `needs` others without which it does not run. `reads`
-    is what it builds from: the "onnx" graph or the torch.export "program".
+    is what it builds from: the "onnx" graph or the torch.export "program". `fuses` says whether it can run the
+    graph `fused`, which chooses inside.
     """
 
     name: str
     library: str
     needs: tuple[str, ...] = field(default=(), kw_only=True)
     reads: str = field(default="onnx", kw_only=True)
+    fuses: bool = field(default=True, kw_only=True)
     extra: str
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -115,6 +117,7 @@ BACKENDS = {
             build_module="elit_export.build.torch_tensorrt",
             engine_module="elit_export.runtime.torch_tensorrt_engine",
             reads="program",
+            fuses=False,
         ),
     )
 }

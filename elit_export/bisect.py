@@ -23,11 +23,12 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from elit_export.backends import BACKENDS
-from elit_export.bundle import Bundle, PlanSet, ProfileFacts, ReferenceCase
+from elit_export.bundle import Bundle
 from elit_export.errors import BundleError
+from elit_export.manifest import PlanSet, ProfileFacts, ReferenceCase
 from elit_export.recipe import target_of
 from elit_export.runtime.engine import to_host
-from elit_export.spec import LATENTS
+from elit_export.spec import LATENTS, STEP
 from elit_export.verify.cases import Arrays
 from elit_export.verify.metrics import Difference, difference
 from elit_export.verify.parity import load_reference
@@ -209,13 +210,13 @@ def _trial(bundle: Bundle, plan_set: PlanSet, index: int) -> _Trial:
     spec = bundle.manifest.model.spec
     case = plan_set.reference.cases[index]
     arrays = load_reference(bundle, plan_set.reference)
-    names = [tensor.name for tensor in spec.step_inputs if tensor.name != LATENTS]
+    names = [tensor.name for tensor in spec.inputs_of(STEP) if tensor.name != LATENTS]
     return _Trial(
         bundle,
         plan_set,
         case,
         inputs={name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)},
-        answers={tensor.name: arrays[f"{index}/{tensor.name}"] for tensor in spec.step_outputs},
+        answers={tensor.name: arrays[f"{index}/{tensor.name}"] for tensor in spec.outputs_of(STEP)},
     )
 
 

@@ -22,21 +22,19 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+from pydantic import ValidationError
 
 from elit_export.errors import BundleError, InputError
 from elit_export.files import flush_to_disk, sha256_of, write_text
-from elit_export.spec import NAME_PATTERN, Budget, DataFacts, ModelSpec, Precision, Profile, Range
+from elit_export.manifest import KINDS, SCHEMA, Artifact, FileFacts, Manifest
 
-SCHEMA = 2
 OWN_HASH = "sha256"
 MANIFEST = "manifest.json"
 LOCK = ".build.lock"
 STAGING = ".staging"
-KINDS = ("graphs", "plans", "reference")
 TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # as files.written_whole names it; left behind by a kill
 ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
 OWN_KEYS = (
@@ -45,166 +43,9 @@ OWN_KEYS = (
     b'"plan_sets"',
 )  # two of them tell ours, damaged or not
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-
 
 class KeptBundleError(BundleError):
     """Written by a newer version, or not to be read here: not to be replaced as if it were damaged."""
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-# ---------------------------------------------------------------- manifest
-
-
-class FileFacts(_Facts):
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size_bytes: int = Field(ge=0)
-
-
-class Artifact(_Facts):
-    """A folder of files under `kind`/`name`."""
-
-    kind: str = Field(pattern=f"^({'|'.join(KINDS)})$")
-    name: Name
-    files: dict[Name, FileFacts] = Field(min_length=1)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files.values())
-
-
-class Parity(_Facts):
-    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run."""
-
-    status: str = Field(pattern=r"^(passed|not run)$")
-    reason: str = ""
-    sqnr_db: float | None = None
-    max_relative: float | None = None
-
-
-class ReferenceCase(_Facts):
-    """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
-
-    profile: str
-    kept: int
-    rows: int
-
-
-class ReferenceTrajectory(_Facts):
-    """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled."""
-
-    name: Name
-    labels: tuple[int, ...]
-    steps: int
-    schedule: str
-    guidance: str
-    sampler: str
-
-
-class Graph(_Facts):
-    """A graph as it was exported, `file` in `artifact`.
-
-    `key` is a hash of all it was made from, by which a later build knows it is fresh.
-    """
-
-    artifact: Artifact
-    file: Name
-    key: str
-    versions: dict[str, str]
-
-
-class Reference(_Facts):
-    """PyTorch's answers. `key` as of a graph; `cache_rows` are the rows that `probe` and `reuse` were asked with."""
-
-    artifact: Artifact
-    key: str
-    cache_rows: tuple[int, ...]
-    cases: tuple[ReferenceCase, ...]
-    trajectories: tuple[ReferenceTrajectory, ...]
-
-
-class Plan(_Facts):
-    """One serialized engine: `file` in `artifact` is what a backend opens. `key` as of a graph."""
-
-    artifact: Artifact
-    key: str
-    file: Name
-    versions: dict[str, str]
-    built_on: dict[str, str]
-
-
-class ProfileFacts(_Facts):
-    name: str
-    latents: tuple[int, int, int]
-    rows: tuple[int, int, int]
-    plan: Plan
-    parity: Parity
-
-    @property
-    def profile(self) -> Profile:
-        return Profile(self.name, Range(*self.latents), Range(*self.rows))
-
-
-class PlanSet(_Facts):
-    """The plans of one target in one precision; `options` are the target's choices beyond that.
-
-    `cache` are the plans of the graphs `probe` and `reuse`, which serve every budget.
-    """
-
-    target: str
-    backend: str
-    device: str
-    precision: Precision
-    options: dict[str, Any]
-    graph: str
-    profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
-    cache: dict[str, Plan]
-    reference: Reference
-
-    @property
-    def plans(self) -> tuple[Plan, ...]:
-        """Each plan once, however many profiles share it; those of the cache last."""
-        every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
-        return tuple({plan.artifact.name: plan for plan in every}.values())
-
-
-Spec = Annotated[
-    ModelSpec,
-    BeforeValidator(lambda value: ModelSpec.from_dict(value) if isinstance(value, Mapping) else value),
-    PlainSerializer(ModelSpec.to_dict),
-]
-Data = Annotated[
-    DataFacts,
-    BeforeValidator(lambda value: DataFacts.from_dict(value) if isinstance(value, Mapping) else value),
-    PlainSerializer(DataFacts.to_dict),
-]
-
-
-class ModelFacts(_Facts):
-    model_config = ConfigDict(arbitrary_types_allowed=True)
-
-    name: str
-    spec: Spec
-    data: Data
-    checkpoint_sha256: str
-
-
-class Manifest(_Facts):
-    schema_version: int
-    package_version: str
-    model: ModelFacts
-    model_key: str
-    graphs: dict[str, Graph]
-    plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
-
-    def artifacts(self) -> Iterator[Artifact]:
-        yield from (graph.artifact for graph in self.graphs.values())
-        for plan_set in self.plan_sets:
-            yield from (plan.artifact for plan in plan_set.plans)
-            yield plan_set.reference.artifact
 
 
 # ---------------------------------------------------------------- reading
@@ -441,13 +282,3 @@ def _is_whole(folder: Path, facts: Mapping[str, FileFacts]) -> bool:
     return folder.is_dir() and all(
         (folder / name).is_file() and _facts_of(folder / name) == known for name, known in facts.items()
     )
-
-
-def budgets_of(plan_set: PlanSet, spec: ModelSpec) -> tuple[Budget, ...]:
-    """The budgets that some profile of a plan set serves."""
-    ranges = [facts.profile.latents for facts in plan_set.profiles]
-    return tuple(budget for budget in spec.budgets if any(budget.kept in latents for latents in ranges))
-
-
-def described(plan_sets: tuple[PlanSet, ...]) -> str:
-    return ", ".join(f"target={plan_set.target!r} precision={plan_set.precision.value!r}" for plan_set in plan_sets)

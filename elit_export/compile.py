@@ -17,11 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from elit_export.backends import BACKENDS
-from elit_export.bundle import (
+from elit_export.bundle import Bundle, BundleWriter, writing
+from elit_export.checkpoint import checkpoint_path, load_checkpoint
+from elit_export.errors import BundleError, RecipeError
+from elit_export.files import sha256_of
+from elit_export.graphs.export import export_graph
+from elit_export.graphs.program import export_program
+from elit_export.manifest import (
     SCHEMA,
     Artifact,
-    Bundle,
-    BundleWriter,
     Graph,
     Manifest,
     ModelFacts,
@@ -30,17 +34,11 @@ from elit_export.bundle import (
     PlanSet,
     ProfileFacts,
     Reference,
-    writing,
 )
-from elit_export.checkpoint import checkpoint_path, load_checkpoint
-from elit_export.errors import BundleError, RecipeError
-from elit_export.files import sha256_of
-from elit_export.graphs.export import export_graph
-from elit_export.graphs.program import export_program
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
-from elit_export.runtime.pipeline import open_bank, unfit
-from elit_export.spec import CACHE_GRAPHS, STEP, Precision, Profile, Range
+from elit_export.runtime.opening import open_bank, unfit
+from elit_export.spec import CACHE_GRAPHS, FUSED, STEP, Precision, Profile, Range
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, parity_of, require
 from elit_export.verify.reference import reference_arrays
@@ -100,7 +98,8 @@ class _Build:
     def run(self) -> Bundle:
         facts = self._facts()
         profiles = self.recipe.profiles_for(facts.spec)
-        graphs = {name: self._graph(name) for name in (STEP, *CACHE_GRAPHS)}
+        fused = (FUSED,) if self.chosen.fused else ()
+        graphs = {name: self._graph(name) for name in (STEP, *CACHE_GRAPHS, *fused)}
         reference = self._reference(profiles)
         unverified = self._plan_set(graphs, profiles, reference)
         plan_set = self._verified(facts, graphs, unverified)
@@ -159,7 +158,7 @@ class _Build:
 
     def precision_of(self, graph: str) -> Precision:
         """Nothing in the graphs of the cache is rounded."""
-        return self.chosen.precision if graph == STEP else Precision.FP32
+        return Precision.FP32 if graph in CACHE_GRAPHS else self.chosen.precision
 
     def graph_key(self, graph: str) -> str:
         return key_of(self.model_key, self.stored_name(graph), code("graphs"), versions_of(GRAPH_LIBRARIES))
@@ -169,7 +168,7 @@ class _Build:
 
     def plan_key(self, graph: Graph, profiles: Profiles) -> str:
         library = BACKENDS[self.chosen.backend].library_version()
-        choices = self.chosen.model_dump(mode="json")
+        choices = self.chosen.model_dump(mode="json", exclude={"fused"})
         return key_of(graph.artifact.name, str(profiles), choices, library, code("build", "backends.py", "compile.py"))
 
     # ------------------------------------------------------------ stages
@@ -215,16 +214,18 @@ class _Build:
     def _plan_set(self, graphs: Mapping[str, Graph], profiles: Profiles, reference: Reference) -> PlanSet:
         """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
         groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
-        share = 1 / (len(groups) + len(CACHE_GRAPHS))
-        every_row = (Profile("cache", ANY_BUDGET, _covering([profile.rows for profile in profiles])),)
+        others = [name for name in graphs if name != STEP]
+        share = 1 / (len(groups) + len(others))
         with self.writer.staged() as shared:
             plans = [
                 self._plan(STEP, graphs[STEP], group, shared, (index * share, share))
                 for index, group in enumerate(groups)
             ]
-            cache = {
-                name: self._plan(name, graphs[name], every_row, shared, ((len(groups) + index) * share, share))
-                for index, name in enumerate(CACHE_GRAPHS)
+            more = {
+                name: self._plan(
+                    name, graphs[name], _whole(name, profiles), shared, ((len(groups) + index) * share, share)
+                )
+                for index, name in enumerate(others)
             }
         plan_set = PlanSet(
             target=self.target,
@@ -244,7 +245,8 @@ class _Build:
                 for group, plan in zip(groups, plans, strict=True)
                 for profile in group
             ),
-            cache=cache,
+            cache={name: plan for name, plan in more.items() if name != FUSED},
+            fused=more.get(FUSED),
             reference=reference,
         )
         if self.before and with_parity(self.before, lambda _profile: BEING_BUILT) == plan_set:
@@ -308,6 +310,7 @@ class _Build:
                 **{self.stored_name(name): graph for name, graph in graphs.items()},
             },
             plan_sets=tuple(plan_sets) if plan_set in plan_sets else (*plan_sets, plan_set),
+            cache_calibration=kept.cache_calibration if kept else None,
         )
 
 
@@ -327,6 +330,12 @@ def code(*places: str) -> str:
 
 def versions_of(libraries: Iterable[str]) -> dict[str, str]:
     return {library: version(library) for library in libraries}
+
+
+def _whole(graph: str, profiles: Profiles) -> Profiles:
+    """One profile over all of them, for a graph that serves every budget."""
+    latents = ANY_BUDGET if graph in CACHE_GRAPHS else _covering([profile.latents for profile in profiles])
+    return (Profile(graph, latents, _covering([profile.rows for profile in profiles])),)
 
 
 def _covering(ranges: Sequence[Range]) -> Range:

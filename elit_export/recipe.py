@@ -51,11 +51,15 @@ class ProfileTable(_Table):
 
 
 class Target(_Table):
-    """One `[targets.NAME]`: where its plans run and in which arithmetic; what a backend adds is below."""
+    """One `[targets.NAME]`: where its plans run and in which arithmetic; what a backend adds is below.
+
+    `fused` asks for one more plan: a whole cached step, for hosts without this runtime.
+    """
 
     backend: str
     device: str
     precision: Annotated[Precision, Field(strict=False)]
+    fused: bool = False
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -66,6 +70,8 @@ class Target(_Table):
         ):
             if value not in known:
                 raise ValueError(f"{what} {value!r}: backend {backend.name} has {', '.join(known)}")
+        if self.fused and not backend.fuses:
+            raise ValueError(f"fused: backend {backend.name} cannot run a graph that chooses inside; leave it out")
         return self
 
     def options(self) -> dict[str, Any]:

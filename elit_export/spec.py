@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -159,7 +159,21 @@ class TensorSpec:
 ROWS = "rows"
 LATENTS = "latents"
 STEP = "step"
-CACHE_GRAPHS = ("probe", "reuse")  # beside `step`: what step caching calls
+CACHE_GRAPHS = ("probe", "reuse", "time")  # beside `step`: what step caching calls
+FUSED = "fused"  # all of them in one graph, for hosts without this runtime
+COEFFICIENTS = 5  # of the polynomial that `fused` takes, lowest power first
+
+
+# What a host of `fused` decides: to compute whatever the signal says, when to, and how residuals are forecast.
+FUSED_CHOICES = (
+    TensorSpec("force", "bool", ()),
+    TensorSpec("threshold", "float32", ()),
+    TensorSpec("coefficients", "float32", (COEFFICIENTS,)),
+    TensorSpec("low", "float32", ()),
+    TensorSpec("high", "float32", ()),
+    TensorSpec("most", "int64", ()),
+    TensorSpec("order", "int64", ()),
+)
 
 
 # ---------------------------------------------------------------- data
@@ -363,41 +377,39 @@ class ModelSpec:
         return TensorSpec(name, "float32", (ROWS, self.tokens, self.hidden_size))
 
     @property
-    def velocity(self) -> TensorSpec:
-        return TensorSpec("velocity", "float32", (ROWS, *self.sample_shape))
-
-    @property
-    def step_inputs(self) -> tuple[TensorSpec, ...]:
-        return (*self.common_inputs, TensorSpec(LATENTS, "int64", (LATENTS,)))
-
-    @property
-    def step_outputs(self) -> tuple[TensorSpec, ...]:
-        return self.velocity, self.on_tokens("residual")
-
-    @property
-    def probe_inputs(self) -> tuple[TensorSpec, ...]:
-        return (*self.common_inputs, self.on_tokens("signal_prev"))
-
-    @property
-    def probe_outputs(self) -> tuple[TensorSpec, ...]:
-        return self.on_tokens("signal"), TensorSpec("distance", "float32", (ROWS,))
-
-    @property
-    def reuse_inputs(self) -> tuple[TensorSpec, ...]:
-        older = (self.on_tokens("residual_prev"), TensorSpec("forecast", "float32", (ROWS,)))
-        return (*self.common_inputs, self.on_tokens("residual"), *older)
-
-    @property
-    def reuse_outputs(self) -> tuple[TensorSpec, ...]:
-        return (self.velocity,)
+    def fused_state(self) -> tuple[TensorSpec, ...]:
+        """What `fused` remembers from step to step: zeros at first, but for `reused`, which is −1."""
+        on_rows = [TensorSpec(name, "float32", (ROWS,)) for name in ("t_computed", "t_computed_prev", "accumulated")]
+        on_tokens = [self.on_tokens(name) for name in ("residual", "residual_prev", "signal")]
+        return (*on_tokens, *on_rows, TensorSpec("reused", "int64", ()))
 
     def inputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
-        """Inputs of the graph `step`, `probe` or `reuse`."""
-        return {"step": self.step_inputs, "probe": self.probe_inputs, "reuse": self.reuse_inputs}[graph]
+        """Inputs of the graph `step`, `probe`, `reuse`, `time` or `fused`, in their order."""
+        latents = TensorSpec(LATENTS, "int64", (LATENTS,))
+        if graph == "time":
+            return (self.common_inputs[1],)
+        more = {
+            STEP: (latents,),
+            "probe": (self.on_tokens("signal_prev"),),
+            "reuse": (
+                *(self.on_tokens("residual"), self.on_tokens("residual_prev")),
+                TensorSpec("forecast", "float32", (ROWS,)),
+            ),
+            FUSED: (latents, *self.fused_state, *FUSED_CHOICES),
+        }
+        return (*self.common_inputs, *more[graph])
 
     def outputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
-        """Outputs of the graph `step`, `probe` or `reuse`."""
-        return {"step": self.step_outputs, "probe": self.probe_outputs, "reuse": self.reuse_outputs}[graph]
+        """Outputs of the same graphs; those of `fused` after `velocity` and `computed` are its next inputs."""
+        velocity = TensorSpec("velocity", "float32", (ROWS, *self.sample_shape))
+        state = [replace(tensor, name=f"{tensor.name}_next") for tensor in self.fused_state]
+        return {
+            STEP: (velocity, self.on_tokens("residual")),
+            "probe": (self.on_tokens("signal"), TensorSpec("distance", "float32", (ROWS,))),
+            "reuse": (velocity,),
+            "time": (TensorSpec("embedding", "float32", (ROWS, self.hidden_size)),),
+            FUSED: (velocity, TensorSpec("computed", "bool", ()), *state),
+        }[graph]
 
     # storage
 

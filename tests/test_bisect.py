@@ -17,9 +17,10 @@ from elit_export import bisect as module
 from elit_export.bisect import Cause, Verdict, bisect, departures, visible
 from elit_export.build import onnxruntime as builder
 from elit_export.build.plan import BuiltPlan
-from elit_export.bundle import MANIFEST, OWN_HASH, Artifact, Bundle, manifest_text
+from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.cli import main
 from elit_export.files import sha256_of
+from elit_export.manifest import Artifact
 
 Change = Callable[[onnx.GraphProto], None]
 CASE = 1

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from elit_export import Pipeline
-from elit_export.bundle import MANIFEST, OWN_HASH, Artifact, Bundle, manifest_text
+from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.checkpoint import load_checkpoint, save_checkpoint
 from elit_export.errors import BundleError, CheckpointError, ElitExportError, RecipeError
+from elit_export.manifest import Artifact
 from elit_export.recipe import recipe_from_values
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.schedule import resolve_schedule

@@ -30,12 +30,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 from elit_export import Pipeline, bundle, compile, compile_bundle, files
-from elit_export.bundle import KINDS, LOCK, MANIFEST, STAGING, Bundle, BundleWriter
+from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle, BundleWriter
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.compile import Progress
 from elit_export.errors import BundleError
 from elit_export.files import written_whole
+from elit_export.manifest import KINDS
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.spec import PIXELS, ModelSpec, Precision

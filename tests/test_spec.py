@@ -16,6 +16,7 @@ from elit_export.spec import (
     PIXELS,
     SD_VAE,
     SIT_NAMES,
+    STEP,
     Budget,
     DataFacts,
     ModelSpec,
@@ -320,13 +321,13 @@ def test_named_budgets_are_the_whole_ones_largest_first(group_size: int, names: 
 
 def test_graph_tensors_do_not_depend_on_the_budget() -> None:
     spec = tiny_spec()
-    assert [(t.name, t.dtype, t.shape) for t in spec.step_inputs] == [
+    assert [(t.name, t.dtype, t.shape) for t in spec.inputs_of(STEP)] == [
         ("x", "float32", ("rows", 1, 8, 8)),
         ("t", "float32", ("rows",)),
         ("y", "int64", ("rows",)),
         ("latents", "int64", ("latents",)),
     ]
-    assert [(t.name, t.dtype, t.shape) for t in spec.step_outputs] == [
+    assert [(t.name, t.dtype, t.shape) for t in spec.outputs_of(STEP)] == [
         ("velocity", "float32", ("rows", 1, 8, 8)),
         ("residual", "float32", ("rows", 16, 16)),
     ]

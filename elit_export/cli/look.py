@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from elit_export.bundle import Bundle, PlanSet
+from elit_export.bundle import Bundle
 from elit_export.cli.common import (
     FOLDER,
     JSON_OPTION,
@@ -19,8 +19,9 @@ from elit_export.cli.common import (
 )
 from elit_export.doctor import TOOLS, findings
 from elit_export.errors import ElitExportError
+from elit_export.manifest import PlanSet
 from elit_export.report.tables import inspection_tables, parity_tables, table
-from elit_export.runtime.pipeline import chosen_plan_set
+from elit_export.runtime.opening import chosen_plan_set
 from elit_export.verify.parity import Comparison
 
 

@@ -15,7 +15,8 @@ from elit_export.bundle import Bundle
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, show, write_json
 from elit_export.errors import InputError
 from elit_export.report.tables import bench_tables, cost_table, soak_table, table
-from elit_export.runtime.pipeline import Pipeline, chosen_plan_set
+from elit_export.runtime.opening import chosen_plan_set
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.verify.bench import BenchResult
 
 COUNT = click.IntRange(min=1)

@@ -1,11 +1,11 @@
-"""What every `step` graph must be, whatever wrote it.
+"""What every graph must be, whatever wrote it.
 
 Takes: a graph file.  Gives: nothing, or ExportError.  May touch: nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -15,27 +15,32 @@ from elit_export.errors import ExportError
 from elit_export.spec import LATENTS, TensorSpec
 
 # Each would keep a compiler from planning shapes ahead, or hide a loop over the batch.
-FORBIDDEN = {"NonZero", "Loop", "If", "Scan", "ScatterND", "ScatterElements"}
+FORBIDDEN = {"NonZero", "Loop", "Scan", "ScatterND", "ScatterElements"}
+CHOICE = "If"
 
 
-def check_graph(path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int) -> None:
+def check_graph(
+    path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int, choices: int = 0
+) -> None:
     """Check names, types and symbolic dimensions, forbidden nodes, folded queries, and ONNX's own rules.
 
-    Raises ExportError with every problem found.
+    `choices` is how many `If` there must be, each of which counts with both its branches. Raises
+    ExportError with every problem found.
     """
     try:
         checker.check_model(path)
     except checker.ValidationError as error:
         raise ExportError(f"{path}: not valid ONNX: {error}") from error
     model = onnx.load(path, load_external_data=False)
-    graph = model.graph
+    graphs = list(_with_branches(model.graph))
+    nodes = [node for graph in graphs for node in graph.node]
     problems = [
         *_form_problems(model, opset),
-        *_signature_problems(graph.input, inputs, "input"),
-        *_signature_problems(graph.output, outputs, "output"),
-        *_forbidden_nodes(graph),
-        *_unfolded_nodes(graph),
-        *_latents_problems(graph, inputs),
+        *_signature_problems(model.graph.input, inputs, "input"),
+        *_signature_problems(model.graph.output, outputs, "output"),
+        *_forbidden_nodes(nodes, choices),
+        *_unfolded_nodes(graphs, nodes),
+        *_latents_problems(nodes, inputs),
     ]
     if problems:
         raise ExportError(f"{path}: {'; '.join(problems)}")
@@ -62,28 +67,38 @@ def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
 
 
-def _forbidden_nodes(graph: onnx.GraphProto) -> list[str]:
-    return [f"forbidden node {node.op_type} ({node.name})" for node in graph.node if node.op_type in FORBIDDEN]
+def _with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _with_branches(attribute.g)
 
 
-def _unfolded_nodes(graph: onnx.GraphProto) -> list[str]:
+def _forbidden_nodes(nodes: Sequence[onnx.NodeProto], choices: int) -> list[str]:
+    problems = [f"forbidden node {node.op_type} ({node.name})" for node in nodes if node.op_type in FORBIDDEN]
+    found = sum(node.op_type == CHOICE for node in nodes)
+    return problems if found == choices else [*problems, f"{found} nodes {CHOICE}, wanted {choices}"]
+
+
+def _unfolded_nodes(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -> list[str]:
     """Nodes that compute a constant at every call; the projected queries of Read are the usual ones."""
-    constants = {tensor.name for tensor in graph.initializer}
-    constants |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    constants = {tensor.name for graph in graphs for tensor in graph.initializer}
+    constants |= {name for node in nodes if node.op_type == "Constant" for name in node.output}
     return [
         f"node {node.op_type} ({node.name}) computes a constant"
-        for node in graph.node
+        for node in nodes
         if node.input and all(name in constants or not name for name in node.input)
     ]
 
 
-def _latents_problems(graph: onnx.GraphProto, inputs: Sequence[TensorSpec]) -> list[str]:
+def _latents_problems(nodes: Sequence[onnx.NodeProto], inputs: Sequence[TensorSpec]) -> list[str]:
     """The length of `latents` is the budget: it selects by Gather, its values decide no shape."""
     if all(tensor.name != LATENTS for tensor in inputs):
         return []
     # index_select flattens its index first; that is the same vector.
-    same = {LATENTS} | {node.output[0] for node in graph.node if node.op_type == "Reshape" and node.input[0] == LATENTS}
-    users = {node.op_type for node in graph.node if same & set(node.input)}
+    same = {LATENTS} | {node.output[0] for node in nodes if node.op_type == "Reshape" and node.input[0] == LATENTS}
+    users = {node.op_type for node in nodes if same & set(node.input)}
     if "Gather" in users and users <= {"Gather", "Shape", "Reshape"}:
         return []
     return [f"`{LATENTS}` feeds {sorted(users)}, wanted a Gather (and its Shape)"]

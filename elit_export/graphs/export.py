@@ -14,12 +14,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    LiftSubgraphInitializersToMainGraphPass,
+    RemoveUnusedNodesPass,
+)
 from onnxscript import opset20 as op
 from onnxscript import opset23
 from onnxscript.optimizer import fold_constants
@@ -27,9 +32,10 @@ from torch import Tensor, nn
 
 from elit_export.errors import ExportError
 from elit_export.graphs.check import check_graph
+from elit_export.graphs.fused import fused
 from elit_export.models.precision import in_precision
 from elit_export.models.sit import ElitSiT
-from elit_export.spec import LATENTS, ROWS, ModelSpec, Precision, TensorSpec
+from elit_export.spec import FUSED, LATENTS, ROWS, ModelSpec, Precision, TensorSpec
 
 # fp32 spells attention out: TensorRT has no native kernel for it. Half precision uses the native operator.
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
@@ -43,9 +49,10 @@ EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 
 
 def export_graph(model: ElitSiT, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
-    """Write the graph `step`, `probe` or `reuse` of a float32 model into `folder` (made if missing), once checked.
+    """Write the graph `step`, `fused` or one of CACHE_GRAPHS into `folder` (made if missing), once checked.
 
-    Inputs and outputs are float32 and int64 in every precision; `models.precision` says what is rounded.
+    The model holds float32. Inputs and outputs are the same in every precision; `models.precision` says what
+    is rounded.
     Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)
@@ -53,7 +60,8 @@ def export_graph(model: ElitSiT, name: str, folder: Path, precision: Precision =
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
         path = Path(private) / f"{name}.onnx"
         ir.save(graph_model(model, name, precision), path, external_data=f"{path.name}.data")
-        check_graph(path, model.spec.inputs_of(name), model.spec.outputs_of(name), opset=OPSETS[precision])
+        inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
+        check_graph(path, inputs, outputs, opset=OPSETS[precision], choices=int(name == FUSED))
         for file in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
             (Path(private) / file).replace(folder / file)
     return folder / path.name
@@ -94,6 +102,7 @@ def graph_model(model: ElitSiT, name: str, precision: Precision) -> ir.Model:
     made: ir.Model = program.model
     fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     RemoveUnusedNodesPass()(made)
+    LiftSubgraphInitializersToMainGraphPass()(made)  # ONNX Runtime writes those of branches twice
     name_nodes(made)
     ClearMetadataAndDocStringPass()(made)  # stack traces of the exporting machine
     return made
@@ -104,7 +113,7 @@ def name_nodes(made: ir.Model) -> None:
 
     `core.3.attn/MatMul_93`; nodes that belong to no module keep their name alone.
     """
-    for number, node in enumerate(made.graph):
+    for number, node in enumerate(ir.traversal.RecursiveGraphIterator(made.graph)):
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         module = str(scopes[-2]).removeprefix("model.") if len(scopes) > 1 else ""
         kind = f"{node.op_type}_{number}"
@@ -112,14 +121,15 @@ def name_nodes(made: ir.Model) -> None:
 
 
 class GraphModule(nn.Module):
-    """A method of the model, named as its graph, as a forward, which is what the exporter traces."""
+    """What the exporter traces: `fused`, or the method of the model that is named as its graph."""
 
     def __init__(self, model: ElitSiT, name: str) -> None:
         super().__init__()
-        self.model, self.name = model, name
+        self.model = model
+        self.run = partial(fused, model) if name == FUSED else getattr(model, name)
 
     def forward(self, *inputs: Tensor) -> Any:
-        return getattr(self.model, self.name)(*inputs)
+        return self.run(*inputs)
 
 
 # ---------------------------------------------------------------- inputs

@@ -80,6 +80,11 @@ class ElitSiT(nn.Module):
         embedded = self.patch_embed(x) + self.pos_embed
         return self.unpatchify(self.final(embedded + expected, self.t_embedder(t) + self.y_embedder(y)))
 
+    def time(self, t: Tensor) -> Tensor:
+        """The embedding of t (B, D): how much it changes is known before sampling."""
+        embedding: Tensor = self.t_embedder(t)
+        return embedding
+
     @property
     def first_block(self) -> Block:
         block = next(iter([*self.head, *self.core, *self.tail]))

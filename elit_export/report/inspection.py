@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elit_export.bundle import Bundle, PlanSet, budgets_of
+from elit_export.bundle import Bundle
+from elit_export.manifest import PlanSet, budgets_of
 from elit_export.models.cost import flops
 from elit_export.spec import DataFacts, ModelSpec, listed
 

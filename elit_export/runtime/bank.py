@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from elit_export.errors import EngineError, InputError
-from elit_export.runtime.engine import Array, Engine, to_host
+from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.spec import LATENTS, Budget, Precision, Profile, listed
 
 
@@ -40,7 +41,7 @@ class EngineBank:
         precision: Precision,
         cache: Mapping[str, Engine] | None = None,
     ) -> None:
-        """`cache` are the engines of the graphs `probe` and `reuse`, without which nothing can be cached."""
+        """`cache` are the engines of the graphs that step caching calls, by name; without them nothing is cached."""
         self.slots = tuple(slots)
         self.cache = dict(cache or {})
         self.precision = precision
@@ -89,16 +90,30 @@ class EngineBank:
         _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
         return outputs
 
-    def reuse(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """The velocity from residuals of earlier steps, without the blocks; raises EngineError as a step does."""
-        outputs = self._run(self.cache["reuse"], inputs)
+    # the graphs of the step cache, which a bank may lack (`cache`)
+
+    def probe(self, inputs: Mapping[str, Array], signal_prev: Array) -> Mapping[str, Array]:
+        """The `signal` of a step, and its `distance` from that of the step before."""
+        return self._run(self.cache["probe"], {**inputs, "signal_prev": signal_prev})
+
+    def reuse(
+        self, inputs: Mapping[str, Array], residual: Array, residual_prev: Array, weight: float
+    ) -> Mapping[str, Array]:
+        """The velocity with residual + weight · (residual − residual_prev) in place of the blocks.
+
+        Raises EngineError as a step does.
+        """
+        forecast = np.full(_rows(inputs), weight, np.float32)
+        older = {"residual": residual, "residual_prev": residual_prev, "forecast": forecast}
+        outputs = self._run(self.cache["reuse"], {**inputs, **older})
         _check_finite(outputs, "the graph `reuse`")
         return outputs
 
-    @property
-    def caches(self) -> bool:
-        """Are the engines there that step caching needs?"""
-        return "reuse" in self.cache
+    def time_embeddings(self, times: npt.NDArray[np.float64], rows: int) -> HostArray:
+        """The embedding of each time (len(times), D), so many rows a call."""
+        padded = np.pad(times.astype(np.float32), (0, -len(times) % rows), mode="edge").reshape(-1, rows)
+        found = [to_host(self._run(self.cache["time"], {"t": part})["embedding"]) for part in padded]
+        return np.concatenate(found)[: len(times)]
 
     def _run(self, engine: Engine, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         with self._lock:

@@ -1,143 +1,262 @@
-"""Step caching: which evaluations reuse what the blocks gave earlier, and what is remembered for that.
+"""Step caching: the policies, which evaluations reuse what the blocks gave earlier.
 
-    static:every@3            every third evaluation computes, decided before sampling
+    teacache:0.2              measures at every step how much the input changed, reuses while that adds up to less
+    static:every@3            every third step computes
     static:mask@1011…         one digit a step, 1 computes
+    static:time@0.3           by how much the embedding of t changes
+    static:FILE               a file with such digits
     … ,order=1                how the residual is forecast: 0 as it is, 1 linearly in t
     … ,most=2                 consecutive reuses at most
+    … ,warmup=3               steps at the start that compute
 
-Takes: text.  Gives: CachePolicy values, and the memory of one request.  May touch: nothing.
-Knows nothing of: engines, files.
+Takes: text.  Gives: CachePolicy values, and what they say of one sampling.  May touch: FILE (reading).
+Knows nothing of: engines.
 
 What is reused is the residual: the tokens before the final layer minus those after the embedder. It has
-the same shape at every budget. The first and the last evaluation always compute.
+the same shape at every budget. The first and the last step always compute. All of the family `static` is
+fixed before sampling starts and makes no call of its own; `teacache` needs a calibration.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
 
 from elit_export.errors import InputError
-from elit_export.runtime.engine import Array
 from elit_export.spec import Budget
 
+Float32 = npt.NDArray[np.float32]
 MOST_REUSES = 4
-USAGE = "static:every@N or static:mask@1011…, with ,order=0|1 and ,most=N behind it, or none"
+USAGE = (
+    "teacache:THRESHOLD, static:every@N, static:mask@1011…, static:time@THRESHOLD or static:FILE, "
+    "with ,order=0|1 ,most=N ,warmup=N behind it, or none"
+)
+
+
+# ---------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Every:
+    """Every `period`-th step computes."""
+
+    period: int
+
+    def __post_init__(self) -> None:
+        if self.period < 1:
+            raise InputError(f"cache: every@{self.period} must be at least 1")
+
+    def __str__(self) -> str:
+        return f"static:every@{self.period}"
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The steps that compute, one by one."""
+
+    computes: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        return f"static:mask@{''.join('1' if compute else '0' for compute in self.computes)}"
+
+
+@dataclass(frozen=True)
+class TimeDistance:
+    """Compute once the embedding of t has changed by `threshold` since the last computed step.
+
+    The change of a step is mean|m − m_prev| / mean|m_prev|, as TeaCache takes it of its signal.
+    """
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _check_threshold(f"static:time@{self.threshold:g}", self.threshold)
+
+    def __str__(self) -> str:
+        return f"static:time@{self.threshold!r}"
+
+
+@dataclass(frozen=True)
+class TeaCache:
+    """Compute once the calibrated change of the signal since the last computed step reaches `threshold`."""
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        _check_threshold(f"teacache:{self.threshold:g}", self.threshold)
+
+    def __str__(self) -> str:
+        return f"teacache:{self.threshold!r}"
+
+
+Rule = Every | Mask | TimeDistance | TeaCache
+
+
+def _check_threshold(text: str, threshold: float) -> None:
+    if not 0 <= threshold < math.inf:
+        raise InputError(f"cache {text}: the threshold must be a finite number, 0 or more")
+
+
+# ---------------------------------------------------------------- policies
 
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """When to reuse. `mask` holds a value for each step, or is empty for every `every`-th step.
+    """When to reuse, and how.
 
-    `order` is that of the forecast, `most` the reuses in a row after which a step computes anyway.
+    `order` is that of the forecast, `most` the reuses in a row after which a step computes anyway,
+    `warmup` the steps at the start that compute.
     """
 
-    every: int = 1
-    mask: tuple[bool, ...] = ()
+    rule: Rule
     order: int = 1
     most: int = MOST_REUSES
+    warmup: int = 1
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.most < 1:
-            raise InputError(f"cache: every@{self.every} and most={self.most} must be at least 1")
+        if self.most < 1 or self.warmup < 1:
+            raise InputError(f"cache: most={self.most} and warmup={self.warmup} must be at least 1")
         if self.order not in (0, 1):
             raise InputError(f"cache: order={self.order} must be 0 (as it is) or 1 (linear in t)")
 
     @classmethod
-    def parse(cls, text: str) -> CachePolicy | None:
-        """Read `none`, `static:every@3`, `static:mask@10010,order=0`; raises InputError."""
+    def parse(cls, text: str) -> Self | None:
+        """Read `none`, `teacache:0.1,order=0`, `static:every@3`; raises InputError."""
         rule, *options = text.strip().split(",")
         if rule == "none" and not options:
             return None
-        numbers = dict(_option(option, text) for option in options)
-        order, most = numbers.get("order", cls.order), numbers.get("most", cls.most)
-        if match := re.fullmatch(r"static:every@(\d{1,6})", rule):
-            return cls(every=int(match[1]), order=order, most=most)
-        if match := re.fullmatch(r"static:mask@([01]+)", rule):
-            return cls(mask=tuple(digit == "1" for digit in match[1]), order=order, most=most)
-        raise InputError(f"cache {text!r} is none of: {USAGE}")
+        return cls(_rule(rule, text), **dict(_option(option, text) for option in options))
 
-    def steps(self, count: int) -> tuple[bool, ...]:
-        """Which of `count` steps compute; raises InputError if the mask has another length."""
-        if self.mask and len(self.mask) != count:
-            raise InputError(f"cache mask has {len(self.mask)} digits, this sampling has {count} steps")
-        if count < 2:
+    def computes(self, steps: int, time_changes: Callable[[], Sequence[float]]) -> tuple[bool, ...]:
+        """Which of the steps compute whatever is measured on the way; the others reuse, or let `teacache` decide.
+
+        `time_changes` gives how much the embedding of t changed at each step but the first. Raises
+        InputError if the policy does not fit so many steps.
+        """
+        if steps < 2:
             raise InputError("a cache needs at least 2 steps: the first and the last always compute")
-        wanted = self.mask or tuple(step % self.every == 0 for step in range(count))
-        return tuple(compute or step in (0, count - 1) for step, compute in enumerate(wanted))
+        wanted = self._wanted(steps, time_changes)
+        return tuple(compute or step < self.warmup or step == steps - 1 for step, compute in enumerate(wanted))
+
+    def _wanted(self, steps: int, time_changes: Callable[[], Sequence[float]]) -> Sequence[bool]:
+        match self.rule:
+            case Every(period):
+                return [step % period == 0 for step in range(steps)]
+            case Mask(computes):
+                if len(computes) != steps:
+                    raise InputError(f"cache mask has {len(computes)} digits, this sampling has {steps} steps")
+                return computes
+            case TimeDistance(threshold):
+                return self._by_time(threshold, time_changes())
+            case TeaCache():
+                return [False] * steps
+
+    def _by_time(self, threshold: float, changes: Sequence[float]) -> list[bool]:
+        """A step that computes, for whatever reason, starts the sum anew."""
+        wanted, total, reused = [True], 0.0, 0
+        for step, change in enumerate(changes, start=1):
+            total += change
+            compute = total >= threshold or step < self.warmup or reused == self.most
+            wanted.append(compute)
+            total, reused = (0.0, 0) if compute else (total, reused + 1)
+        return wanted
 
     def __str__(self) -> str:
-        rule = (
-            f"mask@{''.join('1' if compute else '0' for compute in self.mask)}" if self.mask else f"every@{self.every}"
-        )
-        return f"static:{rule},order={self.order},most={self.most}"
+        return f"{self.rule},order={self.order},most={self.most},warmup={self.warmup}"
+
+
+def _rule(text: str, whole: str) -> Rule:
+    family, _, told = text.partition(":")
+    word, at, value = told.partition("@")
+    if family == "teacache":
+        return TeaCache(_number(told, whole))
+    if family == "static" and at and word == "every" and re.fullmatch(r"\d{1,6}", value):
+        return Every(int(value))
+    if family == "static" and at and word == "time":
+        return TimeDistance(_number(value, whole))
+    if family == "static" and at and word == "mask":
+        return _mask(value, f"cache {whole!r}")
+    if family == "static" and told and not at:
+        return _mask_of_file(Path(told))
+    raise InputError(f"cache {whole!r} is none of: {USAGE}")
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"cache {whole!r}: the threshold {text!r} is not a number") from error
+
+
+def _mask(digits: str, where: str) -> Mask:
+    if not re.fullmatch("[01]+", digits):
+        raise InputError(f"{where}: a mask is one digit a step, 1 computes and 0 reuses")
+    return Mask(tuple(digit == "1" for digit in digits))
+
+
+def _mask_of_file(path: Path) -> Mask:
+    """Digits with any white space between them."""
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not text"
+        raise InputError(f"cache static:{path}: no mask there ({reason}); use {USAGE}") from error
+    return _mask("".join(text.split()), f"cache static:{path}")
 
 
 def _option(text: str, whole: str) -> tuple[str, int]:
-    match = re.fullmatch(r"(order|most)=(\d{1,6})", text)
+    match = re.fullmatch(r"(order|most|warmup)=(\d{1,6})", text)
     if not match:
         raise InputError(f"cache {whole!r}: unknown option {text!r}; use {USAGE}")
     return match[1], int(match[2])
 
 
-# ---------------------------------------------------------------- what is remembered
+# ---------------------------------------------------------------- what one sampling does
 
 
 @dataclass(frozen=True)
-class Computed:
-    """The residual of an evaluation that ran the blocks, at time `t`."""
+class Fit:
+    """How much the residual changes where the signal changes by a distance: a polynomial, lowest power first.
 
-    t: float
-    budget: Budget
-    residual: Array
+    It holds for distances in [low, high]. All in float32, as the graph `fused` computes it.
+    """
 
+    coefficients: tuple[float, ...]
+    low: float
+    high: float
 
-@dataclass
-class Memory:
-    """What is kept for one branch of guidance in one evaluation of a step: its last computed residuals."""
+    def increments(self, distance: Float32) -> Float32:
+        """Never negative: what was added up is not taken back."""
+        value = np.zeros_like(distance)
+        for coefficient in reversed(np.asarray(self.coefficients, np.float32)):
+            value = value * distance + coefficient
+        return np.maximum(value, np.float32(0))
 
-    computed: list[Computed] = field(default_factory=list)  # the latest first, at most two
-    step: int = -1  # of the last evaluation
-    reused: int = 0  # in a row
-
-    def note(self, step: int, computed: Computed) -> None:
-        """A step that computed. A residual of another budget says nothing about the slope."""
-        older = [last for last in self.computed[:1] if last.budget == computed.budget]
-        self.computed, self.step, self.reused = [computed, *older], step, 0
-
-    def forecast(self, t: float, order: int) -> tuple[Array, Array, float]:
-        """(latest residual, the one before, weight w): the residual at t is latest + w · (latest − before)."""
-        latest = self.computed[0]
-        if order == 0 or len(self.computed) < 2:
-            return latest.residual, latest.residual, 0.0
-        before = self.computed[1]
-        return latest.residual, before.residual, (t - latest.t) / (latest.t - before.t)
+    def covers(self, distance: Float32) -> npt.NDArray[np.bool_]:
+        return (distance >= np.float32(self.low)) & (distance <= np.float32(self.high))
 
 
-class RequestCache:
-    """The cache of one sampling: made with it and gone with it, so that nothing reaches another."""
+@dataclass(frozen=True)
+class StepCache:
+    """A policy made ready for one sampling.
 
-    def __init__(self, policy: CachePolicy, steps: int) -> None:
-        self._policy = policy
-        self._compute = policy.steps(steps)
-        self._memories: dict[Hashable, Memory] = {}
+    `computes` says which steps compute whatever happens. Of the others, all reuse where `fits` is None;
+    else the fit of the budget and the policy's threshold decide. `signal_shape` is (N, D).
+    """
 
-    def memory(self, key: Hashable, step: int) -> Memory:
-        """The memory of a branch; one that was idle in the step before starts anew."""
-        known = self._memories.get(key)
-        if known is None or step - known.step > 1:
-            known = self._memories[key] = Memory()
-        return known
+    policy: CachePolicy
+    computes: tuple[bool, ...]
+    signal_shape: tuple[int, int]
+    fits: Mapping[Budget, Fit] | None = None
 
-    def reuses(self, memory: Memory, step: int) -> bool:
-        """Does this branch reuse at this step?"""
-        return bool(memory.computed) and not self._compute[step] and memory.reused < self._policy.most
-
-    def forecast(self, memory: Memory, step: int, t: float) -> tuple[Array, Array, float]:
-        """As Memory.forecast, which notes that it was reused."""
-        memory.step, memory.reused = step, memory.reused + 1
-        residual, before, weight = memory.forecast(t, self._policy.order)
-        assert math.isfinite(weight)
-        return residual, before, weight
+    @property
+    def threshold(self) -> np.float32:
+        assert isinstance(self.policy.rule, TeaCache)
+        return np.float32(self.policy.rule.threshold)

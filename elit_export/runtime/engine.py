@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 HostArray = npt.NDArray[Any]
-HOST_OUTPUTS = ("velocity", "distance")
+HOST_OUTPUTS = ("velocity", "distance", "embedding", "computed")
 
 
 class DeviceArray(Protocol):
@@ -31,7 +31,7 @@ Array = HostArray | DeviceArray
 class Engine(Protocol):
     """One opened plan; a context manager, which a subclass need not write again.
 
-    `velocity` and `distance` come back as NumPy arrays, other outputs as the backend's own
+    What HOST_OUTPUTS names comes back as NumPy arrays, other outputs as the backend's own
     (with `.numpy()`). What comes back belongs to the caller and is never written again.
     Not safe to call from two threads at once: the bank holds a lock.
     """

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from elit_export.bundle import PlanSet
 from elit_export.errors import BackendUnavailable, BundleError, EngineError, first_line
+from elit_export.manifest import PlanSet
 from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, Engine, HostArray
 
 # y = x, one float, as ONNX: the smallest model that makes a provider start or refuse.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypedDict, Unpack
@@ -15,14 +15,14 @@ from typing import Self, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.backends import BACKENDS, Backend
-from elit_export.bundle import Bundle, PlanSet, described
-from elit_export.errors import BackendUnavailable, BundleError, InputError
-from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.cache import CachePolicy
+from elit_export.bundle import Bundle
+from elit_export.errors import CalibrationError, InputError
+from elit_export.runtime.bank import EngineBank
+from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.images import to_images
 from elit_export.runtime.noise import Float64, SeededNoise
+from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.sampling import Request, StepRecord, calls_needed, sampling_steps
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
@@ -106,8 +106,11 @@ class Pipeline:
     Safe to share between threads: calls take turns, and nothing is kept between samplings.
     """
 
-    def __init__(self, bank: EngineBank, spec: ModelSpec, data: DataFacts) -> None:
-        self.bank, self.spec, self.data = bank, spec, data
+    def __init__(
+        self, bank: EngineBank, spec: ModelSpec, data: DataFacts, *, fits: Mapping[Budget, Fit] | None = None
+    ) -> None:
+        """`fits`, of every budget, are what a calibration found for the cache policy `teacache`."""
+        self.bank, self.spec, self.data, self.fits = bank, spec, data, fits
 
     @classmethod
     def load(
@@ -126,9 +129,10 @@ class Pipeline:
         opened = Bundle.open(bundle)
         plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
         if not allow_unverified:
-            _check_verified(plan_set, opened.folder)
+            check_verified(plan_set, opened.folder)
         model = opened.manifest.model
-        return cls(open_bank(opened, plan_set), model.spec, model.data)
+        fits = cache_fits(opened)
+        return cls(open_bank(opened, plan_set), model.spec, model.data, fits=fits)
 
     def sample(
         self, labels: Sequence[int], *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
@@ -171,7 +175,6 @@ class Pipeline:
         guidance = chosen["guidance"]
         if isinstance(guidance, str):
             guidance = Guidance.parse(guidance, self.spec, interval=chosen["guidance_interval"])
-        cache = self._checked_cache(chosen["cache"], chosen["steps"])
         y = self._checked_labels(labels)
         name = self.spec.conditioning[0].name
         seeded = SeededNoise(chosen["seed"], len(y), self.spec.sample_shape)
@@ -192,17 +195,36 @@ class Pipeline:
             conditioning={name: y},
             null_conditioning={name: np.full_like(y, self.spec.null_class)},
             noise=noise,
-            cache=cache,
+            cache=self._step_cache(chosen["cache"], times, len(y)),
         )
 
-    def _checked_cache(self, cache: str | CachePolicy, steps: int) -> CachePolicy | None:
+    def _step_cache(self, cache: str | CachePolicy, times: Float64, rows: int) -> StepCache | None:
+        """A cache policy made ready for the steps between `times`; raises InputError or CalibrationError."""
         policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
         if policy is None:
             return None
-        policy.steps(steps)
-        if not self.bank.caches:
-            raise InputError("these engines have no graph `reuse`: build the bundle again, or leave cache out")
-        return policy
+        measures = isinstance(policy.rule, TeaCache)
+        graphs = {
+            "reuse",
+            *(["probe"] if measures else []),
+            *(["time"] if isinstance(policy.rule, TimeDistance) else []),
+        }
+        if missing := sorted(graphs - set(self.bank.cache)):
+            raise InputError(f"these engines have no graph `{missing[0]}`: build the bundle again, or leave cache out")
+        if measures and self.fits is None:
+            raise CalibrationError(
+                f"cache {policy} needs a calibration, which this bundle has not: elit-export calibrate cache BUNDLE; "
+                f"or use a policy of the family static"
+            )
+        computes = policy.computes(len(times) - 1, lambda: self._time_changes(times, rows))
+        shape = (self.spec.tokens, self.spec.hidden_size)
+        return StepCache(policy, computes, shape, self.fits if measures else None)
+
+    def _time_changes(self, times: Float64, rows: int) -> list[float]:
+        """How much the embedding of t changes from each step to the next, relative to what it was."""
+        embedded = self.bank.time_embeddings(times[:-1], rows)
+        changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
+        return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]
 
     def _checked_labels(self, labels: Sequence[int]) -> npt.NDArray[np.int64]:
         try:
@@ -262,77 +284,3 @@ def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> 
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds values that are not finite")
     return array
-
-
-# ---------------------------------------------------------------- opening plans
-
-CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
-
-
-def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
-    """The one plan set that fits what was asked for, or of several the one that can run on this machine.
-
-    Raises InputError listing all if none or several are left, with the reason for each that cannot run.
-    """
-    fitting = [
-        plan_set
-        for plan_set in plan_sets
-        if target in (None, plan_set.target) and precision in (None, plan_set.precision.value)
-    ]
-    if len(fitting) == 1:
-        return fitting[0]
-    if not fitting:
-        raise InputError(
-            f"no plan set for target={target!r} precision={precision!r}; this bundle has {described(plan_sets)}"
-        )
-    reasons = [unfit(plan_set) for plan_set in fitting]
-    able = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
-    if len(able) == 1:
-        return able[0]
-    problem = f"several plan sets fit, choose one: {described(able)}" if able else "no plan set can run here"
-    refused = [
-        f"target {plan_set.target} cannot run here: {reason}"
-        for plan_set, reason in zip(fitting, reasons, strict=True)
-        if reason
-    ]
-    raise InputError("; ".join([problem, *refused]))
-
-
-def unfit(plan_set: PlanSet) -> str:
-    """Why a plan set cannot run on this machine; empty if it can."""
-    try:
-        reason: str = _backend_of(plan_set).engines().unfit(plan_set)
-    except (BackendUnavailable, BundleError) as error:
-        return str(error)
-    return reason
-
-
-def _backend_of(plan_set: PlanSet) -> Backend:
-    backend = BACKENDS.get(plan_set.backend)
-    if backend is None or plan_set.device not in backend.devices:
-        raise BundleError(
-            f"no backend {plan_set.backend!r} for device {plan_set.device!r} in this version: "
-            f"pip install -U elit-export, or build it again"
-        )
-    return backend
-
-
-def _check_verified(plan_set: PlanSet, folder: Path) -> None:
-    for facts in plan_set.profiles:
-        if facts.parity.status != "passed":
-            raise BundleError(
-                f"profile {facts.name} of target {plan_set.target} was never compared with PyTorch "
-                f"({facts.parity.reason}): run `elit-export verify {folder}` on its device, "
-                f"or load with allow_unverified=True"
-            )
-
-
-def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
-    """Verify and open the plans of one set, each once."""
-    engines = _backend_of(plan_set).engines()
-    plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
-    cache = {name: bundle.verified(plan.artifact) / plan.file for name, plan in plan_set.cache.items()}
-    opened = engines.open_engines({**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}, plan_set)
-    slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
-    caching = {name: opened[f"{CACHE}{name}"] for name in cache}
-    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching)

@@ -12,14 +12,16 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from elit_export.errors import EngineError
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.cache import CachePolicy, Computed, RequestCache
+from elit_export.runtime.cache import StepCache
 from elit_export.runtime.engine import Array, HostArray, to_host
 from elit_export.runtime.guidance import Branch, Guidance
+from elit_export.runtime.residuals import Computed, Decision, RequestCache
 from elit_export.runtime.samplers.base import Float64, Noise, Sampler
 from elit_export.spec import Budget
 
@@ -40,22 +42,30 @@ class Request:
     conditioning: Conditioning
     null_conditioning: Conditioning
     noise: Noise
-    cache: CachePolicy | None = None
+    cache: StepCache | None = None
+
+
+NOT_CACHED = Decision(reused=False)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One engine call. Two branches at one budget share a call with twice the rows.
+    """One evaluation of a branch of guidance. Two branches at one budget share a call with twice the rows.
 
-    `reused` calls ran no block: they took a residual of earlier steps. `engine_ms` includes waiting for
-    another request's call where a bank is shared.
+    `role` is "strong", "weak" or, for both, "joined". `cached` is what the step cache decided: where it
+    reused, no block ran. `engine_ms` includes a probe, and waiting for another request's call where a bank is shared.
     """
 
+    role: str
     budget: Budget
     rows: int
     profile: str
     engine_ms: float
-    reused: bool = False
+    cached: Decision = NOT_CACHED
+
+    @property
+    def reused(self) -> bool:
+        return self.cached.reused
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class GuidedVelocity:
     def __init__(self, bank: EngineBank, request: Request) -> None:
         self._bank = bank
         self._request = request
-        self._cache = RequestCache(request.cache, len(request.schedule)) if request.cache else None
+        self._cache = RequestCache(request.cache) if request.cache else None
         self._step, self._evaluation = -1, 0  # which evaluation of the step this is; Heun has two
         self._calls: list[Call] = []
         self._profiles: dict[tuple[Budget, int], str] = {}
@@ -127,27 +137,25 @@ class GuidedVelocity:
         inputs = self._inputs(x, t, branches)
         rows = len(inputs["x"])
         started = time.perf_counter()
-        outputs, reused = self._run(budget, inputs, t, role)
+        outputs, cached = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3
-        self._calls.append(Call(budget, rows, self._profile(budget, rows), engine_ms, reused))
+        self._calls.append(Call(role, budget, rows, self._profile(budget, rows), engine_ms, cached))
         return to_host(outputs["velocity"])
 
-    def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, bool]:
-        """What the engines give, and whether that was reused. The rows of a call compute or reuse together.
+    def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, Decision]:
+        """What the engines give, and what the cache decided. The rows of a call compute or reuse together.
 
         Each role in guidance has its own memory, and so has each evaluation of a step.
         """
         if self._cache is None:
-            return self._bank(budget, inputs), False
-        remembered = self._cache.memory((role, self._evaluation), self._step)
-        if self._cache.reuses(remembered, self._step):
-            residual, before, weight = self._cache.forecast(remembered, self._step, t)
-            forecast = np.full(len(inputs["x"]), weight, np.float32)
-            older = {"residual": residual, "residual_prev": before, "forecast": forecast}
-            return self._bank.reuse({**inputs, **older}), True
+            return self._bank(budget, inputs), NOT_CACHED
+        memory = self._cache.memory((role, self._evaluation), self._step)
+        decision = self._cache.decide(memory, budget, len(inputs["x"]), partial(self._bank.probe, inputs))
+        if decision.reused:
+            return self._bank.reuse(inputs, *self._cache.forecast(memory, t)), decision
         outputs = self._bank(budget, inputs)
-        remembered.note(self._step, Computed(t, budget, outputs["residual"]))
-        return outputs, False
+        memory.note_computed(Computed(t, outputs["residual"]))
+        return outputs, decision
 
     def _profile(self, budget: Budget, rows: int) -> str:
         """The profile that served, looked up once per budget and rows of a sampling."""

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from elit_export.backends import BACKENDS
-from elit_export.bundle import PlanSet
 from elit_export.errors import BackendUnavailable, EngineError
 from elit_export.files import write_bytes
+from elit_export.manifest import PlanSet
 from elit_export.runtime import cuda as cuda_layer
 from elit_export.runtime.cuda import Cuda
 from elit_export.runtime.cuda_memory import Device, DeviceBuffer

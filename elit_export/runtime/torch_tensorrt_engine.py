@@ -13,12 +13,17 @@ import numpy as np
 import torch
 import torch_tensorrt
 
-from elit_export.bundle import PlanSet
 from elit_export.errors import BackendUnavailable, EngineError
+from elit_export.manifest import PlanSet
 from elit_export.runtime.engine import HOST_OUTPUTS, Array, DeviceArray, Engine, HostArray
 
 # By the name of a plan's file, which is its graph's.
-OUTPUTS = {"step": ("velocity", "residual"), "probe": ("signal", "distance"), "reuse": ("velocity",)}
+OUTPUTS = {
+    "step": ("velocity", "residual"),
+    "probe": ("signal", "distance"),
+    "reuse": ("velocity",),
+    "time": ("embedding",),
+}
 
 
 def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, TorchTensorRTEngine]:

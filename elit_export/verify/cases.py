@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.bundle import ReferenceCase, ReferenceTrajectory
+from elit_export.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.pipeline import Choices, Pipeline
 from elit_export.runtime.sampling import StepRecord, calls_needed
-from elit_export.spec import ModelSpec, Profile
+from elit_export.spec import FUSED, LATENTS, ROWS, ModelSpec, Profile
 
 Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE_FILE = "reference.npz"
@@ -64,12 +64,32 @@ def cache_rows(profiles: Sequence[Profile]) -> tuple[int, ...]:
 
 
 def cache_inputs(graph: str, rows: int, spec: ModelSpec) -> Arrays:
-    """Inputs of `probe` or `reuse`; a function of (graph, rows) alone."""
+    """Inputs of one of CACHE_GRAPHS; a function of (graph, rows) alone."""
     generator = np.random.default_rng((INPUT_SEED, len(graph), rows))
     common = case_inputs(ReferenceCase(profile="", kept=1, rows=rows), rows, spec)
-    more = spec.inputs_of(graph)[len(spec.common_inputs) :]
-    shapes = {tensor.name: (rows, *(int(size) for size in tensor.shape[1:])) for tensor in more}
-    return common | {name: generator.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    shapes = {tensor.name: (rows, *map(int, tensor.shape[1:])) for tensor in spec.inputs_of(graph)}
+    return {
+        name: common[name] if name in common else generator.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> Arrays:
+    """Inputs of `fused` that make it compute or reuse whatever it measures; `inputs` take the place of zeros."""
+    tensors = [tensor for tensor in spec.inputs_of(FUSED) if tensor.name != LATENTS]
+    zeros = {
+        tensor.name: np.zeros([rows if size == ROWS else int(size) for size in tensor.shape], tensor.dtype)
+        for tensor in tensors
+    }
+    choices = {"threshold": np.inf, "low": -np.inf, "high": np.inf}
+    return {
+        **zeros,
+        **{name: np.array(value, np.float32) for name, value in choices.items()},
+        "force": np.array(force),
+        "most": np.array(1, np.int64),
+        "order": np.array(1, np.int64),
+        **inputs,
+    }
 
 
 # ---------------------------------------------------------------- trajectories

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elit_export.bundle import Bundle, PlanSet, writing
+from elit_export.bundle import Bundle, writing
 from elit_export.errors import BundleError
 from elit_export.files import sha256_of
-from elit_export.runtime.pipeline import open_bank
+from elit_export.manifest import PlanSet
+from elit_export.runtime.opening import open_bank
 from elit_export.verify.cases import Arrays
 from elit_export.verify.parity import Comparison, compared, load_reference, parity_of
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from elit_export.bundle import Bundle, PlanSet, ProfileFacts, ReferenceCase
+from elit_export.bundle import Bundle
 from elit_export.errors import EngineError
+from elit_export.manifest import PlanSet, ProfileFacts, ReferenceCase
 from elit_export.runtime.engine import HostArray
-from elit_export.runtime.pipeline import open_bank
+from elit_export.runtime.opening import open_bank
 from elit_export.spec import LATENTS, ModelSpec, Profile
 from elit_export.verify.cases import case_inputs
 from elit_export.verify.timing import resident_bytes

@@ -13,13 +13,22 @@ from itertools import product
 
 import numpy as np
 
-from elit_export.bundle import Bundle, Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
+from elit_export.bundle import Bundle
 from elit_export.errors import BundleError, EngineError, ParityError
+from elit_export.manifest import Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
+from elit_export.runtime.opening import open_fused
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import LATENTS, ModelSpec, Precision
-from elit_export.verify.cases import REFERENCE_FILE, Arrays, cache_inputs, trajectory_profiles, trajectory_steps
+from elit_export.spec import FUSED, LATENTS, STEP, ModelSpec, Precision
+from elit_export.verify.cases import (
+    REFERENCE_FILE,
+    Arrays,
+    cache_inputs,
+    fused_inputs,
+    trajectory_profiles,
+    trajectory_steps,
+)
 from elit_export.verify.metrics import Difference, difference, worst
 from elit_export.verify.tolerances import TOLERANCES
 
@@ -87,6 +96,9 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
         yield from _compared_case(bank, index, case, arrays, model.spec, tolerance.step_db)
     for graph, rows in product(bank.cache, plan_set.reference.cache_rows):
         yield from _compared_cache(bank, graph, rows, arrays, model.spec)
+    if plan_set.fused:
+        with open_fused(bundle, plan_set) as engine:
+            yield from _compared_fused(engine, plan_set, arrays, model.spec)
     pipeline = Pipeline(bank, model.spec, model.data)
     for trajectory in plan_set.reference.trajectories:
         yield from _compared_trajectory(pipeline, trajectory, arrays, tolerance.trajectory_db)
@@ -95,8 +107,10 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
 def comparisons_of(plan_set: PlanSet) -> int:
     """How many Comparisons a plan set has."""
     reference = plan_set.reference
-    cached = 3 * len(reference.cache_rows)  # outputs of `probe` and `reuse`
-    return 2 * len(reference.cases) + cached + sum(trajectory.steps for trajectory in reference.trajectories)
+    steps = 2 * len(reference.cases)  # velocity and residual
+    cached = 4 * len(reference.cache_rows)  # outputs of CACHE_GRAPHS
+    fused = steps + 2 * len(reference.cache_rows) if plan_set.fused else 0
+    return steps + cached + fused + sum(trajectory.steps for trajectory in reference.trajectories)
 
 
 def require(comparison: Comparison) -> Comparison:
@@ -127,24 +141,55 @@ def _compared_case(
 ) -> Iterator[Comparison]:
     """Velocity and residual, from the engine of this very profile."""
     engine = next(slot.engine for slot in bank.slots if slot.profile.name == case.profile)
-    names = [tensor.name for tensor in spec.step_inputs if tensor.name != LATENTS]
+    names = [tensor.name for tensor in spec.inputs_of(STEP) if tensor.name != LATENTS]
     inputs = {name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)}
     outputs, problem = _answers(engine, inputs)
-    for tensor in spec.step_outputs:
-        answer = outputs.get(tensor.name)
-        found = NOTHING if answer is None else difference(to_host(answer), arrays[f"{index}/{tensor.name}"])
+    for tensor in spec.outputs_of(STEP):
+        found = _found(outputs, tensor.name, arrays[f"{index}/{tensor.name}"])
         point = f"K={case.kept} rows={case.rows} {tensor.name}"
         yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem)
 
 
 def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
-    """`probe` and `reuse` are fp32 in every plan set."""
+    """These graphs are fp32 in every plan set."""
     outputs, problem = _answers(bank.cache[graph], cache_inputs(graph, rows, spec))
     for tensor in spec.outputs_of(graph):
-        answer = outputs.get(tensor.name)
-        found = NOTHING if answer is None else difference(to_host(answer), arrays[f"{graph}/{rows}/{tensor.name}"])
+        found = _found(outputs, tensor.name, arrays[f"{graph}/{rows}/{tensor.name}"])
         least_db = TOLERANCES[Precision.FP32].step_db
         yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", found, least_db, problem=problem)
+
+
+def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
+    """Computing, it says what `step` says; reusing, what `reuse` and `probe` say."""
+    names = [tensor.name for tensor in spec.inputs_of(STEP) if tensor.name != LATENTS]
+    least_db = TOLERANCES[plan_set.precision].step_db
+    for index, case in enumerate(plan_set.reference.cases):
+        given = {name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)}
+        outputs, problem = _answers(engine, fused_inputs(given, force=True, rows=case.rows, spec=spec))
+        for name, wanted in (("velocity", "velocity"), ("residual_next", "residual")):
+            found = _found(outputs, name, arrays[f"{index}/{wanted}"])
+            point = f"K={case.kept} rows={case.rows} computed {wanted}"
+            yield Comparison(f"graph {FUSED}", point, found, least_db, problem=problem)
+    for rows in plan_set.reference.cache_rows:
+        given = {LATENTS: np.arange(plan_set.profiles[0].latents[1]), **_reused(rows, spec)}
+        outputs, problem = _answers(engine, fused_inputs(given, force=False, rows=rows, spec=spec))
+        for name, wanted in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
+            found = _found(outputs, name, arrays[wanted.format(rows)])
+            least_db = TOLERANCES[Precision.FP32].step_db
+            yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", found, least_db, problem=problem)
+
+
+def _reused(rows: int, spec: ModelSpec) -> Arrays:
+    """The cases of `reuse` and `probe` in one: computed at t − forecast, and at one before that."""
+    given = cache_inputs("reuse", rows, spec)
+    t_computed = given["t"] - given.pop("forecast")
+    times = {"t_computed": t_computed, "t_computed_prev": t_computed - 1}
+    return {**given, **times, "signal": cache_inputs("probe", rows, spec)["signal_prev"]}
+
+
+def _found(outputs: Mapping[str, Array], name: str, expected: HostArray) -> Difference:
+    answer = outputs.get(name)
+    return NOTHING if answer is None else difference(to_host(answer), expected)
 
 
 def _answers(engine: Engine, inputs: Mapping[str, Array]) -> tuple[Mapping[str, Array], str]:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from elit_export.bundle import ReferenceCase, ReferenceTrajectory
+from elit_export.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host

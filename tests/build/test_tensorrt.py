@@ -28,11 +28,12 @@ from onnx import TensorProto, helper
 from elit_export import Pipeline, compile, compile_bundle
 from elit_export.backends import BACKENDS, Backend
 from elit_export.build.plan import BuiltPlan
-from elit_export.bundle import STAGING, Bundle, Plan, PlanSet
+from elit_export.bundle import STAGING, Bundle
 from elit_export.cli import main
 from elit_export.compile import NOTHING_CHANGED, STARTS
 from elit_export.errors import BackendUnavailable, BuildError, BundleError, RecipeError
 from elit_export.graphs.export import export_graph
+from elit_export.manifest import Plan, PlanSet
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, TensorRTTarget, recipe_from_values, shipped_recipe
 from elit_export.spec import SD_VAE, ModelSpec, Precision, Profile, Range, default_profiles

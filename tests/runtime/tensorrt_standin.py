@@ -25,8 +25,8 @@ from weakref import WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.bundle import Artifact, FileFacts, Parity, Plan, PlanSet, ProfileFacts, Reference
 from elit_export.errors import EngineError
+from elit_export.manifest import Artifact, FileFacts, Parity, Plan, PlanSet, ProfileFacts, Reference
 from elit_export.runtime.engine import HostArray
 from elit_export.runtime.tensorrt_engine import TensorRTEngine, opened_on
 from elit_export.spec import Precision, Profile

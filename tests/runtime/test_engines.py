@@ -13,7 +13,7 @@ from elit_export.errors import BackendUnavailable, EngineError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.engine import Engine, HostArray, to_host
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
-from elit_export.runtime.pipeline import open_bank
+from elit_export.runtime.opening import open_bank
 from elit_export.spec import Profile, Range
 from elit_export.verify.reference import torch_engine
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from elit_export.bundle import Bundle, PlanSet
+from elit_export.bundle import Bundle
 from elit_export.errors import EngineError
+from elit_export.manifest import PlanSet
 from elit_export.verify import memory as module
 from elit_export.verify.memory import bank_memory_ratio
 from elit_export.verify.timing import resident_bytes

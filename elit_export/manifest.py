@@ -1,0 +1,225 @@
+"""What a bundle's manifest says: facts of a model, its graphs, plans, PyTorch's answers and calibrations.
+
+Takes: JSON values.  Gives: frozen facts.  May touch: nothing.  Knows nothing of: files' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+
+from elit_export.spec import (
+    COEFFICIENTS,
+    NAME_PATTERN,
+    Budget,
+    DataFacts,
+    ModelSpec,
+    Precision,
+    Profile,
+    Range,
+)
+
+SCHEMA = 3
+KINDS = ("graphs", "plans", "reference")
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileFacts(_Facts):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class Artifact(_Facts):
+    """A folder of files under `kind`/`name`."""
+
+    kind: str = Field(pattern=f"^({'|'.join(KINDS)})$")
+    name: Name
+    files: dict[Name, FileFacts] = Field(min_length=1)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+
+class Parity(_Facts):
+    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run."""
+
+    status: str = Field(pattern=r"^(passed|not run)$")
+    reason: str = ""
+    sqnr_db: float | None = None
+    max_relative: float | None = None
+
+
+class ReferenceCase(_Facts):
+    """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
+
+    profile: str
+    kept: int
+    rows: int
+
+
+class ReferenceTrajectory(_Facts):
+    """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled."""
+
+    name: Name
+    labels: tuple[int, ...]
+    steps: int
+    schedule: str
+    guidance: str
+    sampler: str
+
+
+class Graph(_Facts):
+    """A graph as it was exported, `file` in `artifact`.
+
+    `key` is a hash of all it was made from, by which a later build knows it is fresh.
+    """
+
+    artifact: Artifact
+    file: Name
+    key: str
+    versions: dict[str, str]
+
+
+class Reference(_Facts):
+    """PyTorch's answers. `key` as of a graph; `cache_rows` are the rows that `probe` and `reuse` were asked with."""
+
+    artifact: Artifact
+    key: str
+    cache_rows: tuple[int, ...]
+    cases: tuple[ReferenceCase, ...]
+    trajectories: tuple[ReferenceTrajectory, ...]
+
+
+class Plan(_Facts):
+    """One serialized engine: `file` in `artifact` is what a backend opens. `key` as of a graph."""
+
+    artifact: Artifact
+    key: str
+    file: Name
+    versions: dict[str, str]
+    built_on: dict[str, str]
+
+
+class ProfileFacts(_Facts):
+    name: str
+    latents: tuple[int, int, int]
+    rows: tuple[int, int, int]
+    plan: Plan
+    parity: Parity
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.name, Range(*self.latents), Range(*self.rows))
+
+
+class PlanSet(_Facts):
+    """The plans of one target in one precision; `options` are the target's choices beyond that.
+
+    `cache` are the plans of the graphs that step caching calls, which serve every budget. `fused` is that of
+    the graph which holds them all, where the recipe asks for it; it serves hosts without this runtime.
+    """
+
+    target: str
+    backend: str
+    device: str
+    precision: Precision
+    options: dict[str, Any]
+    graph: str
+    profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
+    cache: dict[str, Plan]
+    fused: Plan | None
+    reference: Reference
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Each plan once, however many profiles share it; those of the cache last."""
+        every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
+        every += [self.fused] if self.fused else []
+        return tuple({plan.artifact.name: plan for plan in every}.values())
+
+
+Spec = Annotated[
+    ModelSpec,
+    BeforeValidator(lambda value: ModelSpec.from_dict(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(ModelSpec.to_dict),
+]
+Data = Annotated[
+    DataFacts,
+    BeforeValidator(lambda value: DataFacts.from_dict(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(DataFacts.to_dict),
+]
+
+
+class ModelFacts(_Facts):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    name: str
+    spec: Spec
+    data: Data
+    checkpoint_sha256: str
+
+
+class CacheFit(_Facts):
+    """How the change of a residual follows the distance that `probe` measures: a polynomial, lowest power first.
+
+    Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; `r2` and
+    `held_out_error` (root mean square) are of trajectories that it was not fitted to.
+    """
+
+    kept: int | None
+    coefficients: tuple[float, ...] = Field(min_length=COEFFICIENTS, max_length=COEFFICIENTS)
+    low: float = Field(ge=0, allow_inf_nan=False)
+    high: float = Field(ge=0, allow_inf_nan=False)
+    r2: float
+    held_out_error: float
+    pairs: int
+
+
+class CacheCalibration(_Facts):
+    """What `teacache` needs, and the trajectories that it was made from."""
+
+    checkpoint_sha256: str
+    fits: tuple[CacheFit, ...] = Field(min_length=1)
+    images: int
+    steps: tuple[int, ...]
+    budgets: tuple[int, ...]
+    guidance: str
+    seed: int
+
+    def fit_for(self, kept: int) -> CacheFit:
+        """Of this budget, or of the nearest one that has its own."""
+        return min(self.fits, key=lambda fit: 0 if fit.kept is None else abs(fit.kept - kept))
+
+
+class Manifest(_Facts):
+    schema_version: int
+    package_version: str
+    model: ModelFacts
+    model_key: str
+    graphs: dict[str, Graph]
+    plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
+    cache_calibration: CacheCalibration | None
+
+    def artifacts(self) -> Iterator[Artifact]:
+        yield from (graph.artifact for graph in self.graphs.values())
+        for plan_set in self.plan_sets:
+            yield from (plan.artifact for plan in plan_set.plans)
+            yield plan_set.reference.artifact
+
+
+def budgets_of(plan_set: PlanSet, spec: ModelSpec) -> tuple[Budget, ...]:
+    """The budgets that some profile of a plan set serves."""
+    ranges = [facts.profile.latents for facts in plan_set.profiles]
+    return tuple(budget for budget in spec.budgets if any(budget.kept in latents for latents in ranges))
+
+
+def described(plan_sets: tuple[PlanSet, ...]) -> str:
+    return ", ".join(f"target={plan_set.target!r} precision={plan_set.precision.value!r}" for plan_set in plan_sets)

@@ -1,0 +1,114 @@
+"""From a bundle's plans to engines.
+
+Takes: a bundle.  Gives: an EngineBank, or why there is none.  May touch: the bundle (reading).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from elit_export.backends import BACKENDS, Backend
+from elit_export.bundle import Bundle
+from elit_export.errors import BackendUnavailable, BundleError, CalibrationError, InputError
+from elit_export.manifest import PlanSet, described
+from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.cache import Fit
+from elit_export.runtime.engine import Engine
+from elit_export.spec import FUSED, Budget
+
+CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
+
+
+def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
+    """The one plan set that fits what was asked for, or of several the one that can run on this machine.
+
+    Raises InputError listing all if none or several are left, with the reason for each that cannot run.
+    """
+    fitting = [
+        plan_set
+        for plan_set in plan_sets
+        if target in (None, plan_set.target) and precision in (None, plan_set.precision.value)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if not fitting:
+        raise InputError(
+            f"no plan set for target={target!r} precision={precision!r}; this bundle has {described(plan_sets)}"
+        )
+    reasons = [unfit(plan_set) for plan_set in fitting]
+    able = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
+    if len(able) == 1:
+        return able[0]
+    problem = f"several plan sets fit, choose one: {described(able)}" if able else "no plan set can run here"
+    refused = [
+        f"target {plan_set.target} cannot run here: {reason}"
+        for plan_set, reason in zip(fitting, reasons, strict=True)
+        if reason
+    ]
+    raise InputError("; ".join([problem, *refused]))
+
+
+def unfit(plan_set: PlanSet) -> str:
+    """Why a plan set cannot run on this machine; empty if it can."""
+    try:
+        reason: str = _backend_of(plan_set).engines().unfit(plan_set)
+    except (BackendUnavailable, BundleError) as error:
+        return str(error)
+    return reason
+
+
+def _backend_of(plan_set: PlanSet) -> Backend:
+    backend = BACKENDS.get(plan_set.backend)
+    if backend is None or plan_set.device not in backend.devices:
+        raise BundleError(
+            f"no backend {plan_set.backend!r} for device {plan_set.device!r} in this version: "
+            f"pip install -U elit-export, or build it again"
+        )
+    return backend
+
+
+def check_verified(plan_set: PlanSet, folder: Path) -> None:
+    for facts in plan_set.profiles:
+        if facts.parity.status != "passed":
+            raise BundleError(
+                f"profile {facts.name} of target {plan_set.target} was never compared with PyTorch "
+                f"({facts.parity.reason}): run `elit-export verify {folder}` on its device, "
+                f"or load with allow_unverified=True"
+            )
+
+
+def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
+    """Verify and open the plans of one set, each once."""
+    engines = _backend_of(plan_set).engines()
+    plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
+    cache = {name: bundle.verified(plan.artifact) / plan.file for name, plan in plan_set.cache.items()}
+    opened = engines.open_engines({**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}, plan_set)
+    slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
+    caching = {name: opened[f"{CACHE}{name}"] for name in cache}
+    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching)
+
+
+def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
+    """The engine of the graph `fused`, which the plan set must have."""
+    assert plan_set.fused
+    path = bundle.verified(plan_set.fused.artifact) / plan_set.fused.file
+    engine: Engine = _backend_of(plan_set).engines().open_engines({FUSED: path}, plan_set)[FUSED]
+    return engine
+
+
+def cache_fits(bundle: Bundle) -> dict[Budget, Fit] | None:
+    """What the bundle's calibration says of every budget, None if it has none.
+
+    Raises CalibrationError if it was made with another checkpoint.
+    """
+    model, calibration = bundle.manifest.model, bundle.manifest.cache_calibration
+    if calibration is None:
+        return None
+    if calibration.checkpoint_sha256 != model.checkpoint_sha256:
+        raise CalibrationError(
+            f"{bundle.folder}: its cache calibration is of another checkpoint "
+            f"({calibration.checkpoint_sha256[:12]}, not {model.checkpoint_sha256[:12]}): "
+            f"make it again: elit-export calibrate cache {bundle.folder}"
+        )
+    found = {budget: calibration.fit_for(budget.kept) for budget in model.spec.budgets}
+    return {budget: Fit(fit.coefficients, fit.low, fit.high) for budget, fit in found.items()}

@@ -1,0 +1,135 @@
+"""What one sampling remembers for its step cache, and what it decides by it at each evaluation.
+
+Takes: a StepCache, distances that a probe measured.  Gives: Decisions and residuals to reuse.  May touch: nothing.
+Knows nothing of: engines, files.
+
+Made with a request and gone with it, so that nothing reaches another. A change of budget leaves the memory
+as it is: residuals of other budgets forecast better than none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from elit_export.runtime.cache import Float32, StepCache
+from elit_export.runtime.engine import Array, to_host
+from elit_export.spec import Budget
+
+Probe = Callable[[Array], Mapping[str, Array]]  # signal of the step before → signal, distance
+# Why a step computed.
+FORCED = "fixed before sampling"
+FIRST = "nothing to reuse"
+MOST = "most reuses in a row"
+RANGE = "outside the calibrated range"
+THRESHOLD = "threshold"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a call was reused, and by what: a value for each row of the call, none where nothing was measured.
+
+    `accumulated` is what had added up when it was decided. The rows of a call compute together as soon as one
+    must, and then all start anew; `because` says why, and is empty for a reused call.
+    """
+
+    reused: bool
+    because: str = ""
+    distance: tuple[float, ...] = ()
+    accumulated: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The residual of an evaluation that ran the blocks, at time `t`."""
+
+    t: float
+    residual: Array
+
+
+@dataclass
+class Memory:
+    """What is kept for one branch of guidance in one evaluation of a step."""
+
+    computed: list[Computed] = field(default_factory=list)  # the latest first, at most two
+    step: int = -1  # of the last evaluation
+    reused: int = 0  # in a row
+    signal: Array | None = None
+    accumulated: Float32 = field(default_factory=lambda: np.zeros(1, np.float32))  # one value for each row
+
+    def note_computed(self, computed: Computed) -> None:
+        self.computed, self.reused = [computed, *self.computed[:1]], 0
+        self.accumulated = np.zeros_like(self.accumulated)
+
+    def forecast(self, t: float, order: int) -> tuple[Array, Array, float]:
+        """(latest residual, the one before, weight w): the residual at t is latest + w · (latest − before)."""
+        latest = self.computed[0]
+        if order == 0 or len(self.computed) < 2:
+            return latest.residual, latest.residual, 0.0
+        before = self.computed[1]
+        return latest.residual, before.residual, (t - latest.t) / (latest.t - before.t)
+
+
+class RequestCache:
+    """The cache of one sampling."""
+
+    def __init__(self, cache: StepCache) -> None:
+        self._cache = cache
+        self._memories: dict[Hashable, Memory] = {}
+
+    def memory(self, key: Hashable, step: int) -> Memory:
+        """The memory of a branch at a step; one that was idle in the step before starts anew."""
+        known = self._memories.get(key)
+        if known is None or step - known.step > 1:
+            known = self._memories[key] = Memory()
+        known.step = step
+        return known
+
+    def decide(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Decision:
+        """Does this branch reuse at the step of its memory? Probes where the policy measures."""
+        distance = self._measured(memory, budget, rows, probe)
+        because = self._because(memory, budget, distance)
+        memory.reused += not because
+        if distance is None:
+            return Decision(not because, because)
+        return Decision(not because, because, tuple(distance.tolist()), tuple(memory.accumulated.tolist()))
+
+    def _because(self, memory: Memory, budget: Budget, distance: Float32 | None) -> str:
+        """Why to compute, empty to reuse."""
+        if self._cache.computes[memory.step]:
+            return FORCED
+        if not memory.computed:
+            return FIRST
+        if memory.reused >= self._cache.policy.most:
+            return MOST
+        return "" if distance is None else self._measured_reason(memory, budget, distance)
+
+    def _measured(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Float32 | None:
+        """The distance of each row from the step before, added up in the memory; None where nothing is measured.
+
+        The last step computes and has none after it, so it is not measured.
+        """
+        fits = self._cache.fits
+        if fits is None or memory.step == len(self._cache.computes) - 1:
+            return None
+        is_first = memory.signal is None
+        before = np.zeros((rows, *self._cache.signal_shape), np.float32) if memory.signal is None else memory.signal
+        outputs = probe(before)
+        memory.signal = outputs["signal"]
+        if is_first:
+            return None
+        distance = to_host(outputs["distance"])
+        memory.accumulated = memory.accumulated + fits[budget].increments(distance)
+        return distance
+
+    def _measured_reason(self, memory: Memory, budget: Budget, distance: Float32) -> str:
+        assert self._cache.fits
+        if not self._cache.fits[budget].covers(distance).all():
+            return RANGE
+        return THRESHOLD if (memory.accumulated >= self._cache.threshold).any() else ""
+
+    def forecast(self, memory: Memory, t: float) -> tuple[Array, Array, float]:
+        """As Memory.forecast, in the order of the policy."""
+        return memory.forecast(t, self._cache.policy.order)
