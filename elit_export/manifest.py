@@ -170,8 +170,9 @@ class ModelFacts(_Facts):
 class CacheFit(_Facts):
     """How the change of a residual follows the distance that `probe` measures: a polynomial, lowest power first.
 
-    Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; `r2` and
-    `held_out_error` (root mean square) are of trajectories that it was not fitted to.
+    Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; the rest is
+    of images that it was not fitted to: `held_out_error` is a root mean square, `r2` the share of the variance that it
+    explains, `r2_same_steps` the same among trajectories of equally many steps, where the size of a step tells nothing.
     """
 
     kept: int | None
@@ -179,6 +180,7 @@ class CacheFit(_Facts):
     low: float = Field(ge=0, allow_inf_nan=False)
     high: float = Field(ge=0, allow_inf_nan=False)
     r2: float
+    r2_same_steps: float
     held_out_error: float
     pairs: int
 
@@ -191,7 +193,7 @@ class CacheCalibration(_Facts):
     images: int
     steps: tuple[int, ...]
     budgets: tuple[int, ...]
-    guidance: str
+    guidance: tuple[str, ...]
     seed: int
 
     def fit_for(self, kept: int) -> CacheFit:

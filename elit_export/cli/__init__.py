@@ -7,6 +7,7 @@ import logging
 import click
 from rich.logging import RichHandler
 
+from elit_export.cli.calibrate import calibrate
 from elit_export.cli.common import Commands
 from elit_export.cli.look import doctor, inspect, verify
 from elit_export.cli.make import build, export
@@ -24,5 +25,5 @@ def main() -> None:
     )
 
 
-for command in (demo, train, export, build, sample, verify, bench, inspect, doctor):
+for command in (demo, train, export, build, calibrate, sample, verify, bench, inspect, doctor):
     main.add_command(command)

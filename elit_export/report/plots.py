@@ -1,6 +1,6 @@
 """Results → pictures.
 
-Takes: bench results.  Gives: PNG files.  May touch: the file it is told to write.
+Takes: results of a bench or a calibration.  Gives: PNG files.  May touch: the file it is told to write.
 Needs matplotlib, from the first line on: import this before measuring for minutes what it is to draw.
 """
 
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
+from elit_export.calibrate.cache import Pairs
 from elit_export.files import written_whole
+from elit_export.manifest import CacheCalibration
 from elit_export.verify.bench import BenchResult
 
 
@@ -34,5 +37,26 @@ def plot_bench(result: BenchResult, path: Path) -> None:
         error.set_title(f"final images against a fine solution at {largest}")
         for point, budget in zip(points, result.budgets, strict=True):
             error.annotate(budget.budget, point, textcoords="offset points", xytext=(4, 4))
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+POINTS = 4000  # of a scatter: more of them hide each other
+
+
+def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) -> None:
+    """Change of the residual against distance of the signal, and the fits over their ranges."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for steps in calibration.steps:
+        chosen = pairs.where(pairs.steps == steps)
+        thin = np.random.default_rng(0).permutation(len(chosen))[:POINTS]
+        axes.scatter(chosen.distance[thin], chosen.change[thin], s=2, alpha=0.3, label=f"{steps} steps")
+    for fit in calibration.fits:
+        reach = np.linspace(fit.low, fit.high, 200)
+        label = "fit" if fit.kept is None else f"fit of budget {fit.kept}"
+        axes.plot(reach, np.polynomial.polynomial.polyval(reach, fit.coefficients), label=label)
+    axes.set(xlabel="distance that the probe measures", ylabel="relative change of the residual", xlim=(0, None))
+    axes.legend(markerscale=4)
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from elit_export.manifest import CacheCalibration
 from elit_export.models.cost import flops
 from elit_export.spec import ModelSpec
 from elit_export.verify.bench import ENGINE, BenchResult, BudgetResult, SamplingResult
@@ -91,6 +92,33 @@ def parity_text(parity: Facts) -> str:
     if parity["status"] != "passed":
         return f"{parity['status']} ({parity['reason']})"
     return f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def calibration_table(calibration: CacheCalibration) -> Table:
+    """Each fit, with what it explains on images that it was not fitted to."""
+    steps = ", ".join(str(count) for count in calibration.steps)
+    made = table(
+        f"change of the residual by distance of the signal, {calibration.images} images at {steps} steps, "
+        f"guidance {', '.join(calibration.guidance)}",
+        ("budget", "polynomial, lowest power first", "distances", "pairs", "RMS error", "R²", "R² at equal steps"),
+        [
+            (
+                "all" if fit.kept is None else str(fit.kept),
+                " ".join(f"{coefficient:.4g}" for coefficient in fit.coefficients),
+                f"{fit.low:.3g}..{fit.high:.3g}",
+                str(fit.pairs),
+                f"{fit.held_out_error:.2g}",
+                f"{fit.r2:.2f}",
+                f"{fit.r2_same_steps:.2f}",
+            )
+            for fit in calibration.fits
+        ],
+    )
+    made.caption = "error and R² are of held-out images; at equal steps: what the distance tells beyond the steps' size"
+    return made
 
 
 # ---------------------------------------------------------------- parity

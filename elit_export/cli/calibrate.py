@@ -1,0 +1,62 @@
+"""Commands that measure a bundle's engines for what later runs decide by: calibrate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elit_export.bundle import Bundle
+from elit_export.calibrate.cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.report.tables import calibration_table
+from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+
+COUNT = click.IntRange(min=1)
+
+
+@click.group()
+def calibrate() -> None:
+    """Measure what a bundle's engines do along real trajectories, and write what was learnt into the bundle."""
+
+
+@calibrate.command("cache")
+@click.argument("bundle", type=FOLDER)
+@click.option("--images", type=COUNT, default=64, show_default=True, help="Seeds, each with a label of its own.")
+@click.option("--steps", type=COUNT, multiple=True, default=(10, 25, 60), show_default=True, help="May be repeated.")
+@click.option("--budget", "budgets", multiple=True, help="May be repeated.  [default: the named ones that are covered]")
+@click.option("--guidance", multiple=True, default=("cfg:2",), show_default=True, help="none or cfg; may be repeated.")
+@click.option("--seed", default=DEFAULTS["seed"], show_default=True)
+@click.option("--rows", type=COUNT, default=16, show_default=True, help="Images at once.")
+@click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
+@click.option("--target", help="Needed if the bundle has several.")
+@JSON_OPTION
+def calibrate_cache(
+    bundle: Path,
+    images: int,
+    steps: tuple[int, ...],
+    budgets: tuple[str, ...],
+    guidance: tuple[str, ...],
+    seed: int,
+    rows: int,
+    plot: Path | None,
+    target: str | None,
+    json_to: str | None,
+) -> None:
+    """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
+    if plot is not None:  # before anything is measured, as it needs matplotlib
+        from elit_export.report.plots import plot_calibration
+    with Pipeline.load(bundle, target=target) as pipeline, progress_bar() as progress:
+        covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.bank.covered]
+        chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
+        wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
+        parts = progress.track(sampled_pairs(pipeline, wanted), total=batches(wanted), description="trajectories")
+        pairs = joined(list(parts))
+    opened = Bundle.open(bundle)
+    calibration = calibrated(pairs, wanted, opened.manifest.model.checkpoint_sha256)
+    if plot is not None:
+        plot_calibration(pairs, calibration, plot)
+    record(opened, calibration)
+    show(calibration_table(calibration), json_to=json_to)
+    write_json(calibration.model_dump(mode="json"), json_to)
+    say(f"wrote it into {bundle}; next: elit-export sample {bundle} --cache teacache:0.2", json_to=json_to)
