@@ -80,9 +80,8 @@ class Watched(Engine):
         outputs = self._engine(inputs)
         residual = to_host(outputs["residual"])
         signal, old = self._before or (np.zeros((len(residual), *self._shape), np.float32), None)
-        probed = self._probe(
-            {name: array for name, array in inputs.items() if name != LATENTS} | {"signal_prev": signal}
-        )
+        common = {name: array for name, array in inputs.items() if name != LATENTS}
+        probed = self._probe({**common, "signal_prev": signal})
         if old is not None:
             change = np.abs(residual - old).mean((1, 2)) / np.abs(old).mean((1, 2))
             self.seen.append((to_host(probed["distance"]), change))
@@ -102,8 +101,13 @@ def sampled_pairs(pipeline: Pipeline, wanted: Trajectories) -> Iterator[Pairs]:
             distance, change = np.stack([step[0] for step in seen]), np.stack([step[1] for step in seen])
             image = np.tile(np.asarray(images), distance.shape[1] // len(images))  # guidance repeats the rows
             whole = np.ones(distance.shape, np.int64)
-            columns = (distance, change, whole * budget.kept, whole * steps, whole * image)
-            yield Pairs(*(values.ravel() for values in columns))
+            yield Pairs(
+                distance=distance.ravel().astype(np.float64),
+                change=change.ravel().astype(np.float64),
+                kept=(whole * budget.kept).ravel(),
+                steps=(whole * steps).ravel(),
+                image=(whole * image).ravel(),
+            )
 
 
 def batches(wanted: Trajectories) -> int:
@@ -122,13 +126,12 @@ def _watched_steps(
     spec, bank = pipeline.spec, pipeline.bank
     if "probe" not in bank.cache:
         raise CalibrationError("these engines have no graph `probe`: build the bundle again")
-    request = pipeline.request([image % spec.num_classes for image in images])
     slot = bank.slot_for(budget, len(images))
     watched = Watched(slot.engine, bank.cache["probe"], (spec.tokens, spec.hidden_size))
-    watching = Pipeline(EngineBank([Slot(slot.profile, watched)], spec.budgets, bank.precision), spec, pipeline.data)
-    labels = next(iter(request.conditioning.values()))
-    watching.sample(
-        labels.tolist(), steps=steps, sampler="euler", schedule=[budget] * steps, guidance=guidance, seed=seed
+    alone = EngineBank([Slot(slot.profile, watched)], spec.budgets, bank.precision)
+    labels = [image % spec.num_classes for image in images]
+    Pipeline(alone, spec, pipeline.data).sample(
+        labels, steps=steps, sampler="euler", schedule=[budget] * steps, guidance=guidance, seed=seed
     )
     return watched.seen
 
@@ -191,7 +194,7 @@ def _polynomial(pairs: Pairs, degree: int) -> Floats:
     scale = pairs.distance.max()
     powers = np.vander(pairs.distance / scale, degree + 1, increasing=True)
     found, *_ = np.linalg.lstsq(powers, pairs.change, rcond=None)
-    return np.pad(found / scale ** np.arange(degree + 1), (0, COEFFICIENTS - degree - 1))
+    return np.pad((found / scale ** np.arange(degree + 1)).astype(np.float64), (0, COEFFICIENTS - degree - 1))
 
 
 def _rises(coefficients: Floats, low: float, high: float) -> bool:
@@ -199,7 +202,8 @@ def _rises(coefficients: Floats, low: float, high: float) -> bool:
 
 
 def _values(coefficients: Floats, distance: Floats) -> Floats:
-    return np.polynomial.polynomial.polyval(distance, coefficients)
+    values: Floats = np.polynomial.polynomial.polyval(distance, coefficients)
+    return values
 
 
 def _error(coefficients: Floats, pairs: Pairs) -> float:

@@ -55,7 +55,7 @@ def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) ->
     for fit in calibration.fits:
         reach = np.linspace(fit.low, fit.high, 200)
         label = "fit" if fit.kept is None else f"fit of budget {fit.kept}"
-        axes.plot(reach, np.polynomial.polynomial.polyval(reach, fit.coefficients), label=label)
+        axes.plot(reach, np.polynomial.polynomial.polyval(reach, fit.coefficients), color="black", label=label)
     axes.set(xlabel="distance that the probe measures", ylabel="relative change of the residual", xlim=(0, None))
     axes.legend(markerscale=4)
     with written_whole(path) as temporary:
