@@ -194,7 +194,9 @@ def _polynomial(pairs: Pairs, degree: int) -> Floats:
     scale = pairs.distance.max()
     powers = np.vander(pairs.distance / scale, degree + 1, increasing=True)
     found, *_ = np.linalg.lstsq(powers, pairs.change, rcond=None)
-    return np.pad((found / scale ** np.arange(degree + 1)).astype(np.float64), (0, COEFFICIENTS - degree - 1))
+    coefficients = np.zeros(COEFFICIENTS)
+    coefficients[: degree + 1] = found / scale ** np.arange(degree + 1)
+    return coefficients
 
 
 def _rises(coefficients: Floats, low: float, high: float) -> bool:

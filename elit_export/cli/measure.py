@@ -14,10 +14,11 @@ from rich.table import Table
 from elit_export.bundle import Bundle
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, show, write_json
 from elit_export.errors import InputError
-from elit_export.report.tables import bench_tables, cost_table, soak_table, table
+from elit_export.report.tables import bench_tables, cost_table, soak_table, sweep_tables, table
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.verify.bench import BenchResult
+from elit_export.verify.cache_sweep import SweepResult
 
 COUNT = click.IntRange(min=1)
 Measured = tuple[list[Table], dict[str, Any]]
@@ -32,9 +33,12 @@ Runners = Mapping[str, Any]
 @click.option("--rounds", type=COUNT, default=10, show_default=True, help="Measured calls per budget, after warm-up.")
 @click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
 @click.option("--samplers", is_flag=True, help="Measure the error of every sampler instead.")
-@click.option("--guidance", default="none", show_default=True, help="For --samplers.")
+@click.option("--guidance", default="none", show_default=True, help="For --samplers, --cache-sweep.")
 @click.option("--soak", type=COUNT, metavar="N", help="Watch memory over N short samplings instead.")
-@click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
+@click.option("--cache-sweep", is_flag=True, help="Measure what step caching is worth instead; --rows are images.")
+@click.option("--schedule", default="full", show_default=True, help="For --cache-sweep: one budget.")
+@click.option("--fine-steps", type=COUNT, default=100, show_default=True, help="For --cache-sweep: Heun's.")
+@click.option("--plot", type=FILE, help="Draw error against budget, or against time with --cache-sweep, into a PNG.")
 @click.option("--check", type=FILE, help="JSON file of bars to hold; ends with status 1 if one does not.")
 @click.option("--target", help="Needed if the bundle has several.")
 @JSON_OPTION
@@ -48,6 +52,9 @@ def bench(
     samplers: bool,
     guidance: str,
     soak: int | None,
+    cache_sweep: bool,
+    schedule: str,
+    fine_steps: int,
     plot: Path | None,
     check: Path | None,
     target: str | None,
@@ -56,13 +63,24 @@ def bench(
     """Measure BUNDLE's engines: time and error per budget, cost of switching, ways to sample."""
     from elit_export.verify.bars import load_bars, misses
 
-    refuse_together({"--samplers": samplers, "--soak": soak}, {"--plot": plot, "--checkpoint": checkpoint})
+    instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep}
+    refuse_together(instead, {"--checkpoint": checkpoint, "--plot": None if cache_sweep else plot})
     bars = load_bars(check) if check else []
     with Pipeline.load(bundle, target=target) as pipeline:
         if samplers:
             tables, facts = bench_samplers(pipeline, images=rows, guidance=guidance)
         elif soak:
             tables, facts = bench_soak(pipeline, samplings=soak)
+        elif cache_sweep:
+            tables, facts = bench_cache(
+                pipeline,
+                schedule=schedule,
+                guidance=guidance,
+                images=rows,
+                rounds=rounds,
+                fine_steps=fine_steps,
+                plot=plot,
+            )
         else:
             show(cost_table(pipeline.spec), json_to=json_to)
             opened = Bundle.open(bundle)
@@ -144,6 +162,15 @@ def drawer(plot: Path | None) -> Callable[[BenchResult], None]:
     return partial(plot_bench, path=plot)
 
 
+def sweep_drawer(plot: Path | None) -> Callable[[SweepResult], None]:
+    """The same for a sweep."""
+    if plot is None:
+        return lambda _result: None
+    from elit_export.report.plots import plot_sweep
+
+    return partial(plot_sweep, path=plot)
+
+
 def bench_samplers(pipeline: Pipeline, *, images: int, guidance: str) -> Measured:
     from elit_export.verify.solvers import COMPARED, EXACT_STEPS, solver_errors
 
@@ -155,6 +182,27 @@ def bench_samplers(pipeline: Pipeline, *, images: int, guidance: str) -> Measure
     title = f"{images} samples, guidance {guidance}, against Heun at {EXACT_STEPS} steps"
     tables = [table(title, ("sampler", "steps", "calls", "SQNR dB"), rows)]
     return tables, {"samplers": [asdict(error) for error in found]}
+
+
+def bench_cache(
+    pipeline: Pipeline, *, schedule: str, guidance: str, images: int, rounds: int, fine_steps: int, plot: Path | None
+) -> Measured:
+    from elit_export.verify.cache_sweep import count_of_ways, sweep
+
+    draw = sweep_drawer(plot)
+    with progress_bar() as progress:
+        task = progress.add_task("", total=count_of_ways(pipeline, schedule, guidance, rounds))
+        result = sweep(
+            pipeline,
+            schedule=schedule,
+            guidance=guidance,
+            images=images,
+            rounds=rounds,
+            fine_steps=fine_steps,
+            on_way=lambda way: progress.update(task, description=way, advance=1),
+        )
+    draw(result)
+    return list(sweep_tables(result)), {"cache_sweep": asdict(result)}
 
 
 def bench_soak(pipeline: Pipeline, *, samplings: int) -> Measured:

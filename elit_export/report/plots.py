@@ -1,6 +1,6 @@
 """Results → pictures.
 
-Takes: results of a bench or a calibration.  Gives: PNG files.  May touch: the file it is told to write.
+Takes: results of a bench, a sweep or a calibration.  Gives: PNG files.  May touch: the file it is told to write.
 Needs matplotlib, from the first line on: import this before measuring for minutes what it is to draw.
 """
 
@@ -15,6 +15,7 @@ from elit_export.calibrate.cache import Pairs
 from elit_export.files import written_whole
 from elit_export.manifest import CacheCalibration
 from elit_export.verify.bench import BenchResult
+from elit_export.verify.cache_sweep import CONTROLS, REFERENCE, SweepResult
 
 
 def plot_bench(result: BenchResult, path: Path) -> None:
@@ -37,6 +38,23 @@ def plot_bench(result: BenchResult, path: Path) -> None:
         error.set_title(f"final images against a fine solution at {largest}")
         for point, budget in zip(points, result.budgets, strict=True):
             error.annotate(budget.budget, point, textcoords="offset points", xytext=(4, 4))
+    with written_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def plot_sweep(result: SweepResult, path: Path) -> None:
+    """Error against engine time; controls are lines."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    (reference,) = (row for row in result.rows if row.family == REFERENCE)
+    for family in dict.fromkeys(row.family for row in result.rows):
+        rows = [row for row in result.rows if row.family == family]
+        points = sorted((row.engine_ms_per_image / reference.engine_ms_per_image, row.sqnr_db) for row in rows)
+        line, marker = ("-", ".") if family in CONTROLS else ("", "x")
+        axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, label=family)
+    axes.set(xscale="log", xlabel="engine time, 50 Euler steps = 1", ylabel="SQNR in dB")
+    axes.set_title(f"{result.schedule}, guidance {result.guidance}")
+    axes.legend(fontsize="small")
     with written_whole(path) as temporary:
         figure.savefig(temporary, dpi=110)
 

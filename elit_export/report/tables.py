@@ -15,6 +15,7 @@ from elit_export.manifest import CacheCalibration
 from elit_export.models.cost import flops
 from elit_export.spec import ModelSpec
 from elit_export.verify.bench import ENGINE, BenchResult, BudgetResult, SamplingResult
+from elit_export.verify.cache_sweep import CONTROLS, SweepResult, SweepRow
 from elit_export.verify.parity import Comparison
 from elit_export.verify.soak import SoakResult
 
@@ -216,6 +217,38 @@ def _way_cells(way: SamplingResult) -> tuple[str, ...]:
         f"{way.outside_engines:.1%}",
         f"{way.outside_ms_per_step:.2f}",
         f"{way.sqnr_db:.1f}",
+    )
+
+
+def sweep_tables(result: SweepResult) -> Iterator[Table]:
+    """The ways that are not cached, then the cached ones beside the controls at their time."""
+    title = f"schedule {result.schedule}, guidance {result.guidance}, {result.images} images"
+    columns = ("way", "computed", "reused", "probes", "ms per image", "time / its calls", "speed-up", "SQNR dB")
+    plain = [_sweep_cells(row) for row in result.rows if not row.control_db]
+    cached = [_sweep_cells(row) for row in result.rows if row.control_db]
+    yield table(title, columns, plain)
+    controls = tuple(f"{name}, dB" for name in CONTROLS)
+    made = table(f"cached, and what the controls have in the same engine time: {title}", (*columns, *controls), cached)
+    best = "; ".join(f"{level}: {name}" for level, name in result.best.items())
+    made.caption = (
+        f"against Heun at {result.fine_steps} steps; reuse takes {result.reuse_over_step:.1%} of a step, probe "
+        f"{result.probe_over_step:.1%}; the cheapest within so many dB of 50 Euler steps: {best}"
+    )
+    yield made
+
+
+def _sweep_cells(row: SweepRow) -> tuple[str, ...]:
+    controls = ("–" if error is None else f"{error:.1f}" for error in row.control_db.values())
+    return (
+        row.name,
+        str(row.computed),
+        str(row.reused),
+        str(row.probes),
+        f"{row.ms_per_image:.1f}",
+        f"{row.over_parts:.2f}",
+        f"{row.speedup:.2f}",
+        f"{row.sqnr_db:.1f}",
+        *controls,
     )
 
 

@@ -33,9 +33,13 @@ def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, Onnx
     for plan in plan_set.plans:
         _check_version(plan.versions.get("onnxruntime", "0"))
     threads = _threads(plan_set)
+    # On one thread: the step's, which wait for more by spinning, would slow theirs down.
+    small = {plan.file for plan in plan_set.cache.values()}
     with ExitStack() as stack:
         opened = {
-            path: stack.enter_context(OnnxRuntimeEngine(path, device=plan_set.device, threads=threads))
+            path: stack.enter_context(
+                OnnxRuntimeEngine(path, device=plan_set.device, threads=1 if path.name in small else threads)
+            )
             for path in set(plans.values())
         }
         stack.pop_all()  # the caller owns them now

@@ -32,11 +32,13 @@ class Decision:
     """Whether a call was reused, and by what: a value for each row of the call, none where nothing was measured.
 
     `accumulated` is what had added up when it was decided. The rows of a call compute together as soon as one
-    must, and then all start anew; `because` says why, and is empty for a reused call.
+    must, and then all start anew; `because` says why, and is empty for a reused call. `probed` says whether `probe`
+    ran, which at the first step measures nothing.
     """
 
     reused: bool
     because: str = ""
+    probed: bool = False
     distance: tuple[float, ...] = ()
     accumulated: tuple[float, ...] = ()
 
@@ -89,12 +91,14 @@ class RequestCache:
 
     def decide(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Decision:
         """Does this branch reuse at the step of its memory? Probes where the policy measures."""
-        distance = self._measured(memory, budget, rows, probe)
+        # The last step computes and has none after it, so it is not measured.
+        probed = self._cache.fits is not None and memory.step < len(self._cache.computes) - 1
+        distance = self._measured(memory, budget, rows, probe) if probed else None
         because = self._because(memory, budget, distance)
         memory.reused += not because
         if distance is None:
-            return Decision(not because, because)
-        return Decision(not because, because, tuple(distance.tolist()), tuple(memory.accumulated.tolist()))
+            return Decision(not because, because, probed)
+        return Decision(not because, because, probed, tuple(distance.tolist()), tuple(memory.accumulated.tolist()))
 
     def _because(self, memory: Memory, budget: Budget, distance: Float32 | None) -> str:
         """Why to compute, empty to reuse."""
@@ -107,13 +111,8 @@ class RequestCache:
         return "" if distance is None else self._measured_reason(memory, budget, distance)
 
     def _measured(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Float32 | None:
-        """The distance of each row from the step before, added up in the memory; None where nothing is measured.
-
-        The last step computes and has none after it, so it is not measured.
-        """
-        fits = self._cache.fits
-        if fits is None or memory.step == len(self._cache.computes) - 1:
-            return None
+        """The distance of each row from the step before, added up in the memory; None if that was not measured."""
+        assert self._cache.fits
         is_first = memory.signal is None
         before = np.zeros((rows, *self._cache.signal_shape), np.float32) if memory.signal is None else memory.signal
         outputs = probe(before)
@@ -121,7 +120,7 @@ class RequestCache:
         if is_first:
             return None
         distance = to_host(outputs["distance"])
-        memory.accumulated = memory.accumulated + fits[budget].increments(distance)
+        memory.accumulated = memory.accumulated + self._cache.fits[budget].increments(distance)
         return distance
 
     def _measured_reason(self, memory: Memory, budget: Budget, distance: Float32) -> str:
