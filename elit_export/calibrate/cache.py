@@ -204,8 +204,7 @@ def _rises(coefficients: Floats, low: float, high: float) -> bool:
 
 
 def _values(coefficients: Floats, distance: Floats) -> Floats:
-    values: Floats = np.polynomial.polynomial.polyval(distance, coefficients)
-    return values
+    return np.asarray(np.polynomial.polynomial.polyval(distance, coefficients), np.float64)
 
 
 def _error(coefficients: Floats, pairs: Pairs) -> float:

@@ -26,7 +26,7 @@ from elit_export.verify.timing import timed_in_turn
 
 REFERENCE_STEPS = 50  # Euler's, of the way that all others are compared with
 PART_ROUNDS = 7
-FEWER, MULTISTEP, SMALLER = CONTROLS = ("fewer Euler steps", "ab3 with fewer steps", "smaller budget")
+FEWER, MULTISTEP, SMALLER = CONTROLS = ("fewer steps", "ab3", "smaller budget")
 REFERENCE, CACHED, COMBINED, GUIDED = "euler 50", "cached", "cached ab3", "cheaper guidance"
 EULER_STEPS = (8, 12, 16, 20, 25, 33, 40)
 MULTISTEP_STEPS = (6, 8, 10, 14, 20, 30)
@@ -154,7 +154,7 @@ def ways(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[Way]:
     for policy in (*STATIC, *MEASURED):
         for order in (0, 1):
             cache = f"{policy},order={order}"
-            yield way(f"euler 50, {cache}", CACHED, cache=cache)
+            yield way(cache.removeprefix("static:"), CACHED, cache=cache)
     for steps in COMBINED_STEPS:
         yield way(f"ab3 {steps}, every@2", COMBINED, steps=steps, sampler="ab3", cache="static:every@2")
     if guidance.startswith("cfg:"):
@@ -174,9 +174,7 @@ def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
 def constant_budget(pipeline: Pipeline, schedule: str) -> Budget:
     budgets = set(pipeline.request([0], schedule=schedule).schedule)
     if len(budgets) > 1:
-        raise InputError(
-            f"schedule {schedule!r}: a sweep takes one budget for all steps, and tries smaller ones beside"
-        )
+        raise InputError(f"schedule {schedule!r}: a sweep takes one budget for all steps, and tries smaller ones too")
     return budgets.pop()
 
 
@@ -256,10 +254,8 @@ def _with_controls(row: SweepRow, rows: Sequence[SweepRow]) -> SweepRow:
 
 def error_at(engine_ms: float, control: str, rows: Sequence[SweepRow]) -> float | None:
     """The dB of a control at an engine time, linear in its logarithm between what was measured."""
-    ends_at_reference = (REFERENCE,) if control != MULTISTEP else ()
-    points = sorted(
-        (row.engine_ms_per_image, row.sqnr_db) for row in rows if row.family in (control, *ends_at_reference)
-    )
+    families = (control,) if control == MULTISTEP else (control, REFERENCE)  # the others end at 50 full Euler steps
+    points = sorted((row.engine_ms_per_image, row.sqnr_db) for row in rows if row.family in families)
     if not points or not points[0][0] <= engine_ms <= points[-1][0]:
         return None
     times, errors = zip(*points, strict=True)
