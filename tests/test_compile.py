@@ -14,12 +14,13 @@ from elit_export.checkpoint import save_checkpoint
 from elit_export.compile import NOTHING_CHANGED
 from elit_export.recipe import recipe_from_values
 from elit_export.runtime import onnxruntime_engine
+from elit_export.spec import CACHE_GRAPHS, STEP
 from tests.conftest import recipe_values
 from tests.helpers import tiny_model
 
 READ, ANSWER, VERIFY = "read checkpoint", "PyTorch reference", "verify"
-EXPORT = ["export graph step", "export graph probe", "export graph reuse"]
-BUILD = ["build step, full, half, quarter", "build probe", "build reuse"]
+EXPORT = [f"export graph {graph}" for graph in (STEP, *CACHE_GRAPHS)]
+BUILD = ["build step, full, half, quarter", *(f"build {graph}" for graph in CACHE_GRAPHS)]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_changed_rows_ask_pytorch_again_but_do_not_export(copied: Path, tiny_che
 def test_a_changed_checkpoint_makes_everything_again(copied: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
     stages = build_again(copied, tmp_path / "other.safetensors")
-    assert stages == [READ, *EXPORT, ANSWER, BUILD[0], VERIFY]  # probe and reuse come out the same
+    assert stages == [READ, *EXPORT, ANSWER, BUILD[0], VERIFY]  # those of the cache come out the same
 
 
 def test_a_newer_library_builds_the_plan_again(
