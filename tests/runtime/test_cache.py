@@ -15,9 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elit_export.bundle import Bundle, writing
+from elit_export.bundle import Bundle
 from elit_export.errors import BundleError, CalibrationError, InputError
-from elit_export.manifest import CacheCalibration, CacheFit
 from elit_export.models.cost import flops, flops_per_image
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
@@ -27,6 +26,7 @@ from elit_export.runtime.opening import cache_fits
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.spec import PIXELS, Precision, Range
 from elit_export.verify.metrics import difference
+from tests.helpers import calibrate, fit_of
 from tests.runtime.carrying import SPEC, carrying, time
 
 BAD = ("-1", "-0.1", "nan", "inf", "-inf", "1e999")
@@ -270,35 +270,6 @@ def test_teacache_without_a_calibration_names_the_command(tiny_bundle: Bundle) -
 @pytest.fixture
 def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
-
-
-def fit_of(kept: int | None, slope: float = 1.0) -> CacheFit:
-    return CacheFit(
-        kept=kept,
-        coefficients=(0.0, slope, 0.0, 0.0, 0.0),
-        low=0.0,
-        high=10.0,
-        r2=0.9,
-        held_out_error=0.1,
-        pairs=100,
-    )
-
-
-def calibrate(folder: Path, *fits: CacheFit, **changes: Any) -> Bundle:
-    """Put a calibration into a bundle."""
-    manifest = Bundle.open(folder).manifest
-    facts: dict[str, Any] = {
-        "checkpoint_sha256": manifest.model.checkpoint_sha256,
-        "fits": fits,
-        "images": 4,
-        "steps": (10,),
-        "budgets": (4,),
-        "guidance": "none",
-        "seed": 0,
-    }
-    with writing(folder) as writer:
-        calibration = CacheCalibration(**(facts | changes))
-        return writer.commit(manifest.model_copy(update={"cache_calibration": calibration}))
 
 
 def test_a_calibrated_bundle_samples_with_teacache(copied: Path) -> None:
