@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
 
 from elit_export.spec import (
     COEFFICIENTS,
@@ -176,7 +176,7 @@ class CacheFit(_Facts):
     """
 
     kept: int | None
-    coefficients: tuple[float, ...] = Field(min_length=COEFFICIENTS, max_length=COEFFICIENTS)
+    coefficients: tuple[FiniteFloat, ...] = Field(min_length=COEFFICIENTS, max_length=COEFFICIENTS)
     low: float = Field(ge=0, allow_inf_nan=False)
     high: float = Field(ge=0, allow_inf_nan=False)
     r2: float

@@ -16,7 +16,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from elit_export.bundle import Bundle, writing
 from elit_export.checkpoint import load_checkpoint
+from elit_export.manifest import CacheCalibration, CacheFit
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import ModelSpec
 
@@ -126,6 +128,38 @@ def tiny_model(**changes: Any) -> ElitSiT:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(weights_by_name(shapes, seed=3))
     return model.eval()
+
+
+# ---------------------------------------------------------------- a calibration for `teacache`
+
+
+def fit_of(kept: int | None, slope: float = 1.0) -> CacheFit:
+    return CacheFit(
+        kept=kept,
+        coefficients=(0.0, slope, 0.0, 0.0, 0.0),
+        low=0.0,
+        high=10.0,
+        r2=0.9,
+        held_out_error=0.1,
+        pairs=100,
+    )
+
+
+def calibrate(folder: Path, *fits: CacheFit, **changes: Any) -> Bundle:
+    """Put a calibration into a bundle."""
+    manifest = Bundle.open(folder).manifest
+    facts: dict[str, Any] = {
+        "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        "fits": fits,
+        "images": 4,
+        "steps": (10,),
+        "budgets": (4,),
+        "guidance": "none",
+        "seed": 0,
+    }
+    with writing(folder) as writer:
+        calibration = CacheCalibration(**(facts | changes))
+        return writer.commit(manifest.model_copy(update={"cache_calibration": calibration}))
 
 
 # ---------------------------------------------------------------- bfloat16 on a CPU

@@ -274,7 +274,7 @@ def test_rebuild_of_another_model_drops_what_the_manifest_no_longer_names(
     bundle = compile_bundle(recipe, "cpu", out=copied, checkpoint=tmp_path / "other.safetensors")
     present = {path.name for kind in ("graphs", "plans", "reference") for path in (copied / kind).iterdir()}
     assert present == {artifact.name for artifact in bundle.manifest.artifacts()}
-    steps = {name for name in old if name.startswith("step")}  # probe and reuse happen to be the same
+    steps = {name for name in old if name.startswith("step")}  # those of the cache happen to be the same
     assert steps
     assert present.isdisjoint(steps)
 

@@ -14,12 +14,13 @@ from elit_export.checkpoint import save_checkpoint
 from elit_export.compile import NOTHING_CHANGED
 from elit_export.recipe import recipe_from_values
 from elit_export.runtime import onnxruntime_engine
+from elit_export.spec import CACHE_GRAPHS, STEP
 from tests.conftest import recipe_values
-from tests.helpers import tiny_model
+from tests.helpers import calibrate, fit_of, tiny_model
 
 READ, ANSWER, VERIFY = "read checkpoint", "PyTorch reference", "verify"
-EXPORT = ["export graph step", "export graph probe", "export graph reuse"]
-BUILD = ["build step, full, half, quarter", "build probe", "build reuse"]
+EXPORT = [f"export graph {graph}" for graph in (STEP, *CACHE_GRAPHS)]
+BUILD = ["build step, full, half, quarter", *(f"build {graph}" for graph in CACHE_GRAPHS)]
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_changed_rows_ask_pytorch_again_but_do_not_export(copied: Path, tiny_che
 def test_a_changed_checkpoint_makes_everything_again(copied: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
     stages = build_again(copied, tmp_path / "other.safetensors")
-    assert stages == [READ, *EXPORT, ANSWER, BUILD[0], VERIFY]  # probe and reuse come out the same
+    assert stages == [READ, *EXPORT, ANSWER, BUILD[0], VERIFY]  # those of the cache come out the same
 
 
 def test_a_newer_library_builds_the_plan_again(
@@ -80,6 +81,16 @@ def test_changed_code_makes_again_what_depends_on_it(
     real = compile.code
     monkeypatch.setattr(compile, "code", lambda *places: real(*places) + ("changed" if room in places else ""))
     assert build_again(copied, tiny_checkpoint) == stages
+
+
+def test_a_calibration_stays_as_long_as_its_checkpoint(copied: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    calibration = calibrate(copied, fit_of(None)).manifest.cache_calibration
+    assert calibration
+    build_again(copied, tiny_checkpoint, rows={"min": 1, "opt": 2, "max": 4})
+    assert Bundle.open(copied).manifest.cache_calibration == calibration
+    save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
+    compile_bundle(recipe_from_values(recipe_values(tmp_path / "other.safetensors"), "test"), "cpu", out=copied)
+    assert Bundle.open(copied).manifest.cache_calibration is None
 
 
 @pytest.mark.parametrize("kind", ["graphs", "plans", "reference"])

@@ -26,6 +26,7 @@ from elit_export.checkpoint import load_checkpoint, save_checkpoint
 from elit_export.errors import BundleError, CheckpointError, ElitExportError, RecipeError
 from elit_export.manifest import Artifact
 from elit_export.recipe import recipe_from_values
+from elit_export.runtime.cache import CachePolicy
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.schedule import resolve_schedule
 from elit_export.spec import Budget
@@ -289,6 +290,7 @@ def own_file(metadata: dict[str, str]) -> bytes:
 
 SPEC = tiny_spec()
 DIGITS = "9" * 5000  # more than Python turns into an int
+CACHES = ("teacache:", "static:", "static:every@", "static:mask@", "static:time@", "static:every@2,")
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
@@ -320,6 +322,17 @@ def test_any_text_as_a_schedule_is_resolved_or_refused(text: str) -> None:
 @example(text=f"ccfg:2@{DIGITS}")
 def test_any_text_as_guidance_is_read_or_refused(text: str) -> None:
     only_own_errors(lambda: Guidance.parse(text, SPEC))
+
+
+@fuzzed
+@given(text=near_text | st.builds("{}{}".format, st.sampled_from(CACHES), near_text))
+@example(text=f"static:every@{DIGITS}")
+@example(text=f"teacache:{DIGITS}")
+@example(text=f"static:time@1,most={DIGITS}")
+@example(text=f"static:{DIGITS}")
+@example(text="static:a\0b")
+def test_any_text_as_a_cache_is_read_or_refused(text: str) -> None:
+    only_own_errors(lambda: CachePolicy.parse(text))
 
 
 @fuzzed

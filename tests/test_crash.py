@@ -373,14 +373,14 @@ def test_a_kill_during_the_export_leaves_no_bundle(tiny: Built, tmp_path: Path, 
     assert (folder / STAGING).is_dir()
 
 
-# First builds: six files of the graphs, one of the reference, six of the plans, and the manifest. Rebuilds: the
-# eight files of probe and reuse are those of the model before, and are looked at again.
-FLUSHES = {True: 14, False: 22}
+# First builds: eight files of the graphs, one of the reference, eight of the plans, and the manifest. Rebuilds: the
+# twelve files of probe, reuse and time are those of the model before, and are looked at again.
+FLUSHES = {True: 18, False: 30}
 
 
 @pytest.mark.usefixtures("ready_graphs")
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("flush", [0, 5, 6, 7, 12, -1])
+@pytest.mark.parametrize("flush", [0, 7, 8, 9, 16, -1])
 def test_a_kill_before_anything_gets_its_name(
     copied: Path, tiny: Built, other: Built, tmp_path: Path, flush: int, is_first: bool
 ) -> None:

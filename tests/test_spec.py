@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from elit_export.errors import InputError
 from elit_export.spec import (
+    CACHE_GRAPHS,
     PIXELS,
     SD_VAE,
     SIT_NAMES,
@@ -331,6 +332,26 @@ def test_graph_tensors_do_not_depend_on_the_budget() -> None:
         ("velocity", "float32", ("rows", 1, 8, 8)),
         ("residual", "float32", ("rows", 16, 16)),
     ]
+
+
+def test_graph_tensors_of_the_cache() -> None:
+    spec = tiny_spec()
+    common = ["x", "t", "y"]
+    names = {
+        graph: ([t.name for t in spec.inputs_of(graph)], [t.name for t in spec.outputs_of(graph)])
+        for graph in CACHE_GRAPHS
+    }
+    assert names == {
+        "probe": ([*common, "signal_prev"], ["signal", "distance"]),
+        "reuse": ([*common, "residual", "residual_prev", "forecast"], ["velocity"]),
+        "time": (["t"], ["embedding"]),
+    }
+    every = [t for graph in CACHE_GRAPHS for t in (*spec.inputs_of(graph), *spec.outputs_of(graph))]
+    assert {(t.name, t.dtype, t.shape) for t in every if t.name not in (*common, "velocity")} == {
+        *((name, "float32", ("rows", 16, 16)) for name in ("signal_prev", "signal", "residual", "residual_prev")),
+        *((name, "float32", ("rows",)) for name in ("distance", "forecast")),
+        ("embedding", "float32", ("rows", 16)),
+    }
 
 
 # ---------------------------------------------------------------- storage

@@ -80,7 +80,7 @@ class TimeDistance:
         _check_threshold(f"static:time@{self.threshold:g}", self.threshold)
 
     def __str__(self) -> str:
-        return f"static:time@{self.threshold!r}"
+        return f"static:time@{self.threshold}"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class TeaCache:
         _check_threshold(f"teacache:{self.threshold:g}", self.threshold)
 
     def __str__(self) -> str:
-        return f"teacache:{self.threshold!r}"
+        return f"teacache:{self.threshold}"
 
 
 Rule = Every | Mask | TimeDistance | TeaCache
@@ -205,7 +205,7 @@ def _mask_of_file(path: Path) -> Mask:
     """Digits with any white space between them."""
     try:
         text = path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no such file, no text, no name of a file
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise InputError(f"cache static:{path}: no mask there ({reason}); use {USAGE}") from error
     return _mask("".join(text.split()), f"cache static:{path}")
@@ -235,8 +235,9 @@ class Fit:
     def increments(self, distance: Float32) -> Float32:
         """Never negative: what was added up is not taken back."""
         value = np.zeros_like(distance)
-        for coefficient in reversed(np.asarray(self.coefficients, np.float32)):
-            value = value * distance + coefficient
+        with np.errstate(invalid="ignore", over="ignore"):  # of distances that it does not cover
+            for coefficient in reversed(np.asarray(self.coefficients, np.float32)):
+                value = value * distance + coefficient
         return np.maximum(value, np.float32(0))
 
     def covers(self, distance: Float32) -> npt.NDArray[np.bool_]:
@@ -259,4 +260,4 @@ class StepCache:
     @property
     def threshold(self) -> np.float32:
         assert isinstance(self.policy.rule, TeaCache)
-        return np.float32(self.policy.rule.threshold)
+        return np.float32(min(self.policy.rule.threshold, float(np.finfo(np.float32).max)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypedDict, Unpack
 
@@ -139,7 +139,8 @@ class Pipeline:
     ) -> Sample:
         """Sample one image per label; `on_step` hears every step.
 
-        Sample i depends on (seed, i), not on the batch around it. Raises InputError or EngineError.
+        Sample i depends on (seed, i), not on the batch around it; but with the cache `teacache` the batch
+        computes when any of its samples must. Raises InputError or EngineError.
         """
         started = time.perf_counter()
         records = []
@@ -186,7 +187,7 @@ class Pipeline:
                 raise InputError(f"sampler {sampler.name} adds no noise: leave step_noise out")
             given = _checked_array(chosen["step_noise"], (chosen["steps"] - 1, *start.shape), "step_noise")
             noise = iter(given).__next__
-        return Request(
+        request = Request(
             start=start,
             times=times,
             schedule=resolve_schedule(chosen["schedule"], [float(t) for t in times], self.spec),
@@ -195,11 +196,11 @@ class Pipeline:
             conditioning={name: y},
             null_conditioning={name: np.full_like(y, self.spec.null_class)},
             noise=noise,
-            cache=self._step_cache(chosen["cache"], times, len(y)),
         )
+        return replace(request, cache=self._step_cache(chosen["cache"], request))
 
-    def _step_cache(self, cache: str | CachePolicy, times: Float64, rows: int) -> StepCache | None:
-        """A cache policy made ready for the steps between `times`; raises InputError or CalibrationError."""
+    def _step_cache(self, cache: str | CachePolicy, request: Request) -> StepCache | None:
+        """A cache policy made ready for the steps of a request; raises InputError or CalibrationError."""
         policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
         if policy is None:
             return None
@@ -216,13 +217,15 @@ class Pipeline:
                 f"cache {policy} needs a calibration, which this bundle has not: elit-export calibrate cache BUNDLE; "
                 f"or use a policy of the family static"
             )
-        computes = policy.computes(len(times) - 1, lambda: self._time_changes(times, rows))
+        computes = policy.computes(len(request.schedule), lambda: self._time_changes(request))
         shape = (self.spec.tokens, self.spec.hidden_size)
         return StepCache(policy, computes, shape, self.fits if measures else None)
 
-    def _time_changes(self, times: Float64, rows: int) -> list[float]:
+    def _time_changes(self, request: Request) -> list[float]:
         """How much the embedding of t changes from each step to the next, relative to what it was."""
-        embedded = self.bank.time_embeddings(times[:-1], rows)
+        budget, rows = next(calls_needed(request))  # as many rows as a step has: these the engines take
+        self.bank.slot_for(budget, rows)
+        embedded = self.bank.time_embeddings(request.times[:-1], rows)
         changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
         return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]
 

@@ -36,7 +36,7 @@ from elit_export.graphs.export import export_graph
 from elit_export.manifest import Plan, PlanSet
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, TensorRTTarget, recipe_from_values, shipped_recipe
-from elit_export.spec import SD_VAE, ModelSpec, Precision, Profile, Range, default_profiles
+from elit_export.spec import CACHE_GRAPHS, SD_VAE, ModelSpec, Precision, Profile, Range, default_profiles
 from elit_export.verify.cases import Arrays
 from elit_export.verify.reference import reference_arrays
 from tests.conftest import recipe_values
@@ -62,6 +62,7 @@ FEW_PROFILES: dict[str, Any] = {
 }
 DEFAULT_PROFILES = ["full", "half", "quarter", "sixteenth"]
 PROFILES = {"cpu": DEFAULT_PROFILES, "rtx": DEFAULT_PROFILES, "shared": DEFAULT_PROFILES, "exact": ["many", "few"]}
+BUILD_CACHE = [f"build {graph}" for graph in CACHE_GRAPHS]
 BUILD_SHARED = f"build step, {', '.join(DEFAULT_PROFILES)}"
 
 
@@ -167,7 +168,7 @@ def test_targets_lie_in_one_bundle(built: Built) -> None:
 def test_the_graph_of_each_precision_is_exported_once(built: Built) -> None:
     """Those of fp32 were there, and those of the cache have no other."""
     assert built.exported == ["step-bf16", "step-fp16"]
-    graphs = {"step-fp32", "probe-fp32", "reuse-fp32", *built.exported}
+    graphs = {"step-fp32", *(f"{graph}-fp32" for graph in CACHE_GRAPHS), *built.exported}
     assert set(Bundle.open(built.folder).manifest.graphs) == graphs
     assert {name: plan_set.graph for name, plan_set in built.plan_sets.items()} == {
         "cpu": "step-fp32",
@@ -189,7 +190,7 @@ def test_layouts_are_a_plan_for_each_profile_or_one_for_all(built: Built) -> Non
     assert counts == {"cpu": 1, "rtx": 4, "shared": 1, "exact": 1}
     for name, plan_set in built.plan_sets.items():
         assert [facts.name for facts in plan_set.profiles] == PROFILES[name]
-        assert set(plan_set.cache) == {"probe", "reuse"}
+        assert set(plan_set.cache) == set(CACHE_GRAPHS)
 
 
 def test_one_plan_for_all_profiles_is_smaller_than_one_each(built: Built) -> None:
@@ -204,11 +205,11 @@ def test_plan_names_tell_graph_profile_precision_library_and_gpu(built: Built) -
     library = rf"tensorrt-rtx{re.escape(trt.__version__)}"
     wanted = {
         "rtx": [f"step-rtx-bf16-{profile}-{library}-sm89-sm120" for profile in PROFILES["rtx"]]
-        + [f"{graph}-rtx-fp32-cache-{library}-sm89-sm120" for graph in ("probe", "reuse")],
+        + [f"{graph}-rtx-fp32-{graph}-{library}-sm89-sm120" for graph in CACHE_GRAPHS],
         "shared": [f"step-shared-fp16-full-half-quarter-sixteenth-{library}-sm120"]
-        + [f"{graph}-shared-fp32-cache-{library}-sm120" for graph in ("probe", "reuse")],
+        + [f"{graph}-shared-fp32-{graph}-{library}-sm120" for graph in CACHE_GRAPHS],
         "exact": [f"step-exact-fp32-many-few-{library}-sm89"]
-        + [f"{graph}-exact-fp32-cache-{library}-sm89" for graph in ("probe", "reuse")],
+        + [f"{graph}-exact-fp32-{graph}-{library}-sm89" for graph in CACHE_GRAPHS],
     }
     for name, patterns in wanted.items():
         for pattern, plan in zip(patterns, built.plan_sets[name].plans, strict=True):
@@ -241,7 +242,7 @@ def test_progress_names_plans_and_never_goes_back(built: Built) -> None:
         assert builds[-1][1] == pytest.approx(STARTS["verify"])
         groups = PROFILES[name] if name == "rtx" else [", ".join(PROFILES[name])]
         steps = [f"build step, {group}" for group in groups]
-        assert list(dict.fromkeys(stage for stage, _ in builds)) == [*steps, "build probe", "build reuse"]
+        assert list(dict.fromkeys(stage for stage, _ in builds)) == [*steps, *BUILD_CACHE]
         assert min(Counter(stage for stage, _ in builds).values()) > 3
 
 
@@ -277,7 +278,7 @@ def test_inspect_shows_every_target(built: Built) -> None:
     result = run("inspect", built.folder, "--json", "-")
     assert result.exit_code == 0, result.output
     facts = {plan_set["target"]: plan_set for plan_set in json.loads(result.stdout)["plan_sets"]}
-    assert {name: len(facts[name]["plans"]) for name in facts} == {"cpu": 3, "rtx": 6, "shared": 3, "exact": 3}
+    assert {name: len(facts[name]["plans"]) for name in facts} == {"cpu": 4, "rtx": 7, "shared": 4, "exact": 4}
     assert facts["rtx"]["options"]["compute_capabilities"] == ["8.9", "12.0"]
     assert facts["shared"]["options"]["layout"] == "multi-profile"
     said = " ".join(run("inspect", built.folder).output.split())
@@ -327,7 +328,7 @@ def test_a_changed_profile_builds_its_plan_alone(copied: Path, tiny_checkpoint: 
     assert stages == ["read checkpoint", "PyTorch reference", "build step, half"]
     after = plan_sets(copied)
     same = [old == new for old, new in zip(before["rtx"].plans, after["rtx"].plans, strict=True)]
-    assert same == [True, False, True, True, True]
+    assert same == [True, False, True, True, True, True]
     assert after["cpu"] == before["cpu"]
     assert not (copied / "plans" / before["rtx"].plans[1].artifact.name).exists()
 
@@ -352,7 +353,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_another_layout_replaces_the_plans_of_its_target(copied: Path, tiny_checkpoint: Path) -> None:
     before = plan_sets(copied)
     stages = stages_of(tiny_recipe(tiny_checkpoint, layout="multi-profile"), "rtx", copied)
-    assert stages == ["build step, full, half, quarter", "build probe", "build reuse"]
+    assert stages == ["build step, full, half, quarter", *BUILD_CACHE]
     after = plan_sets(copied)
     assert [len(step_plans(before["rtx"])), len(step_plans(after["rtx"]))] == [3, 1]
     assert after["cpu"] == before["cpu"]
@@ -364,7 +365,7 @@ def test_another_layout_replaces_the_plans_of_its_target(copied: Path, tiny_chec
 def test_plans_of_a_target_share_a_timing_cache(copied: Path, tiny_checkpoint: Path, quick: list[str]) -> None:
     """It does not become part of the bundle."""
     compile_bundle(tiny_recipe(tiny_checkpoint, detailed_inspection=True), "rtx", out=copied)
-    assert quick == ["", "x", "xx", "xxx", "xxxx"]
+    assert quick == ["", "x", "xx", "xxx", "xxxx", "xxxxx"]
     assert not list(copied.rglob(tensorrt.TIMING_CACHE))
 
 
@@ -372,7 +373,7 @@ def test_a_change_of_another_target_leaves_this_one(copied: Path, tiny_checkpoin
     before = plan_sets(copied)
     recipe = tiny_recipe(tiny_checkpoint, cpu={"threads": 1})
     assert stages_of(recipe, "rtx", copied) == [NOTHING_CHANGED]
-    assert stages_of(recipe, "cpu", copied) == ["build step, full, half, quarter", "build probe", "build reuse"]
+    assert stages_of(recipe, "cpu", copied) == ["build step, full, half, quarter", *BUILD_CACHE]
     after = plan_sets(copied)
     assert after["rtx"] == before["rtx"]
     assert after["cpu"].options != before["cpu"].options

@@ -589,6 +589,7 @@ class Machine:
                 for profile in profiles
             ),
             cache={},
+            fused=None,
             reference=Reference(
                 artifact=_artifact("reference", "none"), key="", cache_rows=(), cases=(), trajectories=()
             ),

@@ -1,42 +1,78 @@
-"""Step caching: policies as text, what is remembered for whom, and what it costs in error."""
+"""Step caching: policies as text, which steps they let compute, what they need, and what they cost in error."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
-from itertools import zip_longest
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elit_export.bundle import Bundle
-from elit_export.errors import InputError
+from elit_export.errors import BundleError, CalibrationError, InputError
 from elit_export.models.cost import flops, flops_per_image
+from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.cache import CachePolicy, Computed, Memory
-from elit_export.runtime.engine import FunctionEngine, HostArray, HostOutput, to_host
-from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import PIXELS, Budget, ModelSpec, Precision, Profile, Range
+from elit_export.runtime.cache import CachePolicy, Every, Fit, Mask, Rule, TeaCache, TimeDistance
+from elit_export.runtime.engine import HostArray
+from elit_export.runtime.opening import cache_fits
+from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.spec import PIXELS, Precision, Range
 from elit_export.verify.metrics import difference
-from tests.helpers import tiny_spec
+from tests.helpers import calibrate, fit_of
+from tests.runtime.carrying import SPEC, carrying, time
 
-FULL = "full"
-
-
-# ---------------------------------------------------------------- policies
-
-
-@given(
-    every=st.integers(1, 50),
-    mask=st.one_of(st.just(()), st.lists(st.booleans(), min_size=1, max_size=40).map(tuple)),
-    order=st.integers(0, 1),
-    most=st.integers(1, 9),
+BAD = ("-1", "-0.1", "nan", "inf", "-inf", "1e999")
+thresholds = st.floats(0, allow_nan=False, allow_infinity=False)
+rules = st.one_of(
+    st.builds(Every, st.integers(1, 999_999)),
+    st.builds(Mask, st.lists(st.booleans(), min_size=1, max_size=40).map(tuple)),
+    st.builds(TimeDistance, thresholds),
+    st.builds(TeaCache, thresholds),
 )
-def test_a_policy_reads_what_it_prints(every: int, mask: tuple[bool, ...], order: int, most: int) -> None:
-    policy = CachePolicy(every=1 if mask else every, mask=mask, order=order, most=most)
+
+
+def unasked() -> Sequence[float]:
+    raise AssertionError("only static:time asks how the embedding of t changes")
+
+
+def policy_of(text: str) -> CachePolicy:
+    policy = CachePolicy.parse(text)
+    assert policy
+    return policy
+
+
+def digits(computes: Sequence[bool]) -> str:
+    return "".join("01"[compute] for compute in computes)
+
+
+# ---------------------------------------------------------------- policies as text
+
+
+@given(rule=rules, order=st.integers(0, 1), most=st.integers(1, 999_999), warmup=st.integers(1, 999_999))
+def test_a_policy_reads_what_it_prints(rule: Rule, order: int, most: int, warmup: int) -> None:
+    policy = CachePolicy(rule, order=order, most=most, warmup=warmup)
     assert CachePolicy.parse(str(policy)) == policy
+
+
+@pytest.mark.parametrize("rule", [TeaCache, TimeDistance])
+@pytest.mark.parametrize("threshold", [np.float64(0.3), np.float32(0.25), 1])
+def test_a_threshold_of_any_kind_of_number_is_printed_as_text(
+    rule: type[TeaCache | TimeDistance], threshold: Any
+) -> None:
+    assert CachePolicy.parse(str(CachePolicy(rule(threshold)))) == CachePolicy(rule(threshold))
+
+
+def test_what_is_left_out_has_its_default() -> None:
+    assert policy_of("teacache:0.2") == CachePolicy(TeaCache(0.2), order=1, most=4, warmup=1)
+    assert policy_of(" static:every@3,warmup=2 ") == CachePolicy(Every(3), order=1, most=4, warmup=2)
 
 
 def test_none_is_no_policy() -> None:
@@ -44,31 +80,33 @@ def test_none_is_no_policy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("static:every@3", "1001001001"),  # the last computes anyway
-        ("static:every@4", "1000100011"),
-        ("static:every@1", "1111111111"),
-        ("static:mask@0100000000", "1100000001"),
-    ],
-)
-def test_first_and_last_step_compute(text: str, expected: str) -> None:
-    policy = CachePolicy.parse(text)
-    assert policy
-    assert "".join("01"[compute] for compute in policy.steps(10)) == expected
-
-
-@pytest.mark.parametrize(
     ("text", "problem"),
     [
+        *((f"{rule}{value}", "finite number, 0 or more") for rule in ("teacache:", "static:time@") for value in BAD),
+        *(
+            (f"{rule}{value}", "is not a number")
+            for rule in ("teacache:", "static:time@")
+            for value in ("", "x", "0.1x")
+        ),
+        ("teacache", "the threshold '' is not a number"),
         ("static:every@0", "at least 1"),
         ("static:every@-2", "none of"),
         ("static:every@nan", "none of"),
+        ("static:every@", "none of"),
         ("static:every@2,order=2", "order=2"),
-        ("static:every@2,most=0", "at least 1"),
+        ("static:every@2,most=0", "most=0"),
+        ("static:every@2,warmup=0", "warmup=0"),
+        ("static:every@2,warmup=-1", "unknown option 'warmup=-1'"),
         ("static:every@2,speed=3", "unknown option 'speed=3'"),
-        ("static:mask@", "none of"),
-        ("static:mask@012", "none of"),
+        ("static:every@2,", "unknown option ''"),
+        ("teacache:0.1,order", "unknown option 'order'"),
+        ("static:mask@", "one digit a step"),
+        ("static:mask@012", "one digit a step"),
+        ("static:mask@1 0", "one digit a step"),
+        ("static:mask@١٠", "one digit a step"),
+        ("static:", "none of"),
+        ("static", "none of"),
+        ("static:other@3", "none of"),
         ("none,order=1", "none of"),
         ("every@2", "none of"),
         ("", "none of"),
@@ -79,203 +117,300 @@ def test_other_text_is_refused(text: str, problem: str) -> None:
         CachePolicy.parse(text)
 
 
+def test_a_mask_may_lie_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mask").write_text("100 1\n00\t1\n")
+    assert policy_of(f"static:{tmp_path / 'mask'},order=0") == policy_of("static:mask@1001001,order=0")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "one digit a step"),
+        (b"10x1", "one digit a step"),
+        (b"1012", "one digit a step"),
+        ("1001\N{ARABIC-INDIC DIGIT ONE}".encode(), "not text"),
+        (b"\xff\x00", "not text"),
+        (None, "No such file"),
+    ],
+)
+def test_a_file_with_other_things_is_refused_by_name(tmp_path: Path, content: bytes | None, problem: str) -> None:
+    path = tmp_path / "mask"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=problem) as refused:
+        CachePolicy.parse(f"static:{path}")
+    assert str(path) in str(refused.value)
+
+
+def test_a_folder_or_no_name_at_all_is_no_file(tmp_path: Path) -> None:
+    for name in (tmp_path, "a\0b"):
+        with pytest.raises(InputError, match="no mask there"):
+            CachePolicy.parse(f"static:{name}")
+
+
+# ---------------------------------------------------------------- which steps compute
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("static:every@3", "1001001001"),  # the last computes anyway
+        ("static:every@4", "1000100011"),
+        ("static:every@1", "1111111111"),
+        ("static:every@4,warmup=3", "1110100011"),
+        ("static:mask@0100000000", "1100000001"),
+        ("static:mask@0000000000,warmup=2", "1100000001"),
+        ("teacache:0.1", "1000000001"),  # of the others it decides on the way
+        ("teacache:0.1,warmup=20", "1111111111"),
+    ],
+)
+def test_first_and_last_step_and_the_warm_up_compute(text: str, expected: str) -> None:
+    assert digits(policy_of(text).computes(10, unasked)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("static:time@1", "1001001001"),
+        ("static:time@1,warmup=2", "1100100101"),
+        ("static:time@1,warmup=3", "1110010011"),  # not at step 3, though 1.2 had added up since step 0
+        ("static:time@1,most=1", "1010101011"),  # nor at any odd step
+        ("static:time@100,most=3", "1000100011"),
+        ("static:time@0", "1111111111"),
+        ("static:time@0.4", "1111111111"),  # what reaches the threshold computes
+    ],
+)
+def test_a_step_that_computes_for_any_reason_starts_the_sum_anew(text: str, expected: str) -> None:
+    assert digits(policy_of(text).computes(10, lambda: [0.4] * 9)) == expected
+
+
+@given(
+    changes=st.lists(st.floats(0, 1), min_size=1, max_size=30),
+    threshold=st.floats(0, 3),
+    most=st.integers(1, 5),
+    warmup=st.integers(1, 5),
+)
+def test_between_computed_steps_less_than_the_threshold_adds_up(
+    changes: list[float], threshold: float, most: int, warmup: int
+) -> None:
+    """And none computes without a reason."""
+    computes = CachePolicy(TimeDistance(threshold), most=most, warmup=warmup).computes(
+        len(changes) + 1, lambda: changes
+    )
+    last = 0
+    for step in range(1, len(computes)):
+        total = sum(changes[last:step])
+        if computes[step]:
+            reasons = (total >= threshold, step < warmup, step - last - 1 == most, step == len(computes) - 1)
+            assert any(reasons)
+            last = step
+        else:
+            assert total < threshold
+            assert step - last <= most
+
+
 @pytest.mark.parametrize(
     ("cache", "steps", "problem"),
     [
         ("static:mask@101", 4, "mask has 3 digits, this sampling has 4 steps"),
-        ("static:every@2", 1, "at least 2 steps"),
+        ("static:mask@10101", 4, "mask has 5 digits, this sampling has 4 steps"),
+        *(
+            (cache, 1, "at least 2 steps")
+            for cache in ("static:every@2", "static:mask@1", "static:time@1", "teacache:1")
+        ),
     ],
 )
 def test_a_policy_that_does_not_fit_the_steps_is_refused(cache: str, steps: int, problem: str) -> None:
+    made = carrying()
     with pytest.raises(InputError, match=problem):
-        linear_pipeline().sample([0], steps=steps, sampler="euler", cache=cache)
+        made.pipeline.steps([0], steps=steps, sampler="euler", cache=cache)
+    assert made.ledger == []
 
 
-def test_engines_without_a_reuse_graph_cannot_cache() -> None:
-    pipeline = linear_pipeline()
-    bare = Pipeline(EngineBank(pipeline.bank.slots, pipeline.spec.budgets, Precision.FP32), pipeline.spec, PIXELS)
-    with pytest.raises(InputError, match="no graph `reuse`"):
-        bare.sample([0], steps=4, cache="static:every@2")
+# ---------------------------------------------------------------- what a policy needs
 
 
-# ---------------------------------------------------------------- a branch
+@pytest.mark.parametrize(
+    ("cache", "needed"),
+    [
+        ("static:every@2", {"reuse"}),
+        ("static:mask@1001", {"reuse"}),
+        ("static:time@0.1", {"reuse", "time"}),
+        ("teacache:0.1", {"reuse", "probe"}),
+    ],
+)
+def test_engines_without_the_graphs_of_a_policy_cannot_cache(cache: str, needed: set[str]) -> None:
+    whole = carrying().pipeline
+
+    def with_graphs(names: set[str]) -> Pipeline:
+        engines = {name: whole.bank.cache[name] for name in names}
+        return Pipeline(
+            EngineBank(whole.bank.slots, SPEC.budgets, Precision.FP32, engines), SPEC, PIXELS, fits=whole.fits
+        )
+
+    assert with_graphs(needed).sample([0], steps=4, cache=cache)
+    for name in needed:
+        with pytest.raises(InputError, match=f"no graph `{name}`: build the bundle again"):
+            with_graphs({"reuse", "probe", "time"} - {name}).steps([0], steps=4, cache=cache)
 
 
-def computed(t: float, kept: int, value: float) -> Computed:
-    return Computed(t, Budget(kept, 4), np.full((1, 2, 2), value, np.float32))
+def test_teacache_without_a_calibration_names_the_command(tiny_bundle: Bundle) -> None:
+    with (
+        Pipeline.load(tiny_bundle.folder) as pipeline,
+        pytest.raises(
+            CalibrationError, match="elit-export calibrate cache BUNDLE; or use a policy of the family static"
+        ),
+    ):
+        pipeline.steps([0], steps=4, cache="teacache:0.1")
 
 
-def test_the_forecast_goes_on_in_a_straight_line() -> None:
-    memory = Memory()
-    memory.note(0, computed(1.0, 4, 10.0))
-    memory.note(1, computed(0.8, 4, 12.0))
-    latest, before, weight = memory.forecast(0.5, order=1)
-    assert to_host(latest) + weight * (to_host(latest) - to_host(before)) == pytest.approx(15.0)
+# ---------------------------------------------------------------- a bundle's calibration
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_one_residual_is_taken_as_it_is(order: int) -> None:
-    memory = Memory()
-    memory.note(0, computed(1.0, 4, 10.0))
-    assert memory.forecast(0.5, order)[2] == 0.0
+@pytest.fixture
+def copied(tiny_bundle: Bundle, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
 
 
-def test_a_residual_of_another_budget_gives_no_slope() -> None:
-    memory = Memory()
-    memory.note(0, computed(1.0, 4, 10.0))
-    memory.note(1, computed(0.8, 2, 12.0))
-    latest, _, weight = memory.forecast(0.5, order=1)
-    assert weight == 0.0
-    assert float(to_host(latest).flat[0]) == 12.0
+def test_a_calibrated_bundle_samples_with_teacache(copied: Path) -> None:
+    calibrate(copied, fit_of(None))
+    with Pipeline.load(copied) as pipeline:
+
+        def reused(threshold: float) -> int:
+            sample = pipeline.sample([0, 1], steps=12, sampler="euler", cache=f"teacache:{threshold}")
+            return sum(call.reused for record in sample.records for call in record.calls)
+
+        assert reused(0) == 0 < reused(0.15) < reused(100) == 8
 
 
-# ---------------------------------------------------------------- engines that tell what they were given
-#
-# The residual is linear in t and carries the label and the budget, and reuse answers with it: so whatever
-# reached a sample from another one, another branch or another budget shows in the velocity.
+def test_a_budget_takes_its_own_fit_or_the_nearest(copied: Path) -> None:
+    bundle = calibrate(copied, fit_of(1, slope=1.0), fit_of(4, slope=4.0))
+    fits = cache_fits(bundle)
+    assert fits
+    assert {budget.kept: fit.coefficients[1] for budget, fit in fits.items()} == {1: 1.0, 2: 1.0, 3: 4.0, 4: 4.0}
+    assert fits[SPEC.full] == Fit((0.0, 4.0, 0.0, 0.0, 0.0), 0.0, 10.0)
+    of_all = cache_fits(calibrate(copied, fit_of(None, slope=2.0)))
+    assert of_all
+    assert {fit.coefficients[1] for fit in of_all.values()} == {2.0}
 
 
-def residual_of(t: HostArray, y: HostArray) -> HostArray:
-    return (3.0 * t + 100.0 * y)[:, None, None].astype(np.float32)
+def test_a_bundle_without_a_calibration_has_no_fits(tiny_bundle: Bundle) -> None:
+    assert cache_fits(tiny_bundle) is None
 
 
-def step(inputs: Mapping[str, HostArray]) -> dict[str, HostArray]:
-    residual = residual_of(inputs["t"], inputs["y"])
-    return {"velocity": velocity_of(inputs["x"], residual), "residual": residual}
+def test_a_calibration_of_another_checkpoint_is_refused(copied: Path) -> None:
+    calibrate(copied, fit_of(None), checkpoint_sha256="0" * 64)
+    with pytest.raises(CalibrationError, match=r"of another checkpoint .*: elit-export calibrate cache") as refused:
+        Pipeline.load(copied)
+    assert str(copied) in str(refused.value)
 
 
-def reuse(inputs: Mapping[str, HostArray]) -> dict[str, HostArray]:
-    latest, before, weight = inputs["residual"], inputs["residual_prev"], inputs["forecast"][:, None, None]
-    return {"velocity": velocity_of(inputs["x"], latest + weight * (latest - before))}
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"coefficients": (0.0, 1.0)},
+        {"coefficients": (0.0, math.nan, 0.0, 0.0, 0.0)},
+        {"coefficients": (0.0, math.inf, 0.0, 0.0, 0.0)},
+        {"low": -1.0},
+        {"high": math.inf},
+        {"high": math.nan},
+    ],
+    ids=str,
+)
+def test_a_calibration_that_says_nothing_is_not_read(copied: Path, wrong: dict[str, Any]) -> None:
+    """As of a hand that altered the manifest."""
+    calibrate(copied, fit_of(None).model_copy(update=wrong))
+    with pytest.raises(BundleError, match=f"damaged: cache_calibration.fits.0.{next(iter(wrong))}"):
+        Bundle.open(copied)
 
 
-def velocity_of(x: HostArray, residual: HostArray) -> HostArray:
-    return np.broadcast_to(residual[:, :, :, None], x.shape).astype(np.float32)
+# ---------------------------------------------------------------- the embedding of t
 
 
-def linear_pipeline() -> Pipeline:
-    spec: ModelSpec = tiny_spec()
-    every = Profile("every", Range(1, spec.latents, spec.latents), Range(1, 1, 64))
-    slots = [Slot(every, FunctionEngine(step))]
-    bank = EngineBank(slots, spec.budgets, Precision.FP32, {"reuse": FunctionEngine(reuse)})
-    return Pipeline(bank, spec, PIXELS)
+def mask_by_hand(model: ElitSiT, times: Sequence[float], threshold: float, most: int, warmup: int) -> str:
+    """`static:time@` as one reads it, from the model's own embedder in float64."""
+    embedder = model.t_embedder
+    with torch.no_grad():
+        embedded = [embedder(torch.tensor([t], dtype=torch.float32))[0].double().numpy() for t in times]
+    mask, total, reused = "1", 0.0, 0
+    for step in range(1, len(times)):
+        total += np.abs(embedded[step] - embedded[step - 1]).mean() / np.abs(embedded[step - 1]).mean()
+        computes = total >= threshold or step < warmup or reused == most or step == len(times) - 1
+        mask += "1" if computes else "0"
+        total, reused = (0.0, 0) if computes else (total, reused + 1)
+    return mask
 
 
-LINEAR_CHOICES = [
-    {"sampler": "euler", "guidance": "none"},
-    {"sampler": "heun", "guidance": "none"},
-    {"sampler": "ab2", "guidance": "cfg:2"},
-    {"sampler": "ab3", "guidance": "ccfg:2@1"},
-    {"sampler": "euler-maruyama", "guidance": "autoguidance:2@2"},
-    {"sampler": "heun", "guidance": "ccfg:2@1", "guidance_interval": (0.3, 0.7)},
-    {"sampler": "euler", "guidance": "cfg:2", "schedule": "0-5:2,6-11:full"},
-]
+@pytest.mark.parametrize("sampler", ["euler", "heun", "euler-maruyama"])
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_time_distances_are_those_of_the_models_own_embedder(
+    fashion_bundle: Bundle, fashion_model: ElitSiT, rows: int, sampler: str
+) -> None:
+    """One row a call, and more rows than steps."""
+    found = set()
+    with Pipeline.load(fashion_bundle.folder) as pipeline:
+        for steps, threshold, most, warmup in ((12, 0.25, 9, 1), (40, 0.1, 9, 3), (40, 0.3, 4, 1), (40, 0.3, 20, 1)):
+            cache = f"static:time@{threshold},most={most},warmup={warmup}"
+            request = pipeline.request([3] * rows, steps=steps, sampler=sampler, cache=cache)
+            assert request.cache
+            mask = digits(request.cache.computes)
+            assert mask == mask_by_hand(fashion_model, request.times[:-1].tolist(), threshold, most, warmup)
+            found.add(mask)
+    assert all("01" in mask[:-3] and "10" in mask for mask in found)
+    assert len(found) == 4
 
 
-@pytest.mark.parametrize("choices", LINEAR_CHOICES, ids=str)
-def test_what_is_linear_in_t_is_forecast_without_error(choices: dict[str, object]) -> None:
-    """Labels, branches of guidance and Heun's two evaluations each keep their own line."""
-    pipeline = linear_pipeline()
-    # Each line has two computed points, also after a change of budget and of what the interval guides.
-    mask = "110111011011" if "guidance_interval" in choices else "110110110111"
-    exact = pipeline.sample([0, 1, 2], steps=12, seed=1, **choices)  # type: ignore[arg-type]
-    cached = pipeline.sample([0, 1, 2], steps=12, seed=1, cache=f"static:mask@{mask}", **choices)  # type: ignore[arg-type]
-    reused = sum(call.reused for record in cached.records for call in record.calls)
-    assert reused >= 3
-    assert np.allclose(cached.latents, exact.latents, rtol=0, atol=2e-3)
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 64])
+def test_embeddings_do_not_depend_on_how_many_go_into_a_call(rows: int) -> None:
+    made = carrying()
+    times = np.linspace(1, 0, 7)
+    found = made.pipeline.bank.time_embeddings(times, rows)
+    assert found.shape == (7, SPEC.hidden_size)
+    np.testing.assert_array_equal(found[:, 0], 1 + times.astype(np.float32))
+    assert [len(asked.inputs["t"]) for asked in made.asked("time")] == [rows] * math.ceil(7 / rows)
 
 
-def test_most_reuses_in_a_row() -> None:
-    sample = linear_pipeline().sample([0], steps=12, sampler="euler", cache="static:every@100,most=3")
-    assert reuses(sample.records) == "011101110110"
+def test_the_embedding_of_t_is_asked_before_the_first_step_alone() -> None:
+    made = carrying()
+    steps = made.pipeline.steps([0, 1], steps=6, cache="static:time@0.2")
+    asked = [one.graph for one in made.ledger]
+    assert set(asked) == {"time"}
+    list(steps)
+    assert [one.graph for one in made.ledger].count("time") == len(asked)
+    assert made.asked("probe") == []
 
 
-def reuses(records: object) -> str:
-    return "".join("01"[record.calls[0].reused] for record in records)  # type: ignore[attr-defined]
+def with_rows(rows: Range) -> Pipeline:
+    """Engines that refuse other numbers of rows, as compiled ones do."""
+
+    def strict(inputs: Mapping[str, HostArray]) -> Mapping[str, HostArray]:
+        assert len(inputs["t"]) in rows, "refused by the engine"
+        return time(inputs)
+
+    made = carrying(time=strict).pipeline
+    slots = [Slot(replace(made.bank.slots[0].profile, rows=rows), made.bank.slots[0].engine)]
+    return Pipeline(EngineBank(slots, SPEC.budgets, Precision.FP32, made.bank.cache), SPEC, PIXELS)
 
 
-def test_a_branch_that_was_idle_starts_anew() -> None:
-    """Guidance that ends and begins again computes first, whatever the mask says."""
-    sample = linear_pipeline().sample(
-        [0],
-        steps=10,
-        sampler="euler",
-        guidance="ccfg:2@1",
-        guidance_interval=(0.0, 0.55),
-        cache="static:mask@1100000001",
-    )
-    weak = [[call.reused for call in record.calls[1:]] for record in sample.records]
-    first = next(index for index, calls in enumerate(weak) if calls)
-    assert weak[first] == [False]
-    assert weak[first + 1] == [True]
+def test_the_embedding_of_t_is_asked_with_as_many_rows_as_the_steps_have() -> None:
+    """Two images with guidance are four rows, and an engine may take no fewer."""
+    choices: dict[str, Any] = {"steps": 6, "cache": "static:time@0.2", "guidance": "cfg:2"}
+    assert with_rows(Range(4, 4, 8)).sample([0, 1], **choices)
 
 
-# ---------------------------------------------------------------- requests apart
-
-
-def test_two_requests_in_turn_share_nothing() -> None:
-    pipeline = linear_pipeline()
-
-    def started(label: int) -> Iterator[object]:
-        return pipeline.steps([label], steps=12, sampler="ab2", cache="static:every@3")
-
-    alone = [[record.x for record in started(label)] for label in (1, 2)]  # type: ignore[attr-defined]
-    turns = zip_longest(started(1), started(2))
-    for index, (first, second) in enumerate(turns):
-        assert np.array_equal(first.x, alone[0][index])
-        assert np.array_equal(second.x, alone[1][index])
-
-
-def test_two_threads_on_one_bank_share_nothing() -> None:
-    pipeline = linear_pipeline()
-
-    def sampled(label: int) -> HostArray:
-        return pipeline.sample([label], steps=30, cache="static:every@3").latents
-
-    alone = {label: sampled(label) for label in range(3)}
-    found: dict[int, HostArray] = {}
-    threads = [threading.Thread(target=lambda label=label: found.update({label: sampled(label)})) for label in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(found[label], alone[label]) for label in alone)
-
-
-def test_a_cancelled_request_leaves_nothing_behind() -> None:
-    pipeline = linear_pipeline()
-    whole = pipeline.sample([1], steps=12, cache="static:every@3").latents
-    for done in range(1, 12):
-        steps = pipeline.steps([2], steps=12, cache="static:every@3")
-        for _ in range(done):
-            next(steps)
-        steps.close()
-        assert np.array_equal(pipeline.sample([1], steps=12, cache="static:every@3").latents, whole)
-
-
-def test_device_outputs_go_back_as_they_are() -> None:
-    """A residual never passes through the host on its way from `step` to `reuse`."""
-    pipeline = linear_pipeline()
-    seen: list[object] = []
-
-    class Watching(FunctionEngine):
-        def __call__(self, inputs: Mapping[str, object]) -> Mapping[str, object]:  # type: ignore[override]
-            seen.append(inputs["residual"])
-            return super().__call__(inputs)  # type: ignore[arg-type]
-
-    bank = EngineBank(pipeline.bank.slots, pipeline.spec.budgets, Precision.FP32, {"reuse": Watching(reuse)})
-    Pipeline(bank, pipeline.spec, PIXELS).sample([0], steps=6, cache="static:every@2")
-    assert seen
-    assert all(isinstance(array, HostOutput) for array in seen)
+def test_too_many_rows_are_refused_before_an_engine_is_asked() -> None:
+    with pytest.raises(InputError, match="5 rows at budget 4of4"):
+        with_rows(Range(1, 1, 4)).steps([0] * 5, steps=6, cache="static:time@0.2")
 
 
 # ---------------------------------------------------------------- real engines
 
 
-def test_computing_every_step_changes_nothing(tiny_bundle: Bundle) -> None:
+@pytest.mark.parametrize("cache", ["static:every@1", "static:time@0"])
+def test_computing_every_step_changes_nothing(tiny_bundle: Bundle, cache: str) -> None:
     with Pipeline.load(tiny_bundle.folder) as pipeline:
         plain = pipeline.sample([0, 1], steps=6, guidance="cfg:2")
-        cached = pipeline.sample([0, 1], steps=6, guidance="cfg:2", cache="static:every@1")
+        cached = pipeline.sample([0, 1], steps=6, guidance="cfg:2", cache=cache)
     assert np.array_equal(plain.latents, cached.latents)
 
 
@@ -297,9 +432,9 @@ def test_the_forecast_is_worth_its_residual(fashion_bundle: Bundle) -> None:
 
 def test_records_and_flops_tell_what_was_reused(fashion_bundle: Bundle) -> None:
     with Pipeline.load(fashion_bundle.folder) as pipeline:
-        sample = pipeline.sample([1], steps=7, sampler="euler", cache="static:every@3")
+        sample: Sample = pipeline.sample([1], steps=7, sampler="euler", cache="static:every@3")
         spec = pipeline.spec
-    assert reuses(sample.records) == "0110110"
+    assert digits([record.calls[0].reused for record in sample.records]) == "0110110"
     assert "3×16of16, 4×reused" in sample.summary()
     cost = flops(spec, spec.full)
     assert flops_per_image(sample, spec) == 3 * cost.total + 4 * cost.other
