@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from elit_export.checkpoint import load_checkpoint, save_checkpoint
 from elit_export.compile import compile_bundle
 from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
-from elit_export.recipe import recipe_from_values, shipped_recipe
+from elit_export.recipe import Recipe, recipe_from_values, shipped_recipe
 from elit_export.spec import Precision
 from tests.helpers import Golden, golden, tiny_model
 
@@ -106,6 +107,19 @@ def tiny_bundle(tiny_checkpoint: Path) -> Bundle:
     """ONNX Runtime engines of the tiny pixel model. Do not change it: copy it first."""
     recipe = recipe_from_values(recipe_values(tiny_checkpoint), "test")
     return compile_bundle(recipe, "cpu", out=tiny_checkpoint.parent / "bundle")
+
+
+@pytest.fixture(scope="session")
+def fused_bundle(tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with the graph `fused`. Do not change it: copy it first."""
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("fused") / "bundle"))
+    return compile_bundle(fused_recipe(tiny_checkpoint), "cpu", out=folder)
+
+
+def fused_recipe(checkpoint: Path) -> Recipe:
+    values: Any = recipe_values(checkpoint)
+    values["targets"]["cpu"]["fused"] = True
+    return recipe_from_values(values, "test")
 
 
 @pytest.fixture(scope="session")

@@ -173,16 +173,19 @@ def rounding_graph(graph: Path) -> onnx.ModelProto:
     Run it without graph optimization, which would take the rounding for a pair of casts that cancel.
     """
     model = onnx.load(graph)
-    for tensor in model.graph.initializer:
+    _round_in(model.graph)
+    return model
+
+
+def _round_in(graph: onnx.GraphProto) -> None:
+    """The graph, and the branches in it."""
+    for tensor in graph.initializer:
         if tensor.data_type == TensorProto.BFLOAT16:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
-    halves = {
-        value.name for value in model.graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16
-    }
-    nodes = [made for node in model.graph.node for made in _rounding_nodes(node, halves)]
-    del model.graph.node[:], model.graph.value_info[:]
-    model.graph.node.extend(nodes)
-    return model
+    halves = {value.name for value in graph.value_info if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    nodes = [made for node in graph.node for made in _rounding_nodes(node, halves)]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
 
 
 def _rounding_nodes(node: onnx.NodeProto, halves: set[str]) -> list[onnx.NodeProto]:
@@ -190,6 +193,8 @@ def _rounding_nodes(node: onnx.NodeProto, halves: set[str]) -> list[onnx.NodePro
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.i == TensorProto.BFLOAT16:
             attribute.i = TensorProto.FLOAT
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            _round_in(attribute.g)
     made = [node]
     for index, name in enumerate(node.output):
         if name in halves:

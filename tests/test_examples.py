@@ -1,7 +1,9 @@
-"""The example application does what its docstring says."""
+"""The examples do what their docstrings say."""
 
 from __future__ import annotations
 
+import ast
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,12 +11,20 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from elit_export.bundle import Bundle
+from elit_export import Pipeline
+from elit_export.bundle import Bundle, writing
+from elit_export.manifest import CacheCalibration, CacheFit
+from tests.helpers import max_relative
 
-APP = Path(__file__).parent.parent / "examples" / "app.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+APP, HOST = EXAMPLES / "app.py", EXAMPLES / "fused_host.py"
+
+
+# ---------------------------------------------------------------- an application
 
 
 def start(*arguments: str | Path, stderr: int | TextIO = subprocess.PIPE) -> subprocess.Popen[str]:
@@ -89,3 +99,82 @@ def test_a_picture_that_cannot_be_written_is_one_line_too(tiny_bundle: Bundle, t
 
 def test_it_is_short() -> None:
     assert len(APP.read_text(encoding="utf-8").splitlines()) < 60
+
+
+# ---------------------------------------------------------------- a host without the runtime
+
+
+@pytest.fixture(scope="module")
+def calibrated(fused_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With a fit of its own for the full budget, and another for the rest."""
+    folder = Path(shutil.copytree(fused_bundle.folder, tmp_path_factory.mktemp("calibrated") / "bundle"))
+    manifest = fused_bundle.manifest
+    calibration = CacheCalibration(
+        checkpoint_sha256=manifest.model.checkpoint_sha256,
+        fits=(fit(1, slope=9.0), fit(manifest.model.spec.full.kept, slope=1.0)),
+        images=1,
+        steps=(20,),
+        budgets=(4,),
+        guidance="none",
+        seed=0,
+    )
+    with writing(folder) as writer:
+        return writer.commit(manifest.model_copy(update={"cache_calibration": calibration}))
+
+
+def fit(kept: int, slope: float) -> CacheFit:
+    coefficients = (0.001, slope, 0.0, 0.0, 0.0)
+    return CacheFit(kept=kept, coefficients=coefficients, low=0.0, high=9.0, r2=1.0, held_out_error=0.0, pairs=9)
+
+
+def run_host(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(HOST), *(str(argument) for argument in arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.04])
+def test_a_host_of_numpy_and_onnxruntime_samples_as_the_runtime(
+    calibrated: Bundle, tmp_path: Path, threshold: float | None
+) -> None:
+    host = run_host(calibrated.folder, tmp_path / "made.npy", *([str(threshold)] if threshold else []))
+    assert host.returncode == 0, host.stderr
+    found = np.load(tmp_path / "made.npy")
+    with Pipeline.load(calibrated.folder) as pipeline:
+        sample = pipeline.sample(
+            [image % pipeline.spec.num_classes for image in range(len(found))],
+            steps=50,
+            sampler="euler",
+            cache=f"teacache:{threshold or 0.1}",
+            noise=np.random.default_rng(0).standard_normal(found.shape),
+        )
+    mask = "".join("10"[record.calls[0].reused] for record in sample.records)
+    assert host.stdout == mask
+    assert 2 < mask.count("1") < 40
+    assert max_relative(found, sample.latents) <= 1e-5
+
+
+def test_another_threshold_reuses_otherwise(calibrated: Bundle, tmp_path: Path) -> None:
+    masks = {run_host(calibrated.folder, tmp_path / "made.npy", told).stdout for told in ("0.04", "0.1")}
+    assert len(masks) == 2
+
+
+@pytest.mark.parametrize("missing", ["calibration", "plan"])
+def test_a_bundle_that_is_not_ready_is_told_how_to_become_it(
+    tiny_bundle: Bundle, fused_bundle: Bundle, tmp_path: Path, missing: str
+) -> None:
+    bundle = tiny_bundle if missing == "plan" else fused_bundle
+    host = run_host(bundle.folder, tmp_path / "made.npy")
+    assert host.returncode == 2
+    (said,) = host.stderr.splitlines()
+    assert said.startswith(f"error: {bundle.folder}: build it with `fused = true`")
+    assert said.endswith(f"elit-export calibrate cache {bundle.folder}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_needs_nothing_else_and_is_short() -> None:
+    text = HOST.read_text(encoding="utf-8")
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
+    assert len(text.splitlines()) < 40

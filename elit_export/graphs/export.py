@@ -37,7 +37,6 @@ from elit_export.models.precision import in_precision
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import FUSED, LATENTS, ROWS, ModelSpec, Precision, TensorSpec
 
-# fp32 spells attention out: TensorRT has no native kernel for it. Half precision uses the native operator.
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
 HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
 # Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
@@ -92,7 +91,7 @@ def graph_model(model: ElitSiT, name: str, precision: Precision) -> ir.Model:
                 input_names=[tensor.name for tensor in inputs],
                 output_names=[tensor.name for tensor in outputs],
                 dynamic_shapes=dynamic_shapes(inputs, model.spec),
-                custom_translation_table={SDPA: _in_place_of_sdpa(ATTENTION[precision])},
+                custom_translation_table={SDPA: _in_place_of_sdpa(_attention_of(name, precision))},
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
@@ -187,6 +186,22 @@ def _native(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L,
     return attended
 
 
+def _half_spelled_out(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
+    """As _spelled_out, with both products in half precision; scale and softmax are float32, as inside Attention."""
+    half, exact = query.dtype, ir.DataType.FLOAT
+    scaled: Any = op.Mul(op.Cast(query, to=exact), op.Constant(value_float=scale))
+    scores: Any = op.MatMul(op.Cast(scaled, to=half), op.Transpose(key, perm=[0, 1, 3, 2]))
+    weights: Any = op.Softmax(op.Cast(scores, to=exact), axis=-1)
+    return op.MatMul(op.Cast(weights, to=half), value)
+
+
+def _attention_of(name: str, precision: Precision) -> Callable[..., Any]:
+    """TensorRT has no native attention in fp32, and (TensorRT for RTX 1.7) none inside an If."""
+    if precision is Precision.FP32:
+        return _spelled_out
+    return _half_spelled_out if name == FUSED else _native
+
+
 def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
     """What the exporter calls for scaled_dot_product_attention; only its plain form is used here."""
 
@@ -207,4 +222,3 @@ def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 
 SDPA: Callable[..., Any] = torch.ops.aten.scaled_dot_product_attention.default
-ATTENTION = {Precision.FP32: _spelled_out, Precision.FP16: _native, Precision.BF16: _native}

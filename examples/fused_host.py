@@ -1,0 +1,39 @@
+"""Samples a calibrated bundle by its graph `fused`, a whole cached step, with NumPy and ONNX Runtime alone.
+
+Usage: python examples/fused_host.py BUNDLE OUT.npy [THRESHOLD]; prints 1 for a step that computed, 0 for one reused.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+STEPS, IMAGES = 50, 4
+folder, out, threshold = Path(sys.argv[1]), sys.argv[2], float((sys.argv[3:] or ["0.1"])[0])
+manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+spec, calibration = manifest["model"]["spec"], manifest["cache_calibration"]
+plan = next((made["fused"] for made in manifest["plan_sets"] if made["backend"] == "onnxruntime" and made["fused"]), {})
+if not plan or not calibration:
+    sys.stderr.write(f"error: {folder}: build it with `fused = true`, then: elit-export calibrate cache {folder}\n")
+    sys.exit(2)
+session = ort.InferenceSession(folder / "plans" / plan["artifact"]["name"] / plan["file"])
+shapes, outputs = {i.name: i.shape for i in session.get_inputs()}, [o.name for o in session.get_outputs()]
+
+kept = spec["group_size"] ** 2  # the full budget; its fit is of all budgets, or of the nearest
+fit = min(calibration["fits"], key=lambda fit: 0 if fit["kept"] is None else abs(fit["kept"] - kept))
+given = {"y": np.arange(IMAGES) % spec["num_classes"], "latents": np.arange(kept)}
+given |= {"threshold": np.array(threshold, np.float32), "most": np.array(4), "order": np.array(1)}
+given |= {name: np.array(fit[name], np.float32) for name in ("coefficients", "low", "high")}
+state = {name: np.zeros([IMAGES, *shapes[name][1:]], np.float32) for name in shapes if f"{name}_next" in outputs}
+state["reused"] = np.array(-1)  # nothing is computed yet
+x = np.random.default_rng(0).standard_normal([IMAGES, *shapes["x"][1:]])
+for step in range(STEPS):  # t goes from 1, noise, to 0
+    now = {"x": x.astype(np.float32), "t": np.full(IMAGES, 1 - step / STEPS, np.float32)}
+    force = np.array(step in (0, STEPS - 1))
+    found = dict(zip(outputs, session.run(None, {**given, **state, **now, "force": force}), strict=True))
+    state = {name: found[f"{name}_next"] for name in state}
+    x -= found["velocity"] / STEPS
+    sys.stdout.write("01"[int(found["computed"])])
+np.save(out, x)
