@@ -140,6 +140,7 @@ def fit_of(kept: int | None, slope: float = 1.0) -> CacheFit:
         low=0.0,
         high=10.0,
         r2=0.9,
+        r2_same_steps=0.5,
         held_out_error=0.1,
         pairs=100,
     )
@@ -154,7 +155,7 @@ def calibrate(folder: Path, *fits: CacheFit, **changes: Any) -> Bundle:
         "images": 4,
         "steps": (10,),
         "budgets": (4,),
-        "guidance": "none",
+        "guidance": ("none",),
         "seed": 0,
     }
     with writing(folder) as writer:

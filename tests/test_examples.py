@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 
 from elit_export import Pipeline
-from elit_export.bundle import Bundle, writing
-from elit_export.manifest import CacheCalibration, CacheFit
-from tests.helpers import max_relative
+from elit_export.bundle import Bundle
+from tests.helpers import calibrate, fit_of, max_relative
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 APP, HOST = EXAMPLES / "app.py", EXAMPLES / "fused_host.py"
@@ -108,23 +107,7 @@ def test_it_is_short() -> None:
 def calibrated(fused_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With a fit of its own for the full budget, and another for the rest."""
     folder = Path(shutil.copytree(fused_bundle.folder, tmp_path_factory.mktemp("calibrated") / "bundle"))
-    manifest = fused_bundle.manifest
-    calibration = CacheCalibration(
-        checkpoint_sha256=manifest.model.checkpoint_sha256,
-        fits=(fit(1, slope=9.0), fit(manifest.model.spec.full.kept, slope=1.0)),
-        images=1,
-        steps=(20,),
-        budgets=(4,),
-        guidance="none",
-        seed=0,
-    )
-    with writing(folder) as writer:
-        return writer.commit(manifest.model_copy(update={"cache_calibration": calibration}))
-
-
-def fit(kept: int, slope: float) -> CacheFit:
-    coefficients = (0.001, slope, 0.0, 0.0, 0.0)
-    return CacheFit(kept=kept, coefficients=coefficients, low=0.0, high=9.0, r2=1.0, held_out_error=0.0, pairs=9)
+    return calibrate(folder, fit_of(1, slope=9.0), fit_of(fused_bundle.manifest.model.spec.full.kept))
 
 
 def run_host(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
