@@ -422,6 +422,35 @@ def test_a_kill_right_after_the_commit_leaves_the_new_bundle(
     require_only(other, folder)
 
 
+# ---------------------------------------------------------------- killed calibration
+
+CALIBRATION = ("--images", "4", "--steps", "3", "--budget", "full", "--guidance", "none")
+
+
+@pytest.mark.parametrize("moment", ["before its name", "after the commit", "while it measures"])
+def test_a_killed_calibration_leaves_the_old_manifest_or_the_new(copied: Path, tiny: Built, moment: str) -> None:
+    """3 kills."""
+    before = manifest_of(copied)
+    command = ["calibrate", "cache", str(copied), *CALIBRATION]
+
+    def calibrate() -> None:
+        if moment == "before its name":
+            die_at_flush(0, of=f".{Path(MANIFEST).stem}.")
+        elif moment == "after the commit":
+            BundleWriter.clean = die  # type: ignore[assignment,method-assign]
+        else:
+            Pipeline.sample = die  # type: ignore[assignment,method-assign]
+        CliRunner().invoke(main, command)
+
+    assert died_of_kill(forked(calibrate))
+    assert (manifest_of(copied) != before) == (moment == "after the commit")
+    assert is_seen(copied, f".{Path(MANIFEST).stem}.") == (moment == "before its name")
+    np.testing.assert_array_equal(sampled(copied), tiny.latents)
+    assert CliRunner().invoke(main, command).exit_code == 0
+    require_only(tiny, copied)
+    assert Bundle.open(copied).manifest.cache_calibration
+
+
 # ---------------------------------------------------------------- killed training
 
 

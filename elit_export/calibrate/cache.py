@@ -44,6 +44,8 @@ class Trajectories:
     def __post_init__(self) -> None:
         if self.images < HELD_OUT_EVERY:
             raise CalibrationError(f"{self.images} images are too few: every {HELD_OUT_EVERY}th is held out")
+        if unfit := [guidance for guidance in self.guidance if guidance != "none" and not guidance.startswith("cfg:")]:
+            raise CalibrationError(f"guidance {unfit[0]!r}: a calibration samples with guidance none or cfg:SCALE")
         if min(self.steps) < 2:
             raise CalibrationError(f"{min(self.steps)} steps: a change needs at least 2")
 

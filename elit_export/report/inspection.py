@@ -34,7 +34,7 @@ def checkpoint_facts(path: str, **numbers: int | None) -> Facts:
 
 
 def bundle_facts(bundle: Bundle) -> Facts:
-    manifest = bundle.manifest
+    manifest, calibration = bundle.manifest, bundle.manifest.cache_calibration
     return {
         "kind": "bundle",
         "name": manifest.model.name,
@@ -44,6 +44,7 @@ def bundle_facts(bundle: Bundle) -> Facts:
         **model_facts(manifest.model.spec, manifest.model.data),
         "graphs": {name: graph.artifact.size_bytes for name, graph in manifest.graphs.items()},
         "plan_sets": [_plan_set_facts(plan_set, manifest.model.spec) for plan_set in manifest.plan_sets],
+        "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
     }
 
 

@@ -51,6 +51,8 @@ def inspection_tables(facts: Facts) -> Iterator[Table]:
     )
     for plan_set in facts.get("plan_sets", ()):
         yield _plan_set_table(plan_set)
+    if calibration := facts.get("cache_calibration"):
+        yield calibration_table(CacheCalibration.model_validate(calibration))
 
 
 def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
