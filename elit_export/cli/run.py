@@ -102,9 +102,7 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
 @click.option("--guidance-interval", type=(float, float), default=(0.0, 1.0), show_default=True, metavar="LOW HIGH")
 @click.option("--sampler", default=DEFAULTS["sampler"], show_default=True, help=", ".join(SAMPLERS))
 @click.option("--time-grid", default="linear", show_default=True, help="linear or shift:2.0")
-@click.option(
-    "--cache", default="none", show_default=True, help="Reuse steps: static:every@2, static:mask@1101,order=0"
-)
+@click.option("--cache", default="none", show_default=True, help="Reuse steps: teacache:0.1, static:every@2, …")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: str | None, **choices: Any) -> None:
@@ -121,6 +119,8 @@ def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: 
     with written_whole(arrays) as temporary:
         np.savez(temporary, latents=made.latents, labels=made.labels)
     say(made.summary())
+    if choices["cache"] != "none":
+        say(f"cache {choices['cache']}: {made.cache_summary()}")
     if made.data.kind == "pixels":
         with written_whole(out.with_suffix(".png")) as temporary:
             grid([made.images[i : i + 10] for i in range(0, len(chosen), 10)], zoom=2).save(temporary)

@@ -225,15 +225,16 @@ def _way_cells(way: SamplingResult) -> tuple[str, ...]:
 def sweep_tables(result: SweepResult) -> Iterator[Table]:
     """The ways that are not cached, then the cached ones beside the controls at their time."""
     title = f"schedule {result.schedule}, guidance {result.guidance}, {result.images} images"
-    columns = ("way", "computed", "reused", "probes", "ms per image", "time / its calls", "speed-up", "SQNR dB")
+    columns = ("way", "calls", "reused", "probes", "ms/image", "time/calls", "speed-up", "dB")
     plain = [_sweep_cells(row) for row in result.rows if not row.control_db]
     cached = [_sweep_cells(row) for row in result.rows if row.control_db]
     yield table(title, columns, plain)
-    controls = tuple(f"{name}, dB" for name in CONTROLS)
+    controls = tuple(f"dB of {name}" for name in CONTROLS)
     made = table(f"cached, and what the controls have in the same engine time: {title}", (*columns, *controls), cached)
     best = "; ".join(f"{level}: {name}" for level, name in result.best.items())
     made.caption = (
-        f"against Heun at {result.fine_steps} steps; reuse takes {result.reuse_over_step:.1%} of a step, probe "
+        f"dB against Heun at {result.fine_steps} steps; time/calls is 1 where a run costs what its calls do; "
+        f"reuse takes {result.reuse_over_step:.1%} of a step, probe "
         f"{result.probe_over_step:.1%}; the cheapest within so many dB of 50 Euler steps: {best}"
     )
     yield made

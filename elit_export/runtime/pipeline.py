@@ -24,7 +24,7 @@ from elit_export.runtime.images import to_images
 from elit_export.runtime.noise import Float64, SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank
 from elit_export.runtime.samplers import sampler_named
-from elit_export.runtime.sampling import Request, StepRecord, calls_needed, sampling_steps
+from elit_export.runtime.sampling import Call, Request, StepRecord, calls_needed, sampling_steps
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
 from elit_export.runtime.timegrid import warp
 from elit_export.spec import Budget, DataFacts, ModelSpec
@@ -84,10 +84,20 @@ class Sample:
     def ms_per_image(self) -> float:
         return self.timings.total_s * 1e3 / len(self.labels)
 
+    @property
+    def calls(self) -> list[Call]:
+        return [call for record in self.records for call in record.calls]
+
+    def cache_summary(self) -> str:
+        """One line: calls that were reused or probed, and why the others computed."""
+        because = Counter(call.cached.because for call in self.calls if not call.reused)
+        reasons = ", ".join(f"{count} {reason or 'not cached'}" for reason, count in because.items())
+        reused, probes = sum(call.reused for call in self.calls), sum(call.cached.probed for call in self.calls)
+        return f"{reused} of {len(self.calls)} calls reused after {probes} probes; computed: {reasons}"
+
     def summary(self) -> str:
         """One line: images, steps, engine calls by budget, time."""
-        every = [call for record in self.records for call in record.calls]
-        calls = Counter("reused" if call.reused else str(call.budget) for call in every)
+        calls = Counter("reused" if call.reused else str(call.budget) for call in self.calls)
         by_budget = ", ".join(f"{count}×{budget}" for budget, count in calls.items())
         return (
             f"{len(self.labels)} images in {len(self.records)} steps, engine calls {by_budget}; "

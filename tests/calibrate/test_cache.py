@@ -194,7 +194,8 @@ def test_a_calibrated_bundle_samples_with_teacache(copied: Path, tmp_path: Path)
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
     after = run("sample", copied, "--cache", "teacache:0.2", "--steps", "12", "--out", tmp_path / "a.png")
     assert after.exit_code == 0, after.output
-    assert "reused" in after.output
+    assert "cache teacache:0.2: " in after.output
+    assert "12 calls reused after 11 probes; computed: 2 fixed before sampling" in after.output
     assert run("verify", copied).exit_code == 0
     assert "R²" in run("inspect", copied).output
 
