@@ -30,7 +30,8 @@ ROOMS: dict[str, set[str]] = {
     "build": {"spec", "recipe", "bundle", "manifest", "backends"},
     "runtime": {"spec", "bundle", "manifest", "backends"},
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
-    "report": {"spec", "bundle", "manifest", "verify", "models", "checkpoint"},
+    "calibrate": {"spec", "manifest", "bundle", "runtime"},
+    "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
     "compile": {
         *(
             "spec",
