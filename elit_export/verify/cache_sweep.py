@@ -73,8 +73,8 @@ class SweepRow:
 class SweepResult:
     """All ways with one schedule and guidance. `best` names the cheapest within each of LEVELS_DB of 50 Euler steps.
 
-    `reuse_over_step` and `probe_over_step` are the times of the small graphs over that of a step at the schedule's
-    first budget.
+    `reuse_over_step` and `probe_over_step` are the times of the small graphs over that of a step of as many
+    rows.
     """
 
     schedule: str
@@ -116,14 +116,15 @@ def sweep(
     parts = Parts(pipeline, labels)
     measured = [_row(way, taken[way.name], taken[REFERENCE], exact, parts) for way in chosen]
     rows = [_with_controls(row, measured) for row in measured]
-    step = parts.of(taken[REFERENCE][0].records[0].calls[0])
+    first = taken[REFERENCE][0].records[0].calls[0]
+    step = parts.of(first)
     return SweepResult(
         schedule=schedule,
         guidance=guidance,
         images=images,
         fine_steps=fine_steps,
-        reuse_over_step=parts.graph("reuse") / step,
-        probe_over_step=parts.graph("probe") / step,
+        reuse_over_step=parts.graph("reuse", first.rows) / step,
+        probe_over_step=parts.graph("probe", first.rows) / step,
         rows=rows,
         best=best_ways(rows),
     )
@@ -197,9 +198,8 @@ class Parts:
         bank = self._pipeline.bank
         return self._timed(("step", budget.kept, rows), lambda: bank(budget, self._inputs(rows)))
 
-    def graph(self, name: str, rows: int | None = None) -> float:
-        """Of `reuse` or `probe`, of as many rows as there are images if none are given."""
-        rows = len(self._labels) if rows is None else rows
+    def graph(self, name: str, rows: int) -> float:
+        """Of `reuse` or `probe`."""
         spec, bank, inputs = self._pipeline.spec, self._pipeline.bank, self._inputs(rows)
         tokens = np.ones((rows, spec.tokens, spec.hidden_size), np.float32)
         run = {
