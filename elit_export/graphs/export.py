@@ -189,9 +189,11 @@ def _native(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L,
 def _half_spelled_out(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
     """As _spelled_out, with both products in half precision; scale and softmax are float32, as inside Attention."""
     half, exact = query.dtype, ir.DataType.FLOAT
-    scaled: Any = op.Mul(op.Cast(query, to=exact), op.Constant(value_float=scale))
+    query_exact: Any = op.Cast(query, to=exact)
+    scaled: Any = op.Mul(query_exact, op.Constant(value_float=scale))
     scores: Any = op.MatMul(op.Cast(scaled, to=half), op.Transpose(key, perm=[0, 1, 3, 2]))
-    weights: Any = op.Softmax(op.Cast(scores, to=exact), axis=-1)
+    scores_exact: Any = op.Cast(scores, to=exact)
+    weights: Any = op.Softmax(scores_exact, axis=-1)
     return op.MatMul(op.Cast(weights, to=half), value)
 
 
