@@ -234,6 +234,8 @@ def reusing(pair: Pair) -> Arrays:
         ({"accumulated": [1, 5, 1]}, False),
         ({"accumulated": [1, 5, 1], "threshold": 1}, True),
         ({"threshold": 0}, True),
+        ({"coefficients": 0, "accumulated": 9}, True),  # reaching it is enough
+        ({"coefficients": 0, "accumulated": 8.5}, False),
         ({"low": 5}, True),
         ({"high": 0.5}, True),
         ({"signal": np.nan}, True),
@@ -250,6 +252,14 @@ def test_when_a_step_computes(pair: Pair, reusing: Arrays, changes: dict[str, An
 def changed(inputs: Arrays, changes: Mapping[str, Any]) -> Arrays:
     """Values repeated to the shape they take the place in."""
     return {name: np.full_like(inputs[name], value) for name, value in changes.items()}
+
+
+def test_the_ends_of_the_range_are_covered(pair: Pair, reusing: Arrays) -> None:
+    distance = pair.host.step(reusing)["accumulated_next"]  # the fit is the distance itself
+    low, high = distance.min(), distance.max()
+    assert not pair.host.step(reusing | changed(reusing, {"low": low, "high": high}))["computed"]
+    for name, narrower in (("low", np.nextafter(low, high)), ("high", np.nextafter(high, low))):
+        assert pair.host.step(reusing | changed(reusing, {name: narrower}))["computed"]
 
 
 def test_one_row_of_nan_is_enough(pair: Pair, reusing: Arrays) -> None:
