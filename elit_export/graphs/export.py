@@ -187,7 +187,7 @@ def _native(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L,
 
 
 def _half_spelled_out(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
-    """As _spelled_out, with both products in half precision; scale and softmax are float32, as inside Attention."""
+    """As _spelled_out, with both products in half precision; scale and softmax are float32."""
     half, exact = query.dtype, ir.DataType.FLOAT
     query_exact: Any = op.Cast(query, to=exact)
     scaled: Any = op.Mul(query_exact, op.Constant(value_float=scale))
