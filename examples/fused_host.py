@@ -14,13 +14,13 @@ STEPS, IMAGES = 50, 4
 folder, out, threshold = Path(sys.argv[1]), sys.argv[2], float((sys.argv[3:] or ["0.1"])[0])
 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 spec, calibration = manifest["model"]["spec"], manifest["cache_calibration"]
-plan = next((made["fused"] for made in manifest["plan_sets"] if made["backend"] == "onnxruntime" and made["fused"]), {})
-if not plan or not calibration:
+on_cpu = [made for made in manifest["plan_sets"] if (made["backend"], made["device"]) == ("onnxruntime", "cpu")]
+plan = on_cpu[0]["fused"] if on_cpu else None
+if not plan or not calibration or calibration["checkpoint_sha256"] != manifest["model"]["checkpoint_sha256"]:
     sys.stderr.write(f"error: {folder}: build it with `fused = true`, then: elit-export calibrate cache {folder}\n")
     sys.exit(2)
 session = ort.InferenceSession(folder / "plans" / plan["artifact"]["name"] / plan["file"])
 shapes, outputs = {i.name: i.shape for i in session.get_inputs()}, [o.name for o in session.get_outputs()]
-
 kept = spec["group_size"] ** 2  # the full budget; its fit is of all budgets, or of the nearest
 fit = min(calibration["fits"], key=lambda fit: 0 if fit["kept"] is None else abs(fit["kept"] - kept))
 given = {"y": np.arange(IMAGES) % spec["num_classes"], "latents": np.arange(kept)}

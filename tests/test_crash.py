@@ -31,6 +31,7 @@ from PIL import Image
 
 from elit_export import Pipeline, bundle, compile, compile_bundle, files
 from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle, BundleWriter
+from elit_export.calibrate.cache import Watched
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.compile import Progress
@@ -439,7 +440,7 @@ def test_a_killed_calibration_leaves_the_old_manifest_or_the_new(copied: Path, t
         elif moment == "after the commit":
             BundleWriter.clean = die  # type: ignore[assignment,method-assign]
         else:
-            Pipeline.sample = die  # type: ignore[assignment,method-assign]
+            Watched.__call__ = die  # type: ignore[assignment,method-assign]
         CliRunner().invoke(main, command)
 
     assert died_of_kill(forked(calibrate))

@@ -22,7 +22,9 @@ from elit_export.errors import BundleError, CalibrationError
 from elit_export.manifest import CacheCalibration, CacheFit
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
+from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.sampling import Request, calls_needed, sampling_steps
 from elit_export.spec import COEFFICIENTS, LATENTS, Budget
 
 HELD_OUT_EVERY = 4  # of the images
@@ -44,6 +46,8 @@ class Trajectories:
     def __post_init__(self) -> None:
         if self.images < HELD_OUT_EVERY:
             raise CalibrationError(f"{self.images} images are too few: every {HELD_OUT_EVERY}th is held out")
+        if not self.budgets:
+            raise CalibrationError("no named budget is covered: name one that is (--budget)")
         if unfit := [guidance for guidance in self.guidance if guidance != "none" and not guidance.startswith("cfg:")]:
             raise CalibrationError(f"guidance {unfit[0]!r}: a calibration samples with guidance none or cfg:SCALE")
         if min(self.steps) < 2:
@@ -96,10 +100,15 @@ class Watched(Engine):
 
 def sampled_pairs(pipeline: Pipeline, wanted: Trajectories) -> Iterator[Pairs]:
     """The pairs of one trajectory of `wanted.rows` images after another; `batches(wanted)` of them."""
-    for budget, steps, guidance in product(wanted.budgets, wanted.steps, wanted.guidance):
+    spec = pipeline.spec
+    noise = SeededNoise(wanted.seed, wanted.images, spec.sample_shape)()  # image i depends on (seed, i) alone
+    kinds = list(product(wanted.budgets, wanted.steps, wanted.guidance))
+    for budget, steps, guidance in kinds:  # checked before any is sampled
+        _request(pipeline, range(min(wanted.rows, wanted.images)), budget, steps, guidance)
+    for budget, steps, guidance in kinds:
         for start in range(0, wanted.images, wanted.rows):
             images = range(start, min(start + wanted.rows, wanted.images))
-            seen = _watched_steps(pipeline, budget, images, steps, guidance, wanted.seed + start)
+            seen = _watched_steps(pipeline, images, noise[start : images.stop], budget, steps, guidance)
             distance, change = np.stack([step[0] for step in seen]), np.stack([step[1] for step in seen])
             image = np.tile(np.asarray(images), distance.shape[1] // len(images))  # guidance repeats the rows
             whole = np.ones(distance.shape, np.int64)
@@ -122,19 +131,37 @@ def joined(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(*(np.concatenate(values) for values in columns))
 
 
+def labels_of(images: Sequence[int], classes: int) -> list[int]:
+    """A label for each image, such that those held out have all of them."""
+    return [sum(divmod(image, HELD_OUT_EVERY)) % classes for image in images]
+
+
+def _request(
+    pipeline: Pipeline, images: Sequence[int], budget: Budget, steps: int, guidance: str, **more: npt.ArrayLike
+) -> tuple[Request, Slot]:
+    """A checked trajectory, and the engine that serves all of it."""
+    if "probe" not in pipeline.bank.cache:
+        raise CalibrationError("these engines have no graph `probe`: build the bundle again")
+    request = pipeline.request(
+        labels_of(images, pipeline.spec.num_classes),
+        steps=steps,
+        sampler="euler",
+        schedule=[budget] * steps,
+        guidance=guidance,
+        **more,  # type: ignore[arg-type]
+    )
+    return request, pipeline.bank.slot_for(*next(calls_needed(request)))
+
+
 def _watched_steps(
-    pipeline: Pipeline, budget: Budget, images: Sequence[int], steps: int, guidance: str, seed: int
+    pipeline: Pipeline, images: Sequence[int], noise: Floats, budget: Budget, steps: int, guidance: str
 ) -> list[tuple[HostArray, HostArray]]:
     spec, bank = pipeline.spec, pipeline.bank
-    if "probe" not in bank.cache:
-        raise CalibrationError("these engines have no graph `probe`: build the bundle again")
-    slot = bank.slot_for(budget, len(images))
+    request, slot = _request(pipeline, images, budget, steps, guidance, noise=noise)
     watched = Watched(slot.engine, bank.cache["probe"], (spec.tokens, spec.hidden_size))
     alone = EngineBank([Slot(slot.profile, watched)], spec.budgets, bank.precision)
-    labels = [image % spec.num_classes for image in images]
-    Pipeline(alone, spec, pipeline.data).sample(
-        labels, steps=steps, sampler="euler", schedule=[budget] * steps, guidance=guidance, seed=seed
-    )
+    for _ in sampling_steps(alone, request):
+        pass
     return watched.seen
 
 
@@ -147,16 +174,25 @@ def calibrated(pairs: Pairs, wanted: Trajectories, checkpoint_sha256: str) -> Ca
     Raises CalibrationError if the distance does not tell the change.
     """
     common = fitted(pairs, None)
-    own = [fitted(pairs.where(pairs.kept == kept), kept) for kept in np.unique(pairs.kept).tolist()]
+    own = _own_fits(pairs)
     return CacheCalibration(
         checkpoint_sha256=checkpoint_sha256,
-        fits=tuple(own) if _overall_error(own) <= common.held_out_error / 2 else (common,),
+        fits=tuple(own) if own and _overall_error(own) <= common.held_out_error / 2 else (common,),
         images=wanted.images,
         steps=wanted.steps,
         budgets=tuple(budget.kept for budget in wanted.budgets),
         guidance=wanted.guidance,
         seed=wanted.seed,
     )
+
+
+def _own_fits(pairs: Pairs) -> list[CacheFit]:
+    """One for each budget; none if there is one budget only, or one that cannot be fitted."""
+    budgets = np.unique(pairs.kept).tolist()
+    try:
+        return [fitted(pairs.where(pairs.kept == kept), kept) for kept in budgets] if len(budgets) > 1 else []
+    except CalibrationError:  # the common fit serves that budget too
+        return []
 
 
 def _overall_error(fits: Sequence[CacheFit]) -> float:

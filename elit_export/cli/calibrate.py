@@ -27,7 +27,7 @@ def calibrate() -> None:
 @click.option("--budget", "budgets", multiple=True, help="May be repeated.  [default: the named ones that are covered]")
 @click.option("--guidance", multiple=True, default=("cfg:2",), show_default=True, help="none or cfg; may be repeated.")
 @click.option("--seed", default=DEFAULTS["seed"], show_default=True)
-@click.option("--rows", type=COUNT, default=16, show_default=True, help="Images at once.")
+@click.option("--rows", type=COUNT, default=4, show_default=True, help="Images at once; cfg doubles them.")
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
 @JSON_OPTION
@@ -46,13 +46,13 @@ def calibrate_cache(
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
     if plot is not None:  # before anything is measured, as it needs matplotlib
         from elit_export.report.plots import plot_calibration
+    opened = Bundle.open(bundle)  # before its engines: what is measured is of this checkpoint
     with Pipeline.load(bundle, target=target) as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.bank.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
         parts = progress.track(sampled_pairs(pipeline, wanted), total=batches(wanted), description="trajectories")
         pairs = joined(list(parts))
-    opened = Bundle.open(bundle)
     calibration = calibrated(pairs, wanted, opened.manifest.model.checkpoint_sha256)
     if plot is not None:
         plot_calibration(pairs, calibration, plot)

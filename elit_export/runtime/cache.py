@@ -4,7 +4,7 @@
     static:every@3            every third step computes
     static:mask@1011…         one digit a step, 1 computes
     static:time@0.3           by how much the embedding of t changes
-    static:FILE               a file with such digits
+    static:FILE               a file with such digits, no comma in its name
     … ,order=1                how the residual is forecast: 0 as it is, 1 linearly in t
     … ,most=2                 consecutive reuses at most
     … ,warmup=3               steps at the start that compute
@@ -14,7 +14,8 @@ Knows nothing of: engines.
 
 What is reused is the residual: the tokens before the final layer minus those after the embedder. It has
 the same shape at every budget. The first and the last step always compute. All of the family `static` is
-fixed before sampling starts and makes no call of its own; `teacache` needs a calibration.
+fixed before sampling starts and makes no call of its own at a step; `teacache` needs a calibration. `most`
+(4 if it is not given) holds for all: `every@8` computes every fifth step then.
 """
 
 from __future__ import annotations
@@ -183,7 +184,7 @@ def _rule(text: str, whole: str) -> Rule:
         return TimeDistance(_number(value, whole))
     if family == "static" and at and word == "mask":
         return _mask(value, f"cache {whole!r}")
-    if family == "static" and told and not at:
+    if family == "static" and told and word not in ("every", "time", "mask"):
         return _mask_of_file(Path(told))
     raise InputError(f"cache {whole!r} is none of: {USAGE}")
 
@@ -248,8 +249,9 @@ class Fit:
 class StepCache:
     """A policy made ready for one sampling.
 
-    `computes` says which steps compute whatever happens. Of the others, all reuse where `fits` is None;
-    else the fit of the budget and the policy's threshold decide. `signal_shape` is (N, D).
+    `computes` says which steps compute whatever happens. Of the others, all reuse where `fits` is None, as far
+    as there is something to reuse and `most` allows; else the fit of the budget and the threshold decide too.
+    `signal_shape` is (N, D).
     """
 
     policy: CachePolicy

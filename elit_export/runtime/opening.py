@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elit_export.backends import BACKENDS, Backend
 from elit_export.bundle import Bundle
-from elit_export.errors import BackendUnavailable, BundleError, CalibrationError, InputError
+from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.manifest import PlanSet, described
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import Fit
@@ -96,19 +96,14 @@ def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
     return engine
 
 
-def cache_fits(bundle: Bundle) -> dict[Budget, Fit] | None:
-    """What the bundle's calibration says of every budget, None if it has none.
-
-    Raises CalibrationError if it was made with another checkpoint.
-    """
+def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:
+    """What the bundle's calibration says of every budget, or None and why there is none to use."""
     model, calibration = bundle.manifest.model, bundle.manifest.cache_calibration
+    remedy = f"elit-export calibrate cache {bundle.folder}"
     if calibration is None:
-        return None
+        return None, f"{bundle.folder} has none: {remedy}"
     if calibration.checkpoint_sha256 != model.checkpoint_sha256:
-        raise CalibrationError(
-            f"{bundle.folder}: its cache calibration is of another checkpoint "
-            f"({calibration.checkpoint_sha256[:12]}, not {model.checkpoint_sha256[:12]}): "
-            f"make it again: elit-export calibrate cache {bundle.folder}"
-        )
+        theirs, ours = calibration.checkpoint_sha256[:12], model.checkpoint_sha256[:12]
+        return None, f"that of {bundle.folder} is of another checkpoint ({theirs}, not {ours}): {remedy}"
     found = {budget: calibration.fit_for(budget.kept) for budget in model.spec.budgets}
-    return {budget: Fit(fit.coefficients, fit.low, fit.high) for budget, fit in found.items()}
+    return {budget: Fit(fit.coefficients, fit.low, fit.high) for budget, fit in found.items()}, ""

@@ -117,10 +117,17 @@ class Pipeline:
     """
 
     def __init__(
-        self, bank: EngineBank, spec: ModelSpec, data: DataFacts, *, fits: Mapping[Budget, Fit] | None = None
+        self,
+        bank: EngineBank,
+        spec: ModelSpec,
+        data: DataFacts,
+        *,
+        fits: Mapping[Budget, Fit] | None = None,
+        uncalibrated: str = "there is none: elit-export calibrate cache BUNDLE",
     ) -> None:
-        """`fits`, of every budget, are what a calibration found for the cache policy `teacache`."""
-        self.bank, self.spec, self.data, self.fits = bank, spec, data, fits
+        """`fits`, of every budget, are what a calibration found for `teacache`; without, `uncalibrated` says why."""
+        self.bank, self.spec, self.data = bank, spec, data
+        self._fits, self._uncalibrated = fits, uncalibrated
 
     @classmethod
     def load(
@@ -141,8 +148,17 @@ class Pipeline:
         if not allow_unverified:
             check_verified(plan_set, opened.folder)
         model = opened.manifest.model
-        fits = cache_fits(opened)
-        return cls(open_bank(opened, plan_set), model.spec, model.data, fits=fits)
+        fits, problem = cache_fits(opened)
+        return cls(open_bank(opened, plan_set), model.spec, model.data, fits=fits, uncalibrated=problem)
+
+    @property
+    def fits(self) -> Mapping[Budget, Fit]:
+        """What `teacache` decides by; raises CalibrationError naming the command that makes it."""
+        if self._fits is None:
+            raise CalibrationError(
+                f"teacache needs a calibration; {self._uncalibrated}; or use a cache policy of the family static"
+            )
+        return self._fits
 
     def sample(
         self, labels: Sequence[int], *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
@@ -150,7 +166,7 @@ class Pipeline:
         """Sample one image per label; `on_step` hears every step.
 
         Sample i depends on (seed, i), not on the batch around it; but with the cache `teacache` the batch
-        computes when any of its samples must. Raises InputError or EngineError.
+        computes when any of its samples must. Raises InputError, CalibrationError or EngineError.
         """
         started = time.perf_counter()
         records = []
@@ -222,14 +238,10 @@ class Pipeline:
         }
         if missing := sorted(graphs - set(self.bank.cache)):
             raise InputError(f"these engines have no graph `{missing[0]}`: build the bundle again, or leave cache out")
-        if measures and self.fits is None:
-            raise CalibrationError(
-                f"cache {policy} needs a calibration, which this bundle has not: elit-export calibrate cache BUNDLE; "
-                f"or use a policy of the family static"
-            )
+        fits = self.fits if measures else None
         computes = policy.computes(len(request.schedule), lambda: self._time_changes(request))
         shape = (self.spec.tokens, self.spec.hidden_size)
-        return StepCache(policy, computes, shape, self.fits if measures else None)
+        return StepCache(policy, computes, shape, fits)
 
     def _time_changes(self, request: Request) -> list[float]:
         """How much the embedding of t changes from each step to the next, relative to what it was."""

@@ -3,8 +3,10 @@
 Takes: a StepCache, distances that a probe measured.  Gives: Decisions and residuals to reuse.  May touch: nothing.
 Knows nothing of: engines, files.
 
-Made with a request and gone with it, so that nothing reaches another. A change of budget leaves the memory
-as it is: residuals of other budgets forecast better than none.
+Made with a request and gone with it, so that nothing reaches another. Each call of an evaluation has its own
+memory: the strong and the weak branch of guidance, or both as they share a call. Where guidance begins or ends
+to share, a new memory begins. A change of budget alone leaves the memory as it is: on the shipped model that was
+nearer to the uncached trajectory than to forget the slope, in 22 of 24 mixed schedules.
 """
 
 from __future__ import annotations

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from elit_export.errors import CalibrationError, InputError
+from elit_export.errors import InputError
 from elit_export.runtime.engine import HostArray
 from elit_export.runtime.pipeline import Choices, Pipeline, Sample
 from elit_export.runtime.sampling import Call
@@ -98,8 +98,6 @@ def sweep(
     on_way: Callable[[str], None],
 ) -> SweepResult:
     """Sample every way `rounds` times, in turn, from the same noise; raises CalibrationError before anything runs."""
-    if pipeline.fits is None:
-        raise CalibrationError("a sweep needs the calibration of teacache: elit-export calibrate cache BUNDLE")
     labels = [image % pipeline.spec.num_classes for image in range(images)]
     chosen = list(ways(pipeline, schedule, guidance))
     for way in chosen:
@@ -249,7 +247,7 @@ def _with_controls(row: SweepRow, rows: Sequence[SweepRow]) -> SweepRow:
     if row.family not in (CACHED, COMBINED):
         return row
     found = {control: error_at(row.engine_ms_per_image, control, rows) for control in CONTROLS}
-    return SweepRow(**{**vars(row), "control_db": found})
+    return replace(row, control_db=found)
 
 
 def error_at(engine_ms: float, control: str, rows: Sequence[SweepRow]) -> float | None:

@@ -21,6 +21,7 @@ from elit_export.calibrate.cache import (
     calibrated,
     fitted,
     joined,
+    labels_of,
     record,
     sampled_pairs,
 )
@@ -63,7 +64,7 @@ def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
     """Against the engines called by hand."""
     wanted = trajectories(pipeline, images=4, steps=(3,))
     found = joined(list(sampled_pairs(pipeline, wanted)))
-    labels = [image % pipeline.spec.num_classes for image in range(4)]
+    labels = labels_of(range(4), pipeline.spec.num_classes)
     states = [record.x for record in pipeline.steps(labels, steps=3, sampler="euler", seed=1)]
     start = pipeline.request(labels, steps=3, sampler="euler", seed=1).start
     signal = np.zeros((4, pipeline.spec.tokens, pipeline.spec.hidden_size), np.float32)
@@ -78,6 +79,12 @@ def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
     change = np.abs(after - before).mean((2, 3)) / np.abs(before).mean((2, 3))
     assert found.distance == pytest.approx(np.concatenate(distances[1:]), rel=1e-4)
     assert found.change == pytest.approx(change.ravel(), rel=1e-4)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 10])
+def test_what_is_held_out_has_every_label(classes: int) -> None:
+    labels = labels_of(range(64), classes)
+    assert set(labels[3::4]) == set(labels) == set(range(classes))
 
 
 def test_every_image_step_count_budget_and_guidance_is_there(pipeline: Pipeline) -> None:
@@ -179,7 +186,7 @@ def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-SMALL = ("--images", "8", "--steps", "4", "--steps", "12", "--rows", "8")
+SMALL = ("--images", "8", "--steps", "4", "--steps", "12")
 
 
 def test_a_calibrated_bundle_samples_with_teacache(copied: Path, tmp_path: Path) -> None:
@@ -192,7 +199,9 @@ def test_a_calibrated_bundle_samples_with_teacache(copied: Path, tmp_path: Path)
     assert kept
     assert json.loads((tmp_path / "fit.json").read_text()) == kept.model_dump(mode="json")
     assert (tmp_path / "fit.png").read_bytes().startswith(b"\x89PNG")
-    after = run("sample", copied, "--cache", "teacache:0.2", "--steps", "12", "--out", tmp_path / "a.png")
+    after = run(
+        "sample", copied, "--cache", "teacache:0.2", "--steps", "12", "--sampler", "euler", "--out", tmp_path / "a.png"
+    )
     assert after.exit_code == 0, after.output
     assert "cache teacache:0.2: " in after.output
     assert "12 calls reused after 11 probes; computed: 2 fixed before sampling" in after.output

@@ -106,7 +106,7 @@ def test_none_is_no_policy() -> None:
         ("static:mask@١٠", "one digit a step"),
         ("static:", "none of"),
         ("static", "none of"),
-        ("static:other@3", "none of"),
+        ("static:other@3", "no mask there"),
         ("none,order=1", "none of"),
         ("every@2", "none of"),
         ("", "none of"),
@@ -258,7 +258,8 @@ def test_teacache_without_a_calibration_names_the_command(tiny_bundle: Bundle) -
     with (
         Pipeline.load(tiny_bundle.folder) as pipeline,
         pytest.raises(
-            CalibrationError, match="elit-export calibrate cache BUNDLE; or use a policy of the family static"
+            CalibrationError,
+            match="has none: elit-export calibrate cache .*; or use a cache policy of the family static",
         ),
     ):
         pipeline.steps([0], steps=4, cache="teacache:0.1")
@@ -285,23 +286,28 @@ def test_a_calibrated_bundle_samples_with_teacache(copied: Path) -> None:
 
 def test_a_budget_takes_its_own_fit_or_the_nearest(copied: Path) -> None:
     bundle = calibrate(copied, fit_of(1, slope=1.0), fit_of(4, slope=4.0))
-    fits = cache_fits(bundle)
+    fits, _ = cache_fits(bundle)
     assert fits
     assert {budget.kept: fit.coefficients[1] for budget, fit in fits.items()} == {1: 1.0, 2: 1.0, 3: 4.0, 4: 4.0}
     assert fits[SPEC.full] == Fit((0.0, 4.0, 0.0, 0.0, 0.0), 0.0, 10.0)
-    of_all = cache_fits(calibrate(copied, fit_of(None, slope=2.0)))
+    of_all, problem = cache_fits(calibrate(copied, fit_of(None, slope=2.0)))
     assert of_all
+    assert not problem
     assert {fit.coefficients[1] for fit in of_all.values()} == {2.0}
 
 
 def test_a_bundle_without_a_calibration_has_no_fits(tiny_bundle: Bundle) -> None:
-    assert cache_fits(tiny_bundle) is None
+    fits, problem = cache_fits(tiny_bundle)
+    assert fits is None
+    assert problem.endswith(f"elit-export calibrate cache {tiny_bundle.folder}")
 
 
 def test_a_calibration_of_another_checkpoint_is_refused(copied: Path) -> None:
     calibrate(copied, fit_of(None), checkpoint_sha256="0" * 64)
-    with pytest.raises(CalibrationError, match=r"of another checkpoint .*: elit-export calibrate cache") as refused:
-        Pipeline.load(copied)
+    with Pipeline.load(copied) as pipeline:
+        pipeline.sample([0], steps=3, cache="static:every@2")  # which needs none
+        with pytest.raises(CalibrationError, match=r"of another checkpoint .*: elit-export calibrate cache") as refused:
+            pipeline.sample([0], steps=3, cache="teacache:0.1")
     assert str(copied) in str(refused.value)
 
 

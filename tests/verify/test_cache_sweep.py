@@ -136,7 +136,7 @@ def test_smaller_budgets_are_below_the_schedules(calibrated_bundle: Bundle) -> N
         assert smaller_budgets(pipeline, "full") == ["half", "quarter"]
         assert smaller_budgets(pipeline, "quarter") == []
         with pytest.raises(InputError, match="one budget for all steps"):
-            list(ways(pipeline, "0-9:half,10-49:full", "none"))
+            list(ways(pipeline, "0-9:half,10-19:full", "none"))
 
 
 def test_a_bundle_without_calibration_is_refused(tiny_bundle: Bundle) -> None:
