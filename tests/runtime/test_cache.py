@@ -259,7 +259,7 @@ def test_teacache_without_a_calibration_names_the_command(tiny_bundle: Bundle) -
         Pipeline.load(tiny_bundle.folder) as pipeline,
         pytest.raises(
             CalibrationError,
-            match="has none: elit-export calibrate cache .*; or use a cache policy of the family static",
+            match=r"has none: elit-export calibrate cache .*; or use a cache policy of the family static",
         ),
     ):
         pipeline.steps([0], steps=4, cache="teacache:0.1")
