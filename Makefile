@@ -4,11 +4,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# onnxruntime-gpu carries the CPU provider too, so one environment serves both. It and TensorRT for RTX
-# exist for Linux x86-64 (and Windows) only.
+# onnxruntime-gpu carries the CPU provider too, so one environment serves both. It and TensorRT for RTX and
+# NVIDIA's Model Optimizer (the extra quantize) exist for Linux x86-64 (and Windows) only.
 ifeq ($(shell uname -sm),Linux x86_64)
 ORT := onnxruntime-gpu
-RTX := ,tensorrt-rtx
+NVIDIA := ,tensorrt-rtx,quantize
 else
 ORT := onnxruntime
 endif
@@ -43,7 +43,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "elit_export needs Python >= 3.11; name one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$(ORT)$(RTX),export,train,report,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$(ORT)$(NVIDIA),openvino,export,train,report,dev]'
 	touch $@
 
 clean:

@@ -24,11 +24,16 @@ FRACTION_TOLERANCE = 1e-3  # of a latent; a trained fraction like 0.0781 for 5/6
 
 
 class Precision(StrEnum):
-    """The arithmetic baked into a graph."""
+    """The arithmetic of the large products; what surrounds them stays in a higher precision."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
+    FP8 = "fp8"
+
+
+QUANTIZED = (Precision.INT8, Precision.FP8)  # these need samples of real inputs
 
 
 # ---------------------------------------------------------------- budgets

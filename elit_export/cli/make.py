@@ -8,10 +8,10 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, architecture_options, build_progress, progress_bar, say, show
 from elit_export.report.tables import inspection_tables
-from elit_export.spec import Precision
+from elit_export.spec import QUANTIZED, Precision
 
 DEFAULT_BUILD_FOLDER = Path("engines/build")
-PRECISION = click.Choice([precision.value for precision in Precision])
+PRECISION = click.Choice([precision.value for precision in Precision if precision not in QUANTIZED])
 
 
 @click.command()
