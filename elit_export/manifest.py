@@ -21,7 +21,7 @@ from elit_export.spec import (
     Range,
 )
 
-SCHEMA = 3
+SCHEMA = 4
 KINDS = ("graphs", "plans", "reference")
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -172,7 +172,8 @@ class CacheFit(_Facts):
 
     Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; the rest is
     of images that it was not fitted to: `held_out_error` is a root mean square, `r2` the share of the variance that it
-    explains, `r2_same_steps` the same among trajectories of equally many steps, where the size of a step tells nothing.
+    explains. Among trajectories of equally many steps, where the size of a step tells nothing, `r2_same_steps` is the
+    same, and `rank_same_steps` how change and distance rise together: 1 as one, −1 one against the other.
     """
 
     kept: int | None
@@ -181,6 +182,7 @@ class CacheFit(_Facts):
     high: float = Field(ge=0, allow_inf_nan=False)
     r2: float
     r2_same_steps: float
+    rank_same_steps: float
     held_out_error: float
     pairs: int
 

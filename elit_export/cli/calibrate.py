@@ -9,6 +9,7 @@ import click
 from elit_export.bundle import Bundle
 from elit_export.calibrate.cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.manifest import CacheCalibration
 from elit_export.report.tables import calibration_table
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
 
@@ -30,6 +31,7 @@ def calibrate() -> None:
 @click.option("--rows", type=COUNT, default=4, show_default=True, help="Images at once; cfg doubles them.")
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
 @JSON_OPTION
 def calibrate_cache(
     bundle: Path,
@@ -41,13 +43,14 @@ def calibrate_cache(
     rows: int,
     plot: Path | None,
     target: str | None,
+    precision: str | None,
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
     if plot is not None:  # before anything is measured, as it needs matplotlib
         from elit_export.report.plots import plot_calibration
     opened = Bundle.open(bundle)  # before its engines: what is measured is of this checkpoint
-    with Pipeline.load(bundle, target=target) as pipeline, progress_bar() as progress:
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.bank.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
@@ -59,4 +62,11 @@ def calibrate_cache(
     record(opened, calibration)
     show(calibration_table(calibration), json_to=json_to)
     write_json(calibration.model_dump(mode="json"), json_to)
-    say(f"wrote it into {bundle}; next: elit-export sample {bundle} --cache teacache:0.2", json_to=json_to)
+    say(f"wrote it into {bundle}; next: elit-export sample {bundle} --cache {advised(calibration)}", json_to=json_to)
+
+
+def advised(calibration: CacheCalibration) -> str:
+    """A policy to try; not `teacache` where at equal steps the residual changes less where the input changes more."""
+    if min(fit.rank_same_steps for fit in calibration.fits) > 0:
+        return "teacache:0.2"
+    return "static:every@2 (teacache would reuse where the blocks change most: see rank)"

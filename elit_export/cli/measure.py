@@ -36,11 +36,12 @@ Runners = Mapping[str, Any]
 @click.option("--guidance", default="none", show_default=True, help="For --samplers, --cache-sweep.")
 @click.option("--soak", type=COUNT, metavar="N", help="Watch memory over N short samplings instead.")
 @click.option("--cache-sweep", is_flag=True, help="Measure what step caching is worth instead; --rows are images.")
-@click.option("--schedule", default="full", show_default=True, help="For --cache-sweep: one budget.")
+@click.option("--schedule", default="full", show_default=True, help="For --cache-sweep; t ranges fit every step count.")
 @click.option("--fine-steps", type=COUNT, default=100, show_default=True, help="For --cache-sweep: Heun's.")
 @click.option("--plot", type=FILE, help="Draw error against budget, or against time with --cache-sweep, into a PNG.")
 @click.option("--check", type=FILE, help="JSON file of bars to hold; ends with status 1 if one does not.")
 @click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
 @JSON_OPTION
 def bench(
     bundle: Path,
@@ -58,6 +59,7 @@ def bench(
     plot: Path | None,
     check: Path | None,
     target: str | None,
+    precision: str | None,
     json_to: str | None,
 ) -> None:
     """Measure BUNDLE's engines: time and error per budget, cost of switching, ways to sample."""
@@ -66,7 +68,7 @@ def bench(
     instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep}
     refuse_together(instead, {"--checkpoint": checkpoint, "--plot": None if cache_sweep else plot})
     bars = load_bars(check) if check else []
-    with Pipeline.load(bundle, target=target) as pipeline:
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         if samplers:
             tables, facts = bench_samplers(pipeline, images=rows, guidance=guidance)
         elif soak:
@@ -85,7 +87,7 @@ def bench(
             show(cost_table(pipeline.spec), json_to=json_to)
             opened = Bundle.open(bundle)
             others = torch_runners(opened, checkpoint, compiled=not no_compile) if checkpoint else {}
-            memory = memory_of(opened, target)
+            memory = memory_of(opened, target, precision)
             tables, facts = bench_engines(
                 pipeline, others, rows=rows, rounds=rounds, sampling=not no_sampling, bank_memory=memory, plot=plot
             )
@@ -115,10 +117,10 @@ def torch_runners(bundle: Bundle, checkpoint: str, *, compiled: bool) -> Runners
     return {**eager, "compile": torch_engine(model, compiled=True)} if compiled else eager
 
 
-def memory_of(bundle: Bundle, target: str | None) -> Callable[[], float | None]:
+def memory_of(bundle: Bundle, target: str | None, precision: str | None) -> Callable[[], float | None]:
     from elit_export.verify.memory import bank_memory_ratio
 
-    return partial(bank_memory_ratio, bundle.folder, chosen_plan_set(bundle.manifest.plan_sets, target, None))
+    return partial(bank_memory_ratio, bundle.folder, chosen_plan_set(bundle.manifest.plan_sets, target, precision))
 
 
 def bench_engines(

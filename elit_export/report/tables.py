@@ -106,7 +106,16 @@ def calibration_table(calibration: CacheCalibration) -> Table:
     made = table(
         f"change of the residual by distance of the signal, {calibration.images} images at {steps} steps, "
         f"guidance {', '.join(calibration.guidance)}",
-        ("budget", "polynomial, lowest power first", "distances", "pairs", "RMS error", "R²", "R² at equal steps"),
+        (
+            "budget",
+            "polynomial, lowest power first",
+            "distances",
+            "pairs",
+            "RMS error",
+            "R²",
+            "R² at equal steps",
+            "rank",
+        ),
         [
             (
                 "all" if fit.kept is None else str(fit.kept),
@@ -116,11 +125,15 @@ def calibration_table(calibration: CacheCalibration) -> Table:
                 f"{fit.held_out_error:.2g}",
                 f"{fit.r2:.2f}",
                 f"{fit.r2_same_steps:.2f}",
+                f"{fit.rank_same_steps:+.2f}",
             )
             for fit in calibration.fits
         ],
     )
-    made.caption = "error and R² are of held-out images; at equal steps: what the distance tells beyond the steps' size"
+    made.caption = (
+        "error, R² and rank are of held-out images; at equal steps: what the distance tells beyond the steps' size; "
+        "rank: how change and distance rise together at equal steps, from -1 to 1"
+    )
     return made
 
 
