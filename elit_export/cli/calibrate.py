@@ -1,4 +1,4 @@
-"""Commands that measure a bundle's engines for what later runs decide by: calibrate."""
+"""Commands that measure a bundle's engines for what later runs and builds decide by: calibrate."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import click
 
 from elit_export.bundle import Bundle
 from elit_export.calibrate.cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
+from elit_export.calibrate.samples import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
+from elit_export.calibrate.samples import batches as sample_batches
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
 from elit_export.manifest import CacheCalibration
-from elit_export.report.tables import calibration_table
+from elit_export.report.tables import calibration_table, samples_facts, samples_table
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+from elit_export.samples import save_samples
 
 COUNT = click.IntRange(min=1)
 
 
 @click.group()
 def calibrate() -> None:
-    """Measure what a bundle's engines do along real trajectories, and write what was learnt into the bundle."""
+    """Measure what a bundle's engines do along real trajectories, for the step cache and for quantization."""
 
 
 @calibrate.command("cache")
@@ -70,3 +73,26 @@ def advised(calibration: CacheCalibration) -> str:
     if min(fit.rank_same_steps for fit in calibration.fits) > 0:
         return "teacache:0.2"
     return "static:every@2 (teacache would reuse where the blocks change most: see rank)"
+
+
+@calibrate.command("samples")
+@click.argument("bundle", type=FOLDER)
+@click.option("--recipe", type=FILE, help="Which trajectories, and how many samples of them; calibration/ has some.")
+@click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
+@click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
+@JSON_OPTION
+def calibrate_samples(
+    bundle: Path, recipe: Path | None, out: Path, target: str | None, precision: str | None, json_to: str | None
+) -> None:
+    """Take inputs of the engines along trajectories, on which int8 and fp8 builds are calibrated."""
+    wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
+    checkpoint = Bundle.open(bundle).manifest.model.checkpoint_sha256  # before its engines, as above
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
+        total = sample_batches(pipeline, wanted)
+        parts = list(progress.track(seen_rows(pipeline, wanted), total=total, description="trajectories"))
+        found = taken(parts, pipeline, wanted, checkpoint)
+    save_samples(found.samples, out)
+    show(samples_table(found), json_to=json_to)
+    write_json(samples_facts(found), json_to)
+    say(f"wrote {out}; next: elit-export build RECIPE --target TARGET --samples {out}", json_to=json_to)

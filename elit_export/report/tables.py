@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from elit_export.calibrate.samples import Taken
 from elit_export.manifest import CacheCalibration
 from elit_export.models.cost import flops
 from elit_export.spec import ModelSpec
@@ -134,6 +135,52 @@ def calibration_table(calibration: CacheCalibration) -> Table:
         "error, R² and rank are of held-out images; at equal steps: what the distance tells beyond the steps' size; "
         "rank: how change and distance rise together at equal steps, from -1 to 1"
     )
+    return made
+
+
+def samples_facts(taken: Taken) -> Facts:
+    """Where the samples are from, and what each budget has of them, largest first."""
+    kept = taken.samples.kept
+    each = [_facts_of_budget(taken, budget) for budget in sorted(set(kept.tolist()), reverse=True)]
+    return {**taken.samples.facts.model_dump(mode="json"), "sha256": taken.samples.sha256, "budgets": each}
+
+
+def _facts_of_budget(taken: Taken, kept: int) -> Facts:
+    here = taken.samples.kept == kept
+    t, labelled = taken.samples.t[here], here & ~taken.unlabelled
+    labels = next(iter(taken.samples.conditioning.values()))[labelled]
+    return {
+        "kept": kept,
+        "samples": int(here.sum()),
+        "t": [float(t.min()), float(t.max())],
+        "guided": int((here & taken.guided).sum()),
+        "unlabelled": int((here & taken.unlabelled).sum()),
+        "labels": len(set(labels.tolist())),
+    }
+
+
+def samples_table(taken: Taken) -> Table:
+    """What was taken, by budget."""
+    facts = samples_facts(taken)
+    rows = [
+        (
+            str(budget["kept"]),
+            str(budget["samples"]),
+            "{:.3g}..{:.3g}".format(*budget["t"]),
+            str(budget["samples"] - budget["guided"]),
+            str(budget["guided"]),
+            str(budget["unlabelled"]),
+            str(budget["labels"]),
+        )
+        for budget in facts["budgets"]
+    ]
+    made = table(
+        f"{facts['samples']} samples of {facts['images']} images at {facts['steps']} steps of {facts['sampler']}, "
+        f"guidance {', '.join(facts['guidance'])}",
+        ("latents kept", "samples", "t", "unguided", "guided", "of these no class", "classes"),
+        rows,
+    )
+    made.caption = f"checkpoint {facts['checkpoint_sha256'][:12]}, samples {facts['sha256'][:12]}"
     return made
 
 
