@@ -93,9 +93,10 @@ def _plan_set_table(plan_set: Facts) -> Table:
 
 
 def parity_text(parity: Facts) -> str:
-    if parity["status"] != "passed":
+    if parity["sqnr_db"] is None:
         return f"{parity['status']} ({parity['reason']})"
-    return f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+    found = f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+    return found if parity["status"] == "passed" else f"{found}; below tolerance, accepted: {parity['reason']}"
 
 
 # ---------------------------------------------------------------- calibration
@@ -206,8 +207,14 @@ def _parity_row(comparison: Comparison) -> tuple[str, ...]:
         f"{found.cosine:.9f}",
         f"{found.sqnr_db:.1f}",
         f"{comparison.least_db:g}",
-        f"{comparison.margin_db:+.1f}" if comparison.passed else f"MISSES by {-comparison.margin_db:.1f}",
+        _margin(comparison),
     )
+
+
+def _margin(comparison: Comparison) -> str:
+    if comparison.met:
+        return f"{comparison.margin_db:+.1f}"
+    return f"MISSES by {-comparison.margin_db:.1f}" + (", accepted" if comparison.passed else "")
 
 
 # ---------------------------------------------------------------- bench
