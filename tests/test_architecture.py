@@ -31,7 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "build": {"spec", "recipe", "bundle", "manifest", "backends", "samples"},
     "runtime": {"spec", "bundle", "manifest", "backends"},
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
-    "calibrate": {"spec", "manifest", "bundle", "runtime", "samples"},
+    "calibrate": {"spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
     "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
     "compile": {
         *(
@@ -63,7 +63,8 @@ LIBRARIES: dict[str, set[str]] = {
     "cuda": {"runtime/cuda.py"},
     "tensorrt": set(),  # imported under the name that the table of backends gives, as they share their modules
     "tensorrt_rtx": set(),
-    "onnx": {"graphs/", "bisect.py"},
+    "onnx": {"graphs/", "bisect.py", "calibrate/quantize.py"},
+    "modelopt": {"calibrate/quantize.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
     # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
@@ -118,7 +119,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert users == []
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda", "modelopt")
 
 
 def modules_after(code: str) -> set[str]:
