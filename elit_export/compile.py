@@ -198,7 +198,11 @@ class _Build:
         return key_of(self.model_key, name, code("graphs"), versions_of(GRAPH_LIBRARIES))
 
     def quantized_key(self, exact: Graph, reference: Reference) -> str:
-        made_by = versions_of(QUANTIZING_LIBRARIES), code("calibrate/quantize.py", "verify"), self.chosen.accept_below_tolerance
+        made_by = (
+            versions_of(QUANTIZING_LIBRARIES),
+            code("calibrate/quantize.py", "verify"),
+            self.chosen.accept_below_tolerance,
+        )
         return key_of(exact.key, reference.key, self.chosen.precision, self.samples and self.samples.sha256, made_by)
 
     def reference_key(self, profiles: Profiles) -> str:
@@ -225,7 +229,9 @@ class _Build:
         names = (STEP, *CACHE_GRAPHS, *((FUSED,) if self.chosen.fused else ()))
         written = {name: self.precision_of(name) for name in names}
         exact = {name: Precision.FP32 if precision in QUANTIZED else precision for name, precision in written.items()}
-        graphs = {self.stored_name(name, precision): self._exported(name, precision) for name, precision in exact.items()}
+        graphs = {
+            self.stored_name(name, precision): self._exported(name, precision) for name, precision in exact.items()
+        }
         if written[STEP] in QUANTIZED:
             graphs[self.stored_name(STEP)] = self._quantized(graphs[self.stored_name(STEP, Precision.FP32)], reference)
         return graphs

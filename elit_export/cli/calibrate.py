@@ -11,10 +11,18 @@ from elit_export.calibrate.cache import Trajectories, batches, calibrated, joine
 from elit_export.calibrate.samples import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
 from elit_export.calibrate.samples import batches as sample_batches
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.errors import BundleError
 from elit_export.manifest import CacheCalibration
-from elit_export.report.tables import calibration_table, samples_facts, samples_table
+from elit_export.report.tables import (
+    calibration_table,
+    samples_facts,
+    samples_table,
+    sensitivity_facts,
+    sensitivity_table,
+)
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
-from elit_export.samples import save_samples
+from elit_export.samples import load_samples, save_samples
+from elit_export.spec import QUANTIZED, STEP, Precision
 
 COUNT = click.IntRange(min=1)
 
@@ -96,3 +104,35 @@ def calibrate_samples(
     show(samples_table(found), json_to=json_to)
     write_json(samples_facts(found), json_to)
     say(f"wrote {out}; next: elit-export build RECIPE --target TARGET --samples {out}", json_to=json_to)
+
+
+@calibrate.command("sensitivity")
+@click.argument("bundle", type=FOLDER)
+@click.option("--samples", "samples_file", type=FILE, required=True, help="Made by `calibrate samples`.")
+@click.option("--precision", type=click.Choice([precision.value for precision in QUANTIZED]), required=True)
+@JSON_OPTION
+def calibrate_sensitivity(bundle: Path, samples_file: Path, precision: str, json_to: str | None) -> None:
+    """Quantize one kind of layer at a time for TensorRT, and compare with float32 on other trajectories."""
+    from elit_export.calibrate.quantize import sensitivities, sensitivity_count
+
+    opened = Bundle.open(bundle)
+    model, graph = opened.manifest.model, stored_graph(opened)
+    samples = load_samples(samples_file, model.spec, model.checkpoint_sha256)
+    with progress_bar() as progress:
+        found = sensitivities(graph, model.spec, model.data, Precision(precision), samples)
+        total = sensitivity_count(model.spec)
+        rows = list(progress.track(found, total=total, description=f"layers in {precision}"))
+    show(sensitivity_table(rows, precision), json_to=json_to)
+    write_json(sensitivity_facts(rows, precision, samples.sha256), json_to)
+
+
+def stored_graph(bundle: Bundle) -> Path:
+    """The float32 graph `step` of a bundle; raises BundleError if it is not there."""
+    name = f"{STEP}-{Precision.FP32.value}"
+    graph = bundle.manifest.graphs.get(name)
+    if graph is None:
+        raise BundleError(
+            f"{bundle.folder} has no graph {name}: build a target with precision fp32 into it: "
+            f"elit-export build RECIPE --target TARGET --out {bundle.folder}"
+        )
+    return bundle.verified(graph.artifact) / graph.file

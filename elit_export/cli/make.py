@@ -34,9 +34,7 @@ def export(checkpoint: str, out: Path, precision: str, **numbers: int | None) ->
 @click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
 @click.option("--checkpoint", help="In place of the recipe's checkpoint.")
 @click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
-def build(
-    recipe: Path, target: str | None, out: Path | None, checkpoint: str | None, samples: Path | None
-) -> None:
+def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | None, samples: Path | None) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
     from elit_export.compile import NOTHING_CHANGED, compile_bundle
     from elit_export.recipe import load_recipe

@@ -5,8 +5,9 @@ Takes: plain facts.  Gives: rich tables.  May touch: nothing; prints nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,9 @@ from elit_export.verify.bench import ENGINE, BenchResult, BudgetResult, Sampling
 from elit_export.verify.cache_sweep import CONTROLS, SweepResult, SweepRow
 from elit_export.verify.parity import Comparison
 from elit_export.verify.soak import SoakResult
+
+if TYPE_CHECKING:
+    from elit_export.calibrate.quantize import Sensitivity
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")
@@ -183,6 +187,44 @@ def samples_table(taken: Taken) -> Table:
     )
     made.caption = f"checkpoint {facts['checkpoint_sha256'][:12]}, samples {facts['sha256'][:12]}"
     return made
+
+
+def sensitivity_facts(rows: Sequence[Sensitivity], precision: str, samples_sha256: str) -> Facts:
+    each = [
+        {
+            "layers": row.layers,
+            "flops_share": row.flops_share,
+            "velocity_db": {kept: found.sqnr_db for kept, found in row.velocity.items()},
+            "residual_db": {kept: found.sqnr_db for kept, found in row.residual.items()},
+        }
+        for row in rows
+    ]
+    return {"precision": precision, "samples_sha256": samples_sha256, "rows": each}
+
+
+def sensitivity_table(rows: Sequence[Sensitivity], precision: str) -> Table:
+    """A few budgets, lowest first, and the worst of all."""
+    every = list(rows[0].velocity)
+    shown = sorted({every[0], every[len(every) // 3], every[2 * len(every) // 3], every[-1]})
+    columns = ("in 8 bits", *(f"FLOPs at {kept}" for kept in (every[0], every[-1])))
+    made = table(
+        f"{precision} against float32, SQNR of velocity / residual in dB by latents kept",
+        (*columns, *(f"at {kept}" for kept in shown), "worst"),
+        [_sensitivity_cells(row, every, shown) for row in rows],
+    )
+    made.caption = "one kind of layer at a time; FLOPs are shares of a whole step; – : no product was quantized"
+    return made
+
+
+def _sensitivity_cells(row: Sensitivity, every: Sequence[int], shown: Sequence[int]) -> tuple[str, ...]:
+    pairs = {kept: (row.velocity[kept].sqnr_db, row.residual[kept].sqnr_db) for kept in every}
+    worst = tuple(min(pair[which] for pair in pairs.values()) for which in (0, 1))
+    shares = (f"{row.flops_share[kept]:.0%}" for kept in (every[0], every[-1]))
+    return row.layers, *shares, *(_db_pair(*pairs[kept]) for kept in shown), _db_pair(*worst)
+
+
+def _db_pair(velocity_db: float, residual_db: float) -> str:
+    return "–" if math.isinf(velocity_db) and velocity_db > 0 else f"{velocity_db:.1f} / {residual_db:.1f}"
 
 
 # ---------------------------------------------------------------- parity
