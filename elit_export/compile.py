@@ -96,7 +96,7 @@ def compile_bundle(
     _check_samples(chosen, target, samples, Path(out))
     BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
     with writing(Path(out)) as writer:
-        return _Build(writer, recipe, target, chosen, str(source), samples and Path(samples), progress).run()
+        return _Build(writer, recipe, target, chosen, str(source), Path(samples) if samples else None, progress).run()
 
 
 def _check_samples(chosen: AnyTarget, target: str, samples: str | Path | None, out: Path) -> None:
