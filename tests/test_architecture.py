@@ -24,6 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "recipe": {"spec", "backends"},
     "bundle": {"spec", "manifest"},
     "checkpoint": {"spec", "models"},
+    "judge": {"models", "checkpoint"},
     "models": {"spec"},
     "training": {"spec", "models", "checkpoint"},
     "graphs": {"spec", "models"},

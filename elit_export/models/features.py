@@ -9,7 +9,7 @@ F is the number of features, n that of images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,17 +107,22 @@ class Floor:
 
 def floors(features: Float64, labels: Int64, *, seed: int) -> Iterator[Floor]:
     """Smallest sample first; the last is that of two halves. Raises InputError for too few images."""
+    check_halves(len(features), features.shape[1])
     half, width = len(features) // 2, features.shape[1]
-    if half <= width:
-        raise InputError(
-            f"{len(features)} test images are too few for {width} features: each half needs at least {width + 1}; "
-            f"give more test images, or --features {max(1, half - 1)}"
-        )
     rng = np.random.default_rng(seed)
     orders = [evenly(labels, rng) for _ in range(FLOOR_DRAWS)]
     for count in sorted({half, *(count for count in FLOOR_IMAGES if width < count < half)}):
         found = [_apart(features[order[:count]], features[order[count:]]) for order in orders]
         yield Floor(count, float(np.mean(found)), float(np.std(found, ddof=1)))
+
+
+def check_halves(images: int, features: int) -> None:
+    """Two halves of the images must each tell a covariance."""
+    if images // 2 <= features:
+        raise InputError(
+            f"{images} test images are too few for {features} features: each half needs at least {features + 1}; "
+            f"give more test images, or --features {max(1, images // 2 - 1)}"
+        )
 
 
 def evenly(labels: Int64, rng: np.random.Generator) -> Int64:
@@ -158,6 +163,8 @@ class JudgeFacts:
             raise InputError(f"classifier: mean and covariance are not those of {width} features")
         if not all(np.isfinite(values).all() for values in (self.real.mean, self.real.covariance)):
             raise InputError("classifier: mean or covariance hold values that are not finite")
+        if not all(floor.images > 0 and floor.distance >= 0 and floor.spread >= 0 for floor in self.floors):
+            raise InputError("classifier: a floor is below zero")
         if not self.floors or not 0 <= self.test_accuracy <= 1:
             raise InputError("classifier: no floors, or an accuracy outside 0..1")
 
@@ -167,11 +174,8 @@ class JudgeFacts:
 
     def floor_at(self, images: int) -> Floor:
         """Of the largest known sample that is not larger, or of the smallest known one."""
-        return max((floor for floor in self.floors if floor.images <= images), key=_images, default=self.floors[0])
-
-
-def _images(floor: Floor) -> int:
-    return floor.images
+        smaller = [floor for floor in self.floors if floor.images <= images]
+        return smaller[-1] if smaller else self.floors[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +186,7 @@ class Judge:
     facts: JudgeFacts
 
 
-def accuracy(predicted: Sequence[int] | Int64, labels: Sequence[int] | Int64) -> tuple[float, float]:
-    """Share of labels that are predicted, and its binomial standard error."""
-    share = float(np.mean(np.asarray(predicted) == np.asarray(labels)))
-    return share, math.sqrt(share * (1 - share) / len(labels))
+def share_of(is_right: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """The share that is right, and its binomial standard error."""
+    share = float(is_right.mean())
+    return share, math.sqrt(share * (1 - share) / len(is_right))

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from elit_export.errors import InputError
 from elit_export.models.classifier import Classifier, initialise
-from elit_export.models.features import ClassifierSpec, Gaussian, JudgeFacts, accuracy, floors
+from elit_export.models.features import ClassifierSpec, Gaussian, JudgeFacts, check_halves, floors, share_of
 from elit_export.training.data import LabelledImages
 from elit_export.training.trainer import epoch_batch, generator_for
 
 WEIGHT_DECAY = 0.05
 SMOOTHING = 0.05  # of labels
 WARMUP_SHARE = 0.1  # of the steps
-SHIFT = 2  # pixels; at most the border that padded images have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,12 @@ class ClassifierConfig:
 def train_classifier(
     spec: ClassifierSpec, data: LabelledImages, config: ClassifierConfig, *, on_step: Callable[[int, float], None]
 ) -> Classifier:
-    """`on_step` hears the number and the loss of every step. The weights are rounded to what half precision holds."""
-    check_data(spec, data, config)
+    """`on_step` hears the number and the loss of every step; `check_data` comes first.
+
+    The weights are rounded to what half precision holds.
+    """
     classifier = initialise(Classifier(spec), generator_for(config.seed))
-    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -63,14 +64,17 @@ def train_classifier(
     return classifier.half().float().eval()
 
 
-def check_data(spec: ClassifierSpec, data: LabelledImages, config: ClassifierConfig) -> None:
+def check_data(spec: ClassifierSpec, train: LabelledImages, test: LabelledImages, config: ClassifierConfig) -> None:
+    """Before anything is trained; raises InputError."""
     shape = (spec.channels, spec.size, spec.size)
-    if data.images.shape[1:] != shape:
-        raise InputError(f"images are {data.images.shape[1:]}, the classifier takes {shape}")
-    if data.num_classes > spec.num_classes:
-        raise InputError(f"the data has {data.num_classes} classes, the classifier {spec.num_classes}")
-    if len(data) < config.batch_size:
-        raise InputError(f"batch_size {config.batch_size} is more than the {len(data)} images there are")
+    for images in (train, test):
+        if images.images.shape[1:] != shape:
+            raise InputError(f"images are {images.images.shape[1:]}, the classifier takes {shape}")
+        if images.num_classes > spec.num_classes:
+            raise InputError(f"the data has {images.num_classes} classes, the classifier {spec.num_classes}")
+    if len(train) < config.batch_size:
+        raise InputError(f"batch_size {config.batch_size} is more than the {len(train)} images there are")
+    check_halves(len(test), spec.features)
 
 
 def learning_rate(config: ClassifierConfig, step: int) -> float:
@@ -83,17 +87,15 @@ def learning_rate(config: ClassifierConfig, step: int) -> float:
 
 def _loss(classifier: Classifier, data: LabelledImages, config: ClassifierConfig, step: int) -> Tensor:
     indices = epoch_batch(len(data), config.batch_size, config.seed, step)
-    pixels = augmented(torch.from_numpy(data.images[indices]), generator_for(config.seed, step))
+    pixels = mirrored(torch.from_numpy(data.images[indices]), generator_for(config.seed, step))
     labels = torch.from_numpy(data.labels[indices])
     return F.cross_entropy(classifier(pixels), labels, label_smoothing=SMOOTHING)
 
 
-def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:  # (B, C, H, W)
-    """The whole batch moved by up to two pixels, around the edge, and half of it mirrored."""
-    down, right = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
+def mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:  # (B, C, H, W)
+    """About half of the images, left to right."""
     is_mirrored = torch.rand(len(pixels), generator=generator) < 0.5
-    moved = pixels.roll((down, right), dims=(2, 3))
-    return torch.where(is_mirrored[:, None, None, None], moved.flip(3), moved)
+    return torch.where(is_mirrored[:, None, None, None], pixels.flip(3), pixels)
 
 
 def judge_facts(classifier: Classifier, train: LabelledImages, test: LabelledImages, *, command: str) -> JudgeFacts:
@@ -104,7 +106,7 @@ def judge_facts(classifier: Classifier, train: LabelledImages, test: LabelledIma
         spec=classifier.spec,
         real=Gaussian.fit(features),
         test_images=len(test),
-        test_accuracy=accuracy(predicted, test.labels)[0],
+        test_accuracy=share_of(predicted == test.labels)[0],
         floors=found,
         class_names=test.class_names,
         train_sha256=train.sha256,
