@@ -54,14 +54,14 @@ def bench_quality(
 def able_plan_sets(bundle: Bundle, target: str | None, precision: str | None) -> tuple[list[PlanSet], dict[str, str]]:
     """Those asked for that can run here, and why the others cannot; raises if none can or one was never verified."""
     asked = matching(bundle.manifest.plan_sets, target, precision)
-    reasons = {f"{plan_set.target} {plan_set.precision.value}": unfit(plan_set) for plan_set in asked}
-    able = [plan_set for plan_set, reason in zip(asked, reasons.values(), strict=True) if not reason]
+    judged = [(plan_set, unfit(plan_set)) for plan_set in asked]
+    able = [plan_set for plan_set, reason in judged if not reason]
     if not able:
         able = [chosen_plan_set(bundle.manifest.plan_sets, target, precision)]  # which says why not, here or in opening
     for plan_set in able:
         check_verified(plan_set, bundle.folder)
     order = list(Precision)
-    skipped = {name: reason for name, reason in reasons.items() if reason}
+    skipped = {f"{plan_set.target} {plan_set.precision.value}": reason for plan_set, reason in judged if reason}
     return sorted(able, key=lambda plan_set: order.index(plan_set.precision)), skipped
 
 

@@ -167,9 +167,9 @@ def append_json(path: Path, facts: dict[str, Any]) -> None:
 )
 @click.option("--width", type=POSITIVE, default=32, show_default=True, help="Channels of the first layer.")
 @click.option("--features", type=POSITIVE, default=48, show_default=True, help="Numbers before the last layer, to 64.")
-@click.option("--steps", type=POSITIVE, default=2800, show_default=True)
-@click.option("--batch-size", type=POSITIVE, default=128, show_default=True)
-@click.option("--learning-rate", default=3e-3, show_default=True)
+@click.option("--steps", type=POSITIVE, default=5600, show_default=True)
+@click.option("--batch-size", type=POSITIVE, default=64, show_default=True)
+@click.option("--learning-rate", default=2e-3, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--class-names", default="", help="Comma-separated, for IDX data.")
 @JSON_OPTION

