@@ -33,7 +33,7 @@ from elit_export.models.features import (
     frechet_distance,
 )
 from elit_export.runtime.noise import SeededNoise
-from elit_export.spec import DataFacts, Precision
+from elit_export.spec import SD_VAE, DataFacts, Precision
 from elit_export.verify.metrics import difference
 from elit_export.verify.quality import (
     WAYS,
@@ -223,9 +223,10 @@ def test_classes_of_another_order_are_refused(pipeline: Pipeline) -> None:
         measured([("cpu", pipeline)], judge_of(class_names=("a", "c", "b")))
 
 
-def test_latents_of_a_vae_are_refused(golden_g4_bundle: Bundle) -> None:
-    with Pipeline.load(golden_g4_bundle.folder) as opened, pytest.raises(InputError, match="latents of a VAE"):
-        measured([("cpu", opened)])
+def test_latents_of_a_vae_are_refused(pipeline: Pipeline) -> None:
+    pipeline.data = SD_VAE
+    with pytest.raises(InputError, match="latents of a VAE"):
+        measured([("cpu", pipeline)])
 
 
 # ---------------------------------------------------------------- plan sets
