@@ -5,8 +5,9 @@ Takes: a name.  Gives: a Backend row.  May touch: nothing; the modules are impor
 A build module offers
     check(target)                                          raises if it cannot build for the target here
     grouped(profiles, target) -> groups of profiles        each group shares a plan
-    build_plan(graph, folder, profiles, target, progress) -> BuiltPlan
-                                                           what plans of a set share may lie beside `folder`
+    build_plan(graph, folder, profiles, target, samples, progress) -> BuiltPlan
+                                                           what plans of a set share may lie beside `folder`;
+                                                           samples of real inputs only where it quantizes
 An engine module offers
     open_engines(plans, plan_set) -> engines               by name of profile; `plans` are their files
     unfit(plan_set) -> str                                 why its plans cannot run here, or nothing
@@ -29,7 +30,7 @@ class Backend:
 
     `library` is the module of the backend itself; `needs` others without which it does not run. `reads`
     is what it builds from: the "onnx" graph or the torch.export "program". `fuses` says whether it can run the
-    graph `fused`, which chooses inside.
+    graph `fused`, which chooses inside. `rounds` says that it makes every precision of the fp32 graph itself.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Backend:
     needs: tuple[str, ...] = field(default=(), kw_only=True)
     reads: str = field(default="onnx", kw_only=True)
     fuses: bool = field(default=True, kw_only=True)
+    rounds: bool = field(default=False, kw_only=True)
     extra: str
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
@@ -89,12 +91,22 @@ BACKENDS = {
             engine_module="elit_export.runtime.onnxruntime_engine",
         ),
         Backend(
+            name="openvino",
+            library="openvino",
+            extra="openvino",
+            devices=("cpu",),
+            precisions=("fp32", "bf16", "int8"),
+            build_module="elit_export.build.openvino",
+            engine_module="elit_export.runtime.openvino_engine",
+            rounds=True,
+        ),
+        Backend(
             name="tensorrt",
             library="tensorrt",
             needs=("cuda.bindings.runtime",),
             extra="tensorrt",
             devices=("cuda",),
-            precisions=("fp32", "fp16", "bf16"),
+            precisions=("fp32", "fp16", "bf16", "int8", "fp8"),
             build_module="elit_export.build.tensorrt",
             engine_module="elit_export.runtime.tensorrt_engine",
         ),
@@ -104,7 +116,7 @@ BACKENDS = {
             needs=("cuda.bindings.runtime",),
             extra="tensorrt-rtx",
             devices=("cuda",),
-            precisions=("fp32", "fp16", "bf16"),
+            precisions=("fp32", "fp16", "bf16", "int8", "fp8"),
             build_module="elit_export.build.tensorrt",
             engine_module="elit_export.runtime.tensorrt_engine",
         ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy as np
 
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle, BundleWriter, writing
+from elit_export.calibrate.quantize import quantized_graph
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
-from elit_export.errors import BundleError, RecipeError
+from elit_export.errors import BundleError, CalibrationError, RecipeError
 from elit_export.files import sha256_of
 from elit_export.graphs.export import export_graph
 from elit_export.graphs.program import export_program
@@ -38,11 +39,22 @@ from elit_export.manifest import (
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.opening import open_bank, unfit
-from elit_export.spec import CACHE_GRAPHS, FUSED, STEP, Precision, Profile, Range
+from elit_export.samples import Samples, load_samples
+from elit_export.spec import CACHE_GRAPHS, FUSED, QUANTIZED, STEP, Precision, Profile, Range
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
-from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, parity_of, require
+from elit_export.verify.parity import (
+    Comparison,
+    compared,
+    compared_cases,
+    comparisons_of,
+    load_reference,
+    load_reference_file,
+    parity_of,
+    require,
+)
 from elit_export.verify.reference import reference_arrays
 
+QUANTIZING_LIBRARIES = ("nvidia-modelopt", "onnxruntime")
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 NOTHING_CHANGED = "nothing changed"
 ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
@@ -50,7 +62,7 @@ BEING_BUILT = Parity(status="not run", reason="being built")
 Progress = Callable[[str, float], None]
 Profiles = tuple[Profile, ...]
 # Share of a build that is done when a stage begins.
-STARTS = {"checkpoint": 0.0, "graph": 0.1, "reference": 0.4, "plans": 0.5, "verify": 0.8}
+STARTS = {"checkpoint": 0.0, "reference": 0.1, "graph": 0.2, "quantize": 0.4, "plans": 0.5, "verify": 0.8}
 
 
 def no_progress(_stage: str, _share: float) -> None:
@@ -63,11 +75,13 @@ def compile_bundle(
     *,
     out: str | Path,
     checkpoint: str | Path | None = None,
+    samples: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Export, build, verify, and only then make the bundle in `out` real.
 
-    `checkpoint` takes the place of the recipe's. What an earlier build made from the same checkpoint,
+    `checkpoint` takes the place of the recipe's. `samples` is the file that `calibrate samples` wrote, which a target
+    in int8 or fp8 needs. What an earlier build made from the same checkpoint,
     recipe, libraries and code stays as it is, and so do plan sets of other targets of the same model.
     Plans whose device is not here are recorded as never run. `progress` hears each stage that does
     something and the share done before it, and NOTHING_CHANGED at the end if the manifest stays as it
@@ -79,9 +93,21 @@ def compile_bundle(
     source = checkpoint or recipe.checkpoint
     if source is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
+    _check_samples(chosen, target, samples, Path(out))
     BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
     with writing(Path(out)) as writer:
-        return _Build(writer, recipe, target, chosen, str(source), progress).run()
+        return _Build(writer, recipe, target, chosen, str(source), samples and Path(samples), progress).run()
+
+
+def _check_samples(chosen: AnyTarget, target: str, samples: str | Path | None, out: Path) -> None:
+    if chosen.precision in QUANTIZED and samples is None:
+        raise CalibrationError(
+            f"target {target} is {chosen.precision.value}, which is calibrated on real inputs: "
+            f"elit-export calibrate samples {out} --out samples.npz (from a bundle with any other target), "
+            f"then build with --samples samples.npz"
+        )
+    if chosen.precision not in QUANTIZED and samples is not None:
+        raise CalibrationError(f"target {target} is {chosen.precision.value} and takes no samples: leave them out")
 
 
 @dataclass
@@ -93,14 +119,15 @@ class _Build:
     target: str
     chosen: AnyTarget
     source: str
+    samples_file: Path | None
     progress: Progress
 
     def run(self) -> Bundle:
         facts = self._facts()
         profiles = self.recipe.profiles_for(facts.spec)
-        fused = (FUSED,) if self.chosen.fused else ()
-        graphs = {name: self._graph(name) for name in (STEP, *CACHE_GRAPHS, *fused)}
+        assert self.samples is None or self.samples.facts.checkpoint_sha256 == facts.checkpoint_sha256
         reference = self._reference(profiles)
+        graphs = self._graphs(reference)
         unverified = self._plan_set(graphs, profiles, reference)
         plan_set = self._verified(facts, graphs, unverified)
         manifest = self._manifest(facts, graphs, plan_set)
@@ -144,6 +171,11 @@ class _Build:
     def sha256(self) -> str:
         return sha256_of(checkpoint_path(self.source))
 
+    @cached_property
+    def samples(self) -> Samples | None:
+        """What a quantized target is calibrated on; raises CalibrationError if they are not of this checkpoint."""
+        return load_samples(self.samples_file, self._facts().spec, self.sha256) if self.samples_file else None
+
     # ------------------------------------------------------------ keys
 
     @cached_property
@@ -151,25 +183,37 @@ class _Build:
         architecture = self.recipe.architecture.model_dump()
         return key_of(self.sha256, architecture, self.recipe.name, code("checkpoint.py", "spec.py", "models"))
 
-    def stored_name(self, graph: str) -> str:
+    def stored_name(self, graph: str, precision: Precision | None = None) -> str:
         """`step-bf16`; with `-program` behind it for a backend that reads torch programs."""
         reads = BACKENDS[self.chosen.backend].reads
-        return f"{graph}-{self.precision_of(graph).value}" + ("" if reads == "onnx" else f"-{reads}")
+        written = precision or self.precision_of(graph)
+        return f"{graph}-{written.value}" + ("" if reads == "onnx" else f"-{reads}")
 
     def precision_of(self, graph: str) -> Precision:
         """Nothing in the graphs of the cache is rounded."""
-        return Precision.FP32 if graph in CACHE_GRAPHS else self.chosen.precision
+        rounds = BACKENDS[self.chosen.backend].rounds
+        return Precision.FP32 if rounds or graph in CACHE_GRAPHS else self.chosen.precision
 
-    def graph_key(self, graph: str) -> str:
-        return key_of(self.model_key, self.stored_name(graph), code("graphs"), versions_of(GRAPH_LIBRARIES))
+    def graph_key(self, name: str) -> str:
+        return key_of(self.model_key, name, code("graphs"), versions_of(GRAPH_LIBRARIES))
+
+    def quantized_key(self, exact: Graph, reference: Reference) -> str:
+        made_by = (
+            versions_of(QUANTIZING_LIBRARIES),
+            code("calibrate/quantize.py", "verify"),
+            self.chosen.accept_below_tolerance,
+        )
+        return key_of(exact.key, reference.key, self.chosen.precision, self.samples and self.samples.sha256, made_by)
 
     def reference_key(self, profiles: Profiles) -> str:
         return key_of(self.model_key, str(profiles), version("torch"), code("verify", "runtime"))
 
     def plan_key(self, graph: Graph, profiles: Profiles) -> str:
         library = BACKENDS[self.chosen.backend].library_version()
-        choices = self.chosen.model_dump(mode="json", exclude={"fused"})
-        return key_of(graph.artifact.name, str(profiles), choices, library, code("build", "backends.py", "compile.py"))
+        choices = self.chosen.model_dump(mode="json", exclude={"fused", "accept_below_tolerance"})
+        samples = self.samples and self.samples.sha256
+        source = code("build", "backends.py", "compile.py")
+        return key_of(graph.artifact.name, str(profiles), choices, library, samples, source)
 
     # ------------------------------------------------------------ stages
 
@@ -180,19 +224,65 @@ class _Build:
             name=self.recipe.name, spec=self.model.spec, data=self.model.data, checkpoint_sha256=self.sha256
         )
 
-    def _graph(self, graph: str) -> Graph:
-        """A graph in the precision of the target."""
-        name, key = self.stored_name(graph), self.graph_key(graph)
+    def _graphs(self, reference: Reference) -> dict[str, Graph]:
+        """Every graph of the target, by the name that the bundle stores it under."""
+        names = (STEP, *CACHE_GRAPHS, *((FUSED,) if self.chosen.fused else ()))
+        written = {name: self.precision_of(name) for name in names}
+        exact = {name: Precision.FP32 if precision in QUANTIZED else precision for name, precision in written.items()}
+        graphs = {
+            self.stored_name(name, precision): self._exported(name, precision) for name, precision in exact.items()
+        }
+        if written[STEP] in QUANTIZED:
+            graphs[self.stored_name(STEP)] = self._quantized(graphs[self.stored_name(STEP, Precision.FP32)], reference)
+        return graphs
+
+    def _fresh(self, name: str, key: str) -> Graph | None:
         old = self.earlier.graphs.get(name) if self.earlier else None
-        if old and old.key == key and self._is_whole(old.artifact):
+        return old if old and old.key == key and self._is_whole(old.artifact) else None
+
+    def _exported(self, graph: str, precision: Precision) -> Graph:
+        name = self.stored_name(graph, precision)
+        key = self.graph_key(name)
+        if old := self._fresh(name, key):
             return old
         model = self.model
         self.progress(f"export graph {graph}", STARTS["graph"])
         export = {"onnx": export_graph, "program": export_program}[BACKENDS[self.chosen.backend].reads]
         with self.writer.staged() as folder:
-            file = export(model, graph, folder, self.precision_of(graph)).name
+            file = export(model, graph, folder, precision).name
             artifact = self.writer.adopt(folder, "graphs", name)
         return Graph(artifact=artifact, file=file, key=key, versions=versions_of(GRAPH_LIBRARIES))
+
+    def _quantized(self, exact: Graph, reference: Reference) -> Graph:
+        """`step` in int8 or fp8; raises ParityError if ONNX Runtime, running it, is too far from PyTorch."""
+        name, key = self.stored_name(STEP), self.quantized_key(exact, reference)
+        if old := self._fresh(name, key):
+            return old
+        assert self.samples
+        self.progress(f"quantize graph {STEP}", STARTS["quantize"])
+        with self.writer.staged() as folder:
+            path = quantized_graph(self._path(exact), folder, self.chosen.precision, self.samples)
+            sqnr_db = self._graph_sqnr_db(path, reference)
+            artifact = self.writer.adopt(folder, "graphs", name)
+        versions = versions_of((*GRAPH_LIBRARIES, *QUANTIZING_LIBRARIES))
+        return Graph(artifact=artifact, file=path.name, key=key, versions=versions, sqnr_db=sqnr_db)
+
+    def _graph_sqnr_db(self, graph: Path, reference: Reference) -> float:
+        """The worst over the reference cases."""
+        arrays = load_reference_file(self.writer.folder / reference.artifact.kind / reference.artifact.name)
+        engines = BACKENDS["onnxruntime"].engines()
+        with engines.OnnxRuntimeEngine(graph, device="cpu", threads=0) as engine:
+            found = [
+                self._required(comparison)
+                for comparison in compared_cases(engine, self.chosen.precision, reference, arrays, self._facts().spec)
+            ]
+        return min(comparison.found.sqnr_db for comparison in found)
+
+    def _required(self, comparison: Comparison) -> Comparison:
+        return require(replace(comparison, accepted=self.chosen.accept_below_tolerance or ""))
+
+    def _path(self, graph: Graph) -> Path:
+        return self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
 
     def _reference(self, profiles: Profiles) -> Reference:
         """PyTorch's answers, which targets with the same profiles share."""
@@ -214,18 +304,18 @@ class _Build:
     def _plan_set(self, graphs: Mapping[str, Graph], profiles: Profiles, reference: Reference) -> PlanSet:
         """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
         groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
-        others = [name for name in graphs if name != STEP]
+        others = [*CACHE_GRAPHS, *([FUSED] if self.chosen.fused else [])]
         share = 1 / (len(groups) + len(others))
         with self.writer.staged() as shared:
             plans = [
-                self._plan(STEP, graphs[STEP], group, shared, (index * share, share))
+                self._plan(STEP, graphs[self.stored_name(STEP)], group, shared, (index * share, share))
                 for index, group in enumerate(groups)
             ]
             more = {
                 name: self._plan(
-                    name, graphs[name], _whole(name, profiles), shared, ((len(groups) + index) * share, share)
+                    name, graphs[self.stored_name(name)], _whole(name, profiles), shared, (index * share, share)
                 )
-                for index, name in enumerate(others)
+                for index, name in enumerate(others, start=len(groups))
             }
         plan_set = PlanSet(
             target=self.target,
@@ -248,6 +338,8 @@ class _Build:
             cache={name: plan for name, plan in more.items() if name != FUSED},
             fused=more.get(FUSED),
             reference=reference,
+            samples=self.samples.facts if self.samples else None,
+            accepted=self.chosen.accept_below_tolerance,
         )
         if self.before and with_parity(self.before, lambda _profile: BEING_BUILT) == plan_set:
             return self.before
@@ -271,18 +363,19 @@ class _Build:
             self.progress(f"build {what}", STARTS["plans"] + whole * (before + done * share))
 
         on_share(0.0)
-        graph_file = self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
         builder = BACKENDS[self.chosen.backend].builder()
         folder = shared / f"{name}-{profiles[0].name}"
         folder.mkdir()
-        built = builder.build_plan(graph_file, folder, profiles, self.chosen, on_share)
-        prefix = f"{name}-{self.target}-{self.precision_of(name).value}-{built.label}"
+        quantizes = self.samples if name == STEP and BACKENDS[self.chosen.backend].rounds else None
+        built = builder.build_plan(self._path(graph), folder, profiles, self.chosen, quantizes, on_share)
+        precision = Precision.FP32 if name in CACHE_GRAPHS else self.chosen.precision
+        prefix = f"{name}-{self.target}-{precision.value}-{built.label}"
         artifact = self.writer.adopt(folder, "plans", prefix)
         return Plan(artifact=artifact, key=key, file=built.file, versions=built.versions, built_on=built.built_on)
 
     def _verified(self, facts: ModelFacts, graphs: Mapping[str, Graph], plan_set: PlanSet) -> PlanSet:
         """The plan set with what its engines showed, or why they did not run; raises ParityError at the first miss."""
-        if plan_set is self.before and all(profile.parity.status == "passed" for profile in plan_set.profiles):
+        if plan_set is self.before and all(profile.parity.ran for profile in plan_set.profiles):
             return plan_set
         if reason := unfit(plan_set):
             return with_parity(plan_set, lambda _profile: Parity(status="not run", reason=reason))
@@ -305,10 +398,7 @@ class _Build:
             package_version=version("elit-export"),
             model=facts,
             model_key=self.model_key,
-            graphs={
-                **(kept.graphs if kept else {}),
-                **{self.stored_name(name): graph for name, graph in graphs.items()},
-            },
+            graphs={**(kept.graphs if kept else {}), **graphs},
             plan_sets=tuple(plan_sets) if plan_set in plan_sets else (*plan_sets, plan_set),
             cache_calibration=kept.cache_calibration if kept else None,
         )

@@ -34,6 +34,7 @@ TOOLS = {
     "onnx_ir": Tool("export, build", "export"),
     "onnxscript": Tool("export, build", "export"),
     "safetensors": Tool("checkpoints", "export"),
+    "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize"),
     "matplotlib": Tool("plots", "report"),
 }
 

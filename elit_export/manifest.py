@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
 
+from elit_export.samples import SampleFacts
 from elit_export.spec import (
     COEFFICIENTS,
     NAME_PATTERN,
@@ -21,7 +22,7 @@ from elit_export.spec import (
     Range,
 )
 
-SCHEMA = 3
+SCHEMA = 4
 KINDS = ("graphs", "plans", "reference")
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -49,12 +50,19 @@ class Artifact(_Facts):
 
 
 class Parity(_Facts):
-    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run."""
+    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run.
 
-    status: str = Field(pattern=r"^(passed|not run)$")
+    One that missed its tolerance is here only if the recipe accepts that; `reason` says why.
+    """
+
+    status: str = Field(pattern=r"^(passed|accepted|not run)$")
     reason: str = ""
     sqnr_db: float | None = None
     max_relative: float | None = None
+
+    @property
+    def ran(self) -> bool:
+        return self.status != "not run"
 
 
 class ReferenceCase(_Facts):
@@ -79,13 +87,15 @@ class ReferenceTrajectory(_Facts):
 class Graph(_Facts):
     """A graph as it was exported, `file` in `artifact`.
 
-    `key` is a hash of all it was made from, by which a later build knows it is fresh.
+    `key` is a hash of all it was made from, by which a later build knows it is fresh. `sqnr_db` is the worst of a
+    quantized graph against PyTorch over the reference cases, run by ONNX Runtime.
     """
 
     artifact: Artifact
     file: Name
     key: str
     versions: dict[str, str]
+    sqnr_db: float | None = None
 
 
 class Reference(_Facts):
@@ -124,7 +134,8 @@ class PlanSet(_Facts):
     """The plans of one target in one precision; `options` are the target's choices beyond that.
 
     `cache` are the plans of the graphs that step caching calls, which serve every budget. `fused` is that of
-    the graph which holds them all, where the recipe asks for it; it serves hosts without this runtime.
+    the graph which holds them all, where the recipe asks for it; it serves hosts without this runtime. `samples` are
+    what a quantized one was calibrated on, `accepted` the reason for which it may miss its tolerance.
     """
 
     target: str
@@ -137,6 +148,8 @@ class PlanSet(_Facts):
     cache: dict[str, Plan]
     fused: Plan | None
     reference: Reference
+    samples: SampleFacts | None
+    accepted: str | None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -172,7 +185,8 @@ class CacheFit(_Facts):
 
     Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; the rest is
     of images that it was not fitted to: `held_out_error` is a root mean square, `r2` the share of the variance that it
-    explains, `r2_same_steps` the same among trajectories of equally many steps, where the size of a step tells nothing.
+    explains. Among trajectories of equally many steps, where the size of a step tells nothing, `r2_same_steps` is the
+    same, and `rank_same_steps` how change and distance rise together: 1 as one, −1 one against the other.
     """
 
     kept: int | None
@@ -181,6 +195,7 @@ class CacheFit(_Facts):
     high: float = Field(ge=0, allow_inf_nan=False)
     r2: float
     r2_same_steps: float
+    rank_same_steps: float
     held_out_error: float
     pairs: int
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
-from elit_export.spec import NAME_PATTERN, ModelSpec, Precision, Profile, Range, default_profiles
+from elit_export.spec import NAME_PATTERN, QUANTIZED, ModelSpec, Precision, Profile, Range, default_profiles
 
 SHIPPED_RECIPE = "fashion.toml"
 MOST_THREADS = 1024
@@ -54,12 +54,14 @@ class Target(_Table):
     """One `[targets.NAME]`: where its plans run and in which arithmetic; what a backend adds is below.
 
     `fused` asks for one more plan: a whole cached step, for hosts without this runtime.
+    `accept_below_tolerance` is the reason to keep plans that miss their tolerance, which every report then shows.
     """
 
     backend: str
     device: str
     precision: Annotated[Precision, Field(strict=False)]
     fused: bool = False
+    accept_below_tolerance: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -72,6 +74,13 @@ class Target(_Table):
                 raise ValueError(f"{what} {value!r}: backend {backend.name} has {', '.join(known)}")
         if self.fused and not backend.fuses:
             raise ValueError(f"fused: backend {backend.name} cannot run a graph that chooses inside; leave it out")
+        if self.fused and self.precision in QUANTIZED:
+            raise ValueError(f"fused: only `step` is quantized to {self.precision.value}; leave it out")
+        if self.fused and backend.rounds and self.precision is not Precision.FP32:
+            raise ValueError(
+                f"fused: backend {backend.name} would round what decides too, so that it decides otherwise; "
+                f"use precision fp32 or leave it out"
+            )
         return self
 
     def options(self) -> dict[str, Any]:
@@ -84,6 +93,15 @@ class OnnxRuntimeTarget(Target):
 
     backend: Literal["onnxruntime"]
     threads: int = Field(default=0, ge=0, le=MOST_THREADS)
+
+
+class OpenVinoTarget(Target):
+    """`threads = 0` uses all cores; `hint` is what the library tunes for."""
+
+    backend: Literal["openvino"]
+    device: str = "cpu"
+    threads: int = Field(default=0, ge=0, le=MOST_THREADS)
+    hint: Literal["latency", "throughput"] = "latency"
 
 
 def _capability(text: str) -> str:
@@ -126,7 +144,9 @@ class TorchTensorRTTarget(Target):
     device: str = "cuda"
 
 
-AnyTarget = Annotated[OnnxRuntimeTarget | TensorRTTarget | TorchTensorRTTarget, Field(discriminator="backend")]
+AnyTarget = Annotated[
+    OnnxRuntimeTarget | OpenVinoTarget | TensorRTTarget | TorchTensorRTTarget, Field(discriminator="backend")
+]
 
 
 def target_of(backend: str, device: str, precision: str, options: dict[str, Any]) -> AnyTarget:
@@ -228,6 +248,7 @@ def _told(problem: Any) -> str:
         tables = (
             Recipe,
             OnnxRuntimeTarget,
+            OpenVinoTarget,
             TensorRTTarget,
             TorchTensorRTTarget,
             ProfileTable,

@@ -15,7 +15,7 @@ folder, out, threshold = Path(sys.argv[1]), sys.argv[2], float((sys.argv[3:] or 
 manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 spec, calibration = manifest["model"]["spec"], manifest["cache_calibration"]
 on_cpu = [made for made in manifest["plan_sets"] if (made["backend"], made["device"]) == ("onnxruntime", "cpu")]
-plan = on_cpu[0]["fused"] if on_cpu else None
+plan = next((made["fused"] for made in on_cpu if made["fused"]), None)
 if not plan or not calibration or calibration["checkpoint_sha256"] != manifest["model"]["checkpoint_sha256"]:
     sys.stderr.write(f"error: {folder}: build it with `fused = true`, then: elit-export calibrate cache {folder}\n")
     sys.exit(2)

@@ -141,6 +141,7 @@ def fit_of(kept: int | None, slope: float = 1.0) -> CacheFit:
         high=10.0,
         r2=0.9,
         r2_same_steps=0.5,
+        rank_same_steps=0.5,
         held_out_error=0.1,
         pairs=100,
     )

@@ -20,18 +20,20 @@ ROOMS: dict[str, set[str]] = {
     "files": set(),
     "spec": set(),
     "backends": set(),
-    "manifest": {"spec"},
+    "machine": set(),
+    "manifest": {"spec", "samples"},
     "recipe": {"spec", "backends"},
     "bundle": {"spec", "manifest"},
+    "samples": {"spec"},
     "checkpoint": {"spec", "models"},
     "judge": {"models", "checkpoint"},
     "models": {"spec"},
     "training": {"spec", "models", "checkpoint"},
     "graphs": {"spec", "models"},
-    "build": {"spec", "recipe", "bundle", "manifest", "backends"},
-    "runtime": {"spec", "bundle", "manifest", "backends"},
+    "build": {"spec", "recipe", "bundle", "manifest", "backends", "samples", "machine"},
+    "runtime": {"spec", "bundle", "manifest", "backends", "machine"},
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
-    "calibrate": {"spec", "manifest", "bundle", "runtime"},
+    "calibrate": {"spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
     "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
     "compile": {
         *(
@@ -46,6 +48,8 @@ ROOMS: dict[str, set[str]] = {
             "build",
             "runtime",
             "verify",
+            "samples",
+            "calibrate",
         ),
     },
     "demo": {"spec", "recipe", "compile", "models", "runtime"},
@@ -61,7 +65,10 @@ LIBRARIES: dict[str, set[str]] = {
     "cuda": {"runtime/cuda.py"},
     "tensorrt": set(),  # imported under the name that the table of backends gives, as they share their modules
     "tensorrt_rtx": set(),
-    "onnx": {"graphs/", "bisect.py"},
+    "openvino": {"build/openvino.py", "runtime/openvino_engine.py"},
+    "nncf": {"build/openvino.py"},
+    "onnx": {"graphs/", "bisect.py", "calibrate/quantize.py"},
+    "modelopt": {"calibrate/quantize.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
     # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
@@ -116,7 +123,7 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert users == []
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda")
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda", "modelopt")
 
 
 def modules_after(code: str) -> set[str]:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from elit_export import Pipeline
-from elit_export.bundle import Bundle
+from elit_export.bundle import Bundle, writing
 from tests.helpers import calibrate, fit_of, max_relative
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -134,6 +134,17 @@ def test_a_host_of_numpy_and_onnxruntime_samples_as_the_runtime(
     assert host.stdout == mask
     assert 2 < mask.count("1") < 40
     assert max_relative(found, sample.latents) <= 1e-5
+
+
+def test_the_plan_set_that_holds_the_graph_is_found(calibrated: Bundle, tmp_path: Path) -> None:
+    """Though another target of the same device comes first."""
+    folder = Path(shutil.copytree(calibrated.folder, tmp_path / "bundle"))
+    (plan_set,) = calibrated.manifest.plan_sets
+    without = plan_set.model_copy(update={"target": "plain", "fused": None})
+    with writing(folder) as writer:
+        writer.commit(calibrated.manifest.model_copy(update={"plan_sets": (without, plan_set)}))
+    host = run_host(folder, tmp_path / "made.npy")
+    assert host.returncode == 0, host.stderr
 
 
 def test_another_threshold_reuses_otherwise(calibrated: Bundle, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import onnxruntime as ort
 from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BackendUnavailable, BuildError
 from elit_export.recipe import OnnxRuntimeTarget
+from elit_export.samples import Samples
 from elit_export.spec import Profile
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -39,7 +40,12 @@ def grouped(profiles: Sequence[Profile], target: OnnxRuntimeTarget) -> list[tupl
 
 
 def build_plan(
-    graph: Path, folder: Path, profiles: Sequence[Profile], target: OnnxRuntimeTarget, progress: OnShare
+    graph: Path,
+    folder: Path,
+    profiles: Sequence[Profile],
+    target: OnnxRuntimeTarget,
+    samples: Samples | None,
+    progress: OnShare,
 ) -> BuiltPlan:
     """Write the plan into `folder`; raises BuildError, or BackendUnavailable if the provider does not start."""
     provider = PROVIDERS[target.device]

@@ -24,6 +24,7 @@ from elit_export.backends import BACKENDS
 from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BackendUnavailable, BuildError
 from elit_export.recipe import TensorRTTarget
+from elit_export.samples import Samples
 from elit_export.spec import LATENTS, ROWS, Precision, Profile
 
 TIMING_CACHE = "timing.cache"
@@ -111,7 +112,12 @@ def grouped(profiles: Sequence[Profile], target: TensorRTTarget) -> list[tuple[P
 
 
 def build_plan(
-    graph: Path, folder: Path, profiles: Sequence[Profile], target: TensorRTTarget, progress: OnShare
+    graph: Path,
+    folder: Path,
+    profiles: Sequence[Profile],
+    target: TensorRTTarget,
+    samples: Samples | None,
+    progress: OnShare,
 ) -> BuiltPlan:
     """Write the plan into `folder`.
 

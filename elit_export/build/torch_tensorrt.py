@@ -17,6 +17,7 @@ import torch_tensorrt
 from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BuildError
 from elit_export.recipe import TorchTensorRTTarget
+from elit_export.samples import Samples
 from elit_export.spec import LATENTS, ROWS, STEP, Profile
 
 
@@ -32,7 +33,12 @@ def grouped(profiles: Sequence[Profile], target: TorchTensorRTTarget) -> list[tu
 
 
 def build_plan(
-    graph: Path, folder: Path, profiles: Sequence[Profile], target: TorchTensorRTTarget, progress: OnShare
+    graph: Path,
+    folder: Path,
+    profiles: Sequence[Profile],
+    target: TorchTensorRTTarget,
+    samples: Samples | None,
+    progress: OnShare,
 ) -> BuiltPlan:
     """Write the compiled program into `folder`; raises BuildError with what the library said."""
     (profile,) = profiles

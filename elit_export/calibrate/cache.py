@@ -103,12 +103,15 @@ def sampled_pairs(pipeline: Pipeline, wanted: Trajectories) -> Iterator[Pairs]:
     spec = pipeline.spec
     noise = SeededNoise(wanted.seed, wanted.images, spec.sample_shape)()  # image i depends on (seed, i) alone
     kinds = list(product(wanted.budgets, wanted.steps, wanted.guidance))
-    for budget, steps, guidance in kinds:  # checked before any is sampled
-        _request(pipeline, range(min(wanted.rows, wanted.images)), budget, steps, guidance)
+    batches_of = [
+        range(start, min(start + wanted.rows, wanted.images)) for start in range(0, wanted.images, wanted.rows)
+    ]
+    for budget, steps, guidance in kinds:  # checked before any is sampled; only the last is smaller
+        for images in (batches_of[0], batches_of[-1]):
+            _request(pipeline, images, budget, steps, guidance)
     for budget, steps, guidance in kinds:
-        for start in range(0, wanted.images, wanted.rows):
-            images = range(start, min(start + wanted.rows, wanted.images))
-            seen = _watched_steps(pipeline, images, noise[start : images.stop], budget, steps, guidance)
+        for images in batches_of:
+            seen = _watched_steps(pipeline, images, noise[images.start : images.stop], budget, steps, guidance)
             distance, change = np.stack([step[0] for step in seen]), np.stack([step[1] for step in seen])
             image = np.tile(np.asarray(images), distance.shape[1] // len(images))  # guidance repeats the rows
             whole = np.ones(distance.shape, np.int64)
@@ -212,7 +215,7 @@ def fitted(pairs: Pairs, kept: int | None) -> CacheFit:
     if not rising:
         raise CalibrationError(
             "the residual does not change more where the input changes more, so teacache cannot decide by it; "
-            "calibrate with several step counts, or use a cache policy of the family static"
+            "use a cache policy of the family static"
         )
     best = min(rising, key=lambda coefficients: _error(coefficients, unknown))
     return CacheFit(
@@ -222,6 +225,7 @@ def fitted(pairs: Pairs, kept: int | None) -> CacheFit:
         high=high,
         r2=_r2(best, unknown),
         r2_same_steps=_r2_same_steps(best, unknown),
+        rank_same_steps=_rank_same_steps(unknown),
         held_out_error=_error(best, unknown),
         pairs=len(pairs),
     )
@@ -259,6 +263,13 @@ def _r2_same_steps(coefficients: Floats, pairs: Pairs) -> float:
     """The same within trajectories of equally many steps: what the distance tells beyond the size of a step."""
     counts = np.unique(pairs.steps)
     return float(np.mean([_r2(coefficients, pairs.where(pairs.steps == count)) for count in counts]))
+
+
+def _rank_same_steps(pairs: Pairs) -> float:
+    """Spearman's rank correlation of distance and change, averaged over the step counts."""
+    same = [pairs.where(pairs.steps == count) for count in np.unique(pairs.steps)]
+    ranks = [(np.argsort(np.argsort(part.distance)), np.argsort(np.argsort(part.change))) for part in same]
+    return float(np.mean([np.corrcoef(distance, change)[0, 1] for distance, change in ranks]))
 
 
 # ---------------------------------------------------------------- into the bundle

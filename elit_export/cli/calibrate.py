@@ -1,4 +1,4 @@
-"""Commands that measure a bundle's engines for what later runs decide by: calibrate."""
+"""Commands that measure a bundle's engines for what later runs and builds decide by: calibrate."""
 
 from __future__ import annotations
 
@@ -8,16 +8,28 @@ import click
 
 from elit_export.bundle import Bundle
 from elit_export.calibrate.cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
+from elit_export.calibrate.samples import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
+from elit_export.calibrate.samples import batches as sample_batches
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
-from elit_export.report.tables import calibration_table
+from elit_export.errors import BundleError
+from elit_export.manifest import CacheCalibration
+from elit_export.report.tables import (
+    calibration_table,
+    samples_facts,
+    samples_table,
+    sensitivity_facts,
+    sensitivity_table,
+)
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+from elit_export.samples import load_samples, save_samples
+from elit_export.spec import QUANTIZED, STEP, Precision
 
 COUNT = click.IntRange(min=1)
 
 
 @click.group()
 def calibrate() -> None:
-    """Measure what a bundle's engines do along real trajectories, and write what was learnt into the bundle."""
+    """Measure what a bundle's engines do along real trajectories, for the step cache and for quantization."""
 
 
 @calibrate.command("cache")
@@ -30,6 +42,7 @@ def calibrate() -> None:
 @click.option("--rows", type=COUNT, default=4, show_default=True, help="Images at once; cfg doubles them.")
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
 @JSON_OPTION
 def calibrate_cache(
     bundle: Path,
@@ -41,13 +54,14 @@ def calibrate_cache(
     rows: int,
     plot: Path | None,
     target: str | None,
+    precision: str | None,
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
     if plot is not None:  # before anything is measured, as it needs matplotlib
         from elit_export.report.plots import plot_calibration
     opened = Bundle.open(bundle)  # before its engines: what is measured is of this checkpoint
-    with Pipeline.load(bundle, target=target) as pipeline, progress_bar() as progress:
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.bank.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
@@ -59,4 +73,66 @@ def calibrate_cache(
     record(opened, calibration)
     show(calibration_table(calibration), json_to=json_to)
     write_json(calibration.model_dump(mode="json"), json_to)
-    say(f"wrote it into {bundle}; next: elit-export sample {bundle} --cache teacache:0.2", json_to=json_to)
+    say(f"wrote it into {bundle}; next: elit-export sample {bundle} --cache {advised(calibration)}", json_to=json_to)
+
+
+def advised(calibration: CacheCalibration) -> str:
+    """A policy to try; not `teacache` where at equal steps the residual changes less where the input changes more."""
+    if min(fit.rank_same_steps for fit in calibration.fits) > 0:
+        return "teacache:0.2"
+    return "static:every@2 (teacache would reuse where the blocks change most: see rank)"
+
+
+@calibrate.command("samples")
+@click.argument("bundle", type=FOLDER)
+@click.option("--recipe", type=FILE, help="Which trajectories, and how many samples of them; calibration/ has some.")
+@click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
+@click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
+@JSON_OPTION
+def calibrate_samples(
+    bundle: Path, recipe: Path | None, out: Path, target: str | None, precision: str | None, json_to: str | None
+) -> None:
+    """Take inputs of the engines along trajectories, on which int8 and fp8 builds are calibrated."""
+    wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
+    checkpoint = Bundle.open(bundle).manifest.model.checkpoint_sha256  # before its engines, as above
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
+        total = sample_batches(pipeline, wanted)
+        parts = list(progress.track(seen_rows(pipeline, wanted), total=total, description="trajectories"))
+        found = taken(parts, pipeline, wanted, checkpoint)
+    save_samples(found.samples, out)
+    show(samples_table(found), json_to=json_to)
+    write_json(samples_facts(found), json_to)
+    say(f"wrote {out}; next: elit-export build RECIPE --target TARGET --samples {out}", json_to=json_to)
+
+
+@calibrate.command("sensitivity")
+@click.argument("bundle", type=FOLDER)
+@click.option("--samples", "samples_file", type=FILE, required=True, help="Made by `calibrate samples`.")
+@click.option("--precision", type=click.Choice([precision.value for precision in QUANTIZED]), required=True)
+@JSON_OPTION
+def calibrate_sensitivity(bundle: Path, samples_file: Path, precision: str, json_to: str | None) -> None:
+    """Quantize one kind of layer at a time for TensorRT, and compare with float32 on other trajectories."""
+    from elit_export.calibrate.quantize import sensitivities, sensitivity_count
+
+    opened = Bundle.open(bundle)
+    model, graph = opened.manifest.model, stored_graph(opened)
+    samples = load_samples(samples_file, model.spec, model.checkpoint_sha256)
+    with progress_bar() as progress:
+        found = sensitivities(graph, model.spec, model.data, Precision(precision), samples)
+        total = sensitivity_count(model.spec)
+        rows = list(progress.track(found, total=total, description=f"layers in {precision}"))
+    show(sensitivity_table(rows, precision), json_to=json_to)
+    write_json(sensitivity_facts(rows, precision, samples.sha256), json_to)
+
+
+def stored_graph(bundle: Bundle) -> Path:
+    """The float32 graph `step` of a bundle; raises BundleError if it is not there."""
+    name = f"{STEP}-{Precision.FP32.value}"
+    graph = bundle.manifest.graphs.get(name)
+    if graph is None:
+        raise BundleError(
+            f"{bundle.folder} has no graph {name}: build a target with precision fp32 into it: "
+            f"elit-export build RECIPE --target TARGET --out {bundle.folder}"
+        )
+    return bundle.verified(graph.artifact) / graph.file

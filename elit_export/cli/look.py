@@ -72,6 +72,8 @@ def verify(
     show(*parity_tables(found), json_to=json_to)
     write_json([asdict(comparison) | {"passed": comparison.passed} for comparison in found], json_to)
     missed = [comparison for comparison in found if not comparison.passed]
+    if any(not comparison.met for comparison in found) and plan_set.accepted:
+        say(f"below tolerance, accepted by the recipe: {plan_set.accepted}", json_to=json_to)
     for comparison in missed:
         click.echo(comparison.verdict, err=True)
     if missed:

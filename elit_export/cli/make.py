@@ -33,7 +33,8 @@ def export(checkpoint: str, out: Path, precision: str, **numbers: int | None) ->
 @click.option("--target", help="Which [targets.NAME]; needed if the recipe has several.")
 @click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
 @click.option("--checkpoint", help="In place of the recipe's checkpoint.")
-def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | None) -> None:
+@click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
+def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | None, samples: Path | None) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
     from elit_export.compile import NOTHING_CHANGED, compile_bundle
     from elit_export.recipe import load_recipe
@@ -50,7 +51,12 @@ def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | 
             bar(stage, share)
 
         bundle = compile_bundle(
-            loaded, target or loaded.only_target(), out=folder, checkpoint=checkpoint, progress=on_stage
+            loaded,
+            target or loaded.only_target(),
+            out=folder,
+            checkpoint=checkpoint,
+            samples=samples,
+            progress=on_stage,
         )
     if stages == [NOTHING_CHANGED]:
         say(f"{folder}: nothing changed, nothing done")

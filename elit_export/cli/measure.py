@@ -38,7 +38,7 @@ Runners = Mapping[str, Any]
 @click.option("--guidance", help="For --samplers, --cache-sweep (default: none) and --quality (default: cfg:2).")
 @click.option("--soak", type=COUNT, metavar="N", help="Watch memory over N short samplings instead.")
 @click.option("--cache-sweep", is_flag=True, help="Measure what step caching is worth instead; --rows are images.")
-@click.option("--schedule", default="full", show_default=True, help="For --cache-sweep: one budget.")
+@click.option("--schedule", default="full", show_default=True, help="For --cache-sweep; t ranges fit every step count.")
 @click.option("--fine-steps", type=COUNT, default=100, show_default=True, help="For --cache-sweep: Heun's.")
 @click.option("--quality", is_flag=True, help="Measure the quality of samples instead, as a classifier sees it.")
 @click.option("--images", type=COUNT, default=512, show_default=True, help="For --quality: images of each row.")

@@ -17,6 +17,7 @@ from elit_export.spec import LATENTS, TensorSpec
 # Each would keep a compiler from planning shapes ahead, or hide a loop over the batch.
 FORBIDDEN = {"NonZero", "Loop", "Scan", "ScatterND", "ScatterElements"}
 CHOICE = "If"
+WEIGHT = "DequantizeLinear"
 
 
 def check_graph(
@@ -82,13 +83,16 @@ def _forbidden_nodes(nodes: Sequence[onnx.NodeProto], choices: int) -> list[str]
 
 
 def _unfolded_nodes(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """Nodes that compute a constant at every call; the projected queries of Read are the usual ones."""
+    """Nodes that compute a constant at every call; the projected queries of Read are the usual ones.
+
+    A weight stored in 8 bits is none: what dequantizes it is part of the product that it goes into.
+    """
     constants = {tensor.name for graph in graphs for tensor in graph.initializer}
     constants |= {name for node in nodes if node.op_type == "Constant" for name in node.output}
     return [
         f"node {node.op_type} ({node.name}) computes a constant"
         for node in nodes
-        if node.input and all(name in constants or not name for name in node.input)
+        if node.op_type != WEIGHT and node.input and all(name in constants or not name for name in node.input)
     ]
 
 

@@ -43,7 +43,7 @@ def fused(
     signal_next, distance = model.probe(x, t, y, signal)
     accumulated = accumulated + polynomial(coefficients, distance).clamp_min(0)
     is_covered = (distance >= low) & (distance <= high)  # not so for NaN
-    over = (~is_covered | (accumulated >= threshold)).any()
+    over = (~is_covered | ~(accumulated < threshold)).any()  # computes too where the threshold is NaN
     compute = force | (reused < 0) | (reused >= most) | over
 
     span = t_computed - t_computed_prev

@@ -45,6 +45,27 @@ def flops(spec: ModelSpec, budget: Budget) -> Cost:
     )
 
 
+def layer_flops(spec: ModelSpec, budget: Budget) -> dict[str, int]:
+    """FLOPs of one forward pass of one image by kind of layer: all but embedders, adaLN, final layer.
+
+    Read's query projection, which graphs fold, is not in it.
+    """
+    width, tokens = spec.hidden_size, spec.tokens
+    found = {}
+    lengths = {"head": tokens, "core": spec.groups * budget.kept, "tail": tokens}
+    depths = {"head": spec.head_depth, "core": spec.core_depth, "tail": spec.tail_depth}
+    for part, length in lengths.items():
+        found[f"{part} attention"] = depths[part] * (_linear(length, width, 3 * width) + _linear(length, width, width))
+        for kind in ("MLP in", "MLP out"):
+            found[f"{part} {kind}"] = depths[part] * _linear(length, width, spec.mlp_size)
+    inside_groups = spec.groups * _attention(spec.latents, spec.latents, width)
+    found["Read"] = _cross_attention(spec, 0) - inside_groups + _interface_mlp(spec)
+    found["Write"] = _cross_attention(spec, tokens) - inside_groups + _interface_mlp(spec)
+    blocks = sum(depths[part] * _attention(length, length, width) for part, length in lengths.items())
+    found["attention products"] = blocks + 2 * inside_groups
+    return found
+
+
 # ---------------------------------------------------------------- whole samplings
 
 

@@ -5,12 +5,14 @@ Takes: plain facts.  Gives: rich tables.  May touch: nothing; prints nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
+from elit_export.calibrate.samples import Taken
 from elit_export.manifest import CacheCalibration
 from elit_export.models.cost import flops
 from elit_export.models.features import JudgeFacts
@@ -20,6 +22,9 @@ from elit_export.verify.cache_sweep import CONTROLS, SweepResult, SweepRow
 from elit_export.verify.parity import Comparison
 from elit_export.verify.quality import Estimate, QualityResult, QualityRow
 from elit_export.verify.soak import SoakResult
+
+if TYPE_CHECKING:
+    from elit_export.calibrate.quantize import Sensitivity
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")
@@ -94,9 +99,10 @@ def _plan_set_table(plan_set: Facts) -> Table:
 
 
 def parity_text(parity: Facts) -> str:
-    if parity["status"] != "passed":
+    if parity["sqnr_db"] is None:
         return f"{parity['status']} ({parity['reason']})"
-    return f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+    found = f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+    return found if parity["status"] == "passed" else f"{found}; below tolerance, accepted: {parity['reason']}"
 
 
 # ---------------------------------------------------------------- calibration
@@ -108,7 +114,16 @@ def calibration_table(calibration: CacheCalibration) -> Table:
     made = table(
         f"change of the residual by distance of the signal, {calibration.images} images at {steps} steps, "
         f"guidance {', '.join(calibration.guidance)}",
-        ("budget", "polynomial, lowest power first", "distances", "pairs", "RMS error", "R²", "R² at equal steps"),
+        (
+            "budget",
+            "polynomial, lowest power first",
+            "distances",
+            "pairs",
+            "RMS error",
+            "R²",
+            "R² at equal steps",
+            "rank",
+        ),
         [
             (
                 "all" if fit.kept is None else str(fit.kept),
@@ -118,12 +133,100 @@ def calibration_table(calibration: CacheCalibration) -> Table:
                 f"{fit.held_out_error:.2g}",
                 f"{fit.r2:.2f}",
                 f"{fit.r2_same_steps:.2f}",
+                f"{fit.rank_same_steps:+.2f}",
             )
             for fit in calibration.fits
         ],
     )
-    made.caption = "error and R² are of held-out images; at equal steps: what the distance tells beyond the steps' size"
+    made.caption = (
+        "error, R² and rank are of held-out images; at equal steps: what the distance tells beyond the steps' size; "
+        "rank: how change and distance rise together at equal steps, from -1 to 1"
+    )
     return made
+
+
+def samples_facts(taken: Taken) -> Facts:
+    """Where the samples are from, and what each budget has of them, largest first."""
+    kept = taken.samples.kept
+    each = [_facts_of_budget(taken, budget) for budget in sorted(set(kept.tolist()), reverse=True)]
+    return {**taken.samples.facts.model_dump(mode="json"), "sha256": taken.samples.sha256, "budgets": each}
+
+
+def _facts_of_budget(taken: Taken, kept: int) -> Facts:
+    here = taken.samples.kept == kept
+    t, labelled = taken.samples.t[here], here & ~taken.unlabelled
+    labels = next(iter(taken.samples.conditioning.values()))[labelled]
+    return {
+        "kept": kept,
+        "samples": int(here.sum()),
+        "t": [float(t.min()), float(t.max())],
+        "guided": int((here & taken.guided).sum()),
+        "unlabelled": int((here & taken.unlabelled).sum()),
+        "labels": len(set(labels.tolist())),
+    }
+
+
+def samples_table(taken: Taken) -> Table:
+    """What was taken, by budget."""
+    facts = samples_facts(taken)
+    rows = [
+        (
+            str(budget["kept"]),
+            str(budget["samples"]),
+            "{:.3g}..{:.3g}".format(*budget["t"]),
+            str(budget["samples"] - budget["guided"]),
+            str(budget["guided"]),
+            str(budget["unlabelled"]),
+            str(budget["labels"]),
+        )
+        for budget in facts["budgets"]
+    ]
+    made = table(
+        f"{facts['samples']} samples of {facts['images']} images at {facts['steps']} steps of {facts['sampler']}, "
+        f"guidance {', '.join(facts['guidance'])}",
+        ("latents kept", "samples", "t", "unguided", "guided", "of these no class", "classes"),
+        rows,
+    )
+    made.caption = f"checkpoint {facts['checkpoint_sha256'][:12]}, samples {facts['sha256'][:12]}"
+    return made
+
+
+def sensitivity_facts(rows: Sequence[Sensitivity], precision: str, samples_sha256: str) -> Facts:
+    each = [
+        {
+            "layers": row.layers,
+            "flops_share": row.flops_share,
+            "velocity_db": {kept: found.sqnr_db for kept, found in row.velocity.items()},
+            "residual_db": {kept: found.sqnr_db for kept, found in row.residual.items()},
+        }
+        for row in rows
+    ]
+    return {"precision": precision, "samples_sha256": samples_sha256, "rows": each}
+
+
+def sensitivity_table(rows: Sequence[Sensitivity], precision: str) -> Table:
+    """A few budgets, lowest first, and the worst of all."""
+    every = list(rows[0].velocity)
+    shown = sorted({every[0], every[len(every) // 3], every[2 * len(every) // 3], every[-1]})
+    columns = ("in 8 bits", *(f"FLOPs at {kept}" for kept in (every[0], every[-1])))
+    made = table(
+        f"{precision} against float32, SQNR of velocity / residual in dB by latents kept",
+        (*columns, *(f"at {kept}" for kept in shown), "worst"),
+        [_sensitivity_cells(row, every, shown) for row in rows],
+    )
+    made.caption = "one kind of layer at a time; FLOPs are shares of a whole step; – : no product was quantized"
+    return made
+
+
+def _sensitivity_cells(row: Sensitivity, every: Sequence[int], shown: Sequence[int]) -> tuple[str, ...]:
+    pairs = {kept: (row.velocity[kept].sqnr_db, row.residual[kept].sqnr_db) for kept in every}
+    worst = tuple(min(pair[which] for pair in pairs.values()) for which in (0, 1))
+    shares = (f"{row.flops_share[kept]:.0%}" for kept in (every[0], every[-1]))
+    return row.layers, *shares, *(_db_pair(*pairs[kept]) for kept in shown), _db_pair(*worst)
+
+
+def _db_pair(velocity_db: float, residual_db: float) -> str:
+    return "–" if math.isinf(velocity_db) and velocity_db > 0 else f"{velocity_db:.1f} / {residual_db:.1f}"
 
 
 # ---------------------------------------------------------------- parity
@@ -148,8 +251,14 @@ def _parity_row(comparison: Comparison) -> tuple[str, ...]:
         f"{found.cosine:.9f}",
         f"{found.sqnr_db:.1f}",
         f"{comparison.least_db:g}",
-        f"{comparison.margin_db:+.1f}" if comparison.passed else f"MISSES by {-comparison.margin_db:.1f}",
+        _margin(comparison),
     )
+
+
+def _margin(comparison: Comparison) -> str:
+    if comparison.met:
+        return f"{comparison.margin_db:+.1f}"
+    return f"MISSES by {-comparison.margin_db:.1f}" + (", accepted" if comparison.passed else "")
 
 
 # ---------------------------------------------------------------- bench

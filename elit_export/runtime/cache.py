@@ -6,7 +6,7 @@
     static:time@0.3           by how much the embedding of t changes
     static:FILE               a file with such digits, no comma in its name
     … ,order=1                how the residual is forecast: 0 as it is, 1 linearly in t
-    … ,most=2                 consecutive reuses at most
+    … ,most=2                 consecutive reuses at most; 4 for rules that measure a change, no limit for the others
     … ,warmup=3               steps at the start that compute
 
 Takes: text.  Gives: CachePolicy values, and what they say of one sampling.  May touch: FILE (reading).
@@ -14,8 +14,7 @@ Knows nothing of: engines.
 
 What is reused is the residual: the tokens before the final layer minus those after the embedder. It has
 the same shape at every budget. The first and the last step always compute. All of the family `static` is
-fixed before sampling starts and makes no call of its own at a step; `teacache` needs a calibration. `most`
-(4 if it is not given) holds for all: `every@8` computes every fifth step then.
+fixed before sampling starts and makes no call of its own at a step; `teacache` needs a calibration.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from elit_export.errors import InputError
 from elit_export.spec import Budget
 
 Float32 = npt.NDArray[np.float32]
-MOST_REUSES = 4
+MOST_REUSES = 4  # of rules that measure a change
 USAGE = (
     "teacache:THRESHOLD, static:every@N, static:mask@1011…, static:time@THRESHOLD or static:FILE, "
     "with ,order=0|1 ,most=N ,warmup=N behind it, or none"
@@ -133,7 +132,8 @@ class CachePolicy:
         rule, *options = text.strip().split(",")
         if rule == "none" and not options:
             return None
-        return cls(_rule(rule, text), **dict(_option(option, text) for option in options))
+        made = _rule(rule, text)
+        return cls(made, **{"most": _usual_most(made), **dict(_option(option, text) for option in options)})
 
     def computes(self, steps: int, time_changes: Callable[[], Sequence[float]]) -> tuple[bool, ...]:
         """Which of the steps compute whatever is measured on the way; the others reuse, or let `teacache` decide.
@@ -144,7 +144,8 @@ class CachePolicy:
         if steps < 2:
             raise InputError("a cache needs at least 2 steps: the first and the last always compute")
         wanted = self._wanted(steps, time_changes)
-        return tuple(compute or step < self.warmup or step == steps - 1 for step, compute in enumerate(wanted))
+        fixed = [compute or step < self.warmup or step == steps - 1 for step, compute in enumerate(wanted)]
+        return tuple(fixed if isinstance(self.rule, TeaCache) else _capped(fixed, self.most))
 
     def _wanted(self, steps: int, time_changes: Callable[[], Sequence[float]]) -> Sequence[bool]:
         match self.rule:
@@ -171,6 +172,25 @@ class CachePolicy:
 
     def __str__(self) -> str:
         return f"{self.rule},order={self.order},most={self.most},warmup={self.warmup}"
+
+
+def _capped(computes: Sequence[bool], most: int) -> list[bool]:
+    """The same, and a step that computes after each `most` that reuse."""
+    capped, reused = [], 0
+    for compute in computes:
+        capped.append(compute or reused == most)
+        reused = 0 if capped[-1] else reused + 1
+    return capped
+
+
+def _usual_most(rule: Rule) -> int:
+    """What counts steps or names them says itself how many may be reused in a row."""
+    match rule:
+        case Every(period):
+            return max(1, period - 1)
+        case Mask(computes):
+            return len(computes)
+    return MOST_REUSES
 
 
 def _rule(text: str, whole: str) -> Rule:

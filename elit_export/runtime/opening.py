@@ -74,7 +74,7 @@ def _backend_of(plan_set: PlanSet) -> Backend:
 
 def check_verified(plan_set: PlanSet, folder: Path) -> None:
     for facts in plan_set.profiles:
-        if facts.parity.status != "passed":
+        if not facts.parity.ran:
             raise BundleError(
                 f"profile {facts.name} of target {plan_set.target} was never compared with PyTorch "
                 f"({facts.parity.reason}): run `elit-export verify {folder}` on its device, "

@@ -46,7 +46,7 @@ class Choices(TypedDict, total=False):
 
 
 DEFAULTS = Choices(
-    steps=20,
+    steps=14,
     schedule="full",
     guidance="none",
     guidance_interval=(0.0, 1.0),

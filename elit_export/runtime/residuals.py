@@ -69,11 +69,11 @@ class Memory:
 
     def forecast(self, t: float, order: int) -> tuple[Array, Array, float]:
         """(latest residual, the one before, weight w): the residual at t is latest + w · (latest − before)."""
-        latest = self.computed[0]
-        if order == 0 or len(self.computed) < 2:
+        latest, before = self.computed[0], self.computed[-1]
+        span = latest.t - before.t  # 0 too where a time grid has equal steps
+        if order == 0 or not span:
             return latest.residual, latest.residual, 0.0
-        before = self.computed[1]
-        return latest.residual, before.residual, (t - latest.t) / (latest.t - before.t)
+        return latest.residual, before.residual, (t - latest.t) / span
 
 
 class RequestCache:
@@ -84,12 +84,11 @@ class RequestCache:
         self._memories: dict[Hashable, Memory] = {}
 
     def memory(self, key: Hashable, step: int) -> Memory:
-        """The memory of a branch at a step; one that was idle in the step before starts anew."""
-        known = self._memories.get(key)
-        if known is None or step - known.step > 1:
-            known = self._memories[key] = Memory()
-        known.step = step
-        return known
+        """The memory of a branch at a step; what was idle in the step before is gone, and starts anew."""
+        self._memories = {name: memory for name, memory in self._memories.items() if step - memory.step <= 1}
+        memory = self._memories.setdefault(key, Memory())
+        memory.step = step
+        return memory
 
     def decide(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Decision:
         """Does this branch reuse at the step of its memory? Probes where the policy measures."""

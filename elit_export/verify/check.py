@@ -68,7 +68,7 @@ def model_of(bundle: Bundle, checkpoint: str | Path) -> ElitSiT:
 def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison]) -> bool:
     """Mark profiles that were never run as passed; True if the manifest changed."""
     assert all(comparison.passed for comparison in found)
-    if all(facts.parity.status == "passed" for facts in plan_set.profiles):
+    if all(facts.parity.ran for facts in plan_set.profiles):
         return False
     profiles = tuple(facts.model_copy(update={"parity": parity_of(facts.name, found)}) for facts in plan_set.profiles)
     verified = plan_set.model_copy(update={"profiles": profiles})

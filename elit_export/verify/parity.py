@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +41,8 @@ NOTHING = Difference(math.inf, math.inf, -math.inf, math.nan)  # no answer at al
 class Comparison:
     """One output at one point. `part` is `profile NAME` or `trajectory NAME`, `point` where in it.
 
-    `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare.
+    `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare. `accepted` is the
+    recipe's reason for which it may miss.
     """
 
     part: str
@@ -49,10 +51,17 @@ class Comparison:
     least_db: float
     profiles: tuple[str, ...] = ()
     problem: str = ""
+    accepted: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Is it within its tolerance?"""
+        return self.found.sqnr_db >= self.least_db
 
     @property
     def passed(self) -> bool:
-        return self.found.sqnr_db >= self.least_db
+        """A miss may be accepted, no answer or numbers that are not finite never."""
+        return self.met or (bool(self.accepted) and math.isfinite(self.found.sqnr_db))
 
     @property
     def margin_db(self) -> float:
@@ -62,7 +71,7 @@ class Comparison:
     def verdict(self) -> str:
         """What was found, and for a miss the tolerance that would have passed, if any would."""
         told = f"{self._where}: SQNR {self.found.sqnr_db:.1f} dB"
-        if self.passed:
+        if self.met:
             return f"{told}, {self.margin_db:.1f} dB better than needed"
         if self.problem:
             return f"{self._where}: nothing to compare: {self.problem}"
@@ -90,10 +99,16 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
 
     An engine that fails or gives numbers that are not finite is a miss at every point it leaves without an answer.
     """
+    for comparison in _compared(bundle, plan_set, bank, arrays):
+        yield replace(comparison, accepted=plan_set.accepted or "")
+
+
+def _compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
     model = bundle.manifest.model
     tolerance = TOLERANCES[plan_set.precision]
+    engines = {slot.profile.name: slot.engine for slot in bank.slots}
     for index, case in enumerate(plan_set.reference.cases):
-        yield from _compared_case(bank, index, case, arrays, model.spec, tolerance.step_db)
+        yield from _compared_case(engines[case.profile], index, case, arrays, model.spec, tolerance.step_db)
     for graph, rows in product(bank.cache, plan_set.reference.cache_rows):
         yield from _compared_cache(bank, graph, rows, arrays, model.spec)
     if plan_set.fused:
@@ -102,6 +117,14 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
     pipeline = Pipeline(bank, model.spec, model.data)
     for trajectory in plan_set.reference.trajectories:
         yield from _compared_trajectory(pipeline, trajectory, arrays, tolerance.trajectory_db)
+
+
+def compared_cases(
+    engine: Engine, precision: Precision, reference: Reference, arrays: Arrays, spec: ModelSpec
+) -> Iterator[Comparison]:
+    """The single steps of every profile, from one engine: for a graph that is no plan yet."""
+    for index, case in enumerate(reference.cases):
+        yield from _compared_case(engine, index, case, arrays, spec, TOLERANCES[precision].step_db)
 
 
 def comparisons_of(plan_set: PlanSet) -> int:
@@ -121,14 +144,26 @@ def require(comparison: Comparison) -> Comparison:
 
 
 def parity_of(profile: str, found: Sequence[Comparison]) -> Parity:
-    """The worst that a profile showed, for the manifest."""
-    measured = worst([comparison.found for comparison in found if comparison.part == f"profile {profile}"])
-    return Parity(status="passed", sqnr_db=min(measured.sqnr_db, IDENTICAL_DB), max_relative=measured.max_relative)
+    """The worst that a profile showed, for the manifest; a trajectory that missed counts for all profiles it used."""
+    own = [comparison for comparison in found if comparison.part == f"profile {profile}"]
+    measured = worst([comparison.found for comparison in own])
+    missed = [one for one in found if not one.met and (one in own or profile in one.profiles)]
+    return Parity(
+        status="accepted" if missed else "passed",
+        reason=missed[0].accepted if missed else "",
+        sqnr_db=min(measured.sqnr_db, IDENTICAL_DB),
+        max_relative=measured.max_relative,
+    )
 
 
 def load_reference(bundle: Bundle, reference: Reference) -> Arrays:
     """PyTorch's answers as the build stored them; raises BundleError."""
-    path = bundle.verified(reference.artifact) / REFERENCE_FILE
+    return load_reference_file(bundle.verified(reference.artifact))
+
+
+def load_reference_file(folder: Path) -> Arrays:
+    """The same of an artifact that is known to be whole."""
+    path = folder / REFERENCE_FILE
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
@@ -137,10 +172,9 @@ def load_reference(bundle: Bundle, reference: Reference) -> Arrays:
 
 
 def _compared_case(
-    bank: EngineBank, index: int, case: ReferenceCase, arrays: Arrays, spec: ModelSpec, least_db: float
+    engine: Engine, index: int, case: ReferenceCase, arrays: Arrays, spec: ModelSpec, least_db: float
 ) -> Iterator[Comparison]:
-    """Velocity and residual, from the engine of this very profile."""
-    engine = next(slot.engine for slot in bank.slots if slot.profile.name == case.profile)
+    """Velocity and residual."""
     names = [tensor.name for tensor in spec.inputs_of(STEP) if tensor.name != LATENTS]
     inputs = {name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)}
     outputs, problem = _answers(engine, inputs)

@@ -26,4 +26,6 @@ TOLERANCES = {
     # (tests/graphs/test_precision.py). GPU kernels round in other places and have not been measured.
     Precision.FP16: Tolerance(step_db=55.0, trajectory_db=50.0),
     Precision.BF16: Tolerance(step_db=40.0, trajectory_db=35.0),
+    Precision.INT8: Tolerance(step_db=30.0, trajectory_db=25.0),
+    Precision.FP8: Tolerance(step_db=25.0, trajectory_db=20.0),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from elit_export.calibrate.cache import (
     sampled_pairs,
 )
 from elit_export.cli import main
-from elit_export.errors import BundleError, CalibrationError
+from elit_export.cli.calibrate import advised
+from elit_export.errors import BundleError, CalibrationError, InputError
 from elit_export.recipe import recipe_from_values
-from elit_export.runtime.bank import EngineBank
+from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import Fit
-from elit_export.runtime.engine import to_host
-from elit_export.spec import COEFFICIENTS
+from elit_export.runtime.engine import FunctionEngine, to_host
+from elit_export.spec import COEFFICIENTS, Range
 from tests.conftest import recipe_values
 
 LOW, HIGH = 0.02, 0.2
@@ -98,11 +100,35 @@ def test_every_image_step_count_budget_and_guidance_is_there(pipeline: Pipeline)
     assert {*zip(found.kept.tolist(), found.steps.tolist(), strict=True)} == {(4, 3), (4, 5), (1, 3), (1, 5)}
 
 
+def test_an_image_depends_on_its_number_alone(pipeline: Pipeline) -> None:
+    """Not on how many are sampled at once."""
+    one, many = (
+        joined(list(sampled_pairs(pipeline, trajectories(pipeline, steps=(3,), rows=rows)))) for rows in (1, 4)
+    )
+    for image in range(6):
+        of_one, of_many = (pairs.where(pairs.image == image) for pairs in (one, many))
+        assert of_one.distance == pytest.approx(of_many.distance, rel=1e-4)
+        assert of_one.change == pytest.approx(of_many.change, rel=1e-4)
+
+
+def test_the_last_smaller_batch_is_checked_before_any_is_sampled(pipeline: Pipeline) -> None:
+    def refuse(_inputs: Any) -> Any:
+        raise AssertionError("sampled")
+
+    slots = [Slot(replace(slot.profile, rows=Range(2, 2, 4)), FunctionEngine(refuse)) for slot in pipeline.bank.slots]
+    bank = EngineBank(slots, pipeline.spec.budgets, pipeline.bank.precision, pipeline.bank.cache)
+    odd = trajectories(pipeline, images=5, rows=4)  # four, then one
+    with pytest.raises(InputError, match="1 rows at budget"):
+        list(sampled_pairs(Pipeline(bank, pipeline.spec, pipeline.data), odd))
+
+
 def test_trajectories_that_tell_nothing_are_refused(pipeline: Pipeline) -> None:
     with pytest.raises(CalibrationError, match="3 images are too few"):
         trajectories(pipeline, images=3)
     with pytest.raises(CalibrationError, match="a change needs at least 2"):
         trajectories(pipeline, steps=(5, 1))
+    with pytest.raises(CalibrationError, match="no named budget is covered"):
+        trajectories(pipeline, budgets=())
     bare = Pipeline(
         EngineBank(pipeline.bank.slots, pipeline.spec.budgets, pipeline.bank.precision), pipeline.spec, pipeline.data
     )
@@ -162,6 +188,24 @@ def test_the_size_of_a_step_is_not_taken_for_knowledge() -> None:
     fit = fitted(joined(parts), None)
     assert fit.r2 > 0.9
     assert fit.r2_same_steps < 0.1
+    assert abs(fit.rank_same_steps) < 0.4  # of 50 held-out pairs each
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_change_that_falls_at_equal_steps_is_told(pipeline: Pipeline, sign: int) -> None:
+    """Between step counts it rises, so there is a fit; within each the sign decides."""
+    parts = []
+    for steps, middle in ((10, 0.1), (40, 0.02)):
+        along = np.linspace(-0.1, 0.1, 200)
+        same = np.ones(200, np.int64)
+        parts.append(
+            Pairs(middle * (1 + along), middle * (2 + sign * along), same * 4, same * steps, np.arange(200) % 40)
+        )
+    fit = fitted(joined(parts), None)
+    assert fit.r2 > 0.9
+    assert fit.rank_same_steps == pytest.approx(sign)
+    calibration = calibrated(joined(parts), trajectories(pipeline), "0" * 64)
+    assert (advised(calibration) == "teacache:0.2") == (sign > 0)
 
 
 @pytest.mark.parametrize(("slope", "fits"), [(1.05, [None]), (5.0, [1, 4])])

@@ -234,6 +234,7 @@ def reusing(pair: Pair) -> Arrays:
         ({"accumulated": [1, 5, 1]}, False),
         ({"accumulated": [1, 5, 1], "threshold": 1}, True),
         ({"threshold": 0}, True),
+        ({"threshold": np.nan}, True),
         ({"coefficients": 0, "accumulated": 9}, True),  # reaching it is enough
         ({"coefficients": 0, "accumulated": 8.5}, False),
         ({"low": 5}, True),

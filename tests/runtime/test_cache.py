@@ -72,7 +72,23 @@ def test_a_threshold_of_any_kind_of_number_is_printed_as_text(
 
 def test_what_is_left_out_has_its_default() -> None:
     assert policy_of("teacache:0.2") == CachePolicy(TeaCache(0.2), order=1, most=4, warmup=1)
-    assert policy_of(" static:every@3,warmup=2 ") == CachePolicy(Every(3), order=1, most=4, warmup=2)
+    assert policy_of(" static:every@3,warmup=2 ") == CachePolicy(Every(3), order=1, most=2, warmup=2)
+
+
+@pytest.mark.parametrize(
+    ("cache", "mask"),
+    [
+        ("static:every@8", "1000000010000001"),
+        ("static:every@8,most=3", "1000100010001001"),
+        ("static:mask@1000000000000000", "1000000000000001"),
+        ("static:mask@1000000000100000,most=4", "1000010000100001"),
+    ],
+)
+def test_what_counts_or_names_steps_is_capped_only_if_asked(cache: str, mask: str) -> None:
+    computes = policy_of(cache).computes(16, lambda: [])
+    assert "".join("01"[compute] for compute in computes) == mask
+    sample = carrying().pipeline.sample([0], steps=16, sampler="euler", cache=cache)
+    assert "".join("10"[record.calls[0].reused] for record in sample.records) == mask
 
 
 def test_none_is_no_policy() -> None:

@@ -317,7 +317,7 @@ def test_given_step_noise_takes_the_place_of_the_seed(toy: Toy) -> None:
     [
         (9, {}, r"9 rows at budget 16of16: profile full takes 1\.\.4\.\.8 rows"),
         (5, {"guidance": "cfg:3"}, "10 rows at budget 16of16: profile full"),
-        (5, {"guidance": "ccfg:3@quarter", "schedule": "0-18:full,19:quarter"}, "10 rows at budget 4of16"),
+        (5, {"guidance": "ccfg:3@quarter", "schedule": "0-12:full,13:quarter"}, "10 rows at budget 4of16"),
     ],
 )
 def test_more_rows_than_a_profile_takes_are_refused_at_once(
@@ -328,7 +328,7 @@ def test_more_rows_than_a_profile_takes_are_refused_at_once(
     assert not toy.calls
 
 
-@pytest.mark.parametrize("choices", [{"schedule": "0-18:full,19:quarter"}, {"guidance": "ccfg:3@quarter"}])
+@pytest.mark.parametrize("choices", [{"schedule": "0-12:full,13:quarter"}, {"guidance": "ccfg:3@quarter"}])
 def test_a_budget_that_no_profile_covers_is_refused_at_once(choices: dict[str, Any]) -> None:
     toy = Toy((Profile("full", Range(13, 16, 16), ROWS),))
     with pytest.raises(InputError, match="no profile covers budget 4of16; covered: 13of16 to 16of16"):
@@ -392,7 +392,7 @@ def test_no_class_is_a_label(toy: Toy) -> None:
         ({"steps": -2}, "needs at least 1 steps, not -2"),
         ({"steps": 1, "sampler": "euler-maruyama"}, "sampler euler-maruyama needs at least 2 steps, not 1"),
         ({"schedule": "third"}, "budget 'third'"),
-        ({"schedule": "0-20:full"}, "past the last step; 20 steps are 0 to 19"),
+        ({"schedule": "0-20:full"}, "past the last step; 14 steps are 0 to 13"),
         ({"time_grid": "cosine"}, "'cosine' is neither linear nor shift:S"),
         ({"noise": np.zeros((2, *SHAPE))}, r"noise has shape \(2, 1, 8, 8\), this sampling needs \(1, 1, 8, 8\)"),
         ({"noise": np.full((1, *SHAPE), np.nan)}, "noise holds values that are not finite"),

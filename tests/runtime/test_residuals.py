@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,20 @@ from hypothesis import strategies as st
 
 from elit_export.models.cost import flops, flops_per_image
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.cache import Fit
+from elit_export.runtime.cache import CachePolicy, Every, Fit, StepCache
 from elit_export.runtime.engine import FunctionEngine, HostArray, HostOutput, to_host
 from elit_export.runtime.pipeline import Pipeline, Sample
-from elit_export.runtime.residuals import FIRST, FORCED, MOST, RANGE, THRESHOLD, Computed, Decision, Memory
+from elit_export.runtime.residuals import (
+    FIRST,
+    FORCED,
+    MOST,
+    RANGE,
+    THRESHOLD,
+    Computed,
+    Decision,
+    Memory,
+    RequestCache,
+)
 from elit_export.runtime.sampling import Call, StepRecord
 from elit_export.spec import PIXELS, Precision
 from tests.runtime.carrying import IDENTITY, SPEC, WEAK, Asked, carrying, facts_of, probe, reuse
@@ -249,6 +260,26 @@ def test_a_branch_that_was_idle_starts_anew() -> None:
         weak = decisions(euler([0], cache, **interval), "weak")
         assert [weak[0].because, weak[0].distance] == [FIRST, ()]
         assert weak[1].reused
+
+
+def test_what_is_idle_is_let_go_at_the_next_step() -> None:
+    """Not at the end of the request: residuals are large."""
+    cache = RequestCache(StepCache(CachePolicy(Every(2)), (True,) * 4, (2, 2)))
+    for role in ("strong", "weak"):
+        cache.memory((role, 0), 0).note_computed(computed(1.0, 1.0))
+    idle = weakref.ref(cache.memory(("weak", 0), 0))
+    assert cache.memory(("strong", 0), 1).computed
+    assert idle()
+    assert cache.memory(("strong", 0), 2).computed
+    assert not idle()
+
+
+def test_steps_of_no_length_are_forecast_flat() -> None:
+    """A grid so steep that neighbouring times are equal."""
+    choices: dict[str, Any] = {"time_grid": "shift:1e18", "cache": "static:mask@1100000001"}
+    sample = carrying().pipeline.sample([0], steps=10, sampler="euler", **choices)
+    assert np.isfinite(sample.latents).all()
+    assert reuses(sample) == "0011111110"
 
 
 def test_what_a_branch_knew_before_it_was_idle_is_gone() -> None:

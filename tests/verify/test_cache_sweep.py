@@ -29,7 +29,6 @@ from elit_export.verify.cache_sweep import (
     error_at,
     smaller_budgets,
     sweep,
-    ways,
 )
 from tests.helpers import calibrate, fit_of
 
@@ -78,7 +77,6 @@ def test_every_cached_way_stands_beside_the_controls(swept: tuple[SweepResult, l
     for row in result.rows:
         assert set(row.control_db) == (set(CONTROLS) if row.family in (CACHED, COMBINED) else set())
         assert not row.reused or "cache" in row.choices
-        assert row.over_parts > 0.1
 
 
 def test_calls_are_counted(swept: tuple[SweepResult, list[str]]) -> None:
@@ -135,8 +133,17 @@ def test_smaller_budgets_are_below_the_schedules(calibrated_bundle: Bundle) -> N
     with Pipeline.load(calibrated_bundle.folder) as pipeline:
         assert smaller_budgets(pipeline, "full") == ["half", "quarter"]
         assert smaller_budgets(pipeline, "quarter") == []
-        with pytest.raises(InputError, match="one budget for all steps"):
-            list(ways(pipeline, "0-9:half,10-19:full", "none"))
+        assert smaller_budgets(pipeline, "0.0-0.5:half,0.5-1.0:full") == ["quarter"]
+        with pytest.raises(InputError, match="past the last step"):
+            sweep(
+                pipeline,
+                schedule="0-9:half,10-49:full",
+                guidance="none",
+                images=1,
+                rounds=1,
+                fine_steps=60,
+                on_way=lambda _: None,
+            )
 
 
 def test_a_bundle_without_calibration_is_refused(tiny_bundle: Bundle) -> None:

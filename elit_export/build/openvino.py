@@ -1,0 +1,117 @@
+"""Graph → OpenVINO plan, for CPUs: the exported model, in int8 after quantization by NNCF.
+
+Takes: the fp32 graph, profiles, a target, samples for int8.  Gives: one plan for all profiles.
+May touch: the folder it is given.
+
+A plan is what `export_model` writes. It holds the graph as it was read: rounding to bf16 is done by the library
+when a plan is opened, so that a plan says in which arithmetic that must be.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import openvino as ov
+
+from elit_export.build.plan import BuiltPlan, OnShare
+from elit_export.errors import BackendUnavailable, BuildError, first_line
+from elit_export.machine import cpu_features
+from elit_export.recipe import OpenVinoTarget
+from elit_export.samples import Samples
+from elit_export.spec import CACHE_GRAPHS, Precision, Profile
+
+DEVICE = "CPU"
+# What NNCF leaves in floating point: adaLN, embedders and the final layer. With them in int8 the velocity of B/2 falls
+# from 35 to 21 dB, that of the shipped model from 26 to 7 dB (the worst of single rows).
+KEPT_HIGH = r".*(modulation|embed|final).*"
+
+
+def check(target: OpenVinoTarget) -> None:
+    """Raise BackendUnavailable if this CPU or this installation cannot build for the target."""
+    missing = {Precision.BF16: "BF16", Precision.INT8: "INT8"}.get(target.precision)
+    if missing and missing not in _capabilities():
+        raise BackendUnavailable(
+            f"precision {target.precision.value}: this CPU has no {missing} arithmetic, openvino would emulate it "
+            f"slowly: build a target with precision fp32"
+        )
+    if target.precision is Precision.INT8 and find_spec("nncf") is None:
+        raise BackendUnavailable("precision int8: openvino needs nncf for it: pip install 'elit-export[openvino]'")
+
+
+def _capabilities() -> list[str]:
+    capabilities: list[str] = ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
+    return capabilities
+
+
+def grouped(profiles: Sequence[Profile], target: OpenVinoTarget) -> list[tuple[Profile, ...]]:
+    """One plan for all: OpenVINO has no optimization profiles."""
+    return [tuple(profiles)]
+
+
+def build_plan(
+    graph: Path,
+    folder: Path,
+    profiles: Sequence[Profile],
+    target: OpenVinoTarget,
+    samples: Samples | None,
+    progress: OnShare,
+) -> BuiltPlan:
+    """Write the plan into `folder`; raises BuildError with what the library said."""
+    precision = Precision.FP32 if graph.stem in CACHE_GRAPHS else target.precision
+    arithmetic = _arithmetic(precision)
+    try:
+        model = ov.Core().read_model(graph)
+        if precision is Precision.INT8:
+            assert samples
+            model = _quantized(model, samples)
+        progress(0.8)
+        compiled = ov.Core().compile_model(model, DEVICE, {"INFERENCE_PRECISION_HINT": arithmetic})
+        content = compiled.export_model()
+    except RuntimeError as error:  # what the library raises
+        raise BuildError(f"openvino cannot build {graph.name}: {first_line(error)}") from error
+    file = graph.with_suffix(".blob").name
+    (folder / file).write_bytes(content.getbuffer())
+    progress(1.0)
+    return BuiltPlan(
+        file=file,
+        label="openvino",
+        versions=_versions(precision),
+        built_on={
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpu_features": cpu_features(),
+            "arithmetic": arithmetic,
+        },
+    )
+
+
+def _arithmetic(precision: Precision) -> str:
+    """Of floating point, in OpenVINO's words. What int8 leaves over is bf16 where the CPU has it."""
+    rounds = precision is Precision.BF16 or (precision is Precision.INT8 and "BF16" in _capabilities())
+    return "bf16" if rounds else "f32"
+
+
+def _versions(precision: Precision) -> dict[str, str]:
+    found = {"openvino": ov.__version__}
+    if precision is Precision.INT8:
+        import nncf
+
+        found["nncf"] = nncf.__version__
+    return found
+
+
+def _quantized(model: ov.Model, samples: Samples) -> ov.Model:
+    """The linear layers of attention and MLP and the products of attention in int8."""
+    import nncf
+
+    quantized: ov.Model = nncf.quantize(
+        model,
+        nncf.Dataset(list(samples.inputs())),
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=len(samples),
+        ignored_scope=nncf.IgnoredScope(patterns=[KEPT_HIGH], validate=False),
+    )
+    return quantized

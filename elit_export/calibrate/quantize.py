@@ -1,0 +1,321 @@
+"""The graph `step` with its large products in 8 bits, for TensorRT; and what each kind of layer costs in accuracy.
+
+Takes: a float32 graph, samples.  Gives: another graph, or Sensitivity.  May touch: the folder it is given.
+Needs NVIDIA Model Optimizer (`modelopt`), and runs on the CPU.  Knows nothing of: plans.
+
+Quantized are linear layers of attention and MLP, by QuantizeLinear and DequantizeLinear around them: activations
+with one scale each, weights with one for each output and stored in 8 bits. Everything else stays in float32: patch,
+time and class embedders, adaLN, norms, softmax, the tokens between layers and the final layer.
+
+What was tried on the shipped model (256 samples; the worst dB of 144 held-out rows at the least, best and most K of
+every profile, of velocity / residual; graph as written in ONNX Runtime):
+
+                                                            int8           fp8
+    every linear layer, activations by their maximum        29.4 / 32.1    26.3 / 28.5
+    the same by least entropy                               27.7 / 33.0    26.5 / 28.6
+    the same by maximum, products of attention too          28.6 / 30.5    26.0 / 27.8
+    the same by maximum, without the tail's second MLP layer  31.1 / 33.7  27.9 / 29.7
+
+Hence `LAYERS_IN`. After the tail's second layer nothing but the final layer follows, and its inputs come from GELU,
+which uses one side of 0 only. Entropy cuts off the largest of them (29 dB for this layer alone, 34 by maximum), and
+holds every activation of every sample in memory. Other models have other weak layers: `sensitivities` finds them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
+from elit_export.errors import BackendUnavailable, CalibrationError, first_line
+from elit_export.models.cost import flops, layer_flops
+from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.engine import Engine, HostArray, to_host
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.samples import FEWEST, Inputs, Samples
+from elit_export.spec import LATENTS, Budget, DataFacts, ModelSpec, Precision, Profile, Range
+from elit_export.verify.metrics import Difference, difference
+
+if TYPE_CHECKING:
+    import onnx
+
+BLOCKS = ("head", "core", "tail")
+PRODUCTS = "attention products"
+# kind of layer → the modules whose products it holds, as in the names of nodes; the kinds are those of `models.cost`
+LAYERS: dict[str, str] = {
+    **{f"{part} attention": rf"{part}\.\d+\.attn\.(qkv|proj)" for part in BLOCKS},
+    **{f"{part} MLP in": rf"{part}\.\d+\.mlp\.fc1" for part in BLOCKS},
+    **{f"{part} MLP out": rf"{part}\.\d+\.mlp\.fc2" for part in BLOCKS},
+    **{part.title(): rf"{part}\.(attn\.(q_proj|kv_proj|proj)|mlp\.fc[12])" for part in ("read", "write")},
+    PRODUCTS: r"(head|core|tail)\.\d+\.attn|read|write",
+}
+LINEAR = tuple(name for name in LAYERS if name != PRODUCTS)
+# What is quantized if nothing else is asked for.
+LAYERS_IN: dict[Precision, tuple[str, ...]] = {
+    Precision.INT8: tuple(name for name in LINEAR if name != "tail MLP out"),
+    Precision.FP8: LINEAR,
+}
+AS_BUILT = "all as built"
+HELD_OUT_ROWS = 16  # of each budget
+STARTS = 1 << 16  # more rows than any call has
+
+
+# ---------------------------------------------------------------- the graph
+
+
+def quantized_graph(
+    graph: Path, folder: Path, precision: Precision, samples: Samples, layers: Sequence[str] = ()
+) -> Path:
+    """Write `graph` into `folder` with the products of `layers` (names of LAYERS) in int8 or fp8; gives its path.
+
+    Without `layers` those of LAYERS_IN. Inputs, outputs and opset are those of `graph`; the weights lie beside it.
+    Raises BackendUnavailable, or CalibrationError with what the library said.
+    """
+    import onnx
+
+    source = onnx.load(graph, load_external_data=False)
+    wanted = _products(source, layers or LAYERS_IN[precision])
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".quantize-") as private:
+        made = onnx.load(_by_modelopt(graph, Path(private), precision, samples, wanted))
+        _unshare(made, wanted)
+        _check_complete(made, wanted)
+        _check_same_interface(made, source)
+        finished = Path(private) / "finished"
+        finished.mkdir()
+        onnx.save(made, finished / graph.name, save_as_external_data=True, location=f"{graph.name}.data")
+        for name in (f"{graph.name}.data", graph.name):  # the graph last: it is what a reader looks for
+            (finished / name).replace(folder / name)
+    return folder / graph.name
+
+
+def _products(model: onnx.ModelProto, layers: Sequence[str]) -> dict[str, str]:
+    """Names of the products to quantize, with the kind of layer that each belongs to."""
+    if unknown := [name for name in layers if name not in LAYERS]:
+        raise CalibrationError(f"no kind of layer {unknown[0]!r}; there are {', '.join(LAYERS)}")
+    products = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    found = {
+        name: layer for layer in layers for name in products if re.fullmatch(LAYERS[layer], name.rpartition("/")[0])
+    }
+    if not found:
+        raise CalibrationError(f"the graph has no products of {', '.join(layers)}: quantize an fp32 graph of `step`")
+    return found
+
+
+def _by_modelopt(graph: Path, private: Path, precision: Precision, samples: Samples, wanted: Mapping[str, str]) -> Path:
+    """The library's own file. It works on a copy, as it writes into what it reads."""
+    quantize = _library()
+    source, made = private / "source", private / "quantized.onnx"
+    source.mkdir()
+    for name in (graph.name, f"{graph.name}.data"):
+        shutil.copy(graph.parent / name, source)
+    try:
+        with _silent():
+            quantize(
+                str(source / graph.name),
+                quantize_mode=precision.value,
+                calibration_data_reader=Reader(samples),
+                calibration_method="max",
+                calibration_eps=["cpu"],
+                op_types_to_quantize=["MatMul"],
+                nodes_to_quantize=[f"{re.escape(name)}$" for name in wanted],
+                disable_mha_qdq=PRODUCTS not in wanted.values(),
+                # It would leave out products that have one row in the first sample, and so depend on its budget.
+                enable_gemv_detection_for_trt=False,
+                high_precision_dtype="fp32",
+                dq_only=True,  # weights stored in 8 bits
+                use_external_data_format=True,
+                output_path=str(made),
+                log_level="CRITICAL",
+            )
+    except Exception as error:  # it raises what it likes
+        raise CalibrationError(
+            f"modelopt cannot quantize {graph.name} in {precision.value}: {first_line(error)}: "
+            f"pip install -U 'elit-export[quantize]', or take samples anew"
+        ) from error
+    return made
+
+
+def _library() -> Callable[..., None]:
+    try:
+        with _silent():
+            from modelopt.onnx.quantization import quantize
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"int8 and fp8 graphs need modelopt ({first_line(error)}): pip install 'elit-export[quantize]'"
+        ) from error
+    function: Callable[..., None] = quantize
+    return function
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """It prints, warns of missing GPUs and draws bars, all of them harmless."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class Reader:
+    """Samples as the library reads them."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self.rewind()
+
+    def get_next(self) -> Inputs | None:
+        return next(self._rows, None)
+
+    def get_first(self) -> Inputs:
+        return next(self._samples.inputs())
+
+    def rewind(self) -> None:
+        self._rows = self._samples.inputs()
+
+
+# ---------------------------------------------------------------- mending and checking what the library made
+
+
+def _unshare(model: onnx.ModelProto, wanted: Mapping[str, str]) -> None:
+    """Give quantized activations to the products alone.
+
+    The library gives them to whatever else reads the tensor: the sums around Write, which carry every token past its
+    layers. That alone costs the shipped model all but 22 dB.
+    """
+    made_by = {name: node for node in model.graph.node for name in node.output}
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            dequantize = made_by.get(name)
+            if node.name in wanted or dequantize is None or dequantize.op_type != "DequantizeLinear":
+                continue
+            quantize = made_by.get(dequantize.input[0])
+            if quantize is not None and quantize.op_type == "QuantizeLinear":
+                node.input[index] = quantize.input[0]
+
+
+def _check_complete(model: onnx.ModelProto, wanted: Mapping[str, str]) -> None:
+    """Products of attention may be left out: the library takes those only that TensorRT has kernels for."""
+    made_by = {name: node.op_type for node in model.graph.node for name in node.output}
+    whole = {
+        node.name
+        for node in model.graph.node
+        if node.name in wanted and [made_by.get(name) for name in node.input] == ["DequantizeLinear"] * 2
+    }
+    if missing := [name for name, layer in wanted.items() if name not in whole and layer != PRODUCTS]:
+        raise CalibrationError(
+            f"modelopt left {len(missing)} of {len(wanted)} products in float32, {missing[0]} among them: "
+            f"pip install 'nvidia-modelopt[onnx]==0.47.*'"
+        )
+
+
+def _check_same_interface(made: onnx.ModelProto, source: onnx.ModelProto) -> None:
+    for what in ("input", "output"):
+        theirs, ours = ([(value.name, value.type) for value in getattr(model.graph, what)] for model in (made, source))
+        if theirs != ours:
+            raise CalibrationError(
+                f"modelopt changed the {what}s of the graph: pip install 'nvidia-modelopt[onnx]==0.47.*'"
+            )
+
+
+# ---------------------------------------------------------------- what it costs in accuracy
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """One kind of layer quantized alone (or AS_BUILT): its share of the FLOPs and the errors, by latents kept."""
+
+    layers: str
+    flops_share: dict[int, float]
+    velocity: dict[int, Difference]
+    residual: dict[int, Difference]
+
+
+def sensitivities(
+    graph: Path, spec: ModelSpec, data: DataFacts, precision: Precision, samples: Samples
+) -> Iterator[Sensitivity]:
+    """`sensitivity_count` of them: each kind of layer alone, then all that are quantized if nothing else is asked for.
+
+    The errors are of rows from trajectories with another seed than that of the samples, at each of their budgets.
+    """
+    with _engine(graph) as exact:
+        held_out = held_out_rows(exact, spec, data, samples)
+        expected = _answers(exact, held_out)
+    for name in [*_layers_of(spec), AS_BUILT]:
+        layers = LAYERS_IN[precision] if name == AS_BUILT else (name,)
+        with tempfile.TemporaryDirectory(prefix="elit-export-") as folder:
+            found = answers_of(quantized_graph(graph, Path(folder), precision, samples, layers), held_out)
+        yield Sensitivity(
+            name,
+            flops_share={kept: flops_share(spec, kept, layers) for kept in held_out},
+            velocity={kept: difference(found[kept]["velocity"], expected[kept]["velocity"]) for kept in held_out},
+            residual={kept: difference(found[kept]["residual"], expected[kept]["residual"]) for kept in held_out},
+        )
+
+
+def sensitivity_count(spec: ModelSpec) -> int:
+    return len(_layers_of(spec)) + 1
+
+
+def _layers_of(spec: ModelSpec) -> list[str]:
+    """The kinds of layers that a model has; one without tail blocks has none of the tail's."""
+    return [name for name, count in layer_flops(spec, spec.full).items() if count]
+
+
+def flops_share(spec: ModelSpec, kept: int, layers: Sequence[str]) -> float:
+    """Share of all FLOPs of a step that kinds of layers hold."""
+    budget = Budget(kept, spec.latents)
+    each = layer_flops(spec, budget)
+    return sum(each[name] for name in layers) / flops(spec, budget).total
+
+
+def held_out_rows(exact: Engine, spec: ModelSpec, data: DataFacts, samples: Samples) -> dict[int, Inputs]:
+    """By latents kept, rows of trajectories like those of the samples, with another seed."""
+    facts, kept = samples.facts, np.unique(samples.kept).tolist()
+    count = max(FEWEST, HELD_OUT_ROWS * len(kept))
+    recipe = SampleRecipe(
+        images=max(2, math.ceil(count / (facts.steps * len(kept) * len(facts.guidance)))),
+        steps=facts.steps,
+        sampler=facts.sampler,
+        guidance=facts.guidance,
+        budgets=tuple(kept),
+        samples=count,
+        seed=facts.seed + 1,
+        rows=2,
+    )
+    profile = Profile("every", Range(1, spec.latents, spec.latents), Range(1, 1, STARTS))
+    pipeline = Pipeline(EngineBank([Slot(profile, exact)], spec.budgets, Precision.FP32), spec, data)
+    chosen = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, facts.checkpoint_sha256).samples
+    return {number: _batch(chosen, number) for number in kept}
+
+
+def _batch(samples: Samples, kept: int) -> Inputs:
+    rows = [inputs for inputs in samples.inputs() if len(inputs[LATENTS]) == kept]
+    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != LATENTS}
+    return {**joined, LATENTS: rows[0][LATENTS]}
+
+
+def answers_of(graph: Path, rows: Mapping[int, Inputs]) -> dict[int, dict[str, HostArray]]:
+    """What a graph gives to each of the batches, node by node as it is written."""
+    with _engine(graph) as engine:
+        return _answers(engine, rows)
+
+
+def _answers(engine: Engine, rows: Mapping[int, Inputs]) -> dict[int, dict[str, HostArray]]:
+    return {kept: {name: to_host(array) for name, array in engine(inputs).items()} for kept, inputs in rows.items()}
+
+
+def _engine(graph: Path) -> Any:
+    from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(graph, device="cpu", threads=0, as_written=True)
