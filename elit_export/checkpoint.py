@@ -287,11 +287,12 @@ def _renamed(path: Path, weights: Weights, model: ElitSiT) -> Weights:
     if table.dim() == 2 and table.shape[0] >= model.spec.tokens:
         weights[LATENT_POSITIONS] = table[: model.spec.tokens]  # the released table has 4096 rows
     expected = {released: tuple(own[name].shape) for released, name in own_names.items()}
-    _check_tensors(path, weights, expected)
+    check_tensors(path, weights, expected)
     return {name: weights[released].float() for released, name in own_names.items()}
 
 
-def _check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
+def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError for anything missing, extra, mis-shaped or not of floating-point numbers."""
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]
     problems += [
@@ -323,11 +324,12 @@ def _meta_model(spec: ModelSpec, data: DataFacts) -> ElitSiT:
 def save_checkpoint(path: Path, model: ElitSiT, *, dtype: torch.dtype = torch.float32) -> None:
     """Write weights, spec and data facts as one safetensors file, whole or not at all."""
     weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {
-        "format": FORMAT,
-        "spec": json.dumps(model.spec.to_dict()),
-        "data": json.dumps(model.data.to_dict()),
-    }
+    facts = {"spec": json.dumps(model.spec.to_dict()), "data": json.dumps(model.data.to_dict())}
+    write_safetensors(path, weights, {"format": FORMAT, **facts})
+
+
+def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
+    """One file, whole or not at all."""
     try:
         with written_whole(path) as temporary:
             save_file(weights, temporary, metadata)
@@ -335,15 +337,21 @@ def save_checkpoint(path: Path, model: ElitSiT, *, dtype: torch.dtype = torch.fl
         raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
-def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
+def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
+    """Tensors and metadata; raises CheckpointError if the file is damaged or says another format than `wanted`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         weights = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
-    if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    if metadata.get("format") != wanted:
+        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {wanted!r}")
+    return weights, metadata
+
+
+def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
+    weights, metadata = read_safetensors(path, FORMAT)
     try:
         spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
         data = DataFacts.from_dict(json.loads(metadata["data"]))
@@ -355,6 +363,6 @@ def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
                 f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}; leave it out"
             )
     model = _meta_model(spec, data)
-    _check_tensors(path, weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+    check_tensors(path, weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval()

@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "bundle": {"spec", "manifest"},
     "samples": {"spec"},
     "checkpoint": {"spec", "models"},
+    "judge": {"models", "checkpoint"},
     "models": {"spec"},
     "training": {"spec", "models", "checkpoint"},
     "graphs": {"spec", "models"},

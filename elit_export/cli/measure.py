@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,12 @@ from rich.table import Table
 
 from elit_export.bundle import Bundle
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, show, write_json
+from elit_export.cli.quality import bench_quality
 from elit_export.errors import InputError
 from elit_export.report.tables import bench_tables, cost_table, soak_table, sweep_tables, table
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.verify.bars import Bar
 from elit_export.verify.bench import BenchResult
 from elit_export.verify.cache_sweep import SweepResult
 
@@ -33,15 +35,23 @@ Runners = Mapping[str, Any]
 @click.option("--rounds", type=COUNT, default=10, show_default=True, help="Measured calls per budget, after warm-up.")
 @click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
 @click.option("--samplers", is_flag=True, help="Measure the error of every sampler instead.")
-@click.option("--guidance", default="none", show_default=True, help="For --samplers, --cache-sweep.")
+@click.option("--guidance", help="For --samplers, --cache-sweep (default: none) and --quality (default: cfg:2).")
 @click.option("--soak", type=COUNT, metavar="N", help="Watch memory over N short samplings instead.")
 @click.option("--cache-sweep", is_flag=True, help="Measure what step caching is worth instead; --rows are images.")
 @click.option("--schedule", default="full", show_default=True, help="For --cache-sweep; t ranges fit every step count.")
 @click.option("--fine-steps", type=COUNT, default=100, show_default=True, help="For --cache-sweep: Heun's.")
+@click.option("--quality", is_flag=True, help="Measure the quality of samples instead, as a classifier sees it.")
+@click.option("--images", type=COUNT, default=512, show_default=True, help="For --quality: images of each row.")
+@click.option(
+    "--way", "ways", multiple=True, metavar="SAMPLER:STEPS", help="For --quality. [default: euler:50, ab3:14]"
+)
+@click.option(
+    "--classifier", metavar="FILE", help="For --quality: what train-classifier made. [default: the shipped one]"
+)
 @click.option("--plot", type=FILE, help="Draw error against budget, or against time with --cache-sweep, into a PNG.")
 @click.option("--check", type=FILE, help="JSON file of bars to hold; ends with status 1 if one does not.")
-@click.option("--target", help="Needed if the bundle has several.")
-@click.option("--precision", help="Needed if the target has several.")
+@click.option("--target", help="Needed if the bundle has several; --quality measures all that run here.")
+@click.option("--precision", help="Needed if the target has several; --quality measures all.")
 @JSON_OPTION
 def bench(
     bundle: Path,
@@ -51,11 +61,15 @@ def bench(
     rounds: int,
     no_sampling: bool,
     samplers: bool,
-    guidance: str,
+    guidance: str | None,
     soak: int | None,
     cache_sweep: bool,
     schedule: str,
     fine_steps: int,
+    quality: bool,
+    images: int,
+    ways: tuple[str, ...],
+    classifier: str | None,
     plot: Path | None,
     check: Path | None,
     target: str | None,
@@ -63,21 +77,34 @@ def bench(
     json_to: str | None,
 ) -> None:
     """Measure BUNDLE's engines: time and error per budget, cost of switching, ways to sample."""
-    from elit_export.verify.bars import load_bars, misses
+    from elit_export.verify.bars import load_bars
 
-    instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep}
+    instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep, "--quality": quality}
     refuse_together(instead, {"--checkpoint": checkpoint, "--plot": None if cache_sweep else plot})
     bars = load_bars(check) if check else []
+    steered = guidance or ("cfg:2" if quality else "none")
+    if quality:
+        tables, facts = bench_quality(
+            bundle,
+            target=target,
+            precision=precision,
+            classifier=classifier,
+            images=images,
+            guidance=steered,
+            ways=ways,
+        )
+        conclude(tables, facts, bars, json_to)
+        return
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         if samplers:
-            tables, facts = bench_samplers(pipeline, images=rows, guidance=guidance)
+            tables, facts = bench_samplers(pipeline, images=rows, guidance=steered)
         elif soak:
             tables, facts = bench_soak(pipeline, samplings=soak)
         elif cache_sweep:
             tables, facts = bench_cache(
                 pipeline,
                 schedule=schedule,
-                guidance=guidance,
+                guidance=steered,
                 images=rows,
                 rounds=rounds,
                 fine_steps=fine_steps,
@@ -91,6 +118,13 @@ def bench(
             tables, facts = bench_engines(
                 pipeline, others, rows=rows, rounds=rounds, sampling=not no_sampling, bank_memory=memory, plot=plot
             )
+    conclude(tables, facts, bars, json_to)
+
+
+def conclude(tables: Sequence[Table], facts: Mapping[str, Any], bars: list[Bar], json_to: str | None) -> None:
+    """Show, write, and end with status 1 where a bar does not hold."""
+    from elit_export.verify.bars import misses
+
     show(*tables, json_to=json_to)
     write_json(facts, json_to)
     missed = misses(bars, facts)

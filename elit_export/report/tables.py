@@ -15,10 +15,12 @@ from rich.text import Text
 from elit_export.calibrate.samples import Taken
 from elit_export.manifest import CacheCalibration
 from elit_export.models.cost import flops
+from elit_export.models.features import JudgeFacts
 from elit_export.spec import ModelSpec
 from elit_export.verify.bench import ENGINE, BenchResult, BudgetResult, SamplingResult
 from elit_export.verify.cache_sweep import CONTROLS, SweepResult, SweepRow
 from elit_export.verify.parity import Comparison
+from elit_export.verify.quality import Estimate, QualityResult, QualityRow
 from elit_export.verify.soak import SoakResult
 
 if TYPE_CHECKING:
@@ -379,3 +381,58 @@ def soak_table(result: SoakResult) -> Table:
             )
         ],
     )
+
+
+# ---------------------------------------------------------------- quality
+
+
+def quality_table(result: QualityResult) -> Table:
+    """A row per plan set, way and budget; what real images reach is in the caption."""
+    first = result.rows[0]
+    columns = ("target", "precision", "way", "budget", "agreement", "change", "Fréchet", "change", "dB")
+    made = table(
+        f"{result.images} images, guidance {result.guidance}, as a classifier sees them",
+        columns,
+        [_quality_cells(row) for row in result.rows],
+    )
+    made.caption = "; ".join(
+        [
+            f"agreement: predicted class is the asked one (of real test images {result.real_agreement:.3f})",
+            f"Fréchet: distance of {result.features} features to {result.real_images} real test images (one half of "
+            f"these to the other {result.halves_floor.distance:.3g}, {result.floor.images} of them to the rest "
+            f"{result.floor.distance:.3g} ± {result.floor.spread:.2g})",
+            f"changes are to {first.way} at {first.name} in {first.precision} and paired, ± is one standard error",
+            f"dB: samples against those of the same way at {first.name} in {first.precision}",
+            *(f"not measured: {name}: {reason}" for name, reason in result.skipped.items()),
+        ]
+    )
+    return made
+
+
+def floors_table(facts: JudgeFacts) -> Table:
+    """How far real images are from real ones, by how many there are."""
+    made = table(
+        f"{facts.test_images} test images, accuracy {facts.test_accuracy:.4f}",
+        ("images", "Fréchet distance to the other test images", "± between draws"),
+        [(str(floor.images), f"{floor.distance:.3f}", f"{floor.spread:.3f}") for floor in facts.floors],
+    )
+    made.caption = "the last line compares two halves; evenly of all classes"
+    return made
+
+
+def _quality_cells(row: QualityRow) -> tuple[str, ...]:
+    return (
+        row.target,
+        row.precision,
+        row.way,
+        f"{row.name} ({row.budget})",
+        _with_error(row.agreement, ".3f"),
+        _with_error(row.agreement_change, "+.3f"),
+        _with_error(row.frechet, ".2f"),
+        _with_error(row.frechet_change, "+.2f"),
+        "–" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+    )
+
+
+def _with_error(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} ± {estimate.error:{form.removeprefix('+')}}"

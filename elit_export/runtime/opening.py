@@ -24,11 +24,7 @@ def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precisio
 
     Raises InputError listing all if none or several are left, with the reason for each that cannot run.
     """
-    fitting = [
-        plan_set
-        for plan_set in plan_sets
-        if target in (None, plan_set.target) and precision in (None, plan_set.precision.value)
-    ]
+    fitting = matching(plan_sets, target, precision)
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
@@ -46,6 +42,15 @@ def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precisio
         if reason
     ]
     raise InputError("; ".join([problem, *refused]))
+
+
+def matching(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> list[PlanSet]:
+    """Those of a target and a precision; None is any."""
+    return [
+        plan_set
+        for plan_set in plan_sets
+        if target in (None, plan_set.target) and precision in (None, plan_set.precision.value)
+    ]
 
 
 def unfit(plan_set: PlanSet) -> str:

@@ -105,6 +105,13 @@ def generator_for(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
+def epoch_batch(count: int, batch_size: int, seed: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """A step's share of the epoch's permutation of `count` images; an incomplete last batch is left out."""
+    epoch, place = divmod(step, count // batch_size)
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    return order[place * batch_size : (place + 1) * batch_size]
+
+
 class Trainer:
     """A run in progress: model, its moving average, optimizer, and how many steps are done."""
 
@@ -169,20 +176,13 @@ class Trainer:
         return full if is_full else kept
 
     def _draw_batch(self, generator: torch.Generator) -> FlowBatch:
-        indices = self._indices()
+        indices = epoch_batch(len(self.data), self.config.batch_size, self.config.seed, self.step)
         data = to_signal(self.data.images[indices])
         y = torch.from_numpy(self.data.labels[indices])
         dropped = torch.rand(len(y), generator=generator) < self.config.label_dropout
         y = torch.where(dropped, self.model.spec.null_class, y)
         t = random_times(len(y), generator)
         return flow_batch(data, t, y, torch.randn(data.shape, generator=generator))
-
-    def _indices(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """This step's share of the epoch's permutation; an incomplete last batch is left out."""
-        per_epoch = len(self.data) // self.config.batch_size
-        epoch, place = divmod(self.step, per_epoch)
-        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(self.data))
-        return order[place * self.config.batch_size : (place + 1) * self.config.batch_size]
 
     @torch.no_grad()
     def _update_ema(self) -> None:

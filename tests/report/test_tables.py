@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from elit_export.models.cost import flops
-from elit_export.report.tables import bench_tables
+from elit_export.models.features import Floor
+from elit_export.report.tables import bench_tables, quality_table
 from elit_export.spec import Budget
 from elit_export.verify.bench import ENGINE, BenchResult, budget_results
+from elit_export.verify.quality import Estimate, QualityResult, QualityRow
 from elit_export.verify.timing import Timing
 from tests.helpers import tiny_spec
 
@@ -49,3 +52,38 @@ def test_the_caption_tells_the_memory_where_it_is_known() -> None:
     assert "all engines hold 1.25 of the memory of one; the whole process holds 3 MB" in printed(known)
     (unknown,) = bench_tables(replace(result, bank_memory_ratio=None, resident_bytes=None))
     assert "memory" not in printed(unknown)
+
+
+def quality_of(**changes: Any) -> QualityResult:
+    row = QualityRow(
+        target="cpu",
+        precision="fp32",
+        name="full",
+        budget="4of4",
+        way="ab3 14",
+        calls=15,
+        agreement=Estimate(0.75, 0.02),
+        agreement_change=Estimate(0.0, 0.0),
+        frechet=Estimate(20.0, 1.5),
+        frechet_change=Estimate(0.0, 0.0),
+        sqnr_db=None,
+    )
+    smaller = replace(row, name="half", budget="2of4", frechet_change=Estimate(-2.5, 0.25), sqnr_db=12.34)
+    facts = {"images": 512, "guidance": "cfg:2", "seed": 0, "features": 48, "real_images": 10_000}
+    facts |= {"real_agreement": 0.92, "halves_floor": Floor(5000, 0.19, 0.03), "floor": Floor(512, 1.02, 0.15)}
+    return QualityResult(**{**facts, "rows": [row, smaller], "skipped": {}, **changes})  # type: ignore[arg-type]
+
+
+def test_quality_is_told_with_errors_and_what_real_images_reach() -> None:
+    said = printed(quality_table(quality_of()))
+    assert "0.750 ± 0.020 │ +0.000 ± 0.000 │ 20.00 ± 1.50 │ +0.00 ± 0.00 │ – │" in said
+    assert "-2.50 ± 0.25 │ 12.3 │" in said
+    assert "real test images 0.920" in said
+    assert "one half of these to the other 0.19, 512 of them to the rest 1.02 ± 0.15" in said
+    assert "changes are to ab3 14 at full in fp32" in said
+    assert "not measured" not in said
+
+
+def test_plan_sets_that_cannot_run_are_told() -> None:
+    said = printed(quality_table(quality_of(skipped={"rtx fp8": "no GPU"})))
+    assert "not measured: rtx fp8: no GPU" in said
