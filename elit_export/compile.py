@@ -54,7 +54,7 @@ from elit_export.verify.parity import (
 )
 from elit_export.verify.reference import reference_arrays
 
-QUANTIZING_LIBRARIES = ("nvidia-modelopt", "onnxruntime")
+QUANTIZING_LIBRARY = "nvidia-modelopt"
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 NOTHING_CHANGED = "nothing changed"
 ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
@@ -198,12 +198,11 @@ class _Build:
         return key_of(self.model_key, name, code("graphs"), versions_of(GRAPH_LIBRARIES))
 
     def quantized_key(self, exact: Graph, reference: Reference) -> str:
-        made_by = (
-            versions_of(QUANTIZING_LIBRARIES),
-            code("calibrate/quantize.py", "verify"),
-            self.chosen.accept_below_tolerance,
-        )
-        return key_of(exact.key, reference.key, self.chosen.precision, self.samples and self.samples.sha256, made_by)
+        """Of a graph, and of the comparison that let it pass."""
+        assert self.samples
+        libraries = version(QUANTIZING_LIBRARY), BACKENDS["onnxruntime"].library_version()
+        source = code("calibrate/quantize.py", "verify"), self.chosen.accept_below_tolerance
+        return key_of(exact.key, reference.key, self.chosen.precision, self.samples.sha256, libraries, source)
 
     def reference_key(self, profiles: Profiles) -> str:
         return key_of(self.model_key, str(profiles), version("torch"), code("verify", "runtime"))
@@ -264,7 +263,7 @@ class _Build:
             path = quantized_graph(self._path(exact), folder, self.chosen.precision, self.samples)
             sqnr_db = self._graph_sqnr_db(path, reference)
             artifact = self.writer.adopt(folder, "graphs", name)
-        versions = versions_of((*GRAPH_LIBRARIES, *QUANTIZING_LIBRARIES))
+        versions = versions_of((*GRAPH_LIBRARIES, QUANTIZING_LIBRARY))
         return Graph(artifact=artifact, file=path.name, key=key, versions=versions, sqnr_db=sqnr_db)
 
     def _graph_sqnr_db(self, graph: Path, reference: Reference) -> float:

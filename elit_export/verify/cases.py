@@ -20,6 +20,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE_FILE = "reference.npz"
 INPUT_SEED = 20261122
 TRAJECTORY_STEPS = 4
+POOL_IMAGES, POOL_STEPS = 8, 8
 
 
 # ---------------------------------------------------------------- single steps
@@ -43,6 +44,28 @@ def corners(profile: Profile) -> Iterator[tuple[int, int]]:
     yield from zip(latents.corners(), rows.corners(), strict=True)
     yield latents.min, rows.max
     yield latents.max, rows.min
+
+
+def trajectory_rows(pipeline: Pipeline) -> Arrays:
+    """Inputs of every step of one sampling, by name: images of all classes and none, times from 1 to 1 / POOL_STEPS."""
+    spec = pipeline.spec
+    labels = [image % (spec.num_classes + 1) for image in range(POOL_IMAGES - 1)] + [spec.null_class]
+    choices = Choices(steps=POOL_STEPS, sampler="euler", seed=INPUT_SEED)
+    request = pipeline.request(labels, **choices)
+    states = [request.start, *(record.x for record in pipeline.steps(labels, **choices))][:-1]
+    return {
+        "x": np.concatenate(states).astype(np.float32),
+        "t": np.repeat(request.times[:-1], POOL_IMAGES).astype(np.float32),
+        spec.conditioning[0].name: np.tile(np.asarray(labels), POOL_STEPS),
+    }
+
+
+def case_rows(case: ReferenceCase, index: int, pool: Arrays) -> Arrays:
+    """Rows of a pool, each once as far as they reach; a function of `index` alone."""
+    count = len(pool["t"])
+    order = np.random.default_rng((INPUT_SEED, index)).permutation(count)
+    chosen = np.resize(order, case.rows)
+    return {name: values[chosen] for name, values in pool.items()}
 
 
 def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:

@@ -19,7 +19,7 @@ from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, Precision, Profile, Range
-from elit_export.verify.cases import Arrays, cache_inputs, case_inputs, trajectory_states
+from elit_export.verify.cases import Arrays, cache_inputs, case_rows, trajectory_rows, trajectory_states
 
 MAX_ROWS = 1 << 20
 
@@ -56,18 +56,19 @@ def reference_arrays(
 ) -> Arrays:
     """Inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`.
 
-    Outputs of `probe` and `reuse` at each of `rows` as `GRAPH/ROWS/NAME`.
+    Inputs of cases are rows of real trajectories: engines in 8 bits are calibrated on these, and need not be good
+    at anything else. Outputs of `probe` and `reuse` at each of `rows` as `GRAPH/ROWS/NAME`.
     """
-    engine = torch_engine(model)
+    engine, pipeline = torch_engine(model), torch_pipeline(model)
+    pool = trajectory_rows(pipeline)
     arrays: Arrays = {}
     for index, case in enumerate(cases):
-        inputs = case_inputs(case, index, model.spec)
+        inputs = case_rows(case, index, pool)
         outputs = engine({**inputs, LATENTS: np.arange(case.kept)})
         arrays |= {f"{index}/{name}": to_host(array) for name, array in {**inputs, **outputs}.items()}
     for graph, count in product(CACHE_GRAPHS, rows):
         answers = torch_engine(model, graph)(cache_inputs(graph, count, model.spec))
         arrays |= {f"{graph}/{count}/{name}": to_host(array) for name, array in answers.items()}
-    pipeline = torch_pipeline(model)
     for trajectory in trajectories:
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
