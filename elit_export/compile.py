@@ -270,7 +270,7 @@ class _Build:
         """The worst over the reference cases."""
         arrays = load_reference_file(self.writer.folder / reference.artifact.kind / reference.artifact.name)
         engines = BACKENDS["onnxruntime"].engines()
-        with engines.OnnxRuntimeEngine(graph, device="cpu", threads=0) as engine:
+        with engines.OnnxRuntimeEngine(graph, device="cpu", threads=0, as_written=True) as engine:
             found = [
                 self._required(comparison)
                 for comparison in compared_cases(engine, self.chosen.precision, reference, arrays, self._facts().spec)
