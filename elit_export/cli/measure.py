@@ -12,9 +12,11 @@ import click
 from rich.table import Table
 
 from elit_export.bundle import Bundle
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, show, write_json
+from elit_export.cli.backends import bench_backends
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
 from elit_export.cli.quality import bench_quality
 from elit_export.errors import InputError
+from elit_export.manifest import PlanSet
 from elit_export.report.tables import bench_tables, cost_table, soak_table, sweep_tables, table
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline
@@ -40,6 +42,7 @@ Runners = Mapping[str, Any]
 @click.option("--cache-sweep", is_flag=True, help="Measure what step caching is worth instead; --rows are images.")
 @click.option("--schedule", default="full", show_default=True, help="For --cache-sweep; t ranges fit every step count.")
 @click.option("--fine-steps", type=COUNT, default=100, show_default=True, help="For --cache-sweep: Heun's.")
+@click.option("--backends", is_flag=True, help="Time all plan sets that run here side by side instead.")
 @click.option("--quality", is_flag=True, help="Measure the quality of samples instead, as a classifier sees it.")
 @click.option("--images", type=COUNT, default=512, show_default=True, help="For --quality: images of each row.")
 @click.option(
@@ -50,8 +53,8 @@ Runners = Mapping[str, Any]
 )
 @click.option("--plot", type=FILE, help="Draw error against budget, or against time with --cache-sweep, into a PNG.")
 @click.option("--check", type=FILE, help="JSON file of bars to hold; ends with status 1 if one does not.")
-@click.option("--target", help="Needed if the bundle has several; --quality measures all that run here.")
-@click.option("--precision", help="Needed if the target has several; --quality measures all.")
+@click.option("--target", help="Needed if the bundle has several; --quality and --backends take all.")
+@click.option("--precision", help="Needed if the target has several; --quality and --backends take all.")
 @JSON_OPTION
 def bench(
     bundle: Path,
@@ -66,6 +69,7 @@ def bench(
     cache_sweep: bool,
     schedule: str,
     fine_steps: int,
+    backends: bool,
     quality: bool,
     images: int,
     ways: tuple[str, ...],
@@ -80,7 +84,8 @@ def bench(
     from elit_export.verify.bars import load_bars
 
     instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep, "--quality": quality}
-    refuse_together(instead, {"--checkpoint": checkpoint, "--plot": None if cache_sweep else plot})
+    more = {"--checkpoint": checkpoint if not backends else None, "--plot": None if cache_sweep else plot}
+    refuse_together({**instead, "--backends": backends}, more)
     bars = load_bars(check) if check else []
     steered = guidance or ("cfg:2" if quality else "none")
     if quality:
@@ -93,6 +98,13 @@ def bench(
             guidance=steered,
             ways=ways,
         )
+        conclude(tables, facts, bars, json_to)
+        return
+    if backends:
+        tables, facts = bench_backends(
+            bundle, target=target, precision=precision, checkpoint=checkpoint, rows=rows, rounds=rounds
+        )
+        say(f"the fastest, in a recipe:\n{facts['backends']['fastest_recipe']}", json_to=json_to)
         conclude(tables, facts, bars, json_to)
         return
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
@@ -114,9 +126,9 @@ def bench(
             show(cost_table(pipeline.spec), json_to=json_to)
             opened = Bundle.open(bundle)
             others = torch_runners(opened, checkpoint, compiled=not no_compile) if checkpoint else {}
-            memory = memory_of(opened, target, precision)
+            plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
             tables, facts = bench_engines(
-                pipeline, others, rows=rows, rounds=rounds, sampling=not no_sampling, bank_memory=memory, plot=plot
+                pipeline, others, opened, plan_set, rows=rows, rounds=rounds, sampling=not no_sampling, plot=plot
             )
     conclude(tables, facts, bars, json_to)
 
@@ -151,23 +163,19 @@ def torch_runners(bundle: Bundle, checkpoint: str, *, compiled: bool) -> Runners
     return {**eager, "compile": torch_engine(model, compiled=True)} if compiled else eager
 
 
-def memory_of(bundle: Bundle, target: str | None, precision: str | None) -> Callable[[], float | None]:
-    from elit_export.verify.memory import bank_memory_ratio
-
-    return partial(bank_memory_ratio, bundle.folder, chosen_plan_set(bundle.manifest.plan_sets, target, precision))
-
-
 def bench_engines(
     pipeline: Pipeline,
     others: Runners,
+    bundle: Bundle,
+    plan_set: PlanSet,
     *,
     rows: int,
     rounds: int,
     sampling: bool,
-    bank_memory: Callable[[], float | None],
     plot: Path | None,
 ) -> Measured:
     from elit_export.verify import bench
+    from elit_export.verify.memory import bank_memory
 
     draw = drawer(plot)
     with progress_bar() as progress:
@@ -182,7 +190,8 @@ def bench_engines(
             rows=rows,
             rounds=rounds,
             sampling=sampling,
-            bank_memory=bank_memory,
+            plan_bytes=sum(plan.artifact.size_bytes for plan in plan_set.plans),
+            memory=partial(bank_memory, bundle.folder, plan_set),
             on_stage=on_stage,
         )
     draw(result)

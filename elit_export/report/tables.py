@@ -17,6 +17,7 @@ from elit_export.manifest import CacheCalibration
 from elit_export.models.cost import flops
 from elit_export.models.features import JudgeFacts
 from elit_export.spec import ModelSpec
+from elit_export.verify.backends import BackendRow, BackendsResult, BackendTime
 from elit_export.verify.bench import ENGINE, BenchResult, BudgetResult, SamplingResult
 from elit_export.verify.cache_sweep import CONTROLS, SweepResult, SweepRow
 from elit_export.verify.parity import Comparison
@@ -299,8 +300,9 @@ def bench_tables(result: BenchResult) -> Iterator[Table]:
 def _bench_notes(result: BenchResult) -> Iterator[str]:
     yield f"matrix-product peak {result.peak_gflops:.0f} GFLOP/s"
     yield f"alternating budgets takes {result.switching:.2f} of running each by itself"
-    if result.bank_memory_ratio is not None:
-        yield f"all engines hold {result.bank_memory_ratio:.2f} of the memory of one"
+    yield f"the plans take {size(result.plan_bytes)} on disk"
+    if result.bank_bytes is not None and result.bank_memory_ratio is not None:
+        yield f"all engines hold {size(result.bank_bytes)}, {result.bank_memory_ratio:.2f} of one"
     if result.resident_bytes is not None:
         yield f"the whole process holds {size(result.resident_bytes)}"
 
@@ -364,6 +366,56 @@ def _sweep_cells(row: SweepRow) -> tuple[str, ...]:
         f"{row.sqnr_db:.1f}",
         *controls,
     )
+
+
+def backends_tables(result: BackendsResult) -> Iterator[Table]:
+    """A row for each plan set, then each at each budget."""
+    largest, *_ = next(iter(result.backends)).times
+    made = table(
+        "plan sets that run here, fastest first",
+        ("plan set", "backend", f"ms at {largest}", "plans", "memory", "dB to PyTorch"),
+        [
+            _backend_cells(row, largest)
+            for row in sorted(result.backends, key=lambda row: row.times[largest].timing.median_ms)
+        ],
+    )
+    made.caption = Text("; ".join(_backend_notes(result)))
+    yield made
+    yield table(
+        f"one call of {result.rows} rows",
+        ("plan set", "budget", "ms", "10-90 %", f"{result.baseline} / it", "GFLOP/s", "of peak", "time over FLOPs"),
+        [_backend_time_cells(row, time) for row in result.backends for time in row.times.values()],
+    )
+
+
+def _backend_cells(row: BackendRow, largest: str) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.backend,
+        f"{row.times[largest].timing.median_ms:.1f}",
+        size(row.plan_bytes),
+        "unknown" if row.held_bytes is None else size(row.held_bytes),
+        "not compared" if row.parity_db is None else f"{row.parity_db:.0f}" + (" (accepted)" if row.accepted else ""),
+    )
+
+
+def _backend_time_cells(row: BackendRow, time: BackendTime) -> tuple[str, ...]:
+    return (
+        row.name,
+        time.budget,
+        f"{time.timing.median_ms:.1f}",
+        f"{time.timing.low_ms:.1f}-{time.timing.high_ms:.1f}",
+        f"{time.speedup:.2f}",
+        f"{time.gflops_per_s:.0f}",
+        "" if time.share_of_peak is None else f"{time.share_of_peak:.0%}",
+        f"{time.time_over_flops:.2f}",
+    )
+
+
+def _backend_notes(result: BackendsResult) -> Iterator[str]:
+    yield from (f"{precision} matrix-product peak {peak:.0f} GFLOP/s" for precision, peak in result.peaks.items())
+    yield from (f"{row.name} is below tolerance, accepted: {row.accepted}" for row in result.backends if row.accepted)
+    yield from (f"{name} not measured: {reason}" for name, reason in result.skipped.items())
 
 
 def soak_table(result: SoakResult) -> Table:

@@ -17,6 +17,7 @@ from elit_export.models.cost import Cost, flops, flops_per_image
 from elit_export.runtime.engine import HostArray
 from elit_export.runtime.pipeline import Choices, Pipeline
 from elit_export.spec import LATENTS, Budget, ModelSpec
+from elit_export.verify.memory import BankMemory
 from elit_export.verify.metrics import difference
 from elit_export.verify.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
 
@@ -77,7 +78,8 @@ class BenchResult:
     """All of a bench.
 
     `switching` is the time of alternating the first and the last budget over that of running each by itself.
-    `bank_memory_ratio` is what the whole bank holds over what one engine of it does. `resident_bytes` is the whole
+    `bank_bytes` is what the whole bank holds, `bank_memory_ratio` that over what one engine of it does, `plan_bytes`
+    what its plans take on disk. `resident_bytes` is the whole
     process at the end, with its libraries and whatever ran beside the engines. Both are None where the system
     does not tell.
     """
@@ -87,6 +89,8 @@ class BenchResult:
     budgets: list[BudgetResult]
     switching: float
     samplings: list[SamplingResult]
+    plan_bytes: int
+    bank_bytes: int | None
     bank_memory_ratio: float | None
     resident_bytes: int | None
 
@@ -98,7 +102,8 @@ def bench(
     rows: int,
     rounds: int,
     sampling: bool,
-    bank_memory: Callable[[], float | None],
+    plan_bytes: int,
+    memory: Callable[[], BankMemory | None],
     on_stage: Callable[[str], None],
 ) -> BenchResult:
     """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine.
@@ -111,7 +116,7 @@ def bench(
     if sampling:
         check_samplings(pipeline, budgets, labels)
     on_stage("memory")
-    memory_ratio = bank_memory()
+    held = memory()
     on_stage("matrix product")
     peak = matmul_peak_gflops()
     timed = {}
@@ -128,7 +133,17 @@ def bench(
         on_stage("sampling")
         results = [replace(result, sample_sqnr_db=budget_error(pipeline, result, labels, exact)) for result in results]
         samplings = list(sampling_results(pipeline, budgets, labels, exact))
-    return BenchResult(rows, peak, results, switching, samplings, memory_ratio, resident_bytes())
+    return BenchResult(
+        rows=rows,
+        peak_gflops=peak,
+        budgets=results,
+        switching=switching,
+        samplings=samplings,
+        plan_bytes=plan_bytes,
+        bank_bytes=held.whole_bytes if held else None,
+        bank_memory_ratio=held.ratio if held else None,
+        resident_bytes=resident_bytes(),
+    )
 
 
 def measured_budgets(pipeline: Pipeline) -> Budgets:

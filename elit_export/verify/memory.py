@@ -1,6 +1,6 @@
 """How much memory engines hold, measured where nothing else is: each bank in a process of its own.
 
-Takes: a bundle's folder, one of its plan sets.  Gives: the memory of all engines over that of one.
+Takes: a bundle's folder, one of its plan sets.  Gives: the memory of all engines, and of one.
 May touch: nothing; needs no torch.
 
 Only Linux tells. The processes are spawned, so a script that calls this needs `if __name__ == "__main__":`.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,18 +27,37 @@ from elit_export.verify.cases import case_inputs
 from elit_export.verify.timing import resident_bytes
 
 
-def bank_memory_ratio(folder: Path, plan_set: PlanSet) -> float | None:
-    """What the whole bank holds over what the engine of its largest budgets does.
+@dataclass(frozen=True)
+class BankMemory:
+    """What the whole bank holds, and the engine of its largest budgets alone."""
 
-    None where the system does not tell, and for a device that has its own memory.
+    whole_bytes: int
+    one_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.whole_bytes / self.one_bytes
+
+
+def bank_memory(folder: Path, plan_set: PlanSet) -> BankMemory | None:
+    """None where the system does not tell, and for a device that has its own memory.
 
     Raises EngineError if a process dies, as one does that runs out of memory.
     """
-    if resident_bytes() is None or plan_set.device != "cpu":
+    if not _is_told(plan_set):
         return None
     largest = max(plan_set.profiles, key=lambda facts: facts.profile.latents.max)
     whole, one = (_held_in_own_process(folder, plan_set, profiles) for profiles in (plan_set.profiles, (largest,)))
-    return whole / one
+    return BankMemory(whole, one)
+
+
+def bank_bytes(folder: Path, plan_set: PlanSet) -> int | None:
+    """What the whole bank holds; as bank_memory."""
+    return _held_in_own_process(folder, plan_set, plan_set.profiles) if _is_told(plan_set) else None
+
+
+def _is_told(plan_set: PlanSet) -> bool:
+    return resident_bytes() is not None and plan_set.device == "cpu"
 
 
 def _held_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[ProfileFacts]) -> int:

@@ -20,6 +20,7 @@ from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, Precision, Profile, Range
 from elit_export.verify.cases import Arrays, cache_inputs, case_rows, trajectory_rows, trajectory_states
+from elit_export.verify.timing import PEAK_REPEATS, PEAK_SIZES, once_ms
 
 MAX_ROWS = 1 << 20
 
@@ -46,6 +47,18 @@ def torch_pipeline(model: ElitSiT) -> Pipeline:
     cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
     bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)
     return Pipeline(bank, model.spec, model.data)
+
+
+def matmul_peaks_gflops() -> dict[Precision, float]:
+    """Best rate of a square matrix product in PyTorch, by precision (2 FLOPs per multiply-add)."""
+    types = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
+    return {precision: max(_matmul_gflops(size, dtype) for size in PEAK_SIZES) for precision, dtype in types.items()}
+
+
+def _matmul_gflops(size: int, dtype: torch.dtype) -> float:
+    a = torch.ones(size, size, dtype=dtype)
+    best_ms = min(once_ms(lambda: a @ a) for _ in range(PEAK_REPEATS))
+    return 2 * size**3 / best_ms / 1e6
 
 
 def reference_arrays(

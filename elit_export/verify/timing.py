@@ -27,14 +27,28 @@ class Timing:
     runs: int
 
 
-def timed_in_turn(functions: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Run each function once per round, so that a slow moment of the machine hits all of them."""
+def nothing() -> None:
+    """Do nothing."""
+
+
+def timed_in_turn(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    before: Callable[[], None] = nothing,
+) -> dict[str, Timing]:
+    """Run each function once per round, so that a slow moment of the machine hits all of them.
+
+    `before` runs before each and is not timed.
+    """
     for function in functions.values():
         for _ in range(warmup):
             function()
     taken: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
+            before()
             taken[name].append(once_ms(function))
     return {name: _timing(values) for name, values in taken.items()}
 

@@ -27,7 +27,17 @@ def result_of(budgets: dict[str, Budget]) -> BenchResult:
         engine_ms = flops(SPEC, budget).total / 1e6
         timed[name] = {name: Timing(factor * engine_ms, 0.0, 0.0, 1) for name, factor in ((ENGINE, 1), ("eager", 2))}
     results = list(budget_results(SPEC, budgets, timed, rows=2, peak=100.0))
-    return BenchResult(2, 100.0, results, 1.0, [], bank_memory_ratio=1.25, resident_bytes=3_000_000)
+    return BenchResult(
+        rows=2,
+        peak_gflops=100.0,
+        budgets=results,
+        switching=1.0,
+        samplings=[],
+        plan_bytes=4_000,
+        bank_bytes=2_000_000,
+        bank_memory_ratio=1.25,
+        resident_bytes=3_000_000,
+    )
 
 
 def printed(table: Table) -> str:
@@ -49,9 +59,10 @@ def test_columns_say_what_times_are_relative_to() -> None:
 def test_the_caption_tells_the_memory_where_it_is_known() -> None:
     result = result_of({"full": Budget(4, 4)})
     (known,) = bench_tables(result)
-    assert "all engines hold 1.25 of the memory of one; the whole process holds 3 MB" in printed(known)
-    (unknown,) = bench_tables(replace(result, bank_memory_ratio=None, resident_bytes=None))
-    assert "memory" not in printed(unknown)
+    told = "the plans take 4 kB on disk; all engines hold 2 MB, 1.25 of one; the whole process holds 3 MB"
+    assert told in printed(known)
+    (unknown,) = bench_tables(replace(result, bank_bytes=None, bank_memory_ratio=None, resident_bytes=None))
+    assert "hold" not in printed(unknown)
 
 
 def quality_of(**changes: Any) -> QualityResult:

@@ -26,6 +26,7 @@ from elit_export.verify.bench import (
     measured_budgets,
     sampling_ways,
 )
+from elit_export.verify.memory import BankMemory
 from elit_export.verify.reference import torch_engine
 from elit_export.verify.timing import resident_bytes, timed_in_turn
 from tests.helpers import tiny_model
@@ -53,7 +54,16 @@ def pipeline_over(latents: Range, rows: Range) -> Pipeline:
 
 
 def bench_of(pipeline: Pipeline, *, rows: int, sampling: bool, on_stage: Callable[[str], None]) -> BenchResult:
-    return bench(pipeline, {}, rows=rows, rounds=1, sampling=sampling, bank_memory=lambda: None, on_stage=on_stage)
+    return bench(
+        pipeline,
+        {},
+        rows=rows,
+        rounds=1,
+        sampling=sampling,
+        plan_bytes=1,
+        memory=lambda: None,
+        on_stage=on_stage,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +71,16 @@ def whole(tiny_bundle: Bundle) -> BenchResult:
     """A bench of everything beside PyTorch."""
     with Pipeline.load(tiny_bundle.folder) as pipeline:
         runners = {"eager": torch_engine(tiny_model())}
-        return bench(pipeline, runners, rows=4, rounds=3, sampling=True, bank_memory=lambda: 1.05, on_stage=ignore)
+        return bench(
+            pipeline,
+            runners,
+            rows=4,
+            rounds=3,
+            sampling=True,
+            plan_bytes=7,
+            memory=lambda: BankMemory(whole_bytes=210, one_bytes=200),
+            on_stage=ignore,
+        )
 
 
 def test_every_budget_is_timed_beside_pytorch(whole: BenchResult) -> None:
@@ -76,7 +95,7 @@ def test_every_budget_is_timed_beside_pytorch(whole: BenchResult) -> None:
         assert budget.time_over_largest == pytest.approx(engine.median_ms / full_ms)
         assert budget.flops_over_largest == pytest.approx(budget.flops / whole.budgets[0].flops)
         assert budget.time_over_flops == pytest.approx(budget.time_over_largest / budget.flops_over_largest)
-    assert whole.bank_memory_ratio == 1.05
+    assert (whole.bank_bytes, whole.bank_memory_ratio, whole.plan_bytes) == (210, 1.05, 7)
 
 
 def test_every_way_to_sample_is_timed(whole: BenchResult) -> None:

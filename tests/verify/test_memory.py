@@ -11,24 +11,26 @@ from elit_export.bundle import Bundle
 from elit_export.errors import EngineError
 from elit_export.manifest import PlanSet
 from elit_export.verify import memory as module
-from elit_export.verify.memory import bank_memory_ratio
+from elit_export.verify.memory import bank_bytes, bank_memory
 from elit_export.verify.timing import resident_bytes
 
 
 def test_profiles_that_share_an_engine_cost_nothing_more(fashion_bundle: Bundle) -> None:
     if resident_bytes() is None:
         pytest.skip("only Linux tells its memory")
-    ratio = bank_memory_ratio(fashion_bundle.folder, fashion_bundle.manifest.plan_sets[0])
-    assert ratio == pytest.approx(1.0, abs=0.1)
+    found = bank_memory(fashion_bundle.folder, fashion_bundle.manifest.plan_sets[0])
+    assert found
+    assert found.ratio == pytest.approx(1.0, abs=0.1)
+    assert found.whole_bytes > 13_000_000  # its weights
 
 
 def test_an_engine_for_every_profile_shows(fashion_bundle: Bundle, tmp_path: Path) -> None:
     if resident_bytes() is None:
         pytest.skip("only Linux tells its memory")
     folder = Path(shutil.copytree(fashion_bundle.folder, tmp_path / "copied"))
-    ratio = bank_memory_ratio(folder, with_own_plans(folder, fashion_bundle.manifest.plan_sets[0]))
-    assert ratio is not None
-    assert ratio > 1.5
+    found = bank_memory(folder, with_own_plans(folder, fashion_bundle.manifest.plan_sets[0]))
+    assert found
+    assert found.ratio > 1.5
 
 
 def with_own_plans(folder: Path, plan_set: PlanSet) -> PlanSet:
@@ -46,14 +48,15 @@ def with_own_plans(folder: Path, plan_set: PlanSet) -> PlanSet:
 def test_a_system_that_does_not_tell_starts_no_process(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resident_bytes", lambda: None)
     monkeypatch.delattr(module, "ProcessPoolExecutor")
-    assert bank_memory_ratio(tiny_bundle.folder, tiny_bundle.manifest.plan_sets[0]) is None
+    plan_set = tiny_bundle.manifest.plan_sets[0]
+    assert bank_memory(tiny_bundle.folder, plan_set) is bank_bytes(tiny_bundle.folder, plan_set) is None
 
 
 def test_a_process_that_dies_is_a_clear_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resident_bytes", lambda: 1)
     monkeypatch.setattr(module, "held_bytes", kill_own_process)
     with pytest.raises(EngineError, match="measure their memory died"):
-        bank_memory_ratio(tiny_bundle.folder, tiny_bundle.manifest.plan_sets[0])
+        bank_memory(tiny_bundle.folder, tiny_bundle.manifest.plan_sets[0])
 
 
 def kill_own_process(_folder: Path, _plan_set: PlanSet) -> int:
