@@ -4,8 +4,9 @@ Takes: a float32 graph, samples.  Gives: another graph, or Sensitivity.  May tou
 Needs NVIDIA Model Optimizer (`modelopt`), and runs on the CPU.  Knows nothing of: plans.
 
 Quantized are linear layers of attention and MLP, by QuantizeLinear and DequantizeLinear around them: activations
-with one scale each, weights with one for each output and stored in 8 bits. Everything else stays in float32: patch,
-time and class embedders, adaLN, norms, softmax, the tokens between layers and the final layer.
+with one scale each, weights with one for each output and stored in 8 bits. Products that are left, as those of
+attention, run in float16, because float32 has no tensor cores. In float32 stay patch, time and class embedders, adaLN,
+norms, softmax, the tokens between layers and the final layer.
 
 What was tried on the shipped model (calibrated on 256 samples; the worst dB over the least, best and most K of every
 profile, of velocity / residual, on 20 rows of other trajectories each; the graph run node by node in ONNX Runtime):
@@ -19,10 +20,12 @@ profile, of velocity / residual, on 20 rows of other trajectories each; the grap
     by maximum, without the tail's MLP and Write              33.9 / 36.0    30.2 / 31.8
     by maximum, every linear layer, as the library leaves it  21.2 / 27.4    22.2 / 25.8   (see `_unshare`)
 
-Hence LAYERS_IN: in int8 the tail's MLP stays in float32, 18 % of the FLOPs at 1 latent of 16 and 6 % at all of them.
-Entropy cuts off the largest values, holds every activation of every sample in memory, and the library's fp8 is
-made for maxima. Most of the error is of activations (weights alone in int8: 42 dB) and of small t, where the model
-divides by t: 21 dB at t = 0.05, 39 dB at t = 1. Other models have other weak layers: `sensitivities` finds them.
+(With the rest in float32; in float16 as here the numbers are the same. The library's own way to float16, its
+`high_precision_dtype`, left int8 19 dB.) Hence LAYERS_IN: int8 leaves the tail's MLP, 18 % of the FLOPs at 1 latent of
+16 and 6 % at all of them. Entropy cuts off the largest values, holds every activation of every sample in memory, and
+the library's fp8 is made for maxima: it puts them at 36 of 448, which leaves room above and costs nothing (at 448:
+26.3 / 28.6). Most of the error is of activations (weights alone in int8: 42 dB) and of small t, where the model divides
+by t: 21 dB at t = 0.05, 39 dB at t = 1. Other models have other weak layers: `sensitivities` finds them.
 """
 
 from __future__ import annotations
@@ -78,13 +81,21 @@ MOST_ROWS = 1 << 16  # more rows than any call has
 
 
 def quantized_graph(
-    graph: Path, folder: Path, precision: Precision, samples: Samples, layers: Sequence[str] = ()
+    graph: Path,
+    folder: Path,
+    precision: Precision,
+    samples: Samples,
+    layers: Sequence[str] = (),
+    *,
+    rest: Precision = Precision.FP16,
 ) -> Path:
     """Write `graph` into `folder` with the products of `layers` (names of LAYERS) in int8 or fp8; gives its path.
 
-    Without `layers` those of LAYERS_IN. Inputs, outputs and opset are those of `graph`; the weights lie beside it.
+    Without `layers` those of LAYERS_IN. The other products of LAYERS run in `rest`, fp16 or fp32. Inputs, outputs and
+    opset are those of `graph`; the weights lie beside it as NAME.data.
     Raises BackendUnavailable, or CalibrationError with what the library said.
     """
+    assert rest in (Precision.FP16, Precision.FP32)
     import onnx
 
     source = onnx.load(graph, load_external_data=False)
@@ -95,6 +106,8 @@ def quantized_graph(
         _unshare(made, wanted)
         _check_complete(made, wanted)
         _check_same_interface(made, source)
+        if rest is Precision.FP16:
+            _halve(made, set(_products(source, tuple(LAYERS))) - set(wanted))
         finished = Path(private) / "finished"
         finished.mkdir()
         onnx.save(made, finished / graph.name, save_as_external_data=True, location=f"{graph.name}.data")
@@ -206,6 +219,30 @@ def _unshare(model: onnx.ModelProto, wanted: Mapping[str, str]) -> None:
                 node.input[index] = quantize.input[0]
 
 
+def _halve(model: onnx.ModelProto, names: set[str]) -> None:
+    """Run these products in float16, between casts; weights are stored in it."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        if node.name not in names:
+            nodes.append(node)
+            continue
+        for index, name in enumerate(node.input):
+            if name in weights:  # an exported product has its weight for itself
+                halved = numpy_helper.to_array(weights[name]).astype(np.float16)
+                weights[name].CopyFrom(numpy_helper.from_array(halved, name))
+                continue
+            half = node.input[index] = f"{node.name}/input_{index}"
+            nodes.append(helper.make_node("Cast", [name], [half], half, to=TensorProto.FLOAT16))
+        exact, half = node.output[0], f"{node.name}/output"
+        node.output[0] = half
+        nodes += [node, helper.make_node("Cast", [half], [exact], half, to=TensorProto.FLOAT)]
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+
+
 def _check_complete(model: onnx.ModelProto, wanted: Mapping[str, str]) -> None:
     """Products of attention may be left out: the library takes those only that TensorRT has kernels for."""
     made_by = {name: node.op_type for node in model.graph.node for name in node.output}
@@ -256,7 +293,9 @@ def sensitivities(
     for name in [*_layers_of(spec), AS_BUILT]:
         layers = LAYERS_IN[precision] if name == AS_BUILT else (name,)
         with tempfile.TemporaryDirectory(prefix="elit-export-") as folder:
-            found = answers_of(quantized_graph(graph, Path(folder), precision, samples, layers), held_out)
+            rest = Precision.FP16 if name == AS_BUILT else Precision.FP32
+            made = quantized_graph(graph, Path(folder), precision, samples, layers, rest=rest)
+            found = answers_of(made, held_out)
         yield Sensitivity(
             name,
             flops_share={kept: flops_share(spec, kept, layers) for kept in held_out},

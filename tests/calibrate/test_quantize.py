@@ -128,7 +128,22 @@ def test_just_the_wanted_products_are_in_8_bits(
     assert {kind: count for kind, count in kinds.items() if count} == {
         "QuantizeLinear": len(found),  # weights are stored in 8 bits
         "DequantizeLinear": 2 * len(found),
+        "Cast": {Precision.INT8: 24 * 3 + 2 * 2, Precision.FP8: 24 * 3}[precision],
     }
+
+
+@each_precision
+def test_the_other_products_are_in_float16_and_the_final_layer_is_not(
+    graphs: dict[Precision, Path], fashion_bundle: Bundle, precision: Precision
+) -> None:
+    model = onnx.load(graphs[precision])
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
+    halves = {node.name for node in model.graph.node if types.get(node.output[0]) == TensorProto.FLOAT16}
+    every = products_of(stored_graph(fashion_bundle), tuple(LAYERS))
+    assert {name for name in halves if "/MatMul" in name and "input" not in name and "output" not in name} == (
+        every - products_in_8_bits(graphs[precision])
+    )
 
 
 @each_precision
@@ -153,7 +168,7 @@ def test_a_scale_is_the_maximum_over_all_samples(
     model.graph.output.add().name = tensor
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     largest = max(float(np.abs(session.run([tensor], inputs)[0]).max()) for inputs in samples.inputs())
-    for precision, highest in ((Precision.INT8, 127), (Precision.FP8, 448)):
+    for precision, highest in ((Precision.INT8, 127), (Precision.FP8, 127**2 / 448)):  # of 448: the rest is room
         made = onnx.load(graphs[precision])
         (quantized,) = [
             node for node in made.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor
