@@ -24,8 +24,8 @@ profile, of velocity / residual, on 20 rows of other trajectories each; the grap
 `high_precision_dtype`, left int8 19 dB.) Hence LAYERS_IN: int8 leaves the tail's MLP, 18 % of the FLOPs at 1 latent of
 16 and 6 % at all of them. Entropy cuts off the largest values, holds every activation of every sample in memory, and
 the library's fp8 is made for maxima: it puts them at 36 of 448, which leaves room above and costs nothing (at 448:
-26.3 / 28.6). Most of the error is of activations (weights alone in int8: 42 dB) and of small t, where the model divides
-by t: 21 dB at t = 0.05, 39 dB at t = 1. Other models have other weak layers: `sensitivities` finds them.
+26.3 / 28.6). Most of the error is of activations (weights alone in int8: 42 dB) and of small t: int8 without the
+tail's second layer has 21 dB at t = 0.05 and 39 dB at t = 1. Other models have other weak layers: `sensitivities`.
 """
 
 from __future__ import annotations
