@@ -56,8 +56,7 @@ def layer_flops(spec: ModelSpec, budget: Budget) -> dict[str, int]:
     depths = {"head": spec.head_depth, "core": spec.core_depth, "tail": spec.tail_depth}
     for part, length in lengths.items():
         found[f"{part} attention"] = depths[part] * (_linear(length, width, 3 * width) + _linear(length, width, width))
-        for kind in ("MLP in", "MLP out"):
-            found[f"{part} {kind}"] = depths[part] * _linear(length, width, spec.mlp_size)
+        found[f"{part} MLP"] = depths[part] * 2 * _linear(length, width, spec.mlp_size)
     inside_groups = spec.groups * _attention(spec.latents, spec.latents, width)
     found["Read"] = _cross_attention(spec, 0) - inside_groups + _interface_mlp(spec)
     found["Write"] = _cross_attention(spec, tokens) - inside_groups + _interface_mlp(spec)

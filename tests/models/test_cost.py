@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from elit_export.models.cost import Cost, flops
+from elit_export.models.cost import Cost, flops, layer_flops
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import Budget, ModelSpec
 from tests.helpers import tiny_spec
@@ -79,6 +80,25 @@ def test_only_the_core_depends_on_the_budget(spec: ModelSpec) -> None:
     core = [cost.pop("core") for cost in costs]
     assert all(cost == costs[0] for cost in costs)
     assert all(low < high for low, high in pairwise(core))
+
+
+@pytest.mark.parametrize(("spec", "kept"), CASES)
+def test_layers_are_what_torch_counts_of_them(spec: ModelSpec, kept: int) -> None:
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        x, t, y = torch.empty(1, *spec.sample_shape), torch.empty(1), torch.empty(1, dtype=torch.int64)
+        ElitSiT(spec)(x, t, y, torch.arange(kept))
+    counted = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    inner = {name.rpartition(".")[0] for name in counted}
+    leaves = {name.removeprefix("ElitSiT."): count for name, count in counted.items() if name not in inner | {"Global"}}
+    found = layer_flops(spec, budget(spec, kept))
+    expected = dict.fromkeys(found, 0) | {"attention products": counter.get_total_flops() - sum(leaves.values())}
+    for name, count in leaves.items():
+        part, _, module = name.partition(".")
+        if kind := re.match(r"\d+\.(attn|mlp)\.", module):
+            expected[f"{part} attention" if kind[1] == "attn" else f"{part} MLP"] += count
+        elif part in ("read", "write") and re.match(r"attn|mlp", module):
+            expected[part.title()] += 0 if name == "read.attn.q_proj" else count
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_parts_sum_to_the_total() -> None:
