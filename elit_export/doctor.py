@@ -21,10 +21,11 @@ IMPORT_SECONDS = 120  # of one tool; torch takes two on an idle machine
 
 @dataclass(frozen=True)
 class Tool:
-    """What a library is for, and the extra that brings it."""
+    """What a library is for, the extra that brings it, and its name for pip if that is another."""
 
     used_for: str
     extra: str
+    package: str = ""
 
 
 # What commands beside sampling need.
@@ -34,7 +35,8 @@ TOOLS = {
     "onnx_ir": Tool("export, build", "export"),
     "onnxscript": Tool("export, build", "export"),
     "safetensors": Tool("checkpoints", "export"),
-    "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize"),
+    "nncf": Tool("int8 plans of OpenVINO", "openvino"),
+    "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize", package="nvidia-modelopt"),
     "matplotlib": Tool("plots", "report"),
 }
 
@@ -78,7 +80,7 @@ def _tool_finding(library: str, tool: Tool) -> Finding:
     if find_spec(library) is None:
         return Finding(library, use, "not installed", f"pip install {install}")
     try:
-        use = f"{version(library)}, {use}"
+        use = f"{version(tool.package or library)}, {use}"
     except PackageNotFoundError:
         use = f"unknown version, {use}"
     problem = _import_problem(library)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from elit_export.errors import RecipeError
-from elit_export.recipe import Recipe, TensorRTTarget, load_recipe, recipe_from_values, shipped_recipe
+from elit_export.recipe import OpenVinoTarget, Recipe, TensorRTTarget, load_recipe, recipe_from_values, shipped_recipe
 from elit_export.spec import Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
 
@@ -123,7 +123,8 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     assert recipe.name == path.stem
     assert recipe.target("cpu").backend == "onnxruntime"
     for name, target in recipe.targets.items():
-        assert name == "cpu" or isinstance(target, TensorRTTarget)
+        assert name == "cpu" or isinstance(target, TensorRTTarget | OpenVinoTarget)
+        assert name.startswith("openvino") is (target.backend == "openvino")
         assert name.endswith("-tensorrt") is (target.backend == "tensorrt")
 
 
