@@ -121,11 +121,13 @@ class _Build:
     source: str
     samples_file: Path | None
     progress: Progress
+    samples: Samples | None = None  # what a quantized target is calibrated on
 
     def run(self) -> Bundle:
         facts = self._facts()
         profiles = self.recipe.profiles_for(facts.spec)
-        assert self.samples is None or self.samples.facts.checkpoint_sha256 == facts.checkpoint_sha256
+        if self.samples_file:  # before anything is made
+            self.samples = load_samples(self.samples_file, facts.spec, facts.checkpoint_sha256)
         reference = self._reference(profiles)
         graphs = self._graphs(reference)
         unverified = self._plan_set(graphs, profiles, reference)
@@ -170,11 +172,6 @@ class _Build:
     @cached_property
     def sha256(self) -> str:
         return sha256_of(checkpoint_path(self.source))
-
-    @cached_property
-    def samples(self) -> Samples | None:
-        """What a quantized target is calibrated on; raises CalibrationError if they are not of this checkpoint."""
-        return load_samples(self.samples_file, self._facts().spec, self.sha256) if self.samples_file else None
 
     # ------------------------------------------------------------ keys
 

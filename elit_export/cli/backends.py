@@ -15,7 +15,7 @@ from elit_export.bundle import Bundle
 from elit_export.cli.common import progress_bar
 from elit_export.cli.quality import able_plan_sets
 from elit_export.errors import BackendUnavailable
-from elit_export.report.tables import backends_tables
+from elit_export.report.measures import backends_tables
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import Precision
 from elit_export.verify.backends import EAGER, Competitor, common_budgets, compare_backends

@@ -13,13 +13,8 @@ from elit_export.calibrate.samples import batches as sample_batches
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
 from elit_export.errors import BundleError
 from elit_export.manifest import CacheCalibration
-from elit_export.report.tables import (
-    calibration_table,
-    samples_facts,
-    samples_table,
-    sensitivity_facts,
-    sensitivity_table,
-)
+from elit_export.report.samples import samples_facts, samples_table, sensitivity_facts, sensitivity_table
+from elit_export.report.tables import calibration_table
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
 from elit_export.samples import load_samples, save_samples
 from elit_export.spec import QUANTIZED, STEP, Precision

@@ -17,7 +17,8 @@ from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say,
 from elit_export.cli.quality import bench_quality
 from elit_export.errors import InputError
 from elit_export.manifest import PlanSet
-from elit_export.report.tables import bench_tables, cost_table, soak_table, sweep_tables, table
+from elit_export.report.measures import bench_tables, cost_table, soak_table, sweep_tables
+from elit_export.report.tables import table
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.verify.bars import Bar

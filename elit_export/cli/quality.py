@@ -13,7 +13,7 @@ from rich.table import Table
 from elit_export.bundle import Bundle
 from elit_export.cli.common import progress_bar
 from elit_export.manifest import PlanSet
-from elit_export.report.tables import quality_table
+from elit_export.report.measures import quality_table
 from elit_export.runtime.opening import check_verified, chosen_plan_set, matching, unfit
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import Precision

@@ -13,7 +13,8 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, stop_requested, write_json
 from elit_export.errors import InputError
-from elit_export.report.tables import floors_table, table
+from elit_export.report.measures import floors_table
+from elit_export.report.tables import table
 from elit_export.spec import DataFacts, ModelSpec
 
 POSITIVE = click.IntRange(min=1)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from elit_export.models.cost import flops
 from elit_export.models.features import Floor
-from elit_export.report.tables import bench_tables, quality_table
+from elit_export.report.measures import bench_tables, quality_table
 from elit_export.spec import Budget
 from elit_export.verify.bench import ENGINE, BenchResult, budget_results
 from elit_export.verify.quality import Estimate, QualityResult, QualityRow

@@ -14,7 +14,7 @@ from elit_export import Pipeline
 from elit_export.bundle import Bundle
 from elit_export.errors import InputError
 from elit_export.models.cost import flops, flops_per_image
-from elit_export.report.tables import bench_tables
+from elit_export.report.measures import bench_tables
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.spec import Precision, Profile, Range
 from elit_export.verify import timing
