@@ -42,7 +42,10 @@ def bundle_facts(bundle: Bundle) -> Facts:
         "package_version": manifest.package_version,
         "checkpoint_sha256": manifest.model.checkpoint_sha256,
         **model_facts(manifest.model.spec, manifest.model.data),
-        "graphs": {name: graph.artifact.size_bytes for name, graph in manifest.graphs.items()},
+        "graphs": {
+            name: {"size_bytes": graph.artifact.size_bytes, "sqnr_db": graph.sqnr_db}
+            for name, graph in manifest.graphs.items()
+        },
         "plan_sets": [_plan_set_facts(plan_set, manifest.model.spec) for plan_set in manifest.plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
     }
@@ -75,6 +78,8 @@ def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
         "device": plan_set.device,
         "precision": plan_set.precision.value,
         "options": plan_set.options,
+        "samples": plan_set.samples.model_dump(mode="json") if plan_set.samples else None,
+        "accepted_below_tolerance": plan_set.accepted,
         "covered": listed(budgets_of(plan_set, spec)),
         "plans": {
             plan.artifact.name: {

@@ -59,8 +59,9 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
             yield name, str(facts[name])
     if "size_bytes" in facts:
         yield "size", size(facts["size_bytes"])
-    for name, size_bytes in facts.get("graphs", {}).items():
-        yield f"graph {name}", size(size_bytes)
+    for name, graph in facts.get("graphs", {}).items():
+        error = "" if graph["sqnr_db"] is None else f", {graph['sqnr_db']:.0f} dB to PyTorch in ONNX Runtime"
+        yield f"graph {name}", f"{size(graph['size_bytes'])}{error}"
     for group in ("spec", "shapes"):
         for name, value in facts[group].items():
             yield name, str(value)
@@ -85,7 +86,8 @@ def _plan_set_table(plan_set: Facts) -> Table:
             for profile in plan_set["profiles"]
         ],
     )
-    made.caption = f"built with {', '.join(libraries)}; plans: {plans}"
+    calibrated = f"; calibrated on {plan_set['samples']['samples']} real inputs" if plan_set["samples"] else ""
+    made.caption = f"built with {', '.join(libraries)}; plans: {plans}{calibrated}"
     return made
 
 
