@@ -29,7 +29,7 @@ from elit_export.spec import LATENTS, ROWS, Precision, Profile
 
 TIMING_CACHE = "timing.cache"
 MEGABYTE = 1 << 20
-FIRST_BF16 = (8, 0)  # compute capability
+FIRST_WITH = {Precision.BF16: (8, 0), Precision.FP8: (8, 9)}  # compute capabilities
 logger = logging.getLogger(__name__)
 
 
@@ -75,9 +75,10 @@ def check(target: TensorRTTarget) -> None:
 
 
 def _check_arithmetic(target: TensorRTTarget) -> None:
-    older = [name for name in target.compute_capabilities if _numbers(name) < FIRST_BF16]
-    if target.precision is Precision.BF16 and older:
-        raise BuildError(f"compute capability {older[0]} has no bf16 arithmetic: give it a target with fp16")
+    first = FIRST_WITH.get(target.precision, (0, 0))
+    if older := [name for name in target.compute_capabilities if _numbers(name) < first]:
+        precision = target.precision.value
+        raise BuildError(f"compute capability {older[0]} has no {precision} arithmetic: give it a target with fp16")
 
 
 def _check_known(trt: Any, wanted: Iterable[str]) -> None:

@@ -397,6 +397,10 @@ def test_a_change_of_another_target_leaves_this_one(copied: Path, tiny_checkpoin
             {"precision": Precision.BF16, "compute_capabilities": ["8.6", "7.5"]},
             r"capability 7\.5 has no bf16 arithmetic: give it a target with fp16",
         ),
+        (
+            {"precision": Precision.FP8, "compute_capabilities": ["8.9", "8.6"]},
+            r"capability 8\.6 has no fp8 arithmetic: give it a target with fp16",
+        ),
     ],
 )
 def test_what_tensorrt_for_rtx_cannot_build_for_is_refused_at_once(
