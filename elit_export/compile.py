@@ -93,8 +93,8 @@ def compile_bundle(
     source = checkpoint or recipe.checkpoint
     if source is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
-    _check_samples(chosen, target, samples, Path(out))
     BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
+    _check_samples(chosen, target, samples, Path(out))
     with writing(Path(out)) as writer:
         return _Build(writer, recipe, target, chosen, str(source), Path(samples) if samples else None, progress).run()
 
