@@ -84,6 +84,8 @@ def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
             }
             for plan in plan_set.plans
         },
+        "samples": plan_set.samples.model_dump(mode="json") if plan_set.samples else None,
+        "accepted": plan_set.accepted,
         "reference_bytes": plan_set.reference.artifact.size_bytes,
         "profiles": [
             {
