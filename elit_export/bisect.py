@@ -24,11 +24,11 @@ from onnx.reference import ReferenceEvaluator
 
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle
-from elit_export.errors import BundleError
+from elit_export.errors import BundleError, InputError
 from elit_export.manifest import PlanSet, ProfileFacts, ReferenceCase
 from elit_export.recipe import target_of
 from elit_export.runtime.engine import to_host
-from elit_export.spec import LATENTS, STEP
+from elit_export.spec import LATENTS, QUANTIZED, STEP
 from elit_export.verify.cases import Arrays
 from elit_export.verify.metrics import Difference, difference
 from elit_export.verify.parity import load_reference
@@ -73,8 +73,10 @@ class Verdict:
 def bisect(bundle: Bundle, plan_set: PlanSet, *, case: int) -> Verdict:
     """Find what departs at one reference case (an index into the plan set's cases).
 
-    Raises BundleError if the bundle is a copy without graphs, or its graph was altered.
+    Raises InputError for plans that say nothing about the nodes of a graph, and BundleError if the bundle is a copy
+    without graphs, or its graph was altered.
     """
+    _check_follows_graph(bundle, plan_set)
     graph_file = _graph_file(bundle, plan_set)
     trial = _trial(bundle, plan_set, case)
     stored_db = trial.agreement_db(trial.run(trial.stored_plan()))
@@ -171,7 +173,7 @@ class _Trial:
         target = target_of(plan_set.backend, plan_set.device, plan_set.precision, plan_set.options)
         (folder / "plan").mkdir()
         builder = BACKENDS[plan_set.backend].builder()
-        built = builder.build_plan(graph, folder / "plan", [self.profile.profile], target, lambda _share: None)
+        built = builder.build_plan(graph, folder / "plan", [self.profile.profile], target, None, lambda _share: None)
         return folder / "plan" / str(built.file)
 
     def run(self, plan: Path) -> Arrays:
@@ -221,6 +223,22 @@ def _trial(bundle: Bundle, plan_set: PlanSet, index: int) -> _Trial:
 
 
 # ---------------------------------------------------------------- graphs
+
+
+def _check_follows_graph(bundle: Bundle, plan_set: PlanSet) -> None:
+    """Are the nodes of the plans those of a stored ONNX graph, in the precision of that graph?"""
+    backend = BACKENDS[plan_set.backend]
+    if plan_set.precision in QUANTIZED:
+        raise InputError(
+            f"{plan_set.precision.value} departs at every product, so that the first one tells nothing: "
+            f"elit-export calibrate sensitivity {bundle.folder} --samples FILE --precision {plan_set.precision.value} "
+            f"shows what each kind of layer costs"
+        )
+    if backend.rounds or backend.reads != "onnx":
+        raise InputError(
+            f"plans of {backend.name} do not show the nodes of their graph; "
+            f"build a target of onnxruntime into {bundle.folder}, which runs the same model, and bisect that one"
+        )
 
 
 def _graph_file(bundle: Bundle, plan_set: PlanSet) -> Path:

@@ -66,3 +66,9 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, short enough for a line."""
     said = str(error).strip()
     return said.splitlines()[0] if said else type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """The same of a library that says first where it failed, and last why."""
+    said = str(error).strip()
+    return said.splitlines()[-1] if said else type(error).__name__

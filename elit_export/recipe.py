@@ -61,7 +61,7 @@ class Target(_Table):
     device: str
     precision: Annotated[Precision, Field(strict=False)]
     fused: bool = False
-    accept_below_tolerance: str | None = Field(default=None, min_length=1)
+    accept_below_tolerance: Annotated[str, Field(pattern=r"\S")] | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> Self:

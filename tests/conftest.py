@@ -14,13 +14,15 @@ import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from elit_export import compile
+from elit_export import Pipeline, compile
 from elit_export.bundle import Bundle
+from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
 from elit_export.checkpoint import load_checkpoint, save_checkpoint
 from elit_export.compile import compile_bundle
 from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import Recipe, recipe_from_values, shipped_recipe
+from elit_export.samples import save_samples
 from elit_export.spec import Precision
 from tests.helpers import Golden, golden, tiny_model
 
@@ -120,6 +122,48 @@ def fused_recipe(checkpoint: Path) -> Recipe:
     values: Any = recipe_values(checkpoint)
     values["targets"]["cpu"]["fused"] = True
     return recipe_from_values(values, "test")
+
+
+@pytest.fixture(scope="session")
+def tiny_samples(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration samples of the tiny model, as `calibrate samples` takes them."""
+    recipe = SampleRecipe(images=5, steps=8, sampler="euler", guidance=("none", "cfg:2"), samples=96, seed=4, rows=3)
+    with Pipeline.load(tiny_bundle.folder) as pipeline:
+        checkpoint = tiny_bundle.manifest.model.checkpoint_sha256
+        found = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, checkpoint)
+    path = tmp_path_factory.mktemp("samples") / "samples.npz"
+    save_samples(found.samples, path)
+    return path
+
+
+def openvino_recipe(checkpoint: Path, **changes: Any) -> Recipe:
+    """Targets ov-fp32 (with `fused`), ov-bf16 and ov-int8 beside that of ONNX Runtime; `changes` are in each."""
+    values: Any = recipe_values(checkpoint)
+    for precision in ("fp32", "bf16", "int8"):
+        values["targets"][f"ov-{precision}"] = {
+            "backend": "openvino",
+            "precision": precision,
+            "threads": 1,
+            "fused": precision == "fp32",
+        } | changes
+    return recipe_from_values(values, "test")
+
+
+@pytest.fixture(scope="session")
+def openvino_bundle(
+    fused_bundle: Bundle, tiny_checkpoint: Path, tiny_samples: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bundle:
+    """The tiny model for OpenVINO in every precision that this CPU has. Do not change it: copy it first."""
+    ov = pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    folder = Path(shutil.copytree(fused_bundle.folder, tmp_path_factory.mktemp("openvino") / "bundle"))
+    recipe = openvino_recipe(tiny_checkpoint)
+    bundle = compile_bundle(recipe, "ov-fp32", out=folder)
+    if "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        bundle = compile_bundle(recipe, "ov-bf16", out=folder)
+    if "INT8" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        bundle = compile_bundle(recipe, "ov-int8", out=folder, samples=tiny_samples)
+    return bundle
 
 
 @pytest.fixture(scope="session")

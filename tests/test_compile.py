@@ -60,7 +60,7 @@ def test_changed_rows_ask_pytorch_again_but_do_not_export(copied: Path, tiny_che
 def test_a_changed_checkpoint_makes_everything_again(copied: Path, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
     stages = build_again(copied, tmp_path / "other.safetensors")
-    assert stages == [READ, *EXPORT, ANSWER, BUILD[0], VERIFY]  # those of the cache come out the same
+    assert stages == [READ, ANSWER, *EXPORT, BUILD[0], VERIFY]  # those of the cache come out the same
 
 
 def test_a_newer_library_builds_the_plan_again(
@@ -102,4 +102,4 @@ def test_what_is_gone_from_disk_is_made_again(copied: Path, tiny_checkpoint: Pat
 
 def test_a_damaged_manifest_is_built_over(copied: Path, tiny_checkpoint: Path) -> None:
     (copied / MANIFEST).write_text("{")
-    assert build_again(copied, tiny_checkpoint) == [READ, *EXPORT, ANSWER, *BUILD, VERIFY]
+    assert build_again(copied, tiny_checkpoint) == [READ, ANSWER, *EXPORT, *BUILD, VERIFY]

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from elit_export.errors import RecipeError
-from elit_export.recipe import OpenVinoTarget, Recipe, TensorRTTarget, load_recipe, recipe_from_values, shipped_recipe
+from elit_export.recipe import (
+    OnnxRuntimeTarget,
+    OpenVinoTarget,
+    Recipe,
+    TensorRTTarget,
+    load_recipe,
+    recipe_from_values,
+    shipped_recipe,
+)
 from elit_export.spec import Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
 
@@ -42,6 +50,14 @@ GPU_RECIPE = (
 backend = "tensorrt-rtx"
 precision = "bf16"
 compute_capabilities = ["8.9", "12.0"]
+"""
+)
+OPENVINO_RECIPE = (
+    RECIPE
+    + """
+[targets.ov]
+backend = "openvino"
+precision = "bf16"
 """
 )
 ENGINES = Path(__file__).parent.parent / "engines"
@@ -123,8 +139,8 @@ def test_every_recipe_in_the_repository_loads(path: Path) -> None:
     assert recipe.name == path.stem
     assert recipe.target("cpu").backend == "onnxruntime"
     for name, target in recipe.targets.items():
-        assert name == "cpu" or isinstance(target, TensorRTTarget | OpenVinoTarget)
-        assert name.startswith("openvino") is (target.backend == "openvino")
+        kind = {"cpu": OnnxRuntimeTarget, "openvino": OpenVinoTarget}.get(name.split("-")[0], TensorRTTarget)
+        assert isinstance(target, kind)
         assert name.endswith("-tensorrt") is (target.backend == "tensorrt")
 
 
@@ -254,6 +270,40 @@ def test_a_mistake_in_a_tensorrt_target_is_told_with_file_and_key(
     path = recipe_file(tmp_path, changed(old, new, GPU_RECIPE))
     with pytest.raises(RecipeError, match=re.escape(f"{path}: targets.rtx") + f".*{told}"):
         load_recipe(path)
+
+
+def test_an_openvino_target_needs_little(tmp_path: Path) -> None:
+    target = loaded(tmp_path, OPENVINO_RECIPE).target("ov")
+    assert (target.device, target.precision, target.accept_below_tolerance) == ("cpu", Precision.BF16, None)
+    assert target.options() == {"threads": 0, "hint": "latency"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "line", "told"),
+    [
+        ("bf16", 'hint = "speed"', r"\.hint: input should be 'latency' or 'throughput'"),
+        ("bf16", "threads = 1025", r"\.threads: .*less than or equal to 1024"),
+        ("bf16", 'device = "gpu"', r"device 'gpu': backend openvino has cpu"),
+        ("fp16", "", r"precision 'fp16': backend openvino has fp32, bf16, int8"),
+        ("bf16", "fused = true", r"fused: backend openvino would round what decides too.* use precision fp32"),
+        ("int8", "fused = true", r"fused: only `step` is quantized to int8; leave it out"),
+        ("int8", 'accept_below_tolerance = ""', r"\.accept_below_tolerance: string should match"),
+        ("int8", 'accept_below_tolerance = " "', r"\.accept_below_tolerance: string should match"),
+        ("int8", "accept_below_tolerance = true", r"\.accept_below_tolerance: input should be a valid string"),
+    ],
+)
+def test_a_mistake_in_an_openvino_target_is_told_with_file_and_key(
+    tmp_path: Path, precision: str, line: str, told: str
+) -> None:
+    path = recipe_file(tmp_path, changed('"bf16"', f'"{precision}"\n{line}', OPENVINO_RECIPE))
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: targets.ov") + f".*{told}"):
+        load_recipe(path)
+
+
+def test_a_quantized_graph_is_never_fused(tmp_path: Path) -> None:
+    text = changed('precision = "bf16"', 'precision = "fp8"\nfused = true', GPU_RECIPE)
+    with pytest.raises(RecipeError, match="fused: only `step` is quantized to fp8; leave it out"):
+        loaded(tmp_path, text)
 
 
 def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:

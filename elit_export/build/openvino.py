@@ -21,7 +21,7 @@ from pathlib import Path
 import openvino as ov
 
 from elit_export.build.plan import BuiltPlan, OnShare
-from elit_export.errors import BackendUnavailable, BuildError, first_line
+from elit_export.errors import BackendUnavailable, BuildError, last_line
 from elit_export.machine import cpu_features
 from elit_export.recipe import OpenVinoTarget
 from elit_export.samples import Samples
@@ -75,7 +75,7 @@ def build_plan(
         compiled = ov.Core().compile_model(model, DEVICE, {"INFERENCE_PRECISION_HINT": arithmetic})
         content = compiled.export_model()
     except RuntimeError as error:  # what the library raises
-        raise BuildError(f"openvino cannot build {graph.name}: {first_line(error)}") from error
+        raise BuildError(f"openvino cannot build {graph.name}: {last_line(error)}") from error
     file = graph.with_suffix(".blob").name
     (folder / file).write_bytes(content.getbuffer())
     progress(1.0)

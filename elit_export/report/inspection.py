@@ -78,8 +78,6 @@ def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
         "device": plan_set.device,
         "precision": plan_set.precision.value,
         "options": plan_set.options,
-        "samples": plan_set.samples.model_dump(mode="json") if plan_set.samples else None,
-        "accepted_below_tolerance": plan_set.accepted,
         "covered": listed(budgets_of(plan_set, spec)),
         "plans": {
             plan.artifact.name: {
@@ -89,6 +87,8 @@ def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
             }
             for plan in plan_set.plans
         },
+        "samples": plan_set.samples.model_dump(mode="json") if plan_set.samples else None,
+        "accepted": plan_set.accepted,
         "reference_bytes": plan_set.reference.artifact.size_bytes,
         "profiles": [
             {

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from elit_export.errors import BundleError, EngineError, first_line
+from elit_export.errors import BundleError, EngineError, last_line
 from elit_export.machine import cpu_features
 from elit_export.manifest import Plan, PlanSet
 from elit_export.runtime.engine import HOST_OUTPUTS, Array, Engine, HostArray, HostOutput, to_host
@@ -89,20 +89,23 @@ class OpenVinoEngine(Engine):
         try:
             compiled = ov.Core().import_model(plan.read_bytes(), DEVICE, dict(properties))
         except RuntimeError as error:  # what the library raises
-            raise EngineError(f"openvino cannot open {plan}: {first_line(error)}") from error
+            raise EngineError(f"openvino cannot open {plan}: {last_line(error)}") from error
         wanted = TYPES[properties["INFERENCE_PRECISION_HINT"]]
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
         if found != wanted:
             raise EngineError(f"openvino opened {plan.name} in {found.to_string()}, not in {wanted.to_string()}")
         self._request = compiled.create_infer_request()
+        self._inputs = {given.any_name for given in compiled.inputs}
         self._outputs = [output.any_name for output in compiled.outputs]
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if inputs.keys() != self._inputs:  # what is left out would be what the call before gave
+            raise EngineError(f"openvino takes {', '.join(sorted(self._inputs))}, not {', '.join(sorted(inputs))}")
         try:
-            given = {name: np.ascontiguousarray(to_host(array)) for name, array in inputs.items()}
+            given = {name: np.asarray(to_host(array), order="C") for name, array in inputs.items()}
             found = self._request.infer(given, share_inputs=True)  # outputs are copied: they are the caller's
         except RuntimeError as error:  # what the library raises
-            raise EngineError(f"openvino failed: {first_line(error)}") from error
+            raise EngineError(f"openvino failed: {last_line(error)}") from error
         return {name: self._output(name, found[name]) for name in self._outputs}
 
     @staticmethod

@@ -481,7 +481,7 @@ class Bench:
         self, graph: Path | None = None, progress: Share = lambda _: None, count: int = 1, **changes: Any
     ) -> BuiltPlan:
         profiles = default_profiles(4, Range(1, 2, 8))[:count]
-        return tensorrt.build_plan(graph or self.graph, self.folder, profiles, target(**changes), progress)
+        return tensorrt.build_plan(graph or self.graph, self.folder, profiles, target(**changes), None, progress)
 
     def refused(self, graph: Path | None = None, error: type[BaseException] = BuildError, **options: Any) -> str:
         """What is said of a build that fails and leaves nothing."""
@@ -694,7 +694,7 @@ def test_a_plan_of_s2_serves_every_profile(tmp_path: Path) -> None:
     (tmp_path / "plan").mkdir()
     wanted = target(precision=Precision.BF16, compute_capabilities=["8.9", "12.0"], layout="multi-profile")
     shares: list[float] = []
-    built = tensorrt.build_plan(graph, tmp_path / "plan", profiles, wanted, shares.append)
+    built = tensorrt.build_plan(graph, tmp_path / "plan", profiles, wanted, None, shares.append)
     weights = 2 * sum(parameter.numel() for parameter in model.parameters())
     assert (tmp_path / "plan" / built.file).stat().st_size > weights
     assert shares == sorted(shares)

@@ -489,6 +489,6 @@ def test_tensorrt_for_rtx_builds_it(
     values = {"backend": "tensorrt-rtx", "precision": precision, "compute_capabilities": ["8.9", "12.0"]}
     profiles = [Profile(FUSED, Range(1, 4, 4), Range(1, 2, 8))]
     target = TensorRTTarget.model_validate(values)
-    plan = tensorrt.build_plan(graph, tmp_path, profiles, target, lambda _: None)
+    plan = tensorrt.build_plan(graph, tmp_path, profiles, target, None, lambda _: None)
     assert plan.label == f"{FUSED}-tensorrt-rtx{library.__version__}-sm89-sm120"
     assert (tmp_path / plan.file).stat().st_size > graph.with_suffix(".onnx.data").stat().st_size

@@ -590,6 +590,8 @@ class Machine:
             ),
             cache={},
             fused=None,
+            samples=None,
+            accepted=None,
             reference=Reference(
                 artifact=_artifact("reference", "none"), key="", cache_rows=(), cases=(), trajectories=()
             ),

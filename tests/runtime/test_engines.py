@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from elit_export.bundle import Bundle
+from elit_export.compile import compile_bundle
 from elit_export.errors import BackendUnavailable, EngineError
 from elit_export.models.sit import ElitSiT
+from elit_export.recipe import recipe_from_values
 from elit_export.runtime.engine import Engine, HostArray, to_host
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.runtime.opening import open_bank
 from elit_export.spec import Profile, Range
 from elit_export.verify.reference import torch_engine
+from tests.conftest import recipe_values
 
 Inputs = dict[str, HostArray]
 
@@ -59,7 +64,19 @@ def tensorrt(golden_g4_model: ElitSiT, tmp_path_factory: pytest.TempPathFactory)
     assert machine.left() == []
 
 
-@pytest.fixture(scope="module", params=["function", "onnxruntime", "tensorrt"])
+@pytest.fixture(scope="module")
+def openvino(golden_g4_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """In float32; `tests/build/test_openvino.py` has its other precisions."""
+    pytest.importorskip("openvino", reason="needs openvino")
+    folder = Path(shutil.copytree(golden_g4_bundle.folder, tmp_path_factory.mktemp("openvino") / "bundle"))
+    values: Any = recipe_values(golden_g4_bundle.folder.parent / "g4.safetensors")
+    values["targets"]["ov"] = {"backend": "openvino", "precision": "fp32", "threads": 1}
+    bundle = compile_bundle(recipe_from_values(values, "test"), "ov", out=folder)
+    with open_bank(bundle, bundle.manifest.plan_sets[-1]) as bank:
+        yield bank.slots[0].engine
+
+
+@pytest.fixture(scope="module", params=["function", "onnxruntime", "openvino", "tensorrt"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     made: Engine = request.getfixturevalue(request.param)
     return made
