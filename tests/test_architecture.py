@@ -123,7 +123,19 @@ def test_only_the_command_line_prints_or_exits() -> None:
     assert users == []
 
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "safetensors", "matplotlib", "tensorrt_rtx", "cuda", "modelopt")
+HEAVY = (
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "safetensors",
+    "matplotlib",
+    "tensorrt_rtx",
+    "cuda",
+    "modelopt",
+    "openvino",
+    "nncf",
+)
 
 
 def modules_after(code: str) -> set[str]:

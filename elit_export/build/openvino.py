@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import openvino as ov
 
 from elit_export.build.plan import BuiltPlan, OnShare
-from elit_export.errors import BackendUnavailable, BuildError, last_line
+from elit_export.errors import BackendUnavailable, BuildError, first_line, last_line
 from elit_export.machine import cpu_features
 from elit_export.recipe import OpenVinoTarget
 from elit_export.samples import Samples
@@ -31,6 +33,7 @@ DEVICE = "CPU"
 # What NNCF leaves in floating point: adaLN, embedders and the final layer. With them in int8 the velocity of B/2 falls
 # from 35 to 21 dB, that of the shipped model from 26 to 7 dB (the worst of single rows).
 KEPT_HIGH = r".*(modulation|embed|final).*"
+NO_TELEMETRY = "NNCF_CI"
 
 
 def check(target: OpenVinoTarget) -> None:
@@ -99,12 +102,31 @@ def _arithmetic(precision: Precision) -> str:
 
 
 def _versions(precision: Precision) -> dict[str, str]:
-    found = {"openvino": ov.__version__}
-    if precision is Precision.INT8:
-        import nncf
+    return {"openvino": ov.__version__} | ({"nncf": _nncf().__version__} if precision is Precision.INT8 else {})
 
-        found["nncf"] = nncf.__version__
-    return found
+
+def _nncf() -> ModuleType:
+    """NNCF without its telemetry: it reports its use to Intel unless told not to, and is told by this alone.
+
+    Raises BackendUnavailable if it is broken.
+    """
+    before = os.environ.get(NO_TELEMETRY)
+    os.environ[NO_TELEMETRY] = "1"  # read while it is imported
+    try:
+        with _silent():
+            import nncf
+    except Exception as error:  # a broken library raises what it likes
+        raise BackendUnavailable(
+            f"precision int8: nncf is installed but broken, {first_line(error)}: "
+            f"pip install --force-reinstall 'elit-export[openvino]'"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[NO_TELEMETRY]
+        else:
+            os.environ[NO_TELEMETRY] = before
+    module: ModuleType = nncf
+    return module
 
 
 def _quantized(model: ov.Model, samples: Samples) -> ov.Model:
@@ -113,20 +135,23 @@ def _quantized(model: ov.Model, samples: Samples) -> ov.Model:
     Ranges are those that all samples reach: by the means of each sample's ends, NNCF's own choice, the residual of
     the shipped model falls from 33 to 27 dB (the worst of single rows).
     """
-    import nncf
-    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-
-    with _silent():
-        quantized: ov.Model = nncf.quantize(
-            model,
-            nncf.Dataset(list(samples.inputs())),
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(samples),
-            ignored_scope=nncf.IgnoredScope(patterns=[KEPT_HIGH], validate=False),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(
-                activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX
-            ),
-        )
+    nncf = _nncf()
+    ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
+    try:
+        with _silent():
+            quantized: ov.Model = nncf.quantize(
+                model,
+                nncf.Dataset(list(samples.inputs())),
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=len(samples),
+                ignored_scope=nncf.IgnoredScope(patterns=[KEPT_HIGH], validate=False),
+                advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
+            )
+    except Exception as error:  # it raises what it likes
+        raise BuildError(
+            f"nncf cannot quantize the graph: {last_line(error)}: "
+            f"pip install -U 'elit-export[openvino]', or take samples anew"
+        ) from error
     return quantized
 
 

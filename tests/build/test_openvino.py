@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from elit_export.recipe import target_of
 from elit_export.runtime.engine import HostArray, to_host
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.opening import chosen_plan_set, open_fused
+from elit_export.samples import load_samples
 from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, Precision, Profile, Range
 from elit_export.verify.cases import Arrays, cache_inputs, fused_inputs, trajectory_rows
 from elit_export.verify.metrics import difference
@@ -367,6 +369,42 @@ def test_missing_libraries_are_named_with_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendUnavailable, match=r"backend openvino needs openvino: pip install 'elit-export\[openv"):
         BACKENDS["openvino"].builder()
+
+
+def test_nncf_that_is_broken_or_fails_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, openvino_bundle: Bundle, tiny_samples: Path, tmp_path: Path
+) -> None:
+    import nncf
+
+    def failing(*_: object, **__: object) -> None:
+        raise nncf.ValidationError("no such layer")
+
+    model = openvino_bundle.manifest.model
+    samples = load_samples(tiny_samples, model.spec, model.checkpoint_sha256)
+    graph = openvino_bundle.verified(openvino_bundle.manifest.graphs["step-fp32"].artifact) / "step.onnx"
+    profiles = [Profile("all", Range(1, 1, 4), Range(1, 1, 4))]
+
+    def build() -> None:
+        builder.build_plan(graph, tmp_path, profiles, target("int8"), samples, lambda _share: None)
+
+    monkeypatch.setattr(nncf, "quantize", failing)
+    with pytest.raises(BuildError, match=r"nncf cannot quantize the graph: no such layer: pip install -U 'elit-export"):
+        build()
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(BackendUnavailable, match=r"nncf is installed but broken, .*pip install --force-reinstall 'eli"):
+        build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nncf_reports_nothing_to_anyone() -> None:
+    """In a process of its own, as it knows pytest and is silent there."""
+    script = (
+        "import os; from elit_export.build.openvino import _nncf; _nncf()\n"
+        "from nncf.telemetry.wrapper import NNCFTelemetry, telemetry\n"
+        "print(isinstance(telemetry, NNCFTelemetry), 'NNCF_CI' in os.environ)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
 
 
 @pytest.mark.parametrize(("precision", "missing"), [("bf16", "BF16"), ("int8", "INT8")])
