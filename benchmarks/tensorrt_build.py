@@ -65,7 +65,7 @@ def build(graph: Path, recipe: Path, target: str, layout: str, latents: int) -> 
     started, sizes = time.perf_counter(), []
     for profiles in groups:
         with tempfile.TemporaryDirectory() as folder:
-            built = builder.build_plan(graph, Path(folder), profiles, chosen, lambda _share: None)
+            built = builder.build_plan(graph, Path(folder), profiles, chosen, None, lambda _share: None)
             sizes.append((Path(folder) / built.file).stat().st_size)
     print(
         f"{layout}: {len(sizes)} plans, {sum(sizes) / MEGABYTE:.0f} MB in all, "

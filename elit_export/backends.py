@@ -4,6 +4,7 @@ Takes: a name.  Gives: a Backend row.  May touch: nothing; the modules are impor
 
 A build module offers
     check(target)                                          raises if it cannot build for the target here
+    made_by(target) -> dict of names                       versions, and what else of this machine its plans depend on
     grouped(profiles, target) -> groups of profiles        each group shares a plan
     build_plan(graph, folder, profiles, target, samples, progress) -> BuiltPlan
                                                            what plans of a set share may lie beside `folder`;

@@ -6,9 +6,7 @@ May touch: the output folder.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -18,12 +16,13 @@ import numpy as np
 
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle, BundleWriter, writing
-from elit_export.calibrate.quantize import quantized_graph
+from elit_export.calibrate.quantize import check_tools, quantized_graph
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
 from elit_export.errors import BundleError, CalibrationError, RecipeError
 from elit_export.files import sha256_of
 from elit_export.graphs.export import export_graph
 from elit_export.graphs.program import export_program
+from elit_export.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, Keys, versions_of
 from elit_export.manifest import (
     SCHEMA,
     Artifact,
@@ -39,7 +38,7 @@ from elit_export.manifest import (
 from elit_export.models.sit import ElitSiT
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.opening import open_bank, unfit
-from elit_export.samples import Samples, load_samples
+from elit_export.samples import Samples, check_covered, load_samples
 from elit_export.spec import CACHE_GRAPHS, FUSED, QUANTIZED, STEP, Precision, Profile, Range
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.parity import (
@@ -49,13 +48,12 @@ from elit_export.verify.parity import (
     comparisons_of,
     load_reference,
     load_reference_file,
+    met_db,
     parity_of,
     require,
 )
 from elit_export.verify.reference import reference_arrays
 
-QUANTIZING_LIBRARY = "nvidia-modelopt"
-GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 NOTHING_CHANGED = "nothing changed"
 ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
 BEING_BUILT = Parity(status="not run", reason="being built")
@@ -81,11 +79,11 @@ def compile_bundle(
     """Export, build, verify, and only then make the bundle in `out` real.
 
     `checkpoint` takes the place of the recipe's. `samples` is the file that `calibrate samples` wrote, which a target
-    in int8 or fp8 needs. What an earlier build made from the same checkpoint,
-    recipe, libraries and code stays as it is, and so do plan sets of other targets of the same model.
-    Plans whose device is not here are recorded as never run. `progress` hears each stage that does
-    something and the share done before it, and NOTHING_CHANGED at the end if the manifest stays as it
-    was. Raises the package's errors; a failed or interrupted build leaves an earlier bundle as it was.
+    in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, samples, libraries, CPU (where
+    plans depend on it) and code stays as it is, and so do plan sets of other targets of the same model. Plans whose
+    device is not here are recorded as never run. `progress` hears each stage that does something and the share done
+    before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a failed
+    or interrupted build leaves an earlier bundle as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
@@ -94,6 +92,8 @@ def compile_bundle(
     if source is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
     BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
+    if chosen.precision in QUANTIZED and not BACKENDS[chosen.backend].rounds:
+        check_tools()
     _check_samples(chosen, target, samples, Path(out))
     with writing(Path(out)) as writer:
         return _Build(writer, recipe, target, chosen, str(source), Path(samples) if samples else None, progress).run()
@@ -121,13 +121,12 @@ class _Build:
     source: str
     samples_file: Path | None
     progress: Progress
-    samples: Samples | None = None  # what a quantized target is calibrated on
 
     def run(self) -> Bundle:
         facts = self._facts()
         profiles = self.recipe.profiles_for(facts.spec)
-        if self.samples_file:  # before anything is made
-            self.samples = load_samples(self.samples_file, facts.spec, facts.checkpoint_sha256)
+        if self.samples:  # before anything is made
+            check_covered(self.samples, profiles)
         reference = self._reference(profiles)
         graphs = self._graphs(reference)
         unverified = self._plan_set(graphs, profiles, reference)
@@ -165,6 +164,19 @@ class _Build:
         return True
 
     @cached_property
+    def samples(self) -> Samples | None:
+        """What a quantized target is calibrated on; raises CalibrationError if it is not of this checkpoint."""
+        return load_samples(self.samples_file, self._facts().spec, self.sha256) if self.samples_file else None
+
+    @cached_property
+    def keys(self) -> Keys:
+        return Keys(self.recipe, self.chosen, self.sha256, self.samples)
+
+    @cached_property
+    def model_key(self) -> str:
+        return Keys(self.recipe, self.chosen, self.sha256, None).model
+
+    @cached_property
     def model(self) -> ElitSiT:
         self.progress("read checkpoint", STARTS["checkpoint"])
         return load_checkpoint(self.source, **self.recipe.architecture.model_dump())
@@ -172,44 +184,6 @@ class _Build:
     @cached_property
     def sha256(self) -> str:
         return sha256_of(checkpoint_path(self.source))
-
-    # ------------------------------------------------------------ keys
-
-    @cached_property
-    def model_key(self) -> str:
-        architecture = self.recipe.architecture.model_dump()
-        return key_of(self.sha256, architecture, self.recipe.name, code("checkpoint.py", "spec.py", "models"))
-
-    def stored_name(self, graph: str, precision: Precision | None = None) -> str:
-        """`step-bf16`; with `-program` behind it for a backend that reads torch programs."""
-        reads = BACKENDS[self.chosen.backend].reads
-        written = precision or self.precision_of(graph)
-        return f"{graph}-{written.value}" + ("" if reads == "onnx" else f"-{reads}")
-
-    def precision_of(self, graph: str) -> Precision:
-        """Nothing in the graphs of the cache is rounded."""
-        rounds = BACKENDS[self.chosen.backend].rounds
-        return Precision.FP32 if rounds or graph in CACHE_GRAPHS else self.chosen.precision
-
-    def graph_key(self, name: str) -> str:
-        return key_of(self.model_key, name, code("graphs"), versions_of(GRAPH_LIBRARIES))
-
-    def quantized_key(self, exact: Graph, reference: Reference) -> str:
-        """Of a graph, and of the comparison that let it pass."""
-        assert self.samples
-        libraries = version(QUANTIZING_LIBRARY), BACKENDS["onnxruntime"].library_version()
-        source = code("calibrate/quantize.py", "verify"), self.chosen.accept_below_tolerance
-        return key_of(exact.key, reference.key, self.chosen.precision, self.samples.sha256, libraries, source)
-
-    def reference_key(self, profiles: Profiles) -> str:
-        return key_of(self.model_key, str(profiles), version("torch"), code("verify", "runtime"))
-
-    def plan_key(self, graph: Graph, profiles: Profiles) -> str:
-        library = BACKENDS[self.chosen.backend].library_version()
-        choices = self.chosen.model_dump(mode="json", exclude={"fused", "accept_below_tolerance"})
-        samples = self.samples and self.samples.sha256
-        source = code("build", "backends.py", "compile.py")
-        return key_of(graph.artifact.name, str(profiles), choices, library, samples, source)
 
     # ------------------------------------------------------------ stages
 
@@ -223,13 +197,15 @@ class _Build:
     def _graphs(self, reference: Reference) -> dict[str, Graph]:
         """Every graph of the target, by the name that the bundle stores it under."""
         names = (STEP, *CACHE_GRAPHS, *((FUSED,) if self.chosen.fused else ()))
-        written = {name: self.precision_of(name) for name in names}
+        written = {name: self.keys.precision_of(name) for name in names}
         exact = {name: Precision.FP32 if precision in QUANTIZED else precision for name, precision in written.items()}
         graphs = {
-            self.stored_name(name, precision): self._exported(name, precision) for name, precision in exact.items()
+            self.keys.stored_name(name, precision): self._exported(name, precision) for name, precision in exact.items()
         }
         if written[STEP] in QUANTIZED:
-            graphs[self.stored_name(STEP)] = self._quantized(graphs[self.stored_name(STEP, Precision.FP32)], reference)
+            graphs[self.keys.stored_name(STEP)] = self._quantized(
+                graphs[self.keys.stored_name(STEP, Precision.FP32)], reference
+            )
         return graphs
 
     def _fresh(self, name: str, key: str) -> Graph | None:
@@ -237,8 +213,8 @@ class _Build:
         return old if old and old.key == key and self._is_whole(old.artifact) else None
 
     def _exported(self, graph: str, precision: Precision) -> Graph:
-        name = self.stored_name(graph, precision)
-        key = self.graph_key(name)
+        name = self.keys.stored_name(graph, precision)
+        key = self.keys.graph(name)
         if old := self._fresh(name, key):
             return old
         model = self.model
@@ -251,8 +227,9 @@ class _Build:
 
     def _quantized(self, exact: Graph, reference: Reference) -> Graph:
         """`step` in int8 or fp8; raises ParityError if ONNX Runtime, running it, is too far from PyTorch."""
-        name, key = self.stored_name(STEP), self.quantized_key(exact, reference)
-        if old := self._fresh(name, key):
+        name, key = self.keys.stored_name(STEP), self.keys.quantized(exact, reference)
+        old = self._fresh(name, key)
+        if old and (self.chosen.accept_below_tolerance or met_db(old.sqnr_db, self.chosen.precision)):
             return old
         assert self.samples
         self.progress(f"quantize graph {STEP}", STARTS["quantize"])
@@ -275,14 +252,20 @@ class _Build:
         return min(comparison.found.sqnr_db for comparison in found)
 
     def _required(self, comparison: Comparison) -> Comparison:
-        return require(replace(comparison, accepted=self.chosen.accept_below_tolerance or ""))
+        """Of a quantized graph; raises ParityError with what to do about a miss."""
+        accepted = replace(comparison, accepted=self.chosen.accept_below_tolerance or "")
+        remedy = (
+            f"elit-export calibrate sensitivity {self.writer.folder} --samples {self.samples_file} "
+            f"--precision {self.chosen.precision.value} shows which layers cost it"
+        )
+        return require(accepted, remedy)
 
     def _path(self, graph: Graph) -> Path:
         return self.writer.folder / graph.artifact.kind / graph.artifact.name / graph.file
 
     def _reference(self, profiles: Profiles) -> Reference:
         """PyTorch's answers, which targets with the same profiles share."""
-        key = self.reference_key(profiles)
+        key = self.keys.reference(profiles)
         for old in self.earlier_plan_sets:
             if old.reference.key == key and self._is_whole(old.reference.artifact):
                 return old.reference
@@ -304,12 +287,12 @@ class _Build:
         share = 1 / (len(groups) + len(others))
         with self.writer.staged() as shared:
             plans = [
-                self._plan(STEP, graphs[self.stored_name(STEP)], group, shared, (index * share, share))
+                self._plan(STEP, graphs[self.keys.stored_name(STEP)], group, shared, (index * share, share))
                 for index, group in enumerate(groups)
             ]
             more = {
                 name: self._plan(
-                    name, graphs[self.stored_name(name)], _whole(name, profiles), shared, (index * share, share)
+                    name, graphs[self.keys.stored_name(name)], _whole(name, profiles), shared, (index * share, share)
                 )
                 for index, name in enumerate(others, start=len(groups))
             }
@@ -319,7 +302,7 @@ class _Build:
             device=self.chosen.device,
             precision=self.chosen.precision,
             options=self.chosen.options(),
-            graph=self.stored_name(STEP),
+            graph=self.keys.stored_name(STEP),
             profiles=tuple(
                 ProfileFacts(
                     name=profile.name,
@@ -346,7 +329,7 @@ class _Build:
 
         `part` is the share of all plans that is done before it, and its own.
         """
-        key = self.plan_key(graph, profiles)
+        key = self.keys.plan(name, graph, profiles)
         for old in self.before.plans if self.before else ():
             if old.key == key and self._is_whole(old.artifact):
                 return old
@@ -394,28 +377,13 @@ class _Build:
             package_version=version("elit-export"),
             model=facts,
             model_key=self.model_key,
-            graphs={**(kept.graphs if kept else {}), **graphs},
+            graphs={**_still_used(kept.graphs if kept else {}, plan_sets), **graphs},
             plan_sets=tuple(plan_sets) if plan_set in plan_sets else (*plan_sets, plan_set),
             cache_calibration=kept.cache_calibration if kept else None,
         )
 
 
-# ---------------------------------------------------------------- keys and facts
-
-
-def key_of(*parts: object) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def code(*places: str) -> str:
-    """A hash of the package's own source in these files and folders."""
-    package = Path(__file__).parent
-    files = [path for place in places for path in sorted((package / place).rglob("*.py")) or [package / place]]
-    return key_of(*(path.read_text(encoding="utf-8") for path in files))
-
-
-def versions_of(libraries: Iterable[str]) -> dict[str, str]:
-    return {library: version(library) for library in libraries}
+# ---------------------------------------------------------------- facts
 
 
 def _whole(graph: str, profiles: Profiles) -> Profiles:
@@ -427,6 +395,12 @@ def _whole(graph: str, profiles: Profiles) -> Profiles:
 def _covering(ranges: Sequence[Range]) -> Range:
     """The range from the least to the most of several; its opt is the largest."""
     return Range(min(rows.min for rows in ranges), max(rows.opt for rows in ranges), max(rows.max for rows in ranges))
+
+
+def _still_used(graphs: Mapping[str, Graph], plan_sets: Sequence[PlanSet]) -> dict[str, Graph]:
+    """Without quantized graphs that no plan is made of any more: each is of its own samples."""
+    named = {plan_set.graph for plan_set in plan_sets}
+    return {name: graph for name, graph in graphs.items() if graph.sqnr_db is None or name in named}
 
 
 def with_parity(plan_set: PlanSet, parity: Callable[[str], Parity]) -> PlanSet:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from elit_export.errors import CalibrationError
 from elit_export.files import written_whole
-from elit_export.spec import LATENTS, ModelSpec, TensorSpec
+from elit_export.spec import LATENTS, ModelSpec, Profile, TensorSpec
 
 FEWEST = 64  # samples that a calibration may rest on
 FACTS = "facts"  # the entry of the file that holds JSON
@@ -86,6 +86,16 @@ def save_samples(samples: Samples, path: Path) -> None:
     with written_whole(path) as temporary, temporary.open("wb") as file:  # a name would be given the suffix .npz
         entries: dict[str, Any] = {FACTS: np.array(samples.facts.model_dump_json()), **_arrays(samples)}
         np.savez(file, **entries)
+
+
+def check_covered(samples: Samples, profiles: Sequence[Profile]) -> None:
+    """Raise CalibrationError if a profile has no sample at any of its budgets."""
+    for profile in profiles:
+        if not any(int(kept) in profile.latents for kept in np.unique(samples.kept)):
+            raise CalibrationError(
+                f"no sample has a budget of profile {profile.name} ({profile.latents} latents): take samples with the "
+                f"budgets of every profile: elit-export calibrate samples BUNDLE --out FILE"
+            )
 
 
 # ---------------------------------------------------------------- reading

@@ -21,6 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "spec": set(),
     "backends": set(),
     "machine": set(),
+    "keys": {"spec", "recipe", "backends", "manifest", "samples"},
     "manifest": {"spec", "samples"},
     "recipe": {"spec", "backends"},
     "bundle": {"spec", "manifest"},
@@ -33,7 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "build": {"spec", "recipe", "bundle", "manifest", "backends", "samples", "machine"},
     "runtime": {"spec", "bundle", "manifest", "backends", "machine"},
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
-    "calibrate": {"spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
+    "calibrate": {"backends", "spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
     "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
     "compile": {
         *(
@@ -49,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
             "runtime",
             "verify",
             "samples",
+            "keys",
             "calibrate",
         ),
     },

@@ -34,6 +34,10 @@ def check(target: OnnxRuntimeTarget) -> None:
         )
 
 
+def made_by(target: OnnxRuntimeTarget) -> dict[str, str]:
+    return {"onnxruntime": ort.__version__}
+
+
 def grouped(profiles: Sequence[Profile], target: OnnxRuntimeTarget) -> list[tuple[Profile, ...]]:
     """One plan for all: ONNX Runtime has no optimization profiles."""
     return [tuple(profiles)]

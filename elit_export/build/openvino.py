@@ -31,7 +31,7 @@ from elit_export.spec import CACHE_GRAPHS, Precision, Profile
 
 DEVICE = "CPU"
 # What NNCF leaves in floating point: adaLN, embedders and the final layer. With them in int8 the velocity of B/2 falls
-# from 35 to 21 dB, that of the shipped model from 26 to 7 dB (the worst of single rows).
+# from 35 to 21 dB, that of the shipped model from 26 to 7 dB (worst single rows, ranges not yet as in `_quantized`).
 KEPT_HIGH = r".*(modulation|embed|final).*"
 NO_TELEMETRY = "NNCF_CI"
 
@@ -51,6 +51,10 @@ def check(target: OpenVinoTarget) -> None:
 def _capabilities() -> list[str]:
     capabilities: list[str] = ov.Core().get_property(DEVICE, "OPTIMIZATION_CAPABILITIES")
     return capabilities
+
+
+def made_by(target: OpenVinoTarget) -> dict[str, str]:
+    return {**_versions(target.precision), "cpu_features": cpu_features()}
 
 
 def grouped(profiles: Sequence[Profile], target: OpenVinoTarget) -> list[tuple[Profile, ...]]:

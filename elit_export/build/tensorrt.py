@@ -104,6 +104,10 @@ def _check_local(target: TensorRTTarget) -> None:
         )
 
 
+def made_by(target: TensorRTTarget) -> dict[str, str]:
+    return {"library": BACKENDS[target.backend].library_version()}
+
+
 def grouped(profiles: Sequence[Profile], target: TensorRTTarget) -> list[tuple[Profile, ...]]:
     """The profiles of each plan: one each, or all in one."""
     return [tuple(profiles)] if target.layout == "multi-profile" else [(profile,) for profile in profiles]

@@ -27,6 +27,10 @@ def check(target: TorchTensorRTTarget) -> None:
         raise BuildError("torch-tensorrt builds for the GPU of this machine, and torch sees none")
 
 
+def made_by(target: TorchTensorRTTarget) -> dict[str, str]:
+    return {"library": torch_tensorrt.__version__}
+
+
 def grouped(profiles: Sequence[Profile], target: TorchTensorRTTarget) -> list[tuple[Profile, ...]]:
     """One program each: Torch-TensorRT has one optimization profile."""
     return [(profile,) for profile in profiles]

@@ -44,6 +44,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from elit_export.backends import BACKENDS
 from elit_export.calibrate.samples import SampleRecipe, Seen, seen_rows
 from elit_export.errors import BackendUnavailable, CalibrationError, first_line
 from elit_export.models.cost import flops, layer_flops
@@ -161,6 +162,12 @@ def _by_modelopt(graph: Path, private: Path, precision: Precision, samples: Samp
             f"pip install -U 'elit-export[quantize]', or take samples anew"
         ) from error
     return made
+
+
+def check_tools() -> None:
+    """Raise BackendUnavailable if what makes and tries 8-bit graphs is not installed."""
+    _library()
+    BACKENDS["onnxruntime"].engines()
 
 
 def _library() -> Callable[..., None]:

@@ -19,6 +19,7 @@ from elit_export.report.measures import backends_tables
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import Precision
 from elit_export.verify.backends import EAGER, Competitor, common_budgets, compare_backends
+from elit_export.verify.parity import accepted_miss
 
 
 def bench_backends(
@@ -36,7 +37,8 @@ def bench_backends(
         for plan_set in plan_sets:
             held = bank_bytes(folder, plan_set)
             opened = Pipeline.load(folder, target=plan_set.target, precision=plan_set.precision.value)
-            competitors.append(Competitor(plan_set, stack.enter_context(opened), held))
+            miss = accepted_miss(plan_set, bundle.manifest.graphs)
+            competitors.append(Competitor(plan_set, stack.enter_context(opened), miss, held))
             progress.advance(task)
         progress.reset(task, total=len(common_budgets(competitors)))
         result = compare_backends(

@@ -18,9 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from elit_export.bundle import Bundle
 from elit_export.doctor import TOOLS
 from elit_export.errors import ElitExportError
 from elit_export.files import write_text
+from elit_export.manifest import PlanSet
+from elit_export.verify.parity import accepted_miss
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -95,6 +98,12 @@ def show(*tables: Table, json_to: str | None = None) -> None:
 def say(text: str, *, json_to: str | None = None) -> None:
     """One plain line for people: no markup, no wrapping."""
     click.echo(text, err=json_to == "-")
+
+
+def say_accepted(bundle: Bundle, plan_set: PlanSet, *, json_to: str | None = None) -> None:
+    """Warn of plans that are below their tolerance, by the recipe's own leave."""
+    if reason := accepted_miss(plan_set, bundle.manifest.graphs):
+        say(f"{plan_set.target} {plan_set.precision.value} is below its tolerance, accepted: {reason}", json_to=json_to)
 
 
 def write_json(facts: Any, where: str | None) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from elit_export.bundle import Bundle
 from elit_export.cli.backends import bench_backends
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, say_accepted, show, write_json
 from elit_export.cli.quality import bench_quality
 from elit_export.errors import InputError
 from elit_export.manifest import PlanSet
@@ -98,6 +98,7 @@ def bench(
             images=images,
             guidance=steered,
             ways=ways,
+            json_to=json_to,
         )
         conclude(tables, facts, bars, json_to)
         return
@@ -108,6 +109,9 @@ def bench(
         say(f"the fastest, in a recipe:\n{facts['backends']['fastest_recipe']}", json_to=json_to)
         conclude(tables, facts, bars, json_to)
         return
+    opened = Bundle.open(bundle)
+    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+    say_accepted(opened, plan_set, json_to=json_to)
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         if samplers:
             tables, facts = bench_samplers(pipeline, images=rows, guidance=steered)
@@ -125,9 +129,7 @@ def bench(
             )
         else:
             show(cost_table(pipeline.spec), json_to=json_to)
-            opened = Bundle.open(bundle)
             others = torch_runners(opened, checkpoint, compiled=not no_compile) if checkpoint else {}
-            plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
             tables, facts = bench_engines(
                 pipeline, others, opened, plan_set, rows=rows, rounds=rounds, sampling=not no_sampling, plot=plot
             )

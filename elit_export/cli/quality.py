@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from elit_export.bundle import Bundle
-from elit_export.cli.common import progress_bar
+from elit_export.cli.common import progress_bar, say_accepted
 from elit_export.manifest import PlanSet
 from elit_export.report.measures import quality_table
 from elit_export.runtime.opening import check_verified, chosen_plan_set, matching, unfit
@@ -29,6 +29,7 @@ def bench_quality(
     images: int,
     guidance: str,
     ways: Sequence[str],
+    json_to: str | None,
 ) -> tuple[list[Table], dict[str, Any]]:
     """Plan sets in turn, the most precise first; each is open only while it is measured."""
     from elit_export.judge import SHIPPED, load_judge
@@ -37,6 +38,8 @@ def bench_quality(
     judge = load_judge(classifier or SHIPPED)
     bundle = Bundle.open(folder)
     measured, skipped = able_plan_sets(bundle, target, precision)
+    for plan_set in measured:
+        say_accepted(bundle, plan_set, json_to=json_to)
     with progress_bar() as progress:
         result = quality(
             opened_in_turn(bundle, measured, progress, images, chosen),

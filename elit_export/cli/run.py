@@ -8,6 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
+from elit_export.bundle import Bundle
 from elit_export.cli.common import (
     FILE,
     FOLDER,
@@ -15,6 +16,7 @@ from elit_export.cli.common import (
     build_progress,
     progress_bar,
     say,
+    say_accepted,
     show,
     write_json,
 )
@@ -24,6 +26,7 @@ from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
 from elit_export.report.tables import table
 from elit_export.runtime.images import grid
+from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import DataFacts, ModelSpec
@@ -115,6 +118,8 @@ def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: 
         made = pipeline.sample(
             chosen, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
         )
+    opened = Bundle.open(bundle)
+    say_accepted(opened, chosen_plan_set(opened.manifest.plan_sets, target, precision))
     arrays = out.with_suffix(".npz")
     with written_whole(arrays) as temporary:
         np.savez(temporary, latents=made.latents, labels=made.labels)

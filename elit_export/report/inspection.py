@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from elit_export.bundle import Bundle
-from elit_export.manifest import PlanSet, budgets_of
+from elit_export.manifest import Manifest, PlanSet, budgets_of
 from elit_export.models.cost import flops
 from elit_export.spec import DataFacts, ModelSpec, listed
+from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
 
@@ -46,7 +47,7 @@ def bundle_facts(bundle: Bundle) -> Facts:
             name: {"size_bytes": graph.artifact.size_bytes, "sqnr_db": graph.sqnr_db}
             for name, graph in manifest.graphs.items()
         },
-        "plan_sets": [_plan_set_facts(plan_set, manifest.model.spec) for plan_set in manifest.plan_sets],
+        "plan_sets": [_plan_set_facts(plan_set, manifest) for plan_set in manifest.plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
     }
 
@@ -71,7 +72,8 @@ def budget_facts(spec: ModelSpec) -> list[Facts]:
     ]
 
 
-def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
+def _plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
+    spec, graphs = manifest.model.spec, manifest.graphs
     return {
         "target": plan_set.target,
         "backend": plan_set.backend,
@@ -88,7 +90,7 @@ def _plan_set_facts(plan_set: PlanSet, spec: ModelSpec) -> Facts:
             for plan in plan_set.plans
         },
         "samples": plan_set.samples.model_dump(mode="json") if plan_set.samples else None,
-        "accepted": plan_set.accepted,
+        "accepted_miss": accepted_miss(plan_set, graphs),
         "reference_bytes": plan_set.reference.artifact.size_bytes,
         "profiles": [
             {

@@ -6,7 +6,6 @@ Takes: results.  Gives: rich tables.  May touch: nothing; prints nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
@@ -20,9 +19,6 @@ from elit_export.verify.bench import ENGINE, BenchResult, BudgetResult, Sampling
 from elit_export.verify.cache_sweep import CONTROLS, SweepResult, SweepRow
 from elit_export.verify.quality import Estimate, QualityResult, QualityRow
 from elit_export.verify.soak import SoakResult
-
-if TYPE_CHECKING:
-    pass
 
 # ---------------------------------------------------------------- bench
 
@@ -157,7 +153,9 @@ def _backend_cells(row: BackendRow, largest: str) -> tuple[str, ...]:
         f"{row.times[largest].timing.median_ms:.1f}",
         size(row.plan_bytes),
         "unknown" if row.held_bytes is None else size(row.held_bytes),
-        "not compared" if row.parity_db is None else f"{row.parity_db:.0f}" + (" (accepted)" if row.accepted else ""),
+        "not compared"
+        if row.parity_db is None
+        else f"{row.parity_db:.0f}" + (" (accepted)" if row.accepted_miss else ""),
     )
 
 
@@ -176,7 +174,9 @@ def _backend_time_cells(row: BackendRow, time: BackendTime) -> tuple[str, ...]:
 
 def _backend_notes(result: BackendsResult) -> Iterator[str]:
     yield from (f"{precision} matrix-product peak {peak:.0f} GFLOP/s" for precision, peak in result.peaks.items())
-    yield from (f"{row.name} is below tolerance, accepted: {row.accepted}" for row in result.backends if row.accepted)
+    yield from (
+        f"{row.name} is below tolerance, accepted: {row.accepted_miss}" for row in result.backends if row.accepted_miss
+    )
     yield from (f"{name} not measured: {reason}" for name, reason in result.skipped.items())
 
 

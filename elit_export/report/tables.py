@@ -6,16 +6,13 @@ Takes: plain facts.  Gives: rich tables.  May touch: nothing; prints nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from elit_export.manifest import CacheCalibration
 from elit_export.verify.parity import Comparison
-
-if TYPE_CHECKING:
-    pass
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")
@@ -87,7 +84,8 @@ def _plan_set_table(plan_set: Facts) -> Table:
         ],
     )
     calibrated = f"; calibrated on {plan_set['samples']['samples']} real inputs" if plan_set["samples"] else ""
-    made.caption = f"built with {', '.join(libraries)}; plans: {plans}{calibrated}"
+    accepted = f"; below tolerance, accepted: {plan_set['accepted_miss']}" if plan_set["accepted_miss"] else ""
+    made.caption = Text(f"built with {', '.join(libraries)}; plans: {plans}{calibrated}{accepted}")
     return made
 
 

@@ -32,6 +32,7 @@ class Competitor:
 
     plan_set: PlanSet
     pipeline: Pipeline
+    accepted_miss: str  # the reason, where it is below its tolerance
     held_bytes: int | None  # resident memory of its engines alone, None where the system does not tell
 
     @property
@@ -61,7 +62,7 @@ class BackendRow:
     precision: str
     recipe: str
     parity_db: float | None
-    accepted: str | None
+    accepted_miss: str
     plan_bytes: int
     held_bytes: int | None
     times: dict[str, BackendTime]
@@ -180,7 +181,7 @@ def _row(
         precision=plan_set.precision.value,
         recipe=recipe_of(plan_set),
         parity_db=parity_db(plan_set),
-        accepted=plan_set.accepted,
+        accepted_miss=competitor.accepted_miss,
         plan_bytes=sum(plan.artifact.size_bytes for plan in plan_set.plans),
         held_bytes=competitor.held_bytes,
         times={budget: time_of(budget) for budget in budgets},
@@ -196,7 +197,10 @@ def parity_db(plan_set: PlanSet) -> float | None:
 def recipe_of(plan_set: PlanSet) -> str:
     """The table of a recipe that builds these plans."""
     choices = {"backend": plan_set.backend, "device": plan_set.device, "precision": plan_set.precision.value}
+    more = {"fused": True if plan_set.fused else None, "accept_below_tolerance": plan_set.accepted}
     lines = [
-        f"{key} = {json.dumps(value)}" for key, value in {**choices, **plan_set.options}.items() if value is not None
+        f"{key} = {json.dumps(value)}"
+        for key, value in {**choices, **plan_set.options, **more}.items()
+        if value is not None
     ]
     return "\n".join([f"[targets.{plan_set.target}]", *lines])

@@ -16,7 +16,7 @@ import numpy as np
 
 from elit_export.bundle import Bundle
 from elit_export.errors import BundleError, EngineError, ParityError
-from elit_export.manifest import Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
+from elit_export.manifest import Graph, Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.opening import open_fused
@@ -31,8 +31,10 @@ from elit_export.verify.cases import (
     trajectory_steps,
 )
 from elit_export.verify.metrics import Difference, difference, worst
-from elit_export.verify.tolerances import TOLERANCES
+from elit_export.verify.tolerances import CACHE_DB, TOLERANCES
 
+LEAST_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
+SLACK_DB = 1.0  # by which a later verify may be worse than what was accepted
 IDENTICAL_DB = 999.0  # JSON has no infinity
 NOTHING = Difference(math.inf, math.inf, -math.inf, math.nan)  # no answer at all
 
@@ -42,7 +44,7 @@ class Comparison:
     """One output at one point. `part` is `profile NAME` or `trajectory NAME`, `point` where in it.
 
     `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare. `accepted` is the
-    recipe's reason for which it may miss.
+    recipe's reason for which it may miss, as far down as `accepted_from_db`.
     """
 
     part: str
@@ -52,6 +54,7 @@ class Comparison:
     profiles: tuple[str, ...] = ()
     problem: str = ""
     accepted: str = ""
+    accepted_from_db: float = 0.0
 
     @property
     def met(self) -> bool:
@@ -61,7 +64,7 @@ class Comparison:
     @property
     def passed(self) -> bool:
         """A miss may be accepted, no answer or numbers that are not finite never."""
-        return self.met or (bool(self.accepted) and math.isfinite(self.found.sqnr_db))
+        return self.met or (bool(self.accepted) and self.found.sqnr_db >= self.accepted_from_db)
 
     @property
     def margin_db(self) -> float:
@@ -99,8 +102,19 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
 
     An engine that fails or gives numbers that are not finite is a miss at every point it leaves without an answer.
     """
+    recorded = {f"profile {facts.name}": facts.parity for facts in plan_set.profiles}
     for comparison in _compared(bundle, plan_set, bank, arrays):
-        yield replace(comparison, accepted=plan_set.accepted or "")
+        yield _with_acceptance(comparison, plan_set.accepted, recorded.get(comparison.part))
+
+
+def _with_acceptance(comparison: Comparison, reason: str | None, recorded: Parity | None) -> Comparison:
+    """Steps and trajectories may miss, down to what was recorded; the graphs of the cache, which are fp32, may not."""
+    if not reason or comparison.part.startswith("graph "):
+        return comparison
+    known = recorded.sqnr_db if recorded else None
+    return replace(
+        comparison, accepted=reason, accepted_from_db=LEAST_ACCEPTED_DB if known is None else known - SLACK_DB
+    )
 
 
 def _compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
@@ -136,11 +150,28 @@ def comparisons_of(plan_set: PlanSet) -> int:
     return steps + cached + fused + sum(trajectory.steps for trajectory in reference.trajectories)
 
 
-def require(comparison: Comparison) -> Comparison:
+def require(comparison: Comparison, remedy: str = "") -> Comparison:
     """Give it back if it passed, else raise ParityError."""
     if not comparison.passed:
-        raise ParityError(comparison.verdict)
+        advice = f"; {remedy}" if remedy else ""
+        raise ParityError(
+            f"{comparison.verdict}{advice}"
+            + ("" if comparison.problem else '; accept_below_tolerance = "why" keeps it')
+        )
     return comparison
+
+
+def met_db(sqnr_db: float | None, precision: Precision) -> bool:
+    """Is a single step so good?"""
+    return sqnr_db is not None and sqnr_db >= TOLERANCES[precision].step_db
+
+
+def accepted_miss(plan_set: PlanSet, graphs: Mapping[str, Graph]) -> str:
+    """Why a plan set that is below its tolerance, or whose graph is, was accepted; empty where nothing is below."""
+    quantized = graphs[plan_set.graph].sqnr_db if plan_set.graph in graphs else None
+    is_below = any(facts.parity.status == "accepted" for facts in plan_set.profiles)
+    is_below |= quantized is not None and not met_db(quantized, plan_set.precision)
+    return (plan_set.accepted or "") if is_below else ""
 
 
 def parity_of(profile: str, found: Sequence[Comparison]) -> Parity:
@@ -197,7 +228,7 @@ def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spe
     outputs, problem = _answers(bank.cache[graph], cache_inputs(graph, rows, spec))
     for tensor in spec.outputs_of(graph):
         found = _found(outputs, tensor.name, arrays[f"{graph}/{rows}/{tensor.name}"])
-        least_db = TOLERANCES[Precision.FP32].step_db
+        least_db = CACHE_DB
         yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", found, least_db, problem=problem)
 
 
@@ -217,7 +248,7 @@ def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: Mod
         outputs, problem = _answers(engine, fused_inputs(given, force=False, rows=rows, spec=spec))
         for name, wanted in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
             found = _found(outputs, name, arrays[wanted.format(rows)])
-            least_db = TOLERANCES[Precision.FP32].step_db
+            least_db = CACHE_DB
             yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", found, least_db, problem=problem)
 
 

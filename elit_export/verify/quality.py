@@ -45,7 +45,10 @@ class Way:
         name, _, steps = text.partition(":")
         if not steps.isdecimal():
             raise InputError(f"way {text!r} is not SAMPLER:STEPS, e.g. euler:50")
-        return cls(sampler_named(name).name, int(steps))
+        sampler = sampler_named(name)
+        if sampler.uses_noise:
+            raise InputError(f"way {text!r}: {name} draws noise at every step, so that rows could not be compared")
+        return cls(sampler.name, int(steps))
 
     @property
     def calls(self) -> int:

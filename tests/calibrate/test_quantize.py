@@ -328,7 +328,7 @@ def test_tensorrt_builds_a_plan_of_it(
         folder = tmp_path / arithmetic.value
         folder.mkdir()
         wanted = target.model_copy(update={"precision": arithmetic})
-        plan = tensorrt.build_plan(graph, folder, [profile], wanted, lambda _: None)
+        plan = tensorrt.build_plan(graph, folder, [profile], wanted, None, lambda _: None)
         sizes[arithmetic] = (folder / plan.file).stat().st_size
     assert sizes[precision] < 0.9 * sizes[Precision.FP32]
     builder = trt.Builder(tensorrt._log(trt))
