@@ -19,6 +19,8 @@ from elit_export.manifest import Plan, PlanSet
 from elit_export.runtime.engine import HOST_OUTPUTS, Array, Engine, HostArray, HostOutput, to_host
 
 DEVICE = "CPU"
+MOST_THREADS = 1024  # more than any machine has cores; the library would start them all
+HINTS = ("latency", "throughput")
 TYPES = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}
 
 
@@ -37,20 +39,30 @@ def open_engines(plans: Mapping[str, Path], plan_set: PlanSet) -> dict[str, Open
 
 
 def _properties(plan: Plan, plan_set: PlanSet) -> dict[str, Any]:
-    """All must be said again: a plan opened without them runs in bf16 wherever the CPU has it."""
-    threads = {"INFERENCE_NUM_THREADS": plan_set.options["threads"]} if plan_set.options["threads"] else {}
-    return {
-        "INFERENCE_PRECISION_HINT": plan.built_on["arithmetic"],
-        "PERFORMANCE_HINT": plan_set.options["hint"].upper(),
-        **threads,
-    }
+    """All must be said again: a plan opened without them runs in bf16 wherever the CPU has it.
+
+    Raises BundleError for what no build writes.
+    """
+    threads, hint = (plan_set.options.get(name) for name in ("threads", "hint"))
+    arithmetic = plan.built_on.get("arithmetic", "")
+    counts = isinstance(threads, int) and 0 <= threads <= MOST_THREADS
+    if not counts or hint not in HINTS or arithmetic not in TYPES:
+        raise BundleError(
+            f"target {plan_set.target}: threads {threads!r}, hint {hint!r} and arithmetic {arithmetic!r} cannot be: "
+            f"{_rebuild(plan_set)}"
+        )
+    chosen = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+    return {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": hint.upper(), **chosen}
 
 
 def unfit(plan_set: PlanSet) -> str:
     """Why these plans cannot run here; empty if they can."""
     here = {"cpu_features": cpu_features(), "version": ov.__version__}
     for plan in plan_set.plans:
-        built = {"cpu_features": plan.built_on["cpu_features"], "version": plan.versions["openvino"]}
+        built = {
+            "cpu_features": plan.built_on.get("cpu_features", ""),
+            "version": plan.versions.get("openvino", "unknown"),
+        }
         if built["version"] != here["version"]:
             return (
                 f"built with openvino {built['version']}, installed is {here['version']}: "

@@ -341,6 +341,25 @@ def test_a_plan_of_another_version_is_refused_with_both_ways_out(openvino_bundle
     assert "pip install 'openvino==2025.1.0' or build it again here: elit-export build RECIPE" in told
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"threads": 1},
+        {"threads": 10**6, "hint": "latency"},
+        {"threads": "2", "hint": "latency"},
+        {"threads": 0, "hint": 3},
+    ],
+    ids=str,
+)
+def test_options_that_no_build_writes_are_refused(openvino_bundle: Bundle, options: dict[str, Any]) -> None:
+    plan_set = set_of(openvino_bundle).model_copy(update={"options": options})
+    with pytest.raises(
+        BundleError, match=r"target ov-fp32: threads .* cannot be: build it again here: elit-export bui"
+    ):
+        openvino_engine.open_engines({"step": plan_of(openvino_bundle)}, plan_set)
+
+
 def test_a_cpu_plugin_that_is_missing_is_told(openvino_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     class Bare:
         available_devices = ("GPU",)
