@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from elit_export.build.plan import BuiltPlan
 from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle
 from elit_export.cli import main
 from elit_export.compile import NOTHING_CHANGED
-from elit_export.errors import CalibrationError, ParityError
+from elit_export.errors import BackendUnavailable, BundleError, CalibrationError, ParityError
 from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.samples import Samples, load_samples, save_samples
 from elit_export.spec import CACHE_GRAPHS, Precision
@@ -130,6 +131,29 @@ def test_the_same_samples_do_nothing_and_other_ones_build_again(
     assert after["ov-int8"].profiles[0].plan.artifact != before["ov-int8"].profiles[0].plan.artifact
 
 
+def test_another_cpu_builds_again(
+    copied: Path, tiny_checkpoint: Path, tiny_samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the refusal of its plans says."""
+    for module in (BACKENDS["openvino"].builder(), BACKENDS["openvino"].engines()):
+        monkeypatch.setattr(module, "cpu_features", lambda: "avx1024")
+    with pytest.raises(BundleError, match="--target ov-int8 --out BUNDLE --samples FILE"):
+        Pipeline.load(copied, target="ov-int8")
+    assert "verify" in stages_of(openvino_recipe(tiny_checkpoint), "ov-int8", copied, samples=tiny_samples)
+    Pipeline.load(copied, target="ov-int8").close()
+
+
+def test_samples_of_every_profile_are_needed(
+    copied: Path, tiny_checkpoint: Path, samples: Samples, tmp_path: Path
+) -> None:
+    full = samples.kept.max()
+    save_samples(replace(samples, kept=np.full_like(samples.kept, full)), tmp_path / "full.npz")
+    before = (copied / MANIFEST).read_bytes()
+    with pytest.raises(CalibrationError, match=r"no sample has a budget of profile half .*calibrate samples"):
+        stages_of(openvino_recipe(tiny_checkpoint), "ov-int8", copied, samples=tmp_path / "full.npz")
+    assert_untouched(copied, before)
+
+
 def test_the_manifest_keeps_where_the_samples_are_from(copied: Path, samples: Samples) -> None:
     kept = {plan_set.target: plan_set.samples for plan_set in Bundle.open(copied).manifest.plan_sets}
     assert kept.pop("ov-int8") == samples.facts
@@ -222,9 +246,10 @@ def test_plans_are_built_of_the_graph_that_modelopt_makes(
     assert {path.parent.name[: len("step-int8-")] for path in steps} == {"step-int8-"}
     assert {path.stem for path in rtx} == {"step", *CACHE_GRAPHS}
     manifest = Bundle.open(tiny_copy).manifest
-    assert manifest.graphs["step-int8"].sqnr_db is not None
-    assert 25 <= manifest.graphs["step-int8"].sqnr_db < 60
-    assert "nvidia-modelopt" in manifest.graphs["step-int8"].versions
+    quantized = manifest.graphs[manifest.plan_sets[1].graph]
+    assert quantized.sqnr_db is not None
+    assert 25 <= quantized.sqnr_db < 60
+    assert "nvidia-modelopt" in quantized.versions
     assert manifest.graphs["step-fp32"].sqnr_db is None
     operators = [node.op_type for node in onnx.load(steps[0], load_external_data=False).graph.node]
     assert "QuantizeLinear" in operators
@@ -246,7 +271,56 @@ def test_other_samples_quantize_again(
     stages_of(recipe, "rtx", tiny_copy, samples=tiny_samples)
     assert stages_of(recipe, "rtx", tiny_copy, samples=tiny_samples) == [NOTHING_CHANGED]
     save_samples(replace(samples, x=samples.x * np.float32(0.9)), tmp_path / "other.npz")
-    assert "quantize graph step" in stages_of(recipe, "rtx", tiny_copy, samples=tmp_path / "other.npz")
+    stages = stages_of(recipe, "rtx", tiny_copy, samples=tmp_path / "other.npz")
+    assert "quantize graph step" in stages
+    assert not [stage for stage in stages if stage.startswith("build") and "step" not in stage]  # the cache's stay
+    names = [name for name in Bundle.open(tiny_copy).manifest.graphs if name.startswith("step-int8")]
+    assert len(names) == 1  # that of the samples before is of no use to anyone
+
+
+def test_targets_with_samples_of_their_own_do_not_disturb_each_other(
+    tiny_copy: Path,
+    tiny_checkpoint: Path,
+    tiny_samples: Path,
+    samples: Samples,
+    rtx: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantizer(0.0, monkeypatch)
+    save_samples(replace(samples, x=samples.x * np.float32(0.9)), tmp_path / "other.npz")
+    values: Any = rtx_recipe(tiny_checkpoint).model_dump(mode="json", exclude_none=True)
+    values["targets"]["second"] = values["targets"]["rtx"]
+    recipe = recipe_from_values(values, "test")
+    places = {"rtx": tiny_samples, "second": tmp_path / "other.npz"}
+    for target, place in places.items():
+        stages_of(recipe, target, tiny_copy, samples=place)
+    for target, place in places.items():
+        assert stages_of(recipe, target, tiny_copy, samples=place) == [NOTHING_CHANGED]
+    plan_sets = {plan_set.target: plan_set for plan_set in Bundle.open(tiny_copy).manifest.plan_sets}
+    assert plan_sets["rtx"].graph != plan_sets["second"].graph
+
+
+def test_another_reason_makes_nothing_again(
+    tiny_copy: Path, tiny_checkpoint: Path, tiny_samples: Path, rtx: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantizer(0.5, monkeypatch)
+    first, second = (rtx_recipe(tiny_checkpoint, accept_below_tolerance=reason) for reason in ("try it", "why not"))
+    stages_of(first, "rtx", tiny_copy, samples=tiny_samples)
+    assert stages_of(second, "rtx", tiny_copy, samples=tiny_samples) == []
+    assert Bundle.open(tiny_copy).manifest.plan_sets[1].accepted == "why not"
+    with pytest.raises(ParityError, match=r"calibrate sensitivity .* --precision int8 .*accept_below_tolerance = "):
+        stages_of(rtx_recipe(tiny_checkpoint), "rtx", tiny_copy, samples=tiny_samples)
+
+
+def test_a_missing_quantizer_is_told_before_anything_is_made(
+    tiny_checkpoint: Path, tiny_samples: Path, rtx: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
+    with pytest.raises(BackendUnavailable, match=r"need modelopt .*pip install 'elit-export\[quantize\]'"):
+        compile_bundle(rtx_recipe(tiny_checkpoint), "rtx", out=tmp_path / "bundle", samples=tiny_samples)
+    assert not (tmp_path / "bundle").exists()
+    assert rtx == []
 
 
 def test_a_quantized_graph_that_misses_is_refused_before_any_plan(
@@ -268,7 +342,7 @@ def test_a_reason_lets_a_quantized_graph_that_misses_pass(
     manifest = compile_bundle(recipe, "rtx", out=tiny_copy, samples=tiny_samples).manifest
     assert rtx
     assert manifest.plan_sets[1].accepted == "a test of it"
-    found = manifest.graphs["step-int8"].sqnr_db
+    found = manifest.graphs[manifest.plan_sets[1].graph].sqnr_db
     assert found is not None
     assert found < 25
     with pytest.raises(ParityError, match="misses 25 dB"):  # what let it pass is gone

@@ -80,7 +80,8 @@ def _other_cpu(built: str, here: str) -> str:
 
 
 def _rebuild(plan_set: PlanSet) -> str:
-    return f"build it again here: elit-export build RECIPE --target {plan_set.target} --out BUNDLE"
+    samples = " --samples FILE" if plan_set.samples else ""
+    return f"build it again here: elit-export build RECIPE --target {plan_set.target} --out BUNDLE{samples}"
 
 
 def library_version(library: str) -> str:

@@ -92,6 +92,13 @@ def test_the_recipe_it_prints_builds_the_same(tiny_bundle: Bundle, tiny_checkpoi
     assert chosen.options() == plan_set.options
 
 
+def test_the_recipe_says_what_else_was_asked_for(fused_bundle: Bundle) -> None:
+    (plan_set,) = fused_bundle.manifest.plan_sets
+    written = tomllib.loads(recipe_of(plan_set.model_copy(update={"accepted": 'so "be" it'})))
+    target = written["targets"][plan_set.target]
+    assert (target["fused"], target["accept_below_tolerance"]) == (True, 'so "be" it')
+
+
 def test_the_command_compares_all_that_run_here(tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     targets = {

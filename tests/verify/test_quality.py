@@ -185,7 +185,12 @@ def test_no_part_has_more_rows_than_the_profiles_take(pipeline: Pipeline, guidan
 def test_ways_are_read() -> None:
     assert [Way.parse("euler:50"), Way.parse("ab3:14")] == list(WAYS)
     assert [way.calls for way in WAYS] == [50, 15]
-    for text, said in (("euler", "is not SAMPLER:STEPS"), ("euler:x", "is not SAMPLER:STEPS"), ("rk:5", "rk")):
+    for text, said in (
+        ("euler", "is not SAMPLER:STEPS"),
+        ("euler:x", "is not SAMPLER:STEPS"),
+        ("rk:5", "rk"),
+        ("euler-maruyama:9", "draws noise"),
+    ):
         with pytest.raises(InputError, match=said):
             Way.parse(text)
 
