@@ -1,7 +1,7 @@
 """Write a checkpoint of a named size with random weights, to measure speed where the released ones are not at hand.
 
     python benchmarks/random_checkpoint.py ELIT-SiT-B/2 b2.safetensors --split 4-6-2
-    elit-export build benchmarks/b2.toml --checkpoint b2.safetensors --out b2
+    elit-export build benchmarks/b2.toml --target cpu --checkpoint b2.safetensors --out b2
     elit-export bench b2 --checkpoint b2.safetensors --rows 2
 
 No tensor is zero, so that nothing is skipped or hidden.
