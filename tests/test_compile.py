@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from elit_export import Pipeline, compile, compile_bundle
+from elit_export import Pipeline, compile_bundle, keys
+from elit_export.backends import BACKENDS
 from elit_export.bundle import MANIFEST, Bundle
 from elit_export.checkpoint import save_checkpoint
 from elit_export.compile import NOTHING_CHANGED
 from elit_export.recipe import recipe_from_values
-from elit_export.runtime import onnxruntime_engine
 from elit_export.spec import CACHE_GRAPHS, STEP
 from tests.conftest import recipe_values
 from tests.helpers import calibrate, fit_of, tiny_model
@@ -66,7 +66,7 @@ def test_a_changed_checkpoint_makes_everything_again(copied: Path, tmp_path: Pat
 def test_a_newer_library_builds_the_plan_again(
     copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnxruntime_engine, "library_version", lambda _library: "onnxruntime 99")
+    monkeypatch.setattr(BACKENDS["onnxruntime"].builder(), "made_by", lambda _target: {"onnxruntime": "99"})
     assert build_again(copied, tiny_checkpoint) == [*BUILD, VERIFY]
 
 
@@ -78,8 +78,8 @@ def test_changed_code_makes_again_what_depends_on_it(
     copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, room: str, stages: list[str]
 ) -> None:
     """The graph comes out the same, so nothing behind it is made again."""
-    real = compile.code
-    monkeypatch.setattr(compile, "code", lambda *places: real(*places) + ("changed" if room in places else ""))
+    real = keys.code
+    monkeypatch.setattr(keys, "code", lambda *places: real(*places) + ("changed" if room in places else ""))
     assert build_again(copied, tiny_checkpoint) == stages
 
 
