@@ -18,7 +18,7 @@ class Tolerance:
 CACHE_DB = 115.0  # of the graphs of the cache, which are fp32 in every plan set
 TOLERANCES = {
     # fp32 engines differ from PyTorch by the order of sums only; 115 dB is a relative error of 1.8e-6.
-    # Measured at the corners of every profile: 125 dB (shipped model), 122 dB (B/2 shape), 121 dB (XL/2 shape, at
+    # Measured at the corners of every profile: 122 dB (shipped model), 124 dB (B/2 shape), 121 dB (XL/2 shape, at
     # min, opt and max of both K and rows only). The worst state of the trajectories: 115.5 dB (shipped model, its
     # multistep one; the others reach 123), 124 dB (B/2 shape).
     Precision.FP32: Tolerance(step_db=115.0, trajectory_db=110.0),
@@ -26,8 +26,9 @@ TOLERANCES = {
     # keeps 61 dB (fp16, ONNX Runtime) and 47 dB (bf16, rounded at every node) at every budget
     # (tests/graphs/test_precision.py). GPU kernels round in other places and have not been measured.
     Precision.FP16: Tolerance(step_db=55.0, trajectory_db=50.0),
-    # OpenVINO, which rounds every product and what lies between, keeps 43 dB.
-    Precision.BF16: Tolerance(step_db=40.0, trajectory_db=35.0),
+    # OpenVINO, which rounds every product and what lies between, keeps 44 dB on calls of 16 rows and more and 39 dB on
+    # one of a single row with little noise left (t = 1/8); its worst trajectory, multistep, ends at 35.7 dB.
+    Precision.BF16: Tolerance(step_db=36.0, trajectory_db=32.0),
     # Products in 8 bits err most at the last steps, where least noise is left: a call of one such row (t = 1/8) keeps
     # 29 dB in int8 and 25 dB in fp8 (graphs for TensorRT, run by ONNX Runtime), 32 dB in int8 of OpenVINO; calls of 16
     # rows and more 31, 26 and 36 dB at every budget. The worst trajectory, multistep, keeps 28 dB in int8 of OpenVINO;

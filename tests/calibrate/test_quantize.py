@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,7 +17,8 @@ import pytest
 from click.testing import CliRunner, Result
 from onnx import TensorProto, numpy_helper
 
-from elit_export import Pipeline
+from elit_export import Pipeline, compile_bundle
+from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle
 from elit_export.calibrate import quantize
 from elit_export.calibrate.quantize import (
@@ -38,7 +40,7 @@ from elit_export.cli.calibrate import stored_graph
 from elit_export.errors import BackendUnavailable, BundleError, CalibrationError
 from elit_export.graphs.check import check_graph
 from elit_export.models.cost import layer_flops
-from elit_export.recipe import TensorRTTarget
+from elit_export.recipe import TensorRTTarget, shipped_recipe
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.samples import Samples, save_samples
 from elit_export.spec import QUANTIZED, Precision, Range, default_profiles
@@ -402,3 +404,24 @@ def test_a_bundle_without_the_graph_is_told_how_to_get_it(tiny_bundle: Bundle) -
     bare = Bundle(tiny_bundle.folder, tiny_bundle.manifest.model_copy(update={"graphs": {}}))
     with pytest.raises(BundleError, match="no graph step-fp32: build a target with precision fp32 into it"):
         stored_graph(bare)
+
+
+# ---------------------------------------------------------------- OpenVINO, which quantizes in its own build
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_shipped_recipe_builds_for_openvino(
+    fashion_bundle: Bundle, samples: Samples, tmp_path: Path, precision: str
+) -> None:
+    """Every profile and trajectory within its tolerance, by targets of the recipe as it is."""
+    builder = pytest.importorskip("openvino") and BACKENDS["openvino"].builder()
+    if precision.upper() not in builder._capabilities():
+        pytest.skip(f"this CPU has no {precision} arithmetic")
+    folder = Path(shutil.copytree(fashion_bundle.folder, tmp_path / "bundle"))
+    save_samples(samples, tmp_path / "samples.npz")
+    places = {"samples": tmp_path / "samples.npz"} if precision == "int8" else {}
+    made = compile_bundle(shipped_recipe(), f"openvino-{precision}", out=folder, **places)
+    (plan_set,) = (one for one in made.manifest.plan_sets if one.precision.value == precision)
+    assert [facts.parity.status for facts in plan_set.profiles] == ["passed"] * 4
+    found = [facts.parity.sqnr_db for facts in plan_set.profiles]
+    assert all(db is not None and db < 60 for db in found)  # beyond that nothing was rounded
