@@ -108,7 +108,7 @@ def calibrate_samples(
 @JSON_OPTION
 def calibrate_sensitivity(bundle: Path, samples_file: Path, precision: str, json_to: str | None) -> None:
     """Quantize one kind of layer at a time for TensorRT, and compare with float32 on other trajectories."""
-    from elit_export.calibrate.quantize import sensitivities, sensitivity_count
+    from elit_export.calibrate.sensitivity import sensitivities, sensitivity_count
 
     opened = Bundle.open(bundle)
     model, graph = opened.manifest.model, stored_graph(opened)

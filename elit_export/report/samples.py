@@ -15,7 +15,7 @@ from elit_export.calibrate.samples import Taken
 from elit_export.report.tables import Facts, table
 
 if TYPE_CHECKING:
-    from elit_export.calibrate.quantize import Sensitivity
+    from elit_export.calibrate.sensitivity import Sensitivity
 
 
 def samples_facts(taken: Taken) -> Facts:

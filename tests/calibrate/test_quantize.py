@@ -21,20 +21,16 @@ from elit_export import Pipeline, compile_bundle
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle
 from elit_export.calibrate import quantize
-from elit_export.calibrate.quantize import (
+from elit_export.calibrate.quantize import LAYERS, LAYERS_IN, LINEAR, PRODUCTS, quantized_graph
+from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
+from elit_export.calibrate.sensitivity import (
     AS_BUILT,
-    LAYERS,
-    LAYERS_IN,
-    LINEAR,
-    PRODUCTS,
     answers_of,
     flops_share,
     held_out_rows,
-    quantized_graph,
     sensitivities,
     sensitivity_count,
 )
-from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
 from elit_export.cli import main
 from elit_export.cli.calibrate import stored_graph
 from elit_export.errors import BackendUnavailable, BundleError, CalibrationError
