@@ -31,7 +31,7 @@ from elit_export.spec import CACHE_GRAPHS, Precision, Profile
 
 DEVICE = "CPU"
 # What NNCF leaves in floating point: adaLN, embedders and the final layer. With them in int8 the velocity of B/2 falls
-# from 35 to 21 dB, that of the shipped model from 26 to 7 dB (tried by hand, with NNCF's own ranges; the worst of some rows).
+# from 35 to 21 dB, that of the shipped model from 26 to 7 dB (tried by hand with NNCF's own ranges, worst rows).
 KEPT_HIGH = r".*(modulation|embed|final).*"
 NO_TELEMETRY = "NNCF_CI"
 
