@@ -40,17 +40,27 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
-    # The suffix stays, for libraries that choose a format by it.
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.{MARK}", suffix=path.suffix, dir=path.parent)
-    is_held = _hold(descriptor)
-    if not is_held:
-        os.close(descriptor)
+    temporary, held = _created_beside(path)
     try:
-        yield Path(name)
+        yield temporary
     finally:
-        Path(name).unlink(missing_ok=True)
-        if is_held:
-            os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+
+
+def _created_beside(path: Path) -> tuple[Path, int | None]:
+    """A new file and the descriptor that holds it, None where files cannot be held."""
+    while True:
+        # The suffix stays, for libraries that choose a format by it.
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}.{MARK}", suffix=path.suffix, dir=path.parent)
+        is_held = _hold(descriptor)
+        if is_held and os.fstat(descriptor).st_nlink:
+            return Path(name), descriptor
+        os.close(descriptor)
+        if is_held is None:
+            return Path(name), None
+        # Before it was held, another writer took it for abandoned: once more.
 
 
 def _drop_abandoned(path: Path) -> None:
@@ -71,14 +81,16 @@ def _drop_unless_held(temporary: Path) -> None:
         os.close(descriptor)
 
 
-def _hold(descriptor: int) -> bool:
-    """Lock a file for as long as it is open and its process lives; False if another holds it or it has no locks."""
+def _hold(descriptor: int) -> bool | None:
+    """Lock a file for as long as it is open and its process lives; False if another does, None without locks."""
     if sys.platform == "win32":
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 

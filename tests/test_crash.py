@@ -599,11 +599,12 @@ def test_only_what_a_dead_process_was_writing_is_removed(tmp_path: Path) -> None
     lookalike.write_text("mine")
 
     def write() -> None:
-        with written_whole(path):
+        with written_whole(path) as temporary:
+            temporary.write_text("unfinished")  # what tells that it is held
             wait_to_be_killed()
 
     child = forked(write)
-    wait_until(lambda: is_seen(tmp_path, f".s.{files.MARK}"), child)
+    wait_until(lambda: b"unfinished" in contents(tmp_path).values(), child)
     with written_whole(path) as mine, written_whole(path) as at_the_same_time:
         assert len(contents(tmp_path)) == 4, "a living process lost its file"
         mine.write_text("mine")
@@ -613,6 +614,29 @@ def test_only_what_a_dead_process_was_writing_is_removed(tmp_path: Path) -> None
     assert len(contents(tmp_path)) == 3
     files.write_text(path, "next")
     assert contents(tmp_path) == {".s.template.npz": b"mine", "s.npz": b"next"}
+
+
+@pytest.mark.parametrize("moment", ["before it is held", "while it is being held"])
+def test_a_file_that_was_taken_for_abandoned_is_made_again(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another writer comes between the making of a temporary file and its lock."""
+    path, hold = tmp_path / "s.npz", files._hold
+    made: list[int] = []
+
+    def taken(descriptor: int) -> bool | None:
+        made.append(descriptor)
+        if len(made) > 1:
+            return hold(descriptor)
+        next(tmp_path.iterdir()).unlink()
+        return hold(descriptor) if moment == "before it is held" else False
+
+    monkeypatch.setattr(files, "_hold", taken)
+    with written_whole(path) as temporary:
+        assert temporary.exists()
+        temporary.write_text("whole")
+    assert contents(tmp_path) == {"s.npz": b"whole"}
+    assert len(made) == 2
 
 
 # ---------------------------------------------------------------- full disk
