@@ -1,6 +1,6 @@
 """Weights on disk ↔ model: the released `.pt` format (read) and the own safetensors format (read, write).
 
-Takes: a path.  Gives: an ElitSiT.  May touch: the file.  Knows nothing of: graphs, engines.
+Takes: a path.  Gives: a model.  May touch: the file.  Knows nothing of: graphs, engines.
 
 The only place that knows the key names of released checkpoints. Nothing is ever unpickled
 freely: `.pt` files are read with `weights_only=True` and one allowed class.
@@ -27,8 +27,14 @@ from torch import Tensor
 
 from elit_export.errors import CheckpointError, InputError, first_line
 from elit_export.files import written_whole
-from elit_export.models.sit import ElitSiT
-from elit_export.spec import PIXELS, RELEASED_HEAD_DEPTH, SD_VAE, SIT_NAMES, SIT_SIZES, DataFacts, ModelSpec
+from elit_export.models.backbones import (
+    FAMILIES,
+    RELEASED_HEAD_DEPTH,
+    RELEASED_NAMES,
+    new_model,
+)
+from elit_export.models.elit import Elit
+from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, ModelSpec
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +56,7 @@ def load_checkpoint(
     num_heads: int | None = None,
     head_depth: int | None = None,
     tail_depth: int | None = None,
-) -> ElitSiT:
+) -> Elit:
     """Read a model in float32 from a released `.pt` file, an own `.safetensors` file or `shipped:NAME`.
 
     `num_heads`, `head_depth` and `tail_depth` cannot be told from shapes; None reads them from the
@@ -76,7 +82,7 @@ def checkpoint_path(path: str | Path) -> Path:
     return file
 
 
-def _load_released(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
+def _load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
     content = _read_pt(path)
     weights = content.get("ema")
     if not isinstance(weights, Mapping) or not all(
@@ -157,7 +163,7 @@ def _released_spec(
     hidden = _hidden_numbers(path, shapes, args, given)
     try:
         from_shapes = _spec_from_shapes(shapes, hidden)
-        if args.get("model") not in SIT_NAMES:
+        if args.get("model") not in RELEASED_NAMES:
             return from_shapes
         named = ModelSpec.named(
             args["model"], resolution=args.get("resolution", from_shapes.input_size * 8), head_depth=hidden.head_depth
@@ -206,9 +212,9 @@ def _told_by_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[
     told: dict[str, int] = {}
     if isinstance(args.get("encoder_depth"), int):
         told["head_depth"] = args["encoder_depth"]
-    if args.get("model") in SIT_NAMES:
-        size = args["model"].removeprefix("ELIT-SiT-").split("/")[0]
-        _, _, told["num_heads"], told["tail_depth"] = SIT_SIZES[size]
+    if args.get("model") in RELEASED_NAMES:
+        size = args["model"].removeprefix(f"{RELEASED_BACKBONE}-").split("/")[0]
+        _, _, told["num_heads"], told["tail_depth"] = FAMILIES[RELEASED_BACKBONE].sizes[size]
         told.setdefault("head_depth", RELEASED_HEAD_DEPTH)
     elif QK_NORM in shapes:
         told["num_heads"] = shapes["pos_embed"][2] // shapes[QK_NORM][0]
@@ -279,7 +285,7 @@ def released_name(name: str, spec: ModelSpec) -> str:
     return name.replace("modulation.linear.", "adaLN_modulation.1.")
 
 
-def _renamed(path: Path, weights: Weights, model: ElitSiT) -> Weights:
+def _renamed(path: Path, weights: Weights, model: Elit) -> Weights:
     """Released weights under own names; refuses anything missing, extra or mis-shaped."""
     own = model.state_dict()
     own_names = {released_name(name, model.spec): name for name in own}
@@ -310,10 +316,12 @@ def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[s
         raise CheckpointError(f"{path}: {'; '.join(problems[:5])}{more}")
 
 
-def _meta_model(spec: ModelSpec, data: DataFacts) -> ElitSiT:
+def _meta_model(spec: ModelSpec, data: DataFacts) -> Elit:
     try:
         with torch.device("meta"):
-            return ElitSiT(spec, data)
+            return new_model(spec, data)
+    except InputError as error:  # a backbone that this version does not know, or cannot be
+        raise CheckpointError(str(error)) from error
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
         raise CheckpointError(f"its spec describes no model that can be: {first_line(error)}") from error
 
@@ -321,7 +329,7 @@ def _meta_model(spec: ModelSpec, data: DataFacts) -> ElitSiT:
 # ---------------------------------------------------------------- own format
 
 
-def save_checkpoint(path: Path, model: ElitSiT, *, dtype: torch.dtype = torch.float32) -> None:
+def save_checkpoint(path: Path, model: Elit, *, dtype: torch.dtype = torch.float32) -> None:
     """Write weights, spec and data facts as one safetensors file, whole or not at all."""
     weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     facts = {"spec": json.dumps(model.spec.to_dict()), "data": json.dumps(model.data.to_dict())}
@@ -350,7 +358,7 @@ def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
     return weights, metadata
 
 
-def _load_own(path: Path, given: Mapping[str, int | None]) -> ElitSiT:
+def _load_own(path: Path, given: Mapping[str, int | None]) -> Elit:
     weights, metadata = read_safetensors(path, FORMAT)
     try:
         spec = ModelSpec.from_dict(json.loads(metadata["spec"]))

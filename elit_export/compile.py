@@ -35,7 +35,7 @@ from elit_export.manifest import (
     ProfileFacts,
     Reference,
 )
-from elit_export.models.sit import ElitSiT
+from elit_export.models.elit import Elit
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.opening import open_bank, unfit
 from elit_export.samples import Samples, check_covered, load_samples
@@ -177,7 +177,7 @@ class _Build:
         return Keys(self.recipe, self.chosen, self.sha256, None).model
 
     @cached_property
-    def model(self) -> ElitSiT:
+    def model(self) -> Elit:
         self.progress("read checkpoint", STARTS["checkpoint"])
         return load_checkpoint(self.source, **self.recipe.architecture.model_dump())
 

@@ -16,7 +16,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
-from elit_export.spec import NAME_PATTERN, QUANTIZED, ModelSpec, Precision, Profile, Range, default_profiles
+from elit_export.spec import (
+    NAME_PATTERN,
+    QUANTIZED,
+    Budget,
+    ModelSpec,
+    Precision,
+    Profile,
+    Range,
+    default_profiles,
+    listed,
+)
 
 SHIPPED_RECIPE = "fashion.toml"
 MOST_THREADS = 1024
@@ -198,13 +208,19 @@ class Recipe(_Table):
         """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
         rows = self.rows.value()
         if not self.profiles:
-            return default_profiles(spec.latents, rows)
+            return default_profiles(spec.latents, rows, step=spec.merge)
         for number, table in enumerate(self.profiles):
             if table.latents.max > spec.latents:
                 raise RecipeError(
                     f"recipe {self.name}: profiles.{number}.latents.max is {table.latents.max}, "
                     f"but the model has {spec.latents} latents per group"
                 )
+            for name, kept in table.latents:
+                if Budget(kept, spec.latents) not in spec.budgets:
+                    raise RecipeError(
+                        f"recipe {self.name}: profiles.{number}.latents.{name} is {kept}, "
+                        f"but the model runs {listed(spec.budgets)} only"
+                    )
         return tuple(
             Profile(table.name, table.latents.value(), table.rows.value() if table.rows else rows)
             for table in self.profiles

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -134,19 +134,21 @@ class Profile:
     rows: Range
 
 
-def default_profiles(of: int, rows: Range) -> tuple[Profile, ...]:
+def default_profiles(of: int, rows: Range, *, step: int = 1) -> tuple[Profile, ...]:
     """Profiles over (¾J, J], (¼J, ¾J], (⅛J, ¼J] and [1, ⅛J], tuned for J, J/2, J/4 and J/16.
 
-    Ranges without a whole number in them are left out.
+    Of a model that keeps multiples of `step` alone their ends and middles are such; ranges without one are left out.
     """
     bounds = {"full": (3 * of // 4, of), "half": (of // 4, 3 * of // 4), "quarter": (of // 8, of // 4)}
     bounds["sixteenth"] = (0, of // 8)
-    tuned = {name: of // BUDGET_NAMES[name] for name in bounds}
-    return tuple(
-        Profile(name, Range(low + 1, min(max(tuned[name], low + 1), high), high), rows)
-        for name, (low, high) in bounds.items()
-        if low < high
-    )
+    ranges = {name: _multiples(low, high, of // BUDGET_NAMES[name], step) for name, (low, high) in bounds.items()}
+    return tuple(Profile(name, latents, rows) for name, latents in ranges.items() if latents)
+
+
+def _multiples(low: int, high: int, tuned: int, step: int) -> Range | None:
+    """The multiples of `step` in (low, high], tuned for the one next to `tuned`; None if there is none."""
+    least, most = (low // step + 1) * step, high // step * step
+    return Range(least, min(max(tuned // step * step, least), most), most) if least <= most else None
 
 
 # ---------------------------------------------------------------- graph tensors
@@ -218,20 +220,19 @@ SD_VAE = DataFacts(kind="vae", scale=0.18215, vae="stabilityai/sd-vae-ft-ema")
 
 # ---------------------------------------------------------------- models
 
-RELEASED_HEAD_DEPTH = 8  # `args.encoder_depth` of the released checkpoints, whatever the size
-# name -> (width, depth, heads, tail depth)
-SIT_SIZES = {"S": (384, 12, 6, 2), "B": (768, 12, 12, 2), "L": (1024, 24, 16, 4), "XL": (1152, 28, 16, 4)}
-SIT_PATCHES = (2, 4, 8)
-SIT_NAMES = tuple(f"ELIT-SiT-{size}/{patch}" for size in SIT_SIZES for patch in SIT_PATCHES)
-VAE_DOWNSAMPLING = 8
+RELEASED_BACKBONE = "ELIT-SiT"  # what a spec that names no backbone is: released checkpoints know no other
+QK_NORM_KINDS = ("layer", "rms")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything that fixes the graph of an ELIT-SiT model, and nothing that its weights decide.
+    """Everything that fixes the graph of a model, and nothing that its weights decide.
 
-    The fields are those of the released checkpoints; depths count blocks before Read (head),
-    between Read and Write (core) and after Write (tail).
+    The fields without a default are those of the released checkpoints; depths count blocks before Read (head),
+    between Read and Write (core) and after Write (tail). `backbone` names a row of `models.backbones`. `rope` turns
+    queries and keys of self-attention by their 2-D positions; `qk_norm_kind` is the norm that `qk_norm` puts on them.
+    The `coarse_depth` blocks in the middle of the core run on latents of which `merge` became one, so that the model
+    keeps only multiples of `merge`.
     """
 
     in_channels: int
@@ -246,26 +247,52 @@ class ModelSpec:
     qk_norm: bool
     mlp_ratio: float
     num_classes: int
+    backbone: str = RELEASED_BACKBONE
+    rope: bool = False
+    qk_norm_kind: str = "layer"
+    merge: int = 1
+    coarse_depth: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = {"mlp_ratio": (int, float), "qk_norm": (bool,)}.get(field.name, (int,))
-            if not isinstance(value, kinds):
-                raise InputError(f"model spec: {field.name} is {value!r}, must be of type {kinds[-1].__name__}")
+        self._check_types()
         positive = ("in_channels", "input_size", "patch_size", "hidden_size", "num_heads", "group_size", "num_classes")
-        for name in positive:
+        for name in (*positive, "merge"):
             if getattr(self, name) < 1:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must be at least 1")
-        for name in ("head_depth", "core_depth", "tail_depth"):
+        for name in ("head_depth", "core_depth", "tail_depth", "coarse_depth"):
             if getattr(self, name) < 0:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must not be negative")
         if not 0 < self.mlp_ratio < math.inf:
             raise InputError(f"model spec: mlp_ratio is {self.mlp_ratio}, must be positive and finite")
+        if self.qk_norm_kind not in QK_NORM_KINDS:
+            raise InputError(f"model spec: qk_norm_kind {self.qk_norm_kind!r} is none of {', '.join(QK_NORM_KINDS)}")
         self._check_divides("input_size", self.input_size, "patch_size", self.patch_size)
         self._check_divides("token grid", self.input_size // self.patch_size, "group_size", self.group_size)
         self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
         self._check_divides("hidden_size", self.hidden_size, "the 4 parts of the position code", 4)
+        if self.rope:
+            self._check_divides("head size", self.hidden_size // self.num_heads, "the 4 parts of a 2-D rotation", 4)
+        self._check_merging()
+
+    def _check_types(self) -> None:
+        others: dict[str, tuple[type, ...]] = {"float": (int, float), "bool": (bool,), "str": (str,)}
+        for field in fields(self):
+            value, kinds = getattr(self, field.name), others.get(str(field.type), (int,))
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
+                raise InputError(f"model spec: {field.name} is {value!r}, must be of type {kinds[-1].__name__}")
+
+    def _check_merging(self) -> None:
+        self._check_divides("latents per group", self.latents, "merge", self.merge)
+        if (self.merge > 1) != (self.coarse_depth > 0):
+            raise InputError(
+                f"model spec: merge {self.merge} and coarse_depth {self.coarse_depth}: one needs the other"
+            )
+        fine_depth = self.core_depth - self.coarse_depth
+        if self.coarse_depth and (fine_depth < 0 or fine_depth % 2):
+            raise InputError(
+                f"model spec: coarse_depth {self.coarse_depth} must leave an even number of the {self.core_depth} "
+                f"core blocks, half before and half after it"
+            )
 
     @staticmethod
     def _check_divides(what: str, value: int, by: str, divisor: int) -> None:
@@ -273,32 +300,11 @@ class ModelSpec:
             raise InputError(f"model spec: {what} {value} is not divisible by {by} {divisor}")
 
     @classmethod
-    def named(cls, name: str, *, resolution: int = 256, head_depth: int = RELEASED_HEAD_DEPTH) -> Self:
-        """The released model of that name, e.g. `ELIT-SiT-XL/2`, on SD-VAE latents of a square image.
+    def named(cls, name: str, *, resolution: int = 256, head_depth: int | None = None) -> ModelSpec:
+        """As `models.backbones.named_spec`."""
+        from elit_export.models.backbones import named_spec
 
-        The group side is resolution/64, so that 256px at patch 2 has 16 groups of 16 latents and
-        512px 16 groups of 64. `head_depth=4` with XL gives the split of the paper.
-        """
-        if name not in SIT_NAMES:
-            raise InputError(f"unknown model {name!r}; known: {', '.join(SIT_NAMES)}")
-        if resolution < 64 or resolution % 64:
-            raise InputError(f"resolution {resolution} is not a multiple of 64")
-        size, patch = name.removeprefix("ELIT-SiT-").split("/")
-        width, depth, heads, tail = SIT_SIZES[size]
-        return cls(
-            in_channels=4,
-            input_size=resolution // VAE_DOWNSAMPLING,
-            patch_size=int(patch),
-            hidden_size=width,
-            num_heads=heads,
-            head_depth=head_depth,
-            core_depth=depth - head_depth - tail,
-            tail_depth=tail,
-            group_size=resolution // 64,
-            qk_norm=False,
-            mlp_ratio=4.0,
-            num_classes=1000,
-        )
+        return named_spec(name, resolution=resolution, head_depth=head_depth)
 
     # shapes
 
@@ -345,7 +351,7 @@ class ModelSpec:
     @property
     def budgets(self) -> tuple[Budget, ...]:
         """Every budget the model can run, smallest first."""
-        return tuple(Budget(kept, self.latents) for kept in range(1, self.latents + 1))
+        return tuple(Budget(kept, self.latents) for kept in range(self.merge, self.latents + 1, self.merge))
 
     @property
     def full(self) -> Budget:
@@ -362,7 +368,7 @@ class ModelSpec:
     def named_budgets(self) -> dict[str, Budget]:
         """The names (`full`, `half`, …) that are whole and runnable, largest first."""
         whole = {name: self.latents // part for name, part in BUDGET_NAMES.items() if self.latents % part == 0}
-        return {name: Budget(kept, self.latents) for name, kept in whole.items()}
+        return {name: Budget(kept, self.latents) for name, kept in whole.items() if kept % self.merge == 0}
 
     # graphs
 
@@ -425,7 +431,8 @@ class ModelSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of to_dict; raises InputError naming what is missing or unknown."""
         known = {field.name for field in fields(cls)}
-        wrong = [f"missing {name}" for name in sorted(known - set(values))]
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        wrong = [f"missing {name}" for name in sorted(needed - set(values))]
         wrong += [f"unknown {name}" for name in sorted(set(values) - known)]
         if wrong:
             raise InputError(f"model spec: {', '.join(wrong)}")

@@ -56,6 +56,8 @@ PRODUCTS = "attention products"
 LAYERS: dict[str, str] = {
     **{f"{part} attention": rf"{part}\.\d+\.attn\.(qkv|proj)" for part in BLOCKS},
     **{f"{part} MLP": rf"{part}\.\d+\.mlp\.fc[12]" for part in BLOCKS},
+    "joins": r"(core|tail)_joins\.\d+",
+    "merging": r"merge|split",
     **{part.title(): rf"{part}\.(attn\.(q_proj|kv_proj|proj)|mlp\.fc[12])" for part in ("read", "write")},
     PRODUCTS: r"(head|core|tail)\.\d+\.attn|read|write",
 }

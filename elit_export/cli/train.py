@@ -13,9 +13,10 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, stop_requested, write_json
 from elit_export.errors import InputError
+from elit_export.models.backbones import BACKBONES, backbone_named
 from elit_export.report.measures import floors_table
 from elit_export.report.tables import table
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.spec import QK_NORM_KINDS, RELEASED_BACKBONE, DataFacts, ModelSpec
 
 POSITIVE = click.IntRange(min=1)
 
@@ -43,6 +44,9 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 @click.option("--width", type=POSITIVE, default=128, show_default=True)
 @click.option("--heads", type=POSITIVE, default=4, show_default=True)
 @click.option("--split", default="1-8-1", show_default=True, callback=parse_split, help="Blocks HEAD-CORE-TAIL.")
+@click.option("--backbone", type=click.Choice(list(BACKBONES)), default=RELEASED_BACKBONE, show_default=True)
+@click.option("--rope", is_flag=True, help="Turn queries and keys by their 2-D positions.")
+@click.option("--qk-norm", type=click.Choice(["none", *QK_NORM_KINDS]), default="none", show_default=True)
 @click.option("--steps", type=POSITIVE, default=4500, show_default=True)
 @click.option("--batch-size", type=POSITIVE, default=128, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
@@ -65,12 +69,15 @@ def train(
     width: int,
     heads: int,
     split: tuple[int, int, int],
+    backbone: str,
+    rope: bool,
+    qk_norm: str,
     save_every: int,
     class_names: str,
     half: bool,
     **choices: Any,
 ) -> None:
-    """Train an ELIT-SiT on DATA: IDX files, or one folder of images per class. Run again to resume.
+    """Train a model on DATA: IDX files, or one folder of images per class. Run again to resume.
 
     Held-out images (IDX t10k, or a folder test/) give the velocity error at every budget.
     """
@@ -92,9 +99,13 @@ def train(
         core_depth=split[1],
         tail_depth=split[2],
         group_size=group,
-        qk_norm=False,
+        qk_norm=qk_norm != "none",
+        qk_norm_kind="layer" if qk_norm == "none" else qk_norm,
         mlp_ratio=4.0,
         num_classes=images.num_classes,
+        backbone=backbone,
+        rope=rope,
+        **backbone_named(backbone).fields(split[1]),
     )
     facts = DataFacts(kind="pixels", class_names=images.class_names)
     trainer = Trainer(spec, facts, images, TrainConfig(**choices))
@@ -136,7 +147,7 @@ def report_held_out(model: Any, images: Any, path: Path) -> None:
     from elit_export.training.evaluate import held_out_errors
 
     with progress_bar() as progress:
-        found = list(progress.track(held_out_errors(model, images, seed=0), total=model.spec.latents))
+        found = list(progress.track(held_out_errors(model, images, seed=0), total=len(model.spec.budgets)))
     columns = ("budget", "velocity MSE", "± s.e.", "above full", "± s.e. (paired)")
     cells = [
         (

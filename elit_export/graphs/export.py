@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from elit_export.errors import ExportError
 from elit_export.graphs.check import check_graph
 from elit_export.graphs.fused import fused
+from elit_export.models.elit import Elit
 from elit_export.models.precision import in_precision
-from elit_export.models.sit import ElitSiT
 from elit_export.spec import FUSED, LATENTS, ROWS, ModelSpec, Precision, TensorSpec
 
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
@@ -44,10 +44,11 @@ HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
 NO_LIMIT = 1 << 40
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node, innermost last
 MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
+MERGED = "merged"  # latents, where several become one
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 
 
-def export_graph(model: ElitSiT, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
+def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the graph `step`, `fused` or one of CACHE_GRAPHS into `folder` (made if missing), once checked.
 
     The model holds float32. Inputs and outputs are the same in every precision; `models.precision` says what
@@ -67,8 +68,8 @@ def export_graph(model: ElitSiT, name: str, folder: Path, precision: Precision =
 
 
 def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
-    if spec.latents == 1:
-        raise ExportError("a model with one latent per group has one budget only: there is nothing elastic to export")
+    if len(spec.budgets) == 1:
+        raise ExportError(f"the model has one budget only, {spec.full}: there is nothing elastic to export")
     head_size = spec.hidden_size // spec.num_heads
     if precision is not Precision.FP32 and head_size not in HEAD_SIZES:
         raise ExportError(
@@ -78,14 +79,14 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
         )
 
 
-def graph_model(model: ElitSiT, name: str, precision: Precision) -> ir.Model:
+def graph_model(model: Elit, name: str, precision: Precision) -> ir.Model:
     """A graph in memory, with the model's tensors as its weights."""
     inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 GraphModule(in_precision(model, precision), name).eval(),
-                example_inputs(inputs),
+                example_inputs(inputs, model.spec),
                 dynamo=True,
                 opset_version=OPSETS[precision],
                 input_names=[tensor.name for tensor in inputs],
@@ -99,12 +100,19 @@ def graph_model(model: ElitSiT, name: str, precision: Precision) -> ir.Model:
     if program is None:
         raise ExportError("torch.onnx.export gave no graph")
     made: ir.Model = program.model
+    _name_dimensions(made, inputs)
     fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     RemoveUnusedNodesPass()(made)
     LiftSubgraphInitializersToMainGraphPass()(made)  # ONNX Runtime writes those of branches twice
     name_nodes(made)
     ClearMetadataAndDocStringPass()(made)  # stack traces of the exporting machine
     return made
+
+
+def _name_dimensions(made: ir.Model, inputs: Sequence[TensorSpec]) -> None:
+    """Dynamic dimensions of inputs as in the spec, where the exporter calls one `4*merged`."""
+    for value, tensor in zip(made.graph.inputs, inputs, strict=True):
+        value.shape = ir.Shape(tensor.shape)
 
 
 def name_nodes(made: ir.Model) -> None:
@@ -122,7 +130,7 @@ def name_nodes(made: ir.Model) -> None:
 class GraphModule(nn.Module):
     """What the exporter traces: `fused`, or the method of the model that is named as its graph."""
 
-    def __init__(self, model: ElitSiT, name: str) -> None:
+    def __init__(self, model: Elit, name: str) -> None:
         super().__init__()
         self.model = model
         self.run = partial(fused, model) if name == FUSED else getattr(model, name)
@@ -134,8 +142,8 @@ class GraphModule(nn.Module):
 # ---------------------------------------------------------------- inputs
 
 
-def example_inputs(inputs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
-    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2}
+def example_inputs(inputs: Sequence[TensorSpec], spec: ModelSpec) -> tuple[Tensor, ...]:
+    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.merge}
 
     def example(tensor: TensorSpec) -> Tensor:
         shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
@@ -147,7 +155,8 @@ def example_inputs(inputs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
 
 
 def dynamic_shapes(inputs: Sequence[TensorSpec], spec: ModelSpec) -> dict[str, tuple[dict[int, Any], ...]]:
-    dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: torch.export.Dim(LATENTS, min=1, max=spec.latents)}
+    latents = torch.export.Dim(LATENTS if spec.merge == 1 else MERGED, min=1, max=spec.latents // spec.merge)
+    dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: latents if spec.merge == 1 else latents * spec.merge}
     shapes = ({axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims} for tensor in inputs)
     return {"inputs": tuple(shapes)}
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from elit_export.models.sit import ElitSiT
+from elit_export.models.elit import Elit
 
 
 def fused(
-    model: ElitSiT,
+    model: Elit,
     x: Tensor,
     t: Tensor,
     y: Tensor,

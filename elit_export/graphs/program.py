@@ -13,19 +13,19 @@ import torch
 from elit_export.errors import ExportError
 from elit_export.files import written_whole
 from elit_export.graphs.export import GraphModule, dynamic_shapes, example_inputs
+from elit_export.models.elit import Elit
 from elit_export.models.precision import in_precision
-from elit_export.models.sit import ElitSiT
 from elit_export.spec import Precision
 
 
-def export_program(model: ElitSiT, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
+def export_program(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the program `step`, `probe` or `reuse` into `folder` (made if missing); raises ExportError."""
     module = GraphModule(in_precision(model, precision), name).eval()
     inputs = model.spec.inputs_of(name)
     try:
         program = torch.export.export(
             module,
-            example_inputs(inputs),
+            example_inputs(inputs, model.spec),
             dynamic_shapes=dynamic_shapes(inputs, model.spec),
             prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx.export: K = J − 1 is no special case
         )

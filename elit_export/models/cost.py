@@ -8,12 +8,14 @@ sums are not counted. They are for one image; multiply by the rows. L is a numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
+from elit_export.models.backbones import Stage, backbone_of
 from elit_export.spec import Budget, ModelSpec
 
+PARTS = ("head", "core", "tail")
 TIME_FEATURES = 256  # as in `layers`, which needs torch
 
 
@@ -35,14 +37,21 @@ class Cost:
 
 def flops(spec: ModelSpec, budget: Budget) -> Cost:
     """FLOPs of one forward pass of one image, Read's query projection included (graphs fold it)."""
+    blocks = _blocks_by_part(spec, _lengths(spec, budget))
     return Cost(
-        head=spec.head_depth * _block(spec, spec.tokens),
+        head=blocks["head"],
         read=_cross_attention(spec, spec.latents) + _interface_mlp(spec) + _modulation(spec, 7),
-        core=spec.core_depth * _block(spec, spec.groups * budget.kept),
+        core=blocks["core"],
         write=_cross_attention(spec, spec.tokens) + _interface_mlp(spec),
-        tail=spec.tail_depth * _block(spec, spec.tokens),
+        tail=blocks["tail"],
         other=_embedders(spec) + _final(spec),
     )
+
+
+def flops_without_interface(spec: ModelSpec) -> int:
+    """FLOPs of the backbone alone: no Read, no Write, every block on all spatial tokens."""
+    blocks = _blocks_by_part(spec, dict.fromkeys(PARTS, spec.tokens))
+    return sum(blocks.values()) + _embedders(spec) + _final(spec)
 
 
 def layer_flops(spec: ModelSpec, budget: Budget) -> dict[str, int]:
@@ -50,18 +59,19 @@ def layer_flops(spec: ModelSpec, budget: Budget) -> dict[str, int]:
 
     Read's query projection, which graphs fold, is not in it.
     """
-    width, tokens = spec.hidden_size, spec.tokens
+    lengths = _lengths(spec, budget)
+    stages = [(stage, lengths[stage.part]) for stage in backbone_of(spec).stages(spec)]
     found = {}
-    lengths = {"head": tokens, "core": spec.groups * budget.kept, "tail": tokens}
-    depths = {"head": spec.head_depth, "core": spec.core_depth, "tail": spec.tail_depth}
-    for part, length in lengths.items():
-        found[f"{part} attention"] = depths[part] * (_linear(length, width, 3 * width) + _linear(length, width, width))
-        found[f"{part} MLP"] = depths[part] * 2 * _linear(length, width, spec.mlp_size)
-    inside_groups = spec.groups * _attention(spec.latents, spec.latents, width)
+    for part in PARTS:
+        here = [(stage, length) for stage, length in stages if stage.part == part]
+        found[f"{part} attention"] = sum(_projections(spec, stage, length) for stage, length in here)
+        found[f"{part} MLP"] = sum(_mlps(spec, stage, length) for stage, length in here)
+    found["joins"] = sum(_joins(spec, stage, length) for stage, length in stages)
+    found["merging"] = sum(_merging(spec, stage, length) for stage, length in stages)
+    inside_groups = spec.groups * _attention(spec.latents, spec.latents, spec.hidden_size)
     found["Read"] = _cross_attention(spec, 0) - inside_groups + _interface_mlp(spec)
-    found["Write"] = _cross_attention(spec, tokens) - inside_groups + _interface_mlp(spec)
-    blocks = sum(depths[part] * _attention(length, length, width) for part, length in lengths.items())
-    found["attention products"] = blocks + 2 * inside_groups
+    found["Write"] = _cross_attention(spec, spec.tokens) - inside_groups + _interface_mlp(spec)
+    found["attention products"] = sum(_products(spec, *each) for each in stages) + 2 * inside_groups
     return found
 
 
@@ -121,11 +131,50 @@ def _attention(queries: int, keys: int, width: int) -> int:
     return 2 * 2 * queries * keys * width
 
 
-def _block(spec: ModelSpec, tokens: int) -> int:
-    width = spec.hidden_size
-    projections = _linear(tokens, width, 3 * width) + _linear(tokens, width, width)
-    mlp = 2 * _linear(tokens, width, spec.mlp_size)
-    return projections + _attention(tokens, tokens, width) + mlp + _modulation(spec, 6)
+def _lengths(spec: ModelSpec, budget: Budget) -> dict[str, int]:
+    """Tokens that the blocks of each part run on, before any are merged."""
+    return {"head": spec.tokens, "core": spec.groups * budget.kept, "tail": spec.tokens}
+
+
+def _blocks_by_part(spec: ModelSpec, lengths: Mapping[str, int]) -> dict[str, int]:
+    found = dict.fromkeys(PARTS, 0)
+    for stage in backbone_of(spec).stages(spec):
+        found[stage.part] += sum(cost(spec, stage, lengths[stage.part]) for cost in STAGE_COSTS)
+    return found
+
+
+def _projections(spec: ModelSpec, stage: Stage, tokens: int) -> int:
+    width, length = stage.widened * spec.hidden_size, tokens // stage.merged
+    return stage.depth * (_linear(length, width, 3 * width) + _linear(length, width, width))
+
+
+def _products(spec: ModelSpec, stage: Stage, tokens: int) -> int:
+    length = tokens // stage.merged
+    return stage.depth * _attention(length, length, stage.widened * spec.hidden_size)
+
+
+def _mlps(spec: ModelSpec, stage: Stage, tokens: int) -> int:
+    width, hidden = stage.widened * spec.hidden_size, stage.widened * spec.mlp_size
+    return stage.depth * 2 * _linear(tokens // stage.merged, width, hidden)
+
+
+def _modulations(spec: ModelSpec, stage: Stage, _tokens: int) -> int:
+    return stage.depth * _modulation(spec, 6 * stage.widened)
+
+
+def _joins(spec: ModelSpec, stage: Stage, tokens: int) -> int:
+    return stage.joins * _linear(tokens // stage.merged, 2 * spec.hidden_size, spec.hidden_size)
+
+
+def _merging(spec: ModelSpec, stage: Stage, tokens: int) -> int:
+    """There and back."""
+    if stage.merged == 1:
+        return 0
+    width, merged = stage.merged * spec.hidden_size, stage.widened * spec.hidden_size
+    return 2 * _linear(tokens // stage.merged, width, merged)
+
+
+STAGE_COSTS = (_projections, _products, _mlps, _modulations, _joins, _merging)
 
 
 def _cross_attention(spec: ModelSpec, projected_queries: int) -> int:

@@ -1,23 +1,29 @@
-"""The parts of a diffusion transformer: embedders, attention, MLP, adaLN-Zero block, final layer.
+"""The parts of a diffusion transformer: embedders, rotations, attention, MLP, adaLN-Zero block, final layer.
 
 Takes: tensors.  Gives: nn.Modules without data-dependent control flow.  May touch: nothing.
 Knows nothing of: groups, latents, budgets.
 
-L is a number of tokens, h the number of heads; other letters as in `spec`.
+L is a number of tokens, h the number of heads, D/h the size of one; other letters as in `spec`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elit_export.spec import ModelSpec
+
 TIME_FEATURES = 256
 MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
+RMS_QK_NORM_EPS = 1e-6
 
 
 # ---------------------------------------------------------------- embedders
@@ -61,6 +67,36 @@ def position_code(grid: int, width: int) -> Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width).float()
 
 
+# ---------------------------------------------------------------- rotations
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """2-D rotary positions of L tokens: `cos` and `sin` (L, D/h/2), half of the pairs by column, half by row."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:  # (B, h, L, D/h)
+        """Turn the pairs (i, i + D/h/2) of each head, in float32; the result is rounded as x is."""
+        first, second = x.to(self.cos.dtype).chunk(2, dim=-1)
+        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+def rotation_angles(grid: int, head_size: int, device: torch.device) -> Tensor:
+    """(N, D/h/2), tokens in raster order."""
+    quarter = head_size // 4
+    omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    line = torch.arange(grid, dtype=torch.float32, device=device)[:, None] * omega  # (n, D/h/4)
+    columns, rows = line[None, :, :].expand(grid, grid, -1), line[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
+
+
+def rotation_of(angles: Tensor) -> Rotation:
+    return Rotation(angles.cos(), angles.sin())
+
+
 # ---------------------------------------------------------------- attention and MLP
 
 # Attention and MLP may hold weights of a lower precision than the float32 tokens around them
@@ -88,22 +124,32 @@ def merge_heads(x: Tensor) -> Tensor:  # (..., h, L, D/h)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of tokens on themselves, optionally with LayerNorm on each head's q and k."""
+    """Multi-head attention of tokens on themselves, optionally with a norm on each head's q and k."""
 
-    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
+    def __init__(self, width: int, num_heads: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
-        head_size = width // num_heads
-        self.q_norm = nn.LayerNorm(head_size, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(head_size, eps=QK_NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:  # (B, L, D)
         q, k, v = (split_heads(part, self.num_heads) for part in linear(self.qkv, x).chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(normed(self.q_norm, q), normed(self.k_norm, k), v)
+        q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        if rotation:
+            q, k = rotation(q), rotation(k)
+        attended = F.scaled_dot_product_attention(q, k, v)
         projected: Tensor = self.proj(merge_heads(attended))
         return projected
+
+
+def qk_norm_of(spec: ModelSpec) -> Callable[[int], nn.Module]:
+    """What makes the norm of queries or keys, from the size of a head."""
+    if not spec.qk_norm:
+        return nn.Identity
+    if spec.qk_norm_kind == "rms":
+        return partial(nn.RMSNorm, eps=RMS_QK_NORM_EPS)
+    return partial(nn.LayerNorm, eps=QK_NORM_EPS)
 
 
 class Mlp(nn.Module):
@@ -119,6 +165,49 @@ class Mlp(nn.Module):
         return mixed
 
 
+# ---------------------------------------------------------------- joining, merging, splitting
+
+
+class Join(nn.Module):
+    """Tokens and those of a long skip → tokens."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # (B, L, D) each
+        joined: Tensor = linear(self.linear, torch.cat([x, skip], dim=-1)).to(x.dtype)
+        return joined
+
+
+class Merge(nn.Module):
+    """`count` tokens that follow each other → one, of another width."""
+
+    def __init__(self, width: int, merged_width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(count * width, merged_width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
+        together = x.unflatten(1, (-1, self.count)).flatten(2)  # (B, L/count, count·D)
+        merged: Tensor = linear(self.linear, together).to(x.dtype)
+        return merged
+
+
+class Split(nn.Module):
+    """The way back from Merge, with other weights."""
+
+    def __init__(self, merged_width: int, width: int, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.linear = nn.Linear(merged_width, count * width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, L/count, ·)
+        tokens = linear(self.linear, x).to(x.dtype)  # (B, L/count, count·D)
+        split: Tensor = tokens.unflatten(2, (self.count, -1)).flatten(1, 2)  # (B, L, D)
+        return split
+
+
 # ---------------------------------------------------------------- adaLN-Zero
 
 
@@ -127,15 +216,15 @@ def plain_norm(width: int) -> nn.LayerNorm:
 
 
 class Modulation(nn.Module):
-    """Condition → `chunks` vectors that shift, scale or gate."""
+    """Condition → `chunks` vectors that shift, scale or gate tokens `widened` times as wide."""
 
-    def __init__(self, width: int, chunks: int) -> None:
+    def __init__(self, width: int, chunks: int, *, widened: int = 1) -> None:
         super().__init__()
         self.chunks = chunks
-        self.linear = nn.Linear(width, chunks * width)
+        self.linear = nn.Linear(width, chunks * widened * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:  # (B, D)
-        parts: tuple[Tensor, ...] = self.linear(F.silu(c)).chunk(self.chunks, dim=-1)  # (B, D) each
+        parts: tuple[Tensor, ...] = self.linear(F.silu(c)).chunk(self.chunks, dim=-1)  # (B, widened·D) each
         return parts
 
 
@@ -150,26 +239,36 @@ def over_tokens(c: Tensor, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """adaLN-Zero transformer block (Peebles & Xie 2023, section 3.2)."""
+    """adaLN-Zero transformer block (Peebles & Xie 2023, section 3.2).
 
-    def __init__(self, width: int, num_heads: int, mlp_size: int, *, qk_norm: bool) -> None:
+    One that is `widened` has more heads, not wider ones, and takes the same condition.
+    """
+
+    def __init__(self, spec: ModelSpec, *, widened: int = 1) -> None:
         super().__init__()
+        width = widened * spec.hidden_size
         self.norm1 = plain_norm(width)
-        self.attn = SelfAttention(width, num_heads, qk_norm=qk_norm)
+        self.attn = SelfAttention(width, widened * spec.num_heads, qk_norm_of(spec))
         self.norm2 = plain_norm(width)
-        self.mlp = Mlp(width, mlp_size, bias=True)
-        self.modulation = Modulation(width, chunks=6)
+        self.mlp = Mlp(width, widened * spec.mlp_size, bias=True)
+        self.modulation = Modulation(spec.hidden_size, chunks=6, widened=widened)
 
     def modulated(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
         """What attention takes in."""
         shift, scale, *_ = self.modulation(c)
         return modulate(self.norm1(x), shift, scale)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
+    def forward(self, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:  # (B, L, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
         mixed: Tensor = self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x + over_tokens(gate2, x) * mixed
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
+    for block in blocks:
+        x = block(x, c, rotation)
+    return x
 
 
 class FinalLayer(nn.Module):

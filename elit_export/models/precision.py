@@ -2,9 +2,9 @@
 
 Takes: a float32 model.  Gives: another that shares all but the rounded weights.  May touch: nothing.
 
-Rounded are the linear layers of attention and MLP, and with them attention itself. In float32 stay the
-tokens between them, patch and timestep embedders, adaLN, every norm, and the final layer. So does the
-query projection of Read: it is a constant of the network, rounded once after it is computed.
+Rounded are the linear layers of attention and MLP, and with them attention itself, and those that join, merge and
+split tokens. In float32 stay the tokens between them, patch and timestep embedders, adaLN, every norm, and the final
+layer. So does the query projection of Read: it is a constant of the network, rounded once after it is computed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import copy
 import torch
 from torch import nn
 
+from elit_export.models.elit import Elit
 from elit_export.models.interface import CrossAttention
-from elit_export.models.layers import Mlp, SelfAttention
-from elit_export.models.sit import ElitSiT
+from elit_export.models.layers import Join, Merge, Mlp, SelfAttention, Split
 from elit_export.spec import Precision
 
 DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+ROUNDED = (SelfAttention, CrossAttention, Mlp, Join, Merge, Split)
 
 
-def in_precision(model: ElitSiT, precision: Precision) -> ElitSiT:
+def in_precision(model: Elit, precision: Precision) -> Elit:
     """The model itself for fp32, else a copy with rounded weights; the model given stays as it is."""
     if precision is Precision.FP32:
         return model
@@ -30,7 +31,7 @@ def in_precision(model: ElitSiT, precision: Precision) -> ElitSiT:
     rounded = copy.deepcopy(model, shared)
     kept = rounded.read.attn.q_proj
     for module in rounded.modules():
-        if isinstance(module, SelfAttention | CrossAttention | Mlp):
+        if isinstance(module, ROUNDED):
             for layer in module.children():
                 if isinstance(layer, nn.Linear) and layer is not kept:
                     _round(layer, DTYPES[precision])

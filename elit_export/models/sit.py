@@ -2,143 +2,30 @@
 
 Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
 
-Follows the released ELIT-SiT checkpoints (arXiv 2603.12245); shapes as in `spec`.
+Follows the released ELIT-SiT checkpoints (arXiv 2603.12245). With `rope` and the norm "rms" on queries and keys it is
+the DiT that the paper trains. That one is unpublished, and this our reading of it: self-attention alone is rotated,
+in the core by the position of the spatial token at a latent's slot, so that nothing depends on the budget; the fixed
+position code stays beside it, as without, so that one switch changes one thing.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from elit_export.models.interface import Read, Write, keep, restore
-from elit_export.models.layers import Block, FinalLayer, PatchEmbed, TimestepEmbedder, position_code
+from elit_export.models.elit import Elit, blocks
+from elit_export.models.layers import run_blocks
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
 
-INIT_STD = 0.02
 
-
-class ElitSiT(nn.Module):
-    """Velocity of a flow from data (t=0) to noise (t=1), at any budget in `spec.budgets`.
-
-    A new model holds uninitialised weights: load some, or call `initialise`.
-    """
+class ElitSiT(Elit):
+    """Head, Read, core on the kept latents, Write, tail."""
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
-        super().__init__()
-        self.spec = spec
-        self.data = data
-        width, heads = spec.hidden_size, spec.num_heads
-        self.patch_embed = PatchEmbed(spec.in_channels, spec.patch_size, width)
-        self.pos_embed: Tensor
-        self.register_buffer("pos_embed", position_code(spec.grid, width))
-        self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.Embedding(spec.num_classes + 1, width)
-        self.head = self._blocks(spec.head_depth)
-        self.read = Read(width, heads, spec.grid, spec.group_size)
-        self.core = self._blocks(spec.core_depth)
-        self.write = Write(width, heads, spec.grid, spec.group_size)
-        self.tail = self._blocks(spec.tail_depth)
-        self.final = FinalLayer(width, spec.patch_size**2 * spec.in_channels)
-
-    def _blocks(self, depth: int) -> nn.ModuleList:
-        spec = self.spec
-        return nn.ModuleList(
-            Block(spec.hidden_size, spec.num_heads, spec.mlp_size, qk_norm=spec.qk_norm) for _ in range(depth)
-        )
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> Tensor:
-        """x (B, C, H, W), t (B,), y (B,) int64, latents = arange(K) int64 → velocity (B, C, H, W)."""
-        return self.step(x, t, y, latents)[0]
-
-    def step(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """forward, and the residual: tokens before the final layer minus tokens after the embedder (B, N, D)."""
-        embedded = self.patch_embed(x) + self.pos_embed  # (B, N, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        tokens = self.transform(embedded, c, latents)
-        return self.unpatchify(self.final(tokens, c)), tokens - embedded
-
-    def probe(self, x: Tensor, t: Tensor, y: Tensor, signal_prev: Tensor) -> tuple[Tensor, Tensor]:
-        """What step caching decides by: the modulated input of the first block, as TeaCache takes it.
-
-        Gives it as `signal` (B, N, D), and how far it is from that of the step before, `distance` (B,):
-        mean|signal − signal_prev| / mean|signal_prev|, infinite where signal_prev is zero.
-        """
-        embedded = self.patch_embed(x) + self.pos_embed
-        signal = self.first_block.modulated(embedded, self.t_embedder(t) + self.y_embedder(y))
-        distance = (signal - signal_prev).abs().mean((1, 2)) / signal_prev.abs().mean((1, 2))
-        return signal, distance
-
-    def reuse(
-        self, x: Tensor, t: Tensor, y: Tensor, residual: Tensor, residual_prev: Tensor, forecast: Tensor
-    ) -> Tensor:
-        """The velocity with a residual (B, N, D) of earlier steps in place of all blocks.
-
-        residual + forecast · (residual − residual_prev): forecast (B,) is 0 to take it as it is, or how many
-        times the step between the two to go on.
-        """
-        expected = residual + forecast[:, None, None] * (residual - residual_prev)
-        embedded = self.patch_embed(x) + self.pos_embed
-        return self.unpatchify(self.final(embedded + expected, self.t_embedder(t) + self.y_embedder(y)))
-
-    def time(self, t: Tensor) -> Tensor:
-        """The embedding of t (B, D): how much it changes is known before sampling."""
-        embedding: Tensor = self.t_embedder(t)
-        return embedding
-
-    @property
-    def first_block(self) -> Block:
-        block = next(iter([*self.head, *self.core, *self.tail]))
-        assert isinstance(block, Block)
-        return block
+        super().__init__(spec, data, core=blocks(spec, spec.core_depth))
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
-        """Head, Read, core on the kept latents, Write, tail."""
-        tokens = run_blocks(self.head, tokens, c)
-        latents, patches = self.read(tokens, c)  # (B, G, J, D) each
-        processed = run_blocks(self.core, keep(latents, kept), c)  # (B, G·K, D)
-        tokens = self.write(patches, restore(processed, latents, kept))
-        return run_blocks(self.tail, tokens, c)
-
-    def unpatchify(self, values: Tensor) -> Tensor:  # (B, N, p·p·C)
-        n, p, channels = self.spec.grid, self.spec.patch_size, self.spec.in_channels
-        values = values.unflatten(2, (p, p, channels)).unflatten(1, (n, n))  # (B, n, n, p, p, C)
-        return values.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
-
-
-def run_blocks(blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-    for block in blocks:
-        x = block(x, c)
-    return x
-
-
-# ---------------------------------------------------------------- initialisation
-
-
-def initialise(model: ElitSiT, generator: torch.Generator) -> ElitSiT:
-    """Fill a new model as the ELIT authors do, from `generator` alone.
-
-    Every adaLN, the final projection and what Write adds start at zero, so a fresh model hides
-    most mistakes: never test parity with it.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            weight = module.weight.data
-            nn.init.xavier_uniform_(weight.view(weight.shape[0], -1), generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    tables = (model.y_embedder.weight, model.read.query, model.read.pos_embed)
-    for table in (*tables, model.read.latent_pos_embed, model.write.pos_embed):
-        nn.init.normal_(table, std=INIT_STD, generator=generator)
-    for layer in (model.t_embedder.mlp[0], model.t_embedder.mlp[2]):
-        assert isinstance(layer, nn.Linear)
-        nn.init.normal_(layer.weight, std=INIT_STD, generator=generator)
-    for layer in _zero_layers(model):
-        for parameter in layer.parameters():
-            nn.init.zeros_(parameter)
-    return model
-
-
-def _zero_layers(model: ElitSiT) -> list[nn.Module]:
-    blocks = [*model.head, *model.core, *model.tail, model.read, model.final]
-    adaptive = [block.modulation.linear for block in blocks]
-    return [*adaptive, model.final.linear, model.write.attn.proj, model.write.mlp.fc2]
+        spatial, latent = self.rotations(kept)
+        tokens = run_blocks(self.head, tokens, c, spatial)
+        latents, patches, processed = self.read_kept(tokens, c, kept)
+        processed = run_blocks(self.core, processed, c, latent)  # (B, G·K, D)
+        return run_blocks(self.tail, self.write_kept(patches, processed, latents, kept), c, spatial)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from elit_export.models.sit import ElitSiT
+from elit_export.models.elit import Elit
 from elit_export.spec import Budget
 from elit_export.training.data import LabelledImages
 from elit_export.training.trainer import flow_batch, generator_for, random_times, to_signal
@@ -34,7 +34,7 @@ class BudgetError:
     above_full_error: float
 
 
-def held_out_errors(model: ElitSiT, data: LabelledImages, *, seed: int) -> Iterator[BudgetError]:
+def held_out_errors(model: Elit, data: LabelledImages, *, seed: int) -> Iterator[BudgetError]:
     """Full budget first, then downwards; every image once, with its own label."""
     full: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     for budget in reversed(model.spec.budgets):
@@ -50,7 +50,7 @@ def _mean_and_error(values: np.ndarray[tuple[int], np.dtype[np.float64]]) -> tup
 
 @torch.inference_mode()
 def _errors_per_image(
-    model: ElitSiT, data: LabelledImages, budget: Budget, seed: int
+    model: Elit, data: LabelledImages, budget: Budget, seed: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     generator = generator_for(seed)
     errors = []

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from elit_export.errors import CheckpointError, InputError
 from elit_export.files import written_whole
-from elit_export.models.sit import ElitSiT, initialise
+from elit_export.models.backbones import new_model
+from elit_export.models.elit import initialise
 from elit_export.spec import DataFacts, ModelSpec
 from elit_export.training.data import LabelledImages
 
@@ -37,8 +38,8 @@ CLIP_NORM = 1.0
 class TrainConfig:
     """Choices of one run.
 
-    K is drawn uniformly from min_kept..J once per step for the whole batch, except for a share
-    `full_share` of the steps, which run the full budget.
+    K is drawn uniformly from the model's budgets of min_kept and more, once per step for the whole batch, except
+    for a share `full_share` of the steps, which run the full budget.
     """
 
     steps: int
@@ -118,7 +119,7 @@ class Trainer:
     def __init__(self, spec: ModelSpec, facts: DataFacts, data: LabelledImages, config: TrainConfig) -> None:
         self._check(spec, data, config)
         self.config, self.data = config, data
-        self.model = initialise(ElitSiT(spec, facts), generator_for(config.seed))
+        self.model = initialise(new_model(spec, facts), generator_for(config.seed))
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
@@ -170,10 +171,10 @@ class Trainer:
         return self.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
     def _draw_kept(self, generator: torch.Generator) -> int:
-        full = self.model.spec.latents
+        choices = [budget.kept for budget in self.model.spec.budgets if budget.kept >= self.config.min_kept]
         is_full = torch.rand((), generator=generator).item() < self.config.full_share
-        kept = int(torch.randint(self.config.min_kept, full + 1, (), generator=generator))
-        return full if is_full else kept
+        drawn = choices[int(torch.randint(len(choices), (), generator=generator))]
+        return choices[-1] if is_full else drawn
 
     def _draw_batch(self, generator: torch.Generator) -> FlowBatch:
         indices = epoch_batch(len(self.data), self.config.batch_size, self.config.seed, self.step)

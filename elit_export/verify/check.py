@@ -19,7 +19,7 @@ from elit_export.verify.cases import Arrays
 from elit_export.verify.parity import Comparison, compared, load_reference, parity_of
 
 if TYPE_CHECKING:
-    from elit_export.models.sit import ElitSiT
+    from elit_export.models.elit import Elit
 
 
 def verify_plan_set(
@@ -51,7 +51,7 @@ def live_reference(bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path) ->
     return reference_arrays(model, reference.cases, reference.cache_rows, reference.trajectories)
 
 
-def model_of(bundle: Bundle, checkpoint: str | Path) -> ElitSiT:
+def model_of(bundle: Bundle, checkpoint: str | Path) -> Elit:
     """The model that the bundle was built from; raises BundleError if the checkpoint is another one's."""
     from elit_export.checkpoint import checkpoint_path, load_checkpoint  # needs torch
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from elit_export.manifest import ReferenceCase, ReferenceTrajectory
-from elit_export.models.sit import ElitSiT
+from elit_export.models.elit import Elit
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
@@ -25,7 +25,7 @@ from elit_export.verify.timing import PEAK_REPEATS, PEAK_SIZES, once_ms
 MAX_ROWS = 1 << 20
 
 
-def torch_engine(model: ElitSiT, graph: str = STEP, *, compiled: bool = False) -> FunctionEngine:
+def torch_engine(model: Elit, graph: str = STEP, *, compiled: bool = False) -> FunctionEngine:
     """The model itself, where it is, as an engine for a graph, by torch.compile if asked."""
     method = getattr(model, graph)
     run = torch.compile(method, dynamic=True) if compiled else method
@@ -41,7 +41,7 @@ def torch_engine(model: ElitSiT, graph: str = STEP, *, compiled: bool = False) -
     return FunctionEngine(answer)
 
 
-def torch_pipeline(model: ElitSiT) -> Pipeline:
+def torch_pipeline(model: Elit) -> Pipeline:
     """The runtime with PyTorch in place of engines, at every budget."""
     every = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS))
     cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
@@ -62,7 +62,7 @@ def _matmul_gflops(size: int, dtype: torch.dtype) -> float:
 
 
 def reference_arrays(
-    model: ElitSiT,
+    model: Elit,
     cases: Sequence[ReferenceCase],
     rows: Sequence[int],
     trajectories: Sequence[ReferenceTrajectory],

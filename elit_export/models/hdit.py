@@ -1,0 +1,47 @@
+"""ELIT-HDiT: an hourglass whose middle blocks run on a quarter of the latents, twice as wide.
+
+Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
+
+Our reading of the paper (arXiv 2603.12245), whose HDiT is unpublished. Without an interface, a 2×2 of spatial tokens
+is merged after block 8 of 28 and split again after block 20 (HDiT, Crowson et al. 2024). In ELIT that lies in the
+core, where there are no pixels to stay next to: four latents of a group that follow each other, so of like
+importance, become one, and a model keeps multiples of four. What splitting gives is added to the latents that were
+merged, which needs no weights; it starts at zero. Heads keep their size, the wide blocks have twice as many, and the
+condition stays as it is. Merged latents have no position of their own, so there is no `rope`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from elit_export.models.elit import Elit, blocks
+from elit_export.models.layers import Merge, Split, run_blocks
+from elit_export.spec import PIXELS, DataFacts, ModelSpec
+
+WIDENED = 2
+
+
+class ElitHDiT(Elit):
+    """Head, Read, core (fine, merge, coarse, split, fine) on the kept latents, Write, tail."""
+
+    def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
+        super().__init__(spec, data, core=core_blocks(spec))
+        self.merge = Merge(spec.hidden_size, WIDENED * spec.hidden_size, spec.merge)
+        self.split = Split(WIDENED * spec.hidden_size, spec.hidden_size, spec.merge)
+
+    def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
+        latents, patches, processed = self.read_kept(run_blocks(self.head, tokens, c), c, kept)
+        processed = self._core(processed, c)
+        return run_blocks(self.tail, self.write_kept(patches, processed, latents, kept), c)
+
+    def _core(self, x: Tensor, c: Tensor) -> Tensor:  # (B, G·K, D)
+        fine = (self.spec.core_depth - self.spec.coarse_depth) // 2
+        x = run_blocks(self.core[:fine], x, c)
+        coarse = run_blocks(self.core[fine : len(self.core) - fine], self.merge(x), c)  # (B, G·K/4, 2·D)
+        return run_blocks(self.core[len(self.core) - fine :], x + self.split(coarse), c)
+
+
+def core_blocks(spec: ModelSpec) -> nn.ModuleList:
+    fine = (spec.core_depth - spec.coarse_depth) // 2
+    coarse = blocks(spec, spec.coarse_depth, widened=WIDENED)
+    return nn.ModuleList([*blocks(spec, fine), *coarse, *blocks(spec, fine)])

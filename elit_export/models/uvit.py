@@ -1,0 +1,70 @@
+"""ELIT-U-ViT: ELIT-SiT with long skips, from each block of the first half to its mirror in the second.
+
+Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
+
+Our reading of the paper (arXiv 2603.12245), whose U-ViT is unpublished. The output of block i is joined into the
+input of block depth − 1 − i: concatenated, and brought back to the width by a linear layer (U-ViT, Bao et al. 2023).
+Head and tail are equally deep, so that skips lead from spatial tokens to spatial tokens and from latents to latents,
+as many as are kept. The two innermost blocks of an even core are neighbours and have no skip: with 13 joins for 28
+blocks the published training FLOPs come out, with 14 they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from elit_export.models.elit import Elit, blocks
+from elit_export.models.layers import Join, Rotation
+from elit_export.spec import PIXELS, DataFacts, ModelSpec
+
+
+class ElitUViT(Elit):
+    """Head, Read, core on the kept latents, Write, tail, with skips inside the core and from head to tail."""
+
+    def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
+        super().__init__(spec, data, core=blocks(spec, spec.core_depth))
+        self.core_joins = joins(spec, max(0, (spec.core_depth - 1) // 2))
+        self.tail_joins = joins(spec, spec.tail_depth)
+
+    def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
+        spatial, latent = self.rotations(kept)
+        skips = run_keeping(self.head, tokens, c, spatial)
+        latents, patches, processed = self.read_kept(skips[-1], c, kept)
+        processed = self._core(processed, c, latent)
+        tokens = self.write_kept(patches, processed, latents, kept)
+        return run_joining(self.tail, self.tail_joins, tokens, skips[1:], c, spatial)
+
+    def _core(self, x: Tensor, c: Tensor, rotation: Rotation | None) -> Tensor:  # (B, G·K, D)
+        """First half, whose outputs are kept, the blocks without a skip, and the half that they are joined into."""
+        pairs, depth = len(self.core_joins), len(self.core)
+        skips = run_keeping(self.core[:pairs], x, c, rotation)
+        middle = run_keeping(self.core[pairs : depth - pairs], skips[-1], c, rotation)[-1]
+        return run_joining(self.core[depth - pairs :], self.core_joins, middle, skips[1:], c, rotation)
+
+
+def joins(spec: ModelSpec, count: int) -> nn.ModuleList:
+    return nn.ModuleList(Join(spec.hidden_size) for _ in range(count))
+
+
+def run_keeping(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: Rotation | None) -> list[Tensor]:
+    """What goes in, then what comes out of each block."""
+    seen = [x]
+    for block in blocks:
+        seen.append(block(seen[-1], c, rotation))
+    return seen
+
+
+def run_joining(
+    blocks: Iterable[nn.Module],
+    joins: Iterable[nn.Module],
+    x: Tensor,
+    skips: list[Tensor],
+    c: Tensor,
+    rotation: Rotation | None,
+) -> Tensor:
+    """The last skip goes into the first block."""
+    for block, join, skip in zip(blocks, joins, reversed(skips), strict=True):
+        x = block(join(x, skip), c, rotation)
+    return x
