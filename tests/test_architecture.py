@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from elit_export.models.backbones import BACKBONES
+from elit_export.spec import RELEASED_BACKBONE
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "elit_export"
 
@@ -18,7 +21,7 @@ PACKAGE = ROOT / "elit_export"
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
-    "spec": set(),
+    "spec": {"models"},  # for `ModelSpec.named` alone, which reads the table of backbones
     "backends": set(),
     "machine": set(),
     "keys": {"spec", "recipe", "backends", "manifest", "samples"},
@@ -84,6 +87,7 @@ LIBRARIES: dict[str, set[str]] = {
     "filelock": {"bundle.py"},
     "matplotlib": {"report/plots.py"},
 }
+BACKBONE_MODULES = [row.module.removeprefix("elit_export.") for row in BACKBONES.values()]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
@@ -117,6 +121,29 @@ def test_library_is_named_only_where_it_belongs(library: str) -> None:
         str(path.relative_to(PACKAGE)) for path in FILES if any(name.split(".")[0] == library for name in imports(path))
     }
     assert all(any(user.startswith(place) for place in LIBRARIES[library]) for user in users), users
+
+
+# What only `models/` and `checkpoint.py` may say, and the one place more: what a spec is that names no backbone.
+BACKBONE_WORDS = re.compile(
+    "|".join([*map(re.escape, BACKBONES), *(row.class_name for row in BACKBONES.values()), *BACKBONE_MODULES])
+)
+NAMED_ELSEWHERE = {("spec.py", f'RELEASED_BACKBONE = "{RELEASED_BACKBONE}"')}
+
+
+def test_no_backbone_is_named_outside_its_rooms() -> None:
+    found = {
+        (str(path.relative_to(PACKAGE)), line.split("  #")[0])
+        for path in FILES
+        if room_of(path) not in ("models", "checkpoint")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if BACKBONE_WORDS.search(line)
+    }
+    assert found == NAMED_ELSEWHERE
+
+
+def test_every_backbone_has_a_file_of_its_own() -> None:
+    assert len({row.module for row in BACKBONES.values()}) == len(BACKBONES)
+    assert all((PACKAGE / "models" / f"{module.rpartition('.')[2]}.py").is_file() for module in BACKBONE_MODULES)
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elit_export.errors import InputError
+from elit_export.models.backbones import RELEASED_NAMES
 from elit_export.spec import (
     CACHE_GRAPHS,
     PIXELS,
     SD_VAE,
-    SIT_NAMES,
     STEP,
     Budget,
     DataFacts,
@@ -222,8 +222,8 @@ def test_named_models(size: str, patch: int, resolution: int) -> None:
 
 
 def test_the_names_are_sizes_by_patches() -> None:
-    assert len(SIT_NAMES) == 12
-    assert {"ELIT-SiT-S/8", "ELIT-SiT-XL/2"} <= set(SIT_NAMES)
+    assert len(RELEASED_NAMES) == 12
+    assert {"ELIT-SiT-S/8", "ELIT-SiT-XL/2"} <= set(RELEASED_NAMES)
 
 
 def test_xl_2_at_256_is_the_released_model() -> None:
@@ -240,6 +240,11 @@ def test_xl_2_at_256_is_the_released_model() -> None:
         "qk_norm": False,
         "mlp_ratio": 4.0,
         "num_classes": 1000,
+        "backbone": "ELIT-SiT",
+        "rope": False,
+        "qk_norm_kind": "layer",
+        "merge": 1,
+        "coarse_depth": 0,
     }
 
 
@@ -258,7 +263,7 @@ def test_the_split_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", ["ELIT-SiT-XXL/2", "ELIT-SiT-XL/3", "XL/2", "elit-sit-xl/2", ""])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(InputError, match=re.escape(repr(name)) + ".*known: ELIT-SiT-S/2, .*ELIT-SiT-XL/8$"):
+    with pytest.raises(InputError, match=re.escape(repr(name)) + ".*known: ELIT-SiT-S/2, .*ELIT-HDiT-XL/8$"):
         ModelSpec.named(name)
 
 

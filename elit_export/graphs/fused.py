@@ -54,6 +54,7 @@ def fused(
 
     def computed() -> tuple[Tensor, Tensor, Tensor]:
         velocity, found = model.step(x, t, y, latents)
+        found = found.contiguous()  # as what is reused is: torch wants both branches to lie in memory alike
         return velocity, found, torch.where(is_first, found, residual)
 
     def forecast() -> tuple[Tensor, Tensor, Tensor]:

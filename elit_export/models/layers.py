@@ -133,7 +133,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:  # (B, L, D)
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:  # (B, L, D)
         q, k, v = (split_heads(part, self.num_heads) for part in linear(self.qkv, x).chunk(3, dim=-1))
         q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         if rotation:

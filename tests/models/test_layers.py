@@ -10,17 +10,24 @@ from torch import Tensor, nn
 
 from elit_export.models.layers import (
     Block,
+    Join,
+    Merge,
     Mlp,
     Modulation,
     PatchEmbed,
     SelfAttention,
+    Split,
     TimestepEmbedder,
     merge_heads,
     modulate,
     over_tokens,
     position_code,
+    qk_norm_of,
+    rotation_angles,
+    rotation_of,
     split_heads,
 )
+from tests.helpers import tiny_spec
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -80,23 +87,89 @@ def test_merging_heads_undoes_splitting(shape: tuple[int, ...]) -> None:
     assert torch.equal(merge_heads(split_heads(x, 4)), x)
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_self_attention_is_the_textbook_formula(qk_norm: bool) -> None:
-    heads, size = 2, 6
-    attention = SelfAttention(heads * size, heads, qk_norm=qk_norm).double()
-    x = random(1, 5, heads * size)
+NORMS = {
+    "none": qk_norm_of(tiny_spec()),
+    "layer": qk_norm_of(tiny_spec(qk_norm=True)),
+    "rms": qk_norm_of(tiny_spec(qk_norm=True, qk_norm_kind="rms")),
+}
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("kind", list(NORMS))
+def test_self_attention_is_the_textbook_formula(kind: str, rotated: bool) -> None:
+    heads, size = 2, 8
+    attention = SelfAttention(heads * size, heads, NORMS[kind]).double()
+    x = random(1, 4, heads * size)
+    angles = rotation_angles(2, size, torch.device("cpu")).double()
+    rotation = rotation_of(angles if rotated else torch.zeros_like(angles))
     q, k, v = attention.qkv(x)[0].chunk(3, dim=-1)
     mixed = []
     for head in range(heads):
         own = slice(size * head, size * (head + 1))
-        weights = attention.q_norm(q[:, own]) @ attention.k_norm(k[:, own]).T / math.sqrt(size)
+        weights = rotation(attention.q_norm(q[:, own])) @ rotation(attention.k_norm(k[:, own])).T / math.sqrt(size)
         mixed.append(weights.softmax(dim=-1) @ v[:, own])
-    torch.testing.assert_close(attention(x)[0], attention.proj(torch.cat(mixed, dim=-1)))
+    found = attention(x, rotation) if rotated else attention(x)
+    torch.testing.assert_close(found[0], attention.proj(torch.cat(mixed, dim=-1)))
 
 
-def test_norm_of_queries_and_keys_has_eps_1e_5() -> None:
-    attention = SelfAttention(8, 2, qk_norm=True)
-    assert attention.q_norm.eps == attention.k_norm.eps == 1e-5
+def test_norms_of_queries_and_keys() -> None:
+    layer, rms = (SelfAttention(8, 2, NORMS[kind]).double() for kind in ("layer", "rms"))
+    assert layer.q_norm.eps == layer.k_norm.eps == 1e-5
+    x = random(3, 4)
+    torch.testing.assert_close(rms.q_norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+
+
+# ---------------------------------------------------------------- rotations
+
+
+def test_angles_are_of_the_column_then_of_the_row() -> None:
+    angles = rotation_angles(3, 8, torch.device("cpu"))
+    for row in range(3):
+        for column in range(3):
+            expected = [place * 10_000 ** (-i / 2) for place in (column, row) for i in range(2)]
+            torch.testing.assert_close(angles[3 * row + column], torch.tensor(expected))
+
+
+def test_a_rotation_turns_pairs_in_the_plane() -> None:
+    angles = rotation_angles(2, 8, torch.device("cpu")).double()
+    x = random(1, 1, 4, 8)
+    turned = rotation_of(angles)(x)
+    as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(turned, torch.cat([as_complex.real, as_complex.imag], dim=-1))
+
+
+def test_what_attention_sees_depends_on_distances_alone() -> None:
+    """q · k of two places is that of two others as far from each other."""
+    grid = 4
+    rotation = rotation_of(rotation_angles(grid, 8, torch.device("cpu")).double())
+    q, k = (random(8, seed=seed).expand(grid * grid, -1) for seed in (1, 2))
+    scores = rotation(q) @ rotation(k).T
+    torch.testing.assert_close(scores[0, grid + 2], scores[grid + 1, 2 * grid + 3])
+    assert not torch.isclose(scores[0, grid + 2], scores[0, 2 * grid + 1])
+
+
+# ---------------------------------------------------------------- joining, merging, splitting
+
+
+def test_a_join_takes_the_tokens_first() -> None:
+    join, x, skip = Join(3).double(), random(2, 4, 3), random(2, 4, 3, seed=1)
+    weight = join.linear.weight
+    torch.testing.assert_close(join(x, skip), x @ weight[:, :3].T + skip @ weight[:, 3:].T + join.linear.bias)
+
+
+def test_merging_takes_tokens_that_follow_each_other() -> None:
+    merge, x = Merge(3, 5, 2).double(), random(2, 6, 3)
+    merged = merge(x)
+    assert merged.shape == (2, 3, 5)
+    torch.testing.assert_close(merged[1, 2], merge.linear(torch.cat([x[1, 4], x[1, 5]])))
+
+
+def test_splitting_puts_tokens_where_merging_took_them() -> None:
+    merge, split, x = Merge(3, 6, 2).double(), Split(6, 3, 2).double(), random(2, 6, 3)
+    for layer in (merge.linear, split.linear):
+        layer.weight.data = torch.eye(6, dtype=torch.float64)
+        layer.bias.data.zero_()
+    assert torch.equal(split(merge(x)), x)
 
 
 def test_mlp_uses_the_tanh_form_of_gelu() -> None:
@@ -130,9 +203,10 @@ def test_modulation_gives_its_chunks_in_order() -> None:
     torch.testing.assert_close(modulation(c)[1], whole[:, 4:8])
 
 
-def test_block_reads_its_six_chunks_as_shift_scale_gate_twice() -> None:
-    block = Block(8, 2, 16, qk_norm=False).double()
-    x, c = random(2, 5, 8), random(2, 8, seed=1)
+@pytest.mark.parametrize("widened", [1, 2])
+def test_block_reads_its_six_chunks_as_shift_scale_gate_twice(widened: int) -> None:
+    block = Block(tiny_spec(hidden_size=8), widened=widened).double()
+    x, c = random(2, 5, 8 * widened), random(2, 8, seed=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in block.modulation(c))
 
     def norm(h: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from elit_export.errors import InputError
+from elit_export.models.backbones import RELEASED_NAMES
+from elit_export.models.elit import initialise
 from elit_export.models.interface import group, keep, ungroup
-from elit_export.models.layers import position_code
-from elit_export.models.sit import ElitSiT, initialise, run_blocks
-from elit_export.spec import SIT_NAMES, ModelSpec
+from elit_export.models.layers import position_code, run_blocks
+from elit_export.models.sit import ElitSiT
+from elit_export.spec import ModelSpec
 from tests.helpers import Golden, max_relative, tiny_model, tiny_spec
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -206,7 +208,7 @@ def test_the_position_code_is_fixed_and_stored() -> None:
 
 
 @pytest.mark.parametrize("resolution", [256, 512])
-@pytest.mark.parametrize("name", SIT_NAMES)
+@pytest.mark.parametrize("name", RELEASED_NAMES)
 def test_every_named_size_builds_and_runs(name: str, resolution: int) -> None:
     spec = ModelSpec.named(name, resolution=resolution)
     assert (spec.groups, spec.latents) == (256 // spec.patch_size**2 // 4, (resolution // 64) ** 2)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from elit_export.errors import CheckpointError, InputError
-from elit_export.models.sit import ElitSiT, initialise
+from elit_export.models.elit import initialise
+from elit_export.models.sit import ElitSiT
 from elit_export.spec import PIXELS, ModelSpec
 from elit_export.training import evaluate
 from elit_export.training.data import LabelledImages, load_images
