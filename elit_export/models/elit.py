@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from elit_export.errors import InputError
 from elit_export.models.interface import Read, Write, group, keep, restore
 from elit_export.models.layers import (
     Block,
@@ -26,7 +27,7 @@ from elit_export.models.layers import (
     rotation_angles,
     rotation_of,
 )
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.spec import DataFacts, ModelSpec, listed
 
 INIT_STD = 0.02
 
@@ -109,7 +110,12 @@ class Elit(nn.Module, ABC):
         return block
 
     def read_kept(self, tokens: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D)."""
+        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D).
+
+        Raises InputError for a number of latents that the backbone does not keep.
+        """
+        if kept.shape[0] % self.spec.merge:
+            raise InputError(f"this model cannot keep {kept.shape[0]} latents: it runs {listed(self.spec.budgets)}")
         latents, patches = self.read(tokens, c)
         return latents, patches, keep(latents, kept)
 
