@@ -136,9 +136,9 @@ WIDE = {"hidden_size": 32, "num_heads": 2}  # heads that half precision takes
 VARIANTS: dict[str, dict[str, Any]] = {
     "ELIT-SiT": WIDE,
     "ELIT-DiT": WIDE | {"rope": True, "qk_norm": True, "qk_norm_kind": "rms", "in_channels": 16},
-    "ELIT-U-ViT": WIDE | {"backbone": "ELIT-U-ViT", "core_depth": 5},
+    "ELIT-U-ViT": WIDE | {"backbone": "ELIT-U-ViT", "core_depth": 3},
     "ELIT-HDiT": WIDE
-    | {"backbone": "ELIT-HDiT", "core_depth": 4, "merge": 4, "coarse_depth": 2, "input_size": 16, "group_size": 4},
+    | {"backbone": "ELIT-HDiT", "core_depth": 3, "merge": 4, "coarse_depth": 1, "input_size": 16, "group_size": 4},
 }
 
 

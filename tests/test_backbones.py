@@ -20,10 +20,14 @@ from click.testing import CliRunner
 
 from elit_export import Pipeline, compile, compile_bundle, load_checkpoint
 from elit_export.bundle import Bundle
+from elit_export.calibrate.quantize import PRODUCTS, quantized_graph
+from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
+from elit_export.calibrate.sensitivity import answers_of
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.errors import CheckpointError, InputError, RecipeError
 from elit_export.graphs.program import export_program
+from elit_export.models.cost import layer_flops
 from elit_export.models.elit import Elit
 from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.runtime.engine import to_host
@@ -201,6 +205,24 @@ def test_tensorrt_for_rtx_builds_plans_that_are_not_run(built: Built, tmp_path: 
     assert all(facts.parity.status == "not run" for facts in plan_set.profiles)
     assert set(plan_set.cache) == set(CACHE_GRAPHS)
     assert all(bundle.verified(plan.artifact) for plan in plan_set.plans)
+
+
+@pytest.mark.skipif(not has("modelopt"), reason="needs nvidia-modelopt")
+def test_a_graph_in_int8_is_quantized_in_every_kind_of_layer(built: Built, pipeline: Pipeline, tmp_path: Path) -> None:
+    """Joins, and what merges and splits, too; on ONNX Runtime, as TensorRT's plans cannot run here."""
+    recipe = SampleRecipe(images=3, steps=6, sampler="euler", guidance=("none",), samples=64, seed=4, rows=3)
+    found = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, "0" * 64).samples
+    graph = built.bundle.manifest.graphs["step-fp32"]
+    source = built.bundle.verified(graph.artifact) / graph.file
+    layers = [name for name, count in layer_flops(pipeline.spec, pipeline.spec.full).items() if count]
+    wanted = [name for name in layers if name != PRODUCTS]
+    assert ("joins" in wanted) == (built.variant == "ELIT-U-ViT")
+    assert ("merging" in wanted) == (built.variant == "ELIT-HDiT")
+    rounded = quantized_graph(source, tmp_path, Precision.INT8, found, wanted)
+    rows = {budget.kept: inputs_of(model_of(built.variant), STEP, 4, budget.kept) for budget in pipeline.spec.budgets}
+    exact, eight_bits = answers_of(source, rows), answers_of(rounded, rows)
+    for kept in rows:
+        assert 15 < difference(eight_bits[kept]["velocity"], exact[kept]["velocity"]).sqnr_db < 60
 
 
 # ---------------------------------------------------------------- training, checkpoints
