@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elit_export.errors import BackendUnavailable, CheckpointError, RecipeError, first_line
+from elit_export.errors import BackendUnavailable, CheckpointError, RecipeError
 from elit_export.files import sha256_of
 from elit_export.spec import DataFacts, DecoderSpec, ModelSpec
 
@@ -100,7 +100,7 @@ def read_decoder(folder: str | Path) -> DecoderFolder:
     path = _decoder_path(Path(folder))
     config = _config(path / CONFIG)
     name = config.get("_class_name")
-    if name not in DEFAULTS:
+    if not isinstance(name, str) or name not in DEFAULTS:
         raise CheckpointError(f"{path}: its class is {name!r}; known: {', '.join(DEFAULTS)}")
     _check_weights(path)
     return _described(path, name, _Config(path / CONFIG, {**DEFAULTS[name], **config}))
@@ -249,7 +249,7 @@ def _autoencoder(folder: DecoderFolder) -> Any:
             )
     except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"{folder.path}: diffusers cannot read it: {first_line(error)}; copy the folder again"
+            f"{folder.path}: diffusers cannot read it: {_said(error)}; copy the folder again"
         ) from error
     wrong = [f"missing {key}" for key in sorted(found["missing_keys"]) if key.startswith(OWN_KEYS)]
     wrong += [f"unknown {key}" for key in sorted(found["unexpected_keys"]) if key.startswith(OWN_KEYS)]
@@ -261,9 +261,15 @@ def _autoencoder(folder: DecoderFolder) -> Any:
     return made
 
 
+def _said(error: BaseException) -> str:
+    """Its first two lines: of weights in another shape, the second names them."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2]).rstrip(".")
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers tells of every missing weight, which is an error here, and of names in a configuration that it wrote."""
+    """diffusers tells of missing weights, which are an error here, and of a name in its own configurations."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)
