@@ -11,6 +11,9 @@ import numpy.typing as npt
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
+from elit_export.decoder import load_decoder, read_decoder
+from elit_export.runtime.decoding import Decoder, Float32
+from elit_export.spec import Range
 from tests.helpers import weights_by_name
 
 KL_STAGES = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
@@ -70,3 +73,15 @@ def pictures(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """As diffusers' own image processor makes them."""
     shares = (pixels / 2 + 0.5).clip(0, 1).transpose(0, 2, 3, 1)
     return (shares * 255).round().astype(np.uint8)
+
+
+def torch_decoder(folder: Path, side: int) -> Decoder:
+    """The runtime's decoding with PyTorch in place of an engine."""
+    found = read_decoder(folder)
+    module = load_decoder(found)
+
+    def run(z: Float32) -> Float32:
+        with torch.inference_mode():
+            return module(torch.from_numpy(z)).numpy()
+
+    return Decoder(run, found.spec(side), Range(1, 1, 4))

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from elit_export.decoder import load_decoder, read_decoder
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.decoding import Decoder, Float32, tile_starts
@@ -21,7 +20,7 @@ from elit_export.runtime.engine import FunctionEngine
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import PIXELS, SD_VAE, DataFacts, DecoderSpec, Precision, Profile, Range
 from tests.helpers import max_relative, tiny_spec
-from tests.vae import load_vae, pictures, save_vae
+from tests.vae import load_vae, pictures, save_vae, torch_decoder
 
 ONE_TO_FOUR = Range(1, 1, 4)
 
@@ -150,17 +149,6 @@ def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few convolutions: pixels depend on the latents around them alone."""
     return save_vae("tiny4", tmp_path_factory.mktemp("decoders") / "tiny4")
-
-
-def torch_decoder(folder: Path, side: int) -> Decoder:
-    found = read_decoder(folder)
-    module = load_decoder(found)
-
-    def run(z: Float32) -> Float32:
-        with torch.inference_mode():
-            return module(torch.from_numpy(z)).numpy()
-
-    return Decoder(run, found.spec(side), ONE_TO_FOUR)
 
 
 def by_diffusers(folder: Path, latents: npt.NDArray[np.float64], side: int) -> Float32:
