@@ -360,6 +360,18 @@ def test_another_decoder_makes_its_own_part_again(
         assert pipeline.decode(np.zeros((1, 4, 8, 8))).shape == (1, 32, 32, 3)
 
 
+def test_other_weights_of_the_same_shape_make_it_again(
+    copied: Path, checkpoints: dict[int, Path], folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = save_vae("kl4", tmp_path / "kl4", seed=12)
+    stages = ["read decoder", "export graph decode", "decoder reference", *DECODE]
+    assert stages_of(copied, recipe_of(checkpoints[4], folder)) == stages
+    latents = np.random.default_rng(1).standard_normal((1, 4, 8, 8))
+    with Pipeline.load(copied) as pipeline:
+        expected = pictures(decoded(load_vae(folder), latents))
+        assert np.abs(pipeline.decode(latents).astype(int) - expected).max() <= 1
+
+
 def test_another_scale_asks_diffusers_again(
     copied: Path, checkpoints: dict[int, Path], folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -43,12 +43,12 @@ MAKERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def save_vae(name: str, folder: Path, **changes: Any) -> Path:
+def save_vae(name: str, folder: Path, *, seed: int = 11) -> Path:
     """A random autoencoder with nothing near zero in it."""
     maker, facts = MAKERS[name]
-    vae = maker(**(facts | changes))
+    vae = maker(**facts)
     shapes = {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()}
-    weights = weights_by_name(shapes, seed=11)
+    weights = weights_by_name(shapes, seed=seed)
     norms = [key for key in weights if re.search(r"norm(\d|_out)?\.weight$", key)]
     vae.load_state_dict(weights | {key: 1 + weights[key] for key in norms})
     vae.save_pretrained(folder)
