@@ -92,11 +92,11 @@ def compile_bundle(
     """Export, build, verify, and only then make the bundle in `out` real.
 
     `checkpoint` takes the place of the recipe's. `samples` is the file that `calibrate samples` wrote, which a target
-    in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, samples, libraries, CPU (where
-    plans depend on it) and code stays as it is, and so do plan sets of other targets of the same model. Plans whose
-    device is not here are recorded as never run. `progress` hears each stage that does something and the share done
-    before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a failed
-    or interrupted build leaves an earlier bundle as it was.
+    in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, decoder, samples, libraries, CPU
+    (where plans depend on it) and code stays as it is, and so do plan sets of other targets of the same model. Plans
+    whose device is not here are recorded as never run. `progress` hears each stage that does something and the share
+    done before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a
+    failed or interrupted build leaves an earlier bundle as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 OF_PIPELINE = "vae"  # where a whole pipeline keeps its VAE
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
 IMAGE_CHANNELS = (1, 3)
+MOST_FACTOR = 64  # pixels along a latent; real ones have 8 to 32
+LARGEST = sys.float_info.max
 # What the constructors of diffusers take where a configuration says nothing: files of old versions leave much out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {
@@ -151,7 +153,7 @@ class _Config:
 
     def number(self, name: str) -> float:
         value = self.values[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
             raise self._wrong(name, "a finite number")
         return float(value)
 
@@ -178,6 +180,9 @@ def _described(path: Path, name: str, config: _Config) -> DecoderFolder:
     scale = config.number("scaling_factor")
     if scale == 0:
         raise CheckpointError(f"{config.path}: scaling_factor is 0; latents are divided by it")
+    factor = _factor(name, config)
+    if factor > MOST_FACTOR:
+        raise CheckpointError(f"{config.path}: a latent would be {factor} pixels wide, at most {MOST_FACTOR} are known")
     return DecoderFolder(
         path=path,
         class_name=name,
@@ -185,7 +190,7 @@ def _described(path: Path, name: str, config: _Config) -> DecoderFolder:
         image_channels=image_channels,
         scale=scale,
         shift=0.0 if config.values["shift_factor"] is None else config.number("shift_factor"),
-        factor=_factor(name, config),
+        factor=factor,
     )
 
 
