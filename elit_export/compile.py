@@ -18,6 +18,8 @@ from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle, BundleWriter, writing
 from elit_export.calibrate.quantize import check_tools, quantized_graph
 from elit_export.checkpoint import checkpoint_path, load_checkpoint
+from elit_export.compile_decoder import DecoderStages
+from elit_export.decoder import DecoderFolder, check_installed, read_decoder
 from elit_export.errors import BundleError, CalibrationError, RecipeError
 from elit_export.files import sha256_of
 from elit_export.graphs.export import export_graph
@@ -39,13 +41,24 @@ from elit_export.models.elit import Elit
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.opening import open_bank, unfit
 from elit_export.samples import Samples, check_covered, load_samples
-from elit_export.spec import CACHE_GRAPHS, FUSED, QUANTIZED, STEP, Precision, Profile, Range
+from elit_export.spec import (
+    CACHE_GRAPHS,
+    DECODE,
+    EXACT_GRAPHS,
+    FUSED,
+    QUANTIZED,
+    STEP,
+    Precision,
+    Profile,
+    Range,
+)
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.parity import (
     Comparison,
     compared,
     compared_cases,
     comparisons_of,
+    decoder_parity_of,
     load_reference,
     load_reference_file,
     met_db,
@@ -79,11 +92,11 @@ def compile_bundle(
     """Export, build, verify, and only then make the bundle in `out` real.
 
     `checkpoint` takes the place of the recipe's. `samples` is the file that `calibrate samples` wrote, which a target
-    in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, samples, libraries, CPU (where
-    plans depend on it) and code stays as it is, and so do plan sets of other targets of the same model. Plans whose
-    device is not here are recorded as never run. `progress` hears each stage that does something and the share done
-    before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a failed
-    or interrupted build leaves an earlier bundle as it was.
+    in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, decoder, samples, libraries, CPU
+    (where plans depend on it) and code stays as it is, and so do plan sets of other targets of the same model. Plans
+    whose device is not here are recorded as never run. `progress` hears each stage that does something and the share
+    done before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a
+    failed or interrupted build leaves an earlier bundle as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
@@ -95,8 +108,17 @@ def compile_bundle(
     if chosen.precision in QUANTIZED and not BACKENDS[chosen.backend].rounds:
         check_tools()
     _check_samples(chosen, target, samples, Path(out))
+    folder = _decoder_folder(recipe)
+    file = Path(samples) if samples else None
     with writing(Path(out)) as writer:
-        return _Build(writer, recipe, target, chosen, str(source), Path(samples) if samples else None, progress).run()
+        return _Build(writer, recipe, target, chosen, str(source), file, folder, progress).run()
+
+
+def _decoder_folder(recipe: Recipe) -> DecoderFolder | None:
+    if recipe.decoder is None:
+        return None
+    check_installed()
+    return read_decoder(recipe.decoder.folder)
 
 
 def _check_samples(chosen: AnyTarget, target: str, samples: str | Path | None, out: Path) -> None:
@@ -120,6 +142,7 @@ class _Build:
     chosen: AnyTarget
     source: str
     samples_file: Path | None
+    decoder_folder: DecoderFolder | None
     progress: Progress
 
     def run(self) -> Bundle:
@@ -127,8 +150,9 @@ class _Build:
         profiles = self.recipe.profiles_for(facts.spec)
         if self.samples:  # before anything is made
             check_covered(self.samples, profiles)
+        decoding = self._decoding()
         reference = self._reference(profiles)
-        graphs = self._graphs(reference)
+        graphs = {**self._graphs(reference), **decoding}
         unverified = self._plan_set(graphs, profiles, reference)
         plan_set = self._verified(facts, graphs, unverified)
         manifest = self._manifest(facts, graphs, plan_set)
@@ -185,7 +209,35 @@ class _Build:
     def sha256(self) -> str:
         return sha256_of(checkpoint_path(self.source))
 
+    @cached_property
+    def decoder(self) -> DecoderStages | None:
+        """Raises RecipeError if the recipe's decoder does not fit the model."""
+        table, folder = self.recipe.decoder, self.decoder_folder
+        if table is None or folder is None:
+            return None
+        model = self._facts()
+        folder.check_fits(model.spec, model.data)
+        return DecoderStages(
+            folder=folder,
+            spec=folder.spec(min(model.spec.input_size, table.tile)),
+            rows=table.rows.value(),
+            keys=self.keys,
+            writer=self.writer,
+            earlier=tuple(old.decoder for old in self.earlier_plan_sets if old.decoder),
+            fresh=self._fresh,
+            is_whole=self._is_whole,
+            say=lambda stage: self.progress(stage, STARTS["checkpoint"]),
+        )
+
     # ------------------------------------------------------------ stages
+
+    def _decoding(self) -> dict[str, Graph]:
+        """The decoder's graph and answers, before what takes long, so that a damaged folder is found out early."""
+        if self.decoder is None:
+            return {}
+        graphs = {self.keys.stored_name(DECODE): self.decoder.graph}
+        _ = self.decoder.answers
+        return graphs
 
     def _facts(self) -> ModelFacts:
         if self.earlier and self.earlier.model_key == self.model_key:
@@ -283,7 +335,7 @@ class _Build:
     def _plan_set(self, graphs: Mapping[str, Graph], profiles: Profiles, reference: Reference) -> PlanSet:
         """Every plan that is not fresh built, every profile not yet verified unless nothing in it changed."""
         groups = BACKENDS[self.chosen.backend].builder().grouped(profiles, self.chosen)
-        others = [*CACHE_GRAPHS, *([FUSED] if self.chosen.fused else [])]
+        others = [*CACHE_GRAPHS, *([FUSED] if self.chosen.fused else []), *([DECODE] if self.decoder else [])]
         share = 1 / (len(groups) + len(others))
         with self.writer.staged() as shared:
             plans = [
@@ -292,7 +344,11 @@ class _Build:
             ]
             more = {
                 name: self._plan(
-                    name, graphs[self.keys.stored_name(name)], _whole(name, profiles), shared, (index * share, share)
+                    name,
+                    graphs[self.keys.stored_name(name)],
+                    self._whole(name, profiles),
+                    shared,
+                    (index * share, share),
                 )
                 for index, name in enumerate(others, start=len(groups))
             }
@@ -314,15 +370,24 @@ class _Build:
                 for group, plan in zip(groups, plans, strict=True)
                 for profile in group
             ),
-            cache={name: plan for name, plan in more.items() if name != FUSED},
+            cache={name: more[name] for name in CACHE_GRAPHS},
             fused=more.get(FUSED),
+            decoder=self.decoder.facts(more[DECODE], BEING_BUILT) if self.decoder else None,
             reference=reference,
             samples=self.samples.facts if self.samples else None,
             accepted=self.chosen.accept_below_tolerance,
         )
-        if self.before and with_parity(self.before, lambda _profile: BEING_BUILT) == plan_set:
+        if self.before and self.before.with_parity(lambda _profile: BEING_BUILT, BEING_BUILT) == plan_set:
             return self.before
         return plan_set
+
+    def _whole(self, graph: str, profiles: Profiles) -> Profiles:
+        """One profile over all of them, for a graph that serves every budget."""
+        if graph == DECODE:
+            assert self.decoder
+            return (Profile(graph, ANY_BUDGET, self.decoder.rows),)
+        latents = ANY_BUDGET if graph in CACHE_GRAPHS else _covering([profile.latents for profile in profiles])
+        return (Profile(graph, latents, _covering([profile.rows for profile in profiles])),)
 
     def _plan(self, name: str, graph: Graph, profiles: Profiles, shared: Path, part: tuple[float, float]) -> Plan:
         """One plan, built in a folder of its own inside the one that the plans of the set share.
@@ -347,17 +412,18 @@ class _Build:
         folder.mkdir()
         quantizes = self.samples if name == STEP and BACKENDS[self.chosen.backend].rounds else None
         built = builder.build_plan(self._path(graph), folder, profiles, self.chosen, quantizes, on_share)
-        precision = Precision.FP32 if name in CACHE_GRAPHS else self.chosen.precision
+        precision = Precision.FP32 if name in EXACT_GRAPHS else self.chosen.precision
         prefix = f"{name}-{self.target}-{precision.value}-{built.label}"
         artifact = self.writer.adopt(folder, "plans", prefix)
         return Plan(artifact=artifact, key=key, file=built.file, versions=built.versions, built_on=built.built_on)
 
     def _verified(self, facts: ModelFacts, graphs: Mapping[str, Graph], plan_set: PlanSet) -> PlanSet:
         """The plan set with what its engines showed, or why they did not run; raises ParityError at the first miss."""
-        if plan_set is self.before and all(profile.parity.ran for profile in plan_set.profiles):
+        if plan_set is self.before and all(parity.ran for parity in plan_set.parities):
             return plan_set
         if reason := unfit(plan_set):
-            return with_parity(plan_set, lambda _profile: Parity(status="not run", reason=reason))
+            not_run = Parity(status="not run", reason=reason)
+            return plan_set.with_parity(lambda _profile: not_run, not_run)
         self.progress("verify", STARTS["verify"])
         bundle = Bundle(self.writer.folder, self._manifest(facts, graphs, plan_set))
         found: list[Comparison] = []
@@ -366,7 +432,7 @@ class _Build:
                 found.append(require(comparison))
                 done = len(found) / comparisons_of(plan_set)
                 self.progress(f"verified {comparison.part}", STARTS["verify"] + (1 - STARTS["verify"]) * done)
-        return with_parity(plan_set, lambda profile: parity_of(profile, found))
+        return plan_set.with_parity(lambda profile: parity_of(profile, found), decoder_parity_of(found))
 
     def _manifest(self, facts: ModelFacts, graphs: Mapping[str, Graph], plan_set: PlanSet) -> Manifest:
         """The plan set in its place beside those of other targets that were built of the same model."""
@@ -386,24 +452,14 @@ class _Build:
 # ---------------------------------------------------------------- facts
 
 
-def _whole(graph: str, profiles: Profiles) -> Profiles:
-    """One profile over all of them, for a graph that serves every budget."""
-    latents = ANY_BUDGET if graph in CACHE_GRAPHS else _covering([profile.latents for profile in profiles])
-    return (Profile(graph, latents, _covering([profile.rows for profile in profiles])),)
-
-
 def _covering(ranges: Sequence[Range]) -> Range:
     """The range from the least to the most of several; its opt is the largest."""
     return Range(min(rows.min for rows in ranges), max(rows.opt for rows in ranges), max(rows.max for rows in ranges))
 
 
 def _still_used(graphs: Mapping[str, Graph], plan_sets: Sequence[PlanSet]) -> dict[str, Graph]:
-    """Without quantized graphs that no plan is made of any more: each is of its own samples."""
+    """Without graphs that no plan is made of any more: quantized ones, each of its own samples, and the decoder's."""
     named = {plan_set.graph for plan_set in plan_sets}
+    if not any(plan_set.decoder for plan_set in plan_sets):
+        graphs = {name: graph for name, graph in graphs.items() if name.split("-")[0] != DECODE}
     return {name: graph for name, graph in graphs.items() if graph.sqnr_db is None or name in named}
-
-
-def with_parity(plan_set: PlanSet, parity: Callable[[str], Parity]) -> PlanSet:
-    """The plan set with what each profile, by its name, showed."""
-    profiles = tuple(facts.model_copy(update={"parity": parity(facts.name)}) for facts in plan_set.profiles)
-    return plan_set.model_copy(update={"profiles": profiles})

@@ -37,6 +37,7 @@ TOOLS = {
     "safetensors": Tool("checkpoints", "export"),
     "nncf": Tool("int8 plans of OpenVINO", "openvino"),
     "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize", package="nvidia-modelopt"),
+    "diffusers": Tool("VAE decoders", "diffusers"),
     "matplotlib": Tool("plots", "report"),
 }
 

@@ -17,9 +17,10 @@ from elit_export.backends import BACKENDS
 from elit_export.manifest import Graph, Reference
 from elit_export.recipe import AnyTarget, Recipe
 from elit_export.samples import Samples
-from elit_export.spec import CACHE_GRAPHS, QUANTIZED, STEP, Precision, Profile
+from elit_export.spec import EXACT_GRAPHS, QUANTIZED, STEP, DecoderSpec, Precision, Profile
 
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
+DECODER_LIBRARY = "diffusers"
 QUANTIZING_LIBRARY = "nvidia-modelopt"
 
 
@@ -42,9 +43,9 @@ class Keys:
     # names
 
     def precision_of(self, graph: str) -> Precision:
-        """Of the stored graph. Nothing in the graphs of the cache is rounded, and some backends round themselves."""
+        """Of the stored graph. EXACT_GRAPHS are never rounded, and some backends round themselves."""
         rounds = BACKENDS[self.chosen.backend].rounds
-        return Precision.FP32 if rounds or graph in CACHE_GRAPHS else self.chosen.precision
+        return Precision.FP32 if rounds or graph in EXACT_GRAPHS else self.chosen.precision
 
     def stored_name(self, graph: str, precision: Precision | None = None) -> str:
         """`step-bf16`, `step-int8-SAMPLES`; with `-program` behind it for a backend that reads torch programs."""
@@ -70,6 +71,17 @@ class Keys:
 
     def reference(self, profiles: tuple[Profile, ...]) -> str:
         return key_of(self.model, str(profiles), version("torch"), code("verify", "runtime"))
+
+    def decoder(self, sha256: str, spec: DecoderSpec) -> str:
+        """Of its graph, which holds nothing of the model but the side of its latents."""
+        is_program = BACKENDS[self.chosen.backend].reads == "program"
+        most_rows = self.recipe.decoder.rows.max if self.recipe.decoder and is_program else None
+        libraries = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
+        return key_of(sha256, str(spec), most_rows, code("decoder.py", "spec.py", "graphs"), libraries)
+
+    def decoder_answers(self, sha256: str, spec: DecoderSpec, rows: tuple[int, ...]) -> str:
+        libraries = versions_of(("torch", DECODER_LIBRARY))
+        return key_of(sha256, str(spec), rows, code("decoder.py", "spec.py", "verify"), libraries)
 
     def plan(self, name: str, graph: Graph, profiles: tuple[Profile, ...]) -> str:
         made_by = BACKENDS[self.chosen.backend].builder().made_by(self.chosen)

@@ -5,8 +5,8 @@ Takes: JSON values.  Gives: frozen facts.  May touch: nothing.  Knows nothing of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
 
@@ -16,13 +16,14 @@ from elit_export.spec import (
     NAME_PATTERN,
     Budget,
     DataFacts,
+    DecoderSpec,
     ModelSpec,
     Precision,
     Profile,
     Range,
 )
 
-SCHEMA = 4
+SCHEMA = 5
 KINDS = ("graphs", "plans", "reference")
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
@@ -130,12 +131,49 @@ class ProfileFacts(_Facts):
         return Profile(self.name, Range(*self.latents), Range(*self.rows))
 
 
+class DecoderAnswers(_Facts):
+    """What diffusers says: arrays `ROWS/pixels` for each of `rows`. `key` as of a graph."""
+
+    artifact: Artifact
+    key: str
+    rows: tuple[int, ...]
+
+
+class DecoderFacts(_Facts):
+    """A VAE decoder as it was built: the class of diffusers, a hash of its folder, and a DecoderSpec's numbers."""
+
+    class_name: str
+    sha256: str
+    channels: int = Field(ge=1)
+    image_channels: int = Field(ge=1)
+    scale: FiniteFloat
+    shift: FiniteFloat
+    factor: int = Field(ge=1)
+    side: int = Field(ge=1)
+    rows: tuple[int, int, int]
+    plan: Plan
+    parity: Parity
+    answers: DecoderAnswers
+
+    @property
+    def spec(self) -> DecoderSpec:
+        return DecoderSpec(
+            channels=self.channels,
+            image_channels=self.image_channels,
+            scale=self.scale,
+            shift=self.shift,
+            factor=self.factor,
+            side=self.side,
+        )
+
+
 class PlanSet(_Facts):
     """The plans of one target in one precision; `options` are the target's choices beyond that.
 
     `cache` are the plans of the graphs that step caching calls, which serve every budget. `fused` is that of
-    the graph which holds them all, where the recipe asks for it; it serves hosts without this runtime. `samples` are
-    what a quantized one was calibrated on, `accepted` the reason for which it may miss its tolerance.
+    the graph which holds them all, where the recipe asks for it; it serves hosts without this runtime. `decoder` makes
+    pictures of VAE latents, where the recipe has one. `samples` are what a quantized one was calibrated on, `accepted`
+    the reason for which it may miss its tolerance.
     """
 
     target: str
@@ -147,16 +185,29 @@ class PlanSet(_Facts):
     profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
     cache: dict[str, Plan]
     fused: Plan | None
+    decoder: DecoderFacts | None
     reference: Reference
     samples: SampleFacts | None
     accepted: str | None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Each plan once, however many profiles share it; those of the cache last."""
+        """Each plan once, however many profiles share it; those of the cache and the decoder last."""
         every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
         every += [self.fused] if self.fused else []
+        every += [self.decoder.plan] if self.decoder else []
         return tuple({plan.artifact.name: plan for plan in every}.values())
+
+    @property
+    def parities(self) -> tuple[Parity, ...]:
+        """How every profile, and the decoder if there is one, compared with PyTorch."""
+        return (*(facts.parity for facts in self.profiles), *((self.decoder.parity,) if self.decoder else ()))
+
+    def with_parity(self, of_profile: Callable[[str], Parity], of_decoder: Parity) -> Self:
+        """The same plans with what each profile, by its name, and the decoder showed."""
+        profiles = tuple(facts.model_copy(update={"parity": of_profile(facts.name)}) for facts in self.profiles)
+        decoder = self.decoder and self.decoder.model_copy(update={"parity": of_decoder})
+        return self.model_copy(update={"profiles": profiles, "decoder": decoder})
 
 
 Spec = Annotated[
@@ -230,6 +281,8 @@ class Manifest(_Facts):
         for plan_set in self.plan_sets:
             yield from (plan.artifact for plan in plan_set.plans)
             yield plan_set.reference.artifact
+            if plan_set.decoder:
+                yield plan_set.decoder.answers.artifact
 
 
 def budgets_of(plan_set: PlanSet, spec: ModelSpec) -> tuple[Budget, ...]:

@@ -174,12 +174,25 @@ class Architecture(_Table):
     tail_depth: int | None = None
 
 
+class DecoderTable(_Table):
+    """`[decoder]`: what makes pictures of a model of VAE latents. `folder`, relative to the recipe, is of diffusers.
+
+    An engine decodes squares of at most `tile` latents a side, `rows` of them in a call; larger samples are cut into
+    tiles that overlap by a quarter.
+    """
+
+    folder: str = Field(min_length=1)
+    tile: int = Field(default=64, ge=4, multiple_of=4)
+    rows: RangeTable = RangeTable(min=1, opt=1, max=4)
+
+
 class Recipe(_Table):
     """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`."""
 
     name: str = Field(pattern=NAME_PATTERN)
     checkpoint: str | None = None
     architecture: Architecture = Architecture()
+    decoder: DecoderTable | None = None
     rows: RangeTable
     profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
     targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], AnyTarget] = Field(min_length=1)
@@ -238,10 +251,16 @@ def load_recipe(path: Path) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not TOML: {error}") from error
-    recipe = recipe_from_values(values, str(path))
+    return _with_absolute_paths(recipe_from_values(values, str(path)), path.parent.absolute())
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    found: dict[str, Any] = {}
     if recipe.checkpoint and not recipe.checkpoint.startswith("shipped:"):
-        return recipe.model_copy(update={"checkpoint": str(path.parent.absolute() / recipe.checkpoint)})
-    return recipe
+        found["checkpoint"] = str(folder / recipe.checkpoint)
+    if recipe.decoder:
+        found["decoder"] = recipe.decoder.model_copy(update={"folder": str(folder / recipe.decoder.folder)})
+    return recipe.model_copy(update=found)
 
 
 def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
@@ -270,6 +289,7 @@ def _told(problem: Any) -> str:
             ProfileTable,
             RangeTable,
             Architecture,
+            DecoderTable,
         )
         known = [name for table in tables for name in table.model_fields]
         near = difflib.get_close_matches(where[-1], known, n=1) if where[-1] not in known else []

@@ -168,6 +168,8 @@ LATENTS = "latents"
 STEP = "step"
 CACHE_GRAPHS = ("probe", "reuse", "time")  # beside `step`: what step caching calls
 FUSED = "fused"  # all of them in one graph, for hosts without this runtime
+DECODE = "decode"  # latents of a VAE → pixels
+EXACT_GRAPHS = (*CACHE_GRAPHS, DECODE)  # fp32 whatever the precision of the target
 COEFFICIENTS = 5  # of the polynomial that `fused` takes, lowest power first
 
 
@@ -216,6 +218,30 @@ class DataFacts:
 
 PIXELS = DataFacts(kind="pixels")
 SD_VAE = DataFacts(kind="vae", scale=0.18215, vae="stabilityai/sd-vae-ft-ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """How a VAE decoder is fed: z = latents / scale + shift, in squares of `side` latents.
+
+    Each becomes a square of side · `factor` pixels with values in [−1, 1].
+    """
+
+    channels: int
+    image_channels: int
+    scale: float
+    shift: float
+    factor: int
+    side: int
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("z", "float32", (ROWS, self.channels, self.side, self.side)),)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        pixels = self.side * self.factor
+        return (TensorSpec("pixels", "float32", (ROWS, self.image_channels, pixels, pixels)),)
 
 
 # ---------------------------------------------------------------- models

@@ -3,7 +3,7 @@
     python examples/app.py BUNDLE OUT.png [--steps 20]
 
 OUT.preview.png shows the state every few steps and becomes OUT.png at the end; Ctrl-C leaves the last one.
-BUNDLE is a folder that `elit-export build` wrote, of a model of pixels.
+BUNDLE is a folder that `elit-export build` wrote, of a model of pixels, or of VAE latents with a decoder.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from elit_export import ElitExportError, Pipeline
-from elit_export.runtime.images import grid, to_images
+from elit_export.runtime.images import grid
 
 IMAGES = 4
 PREVIEW_EVERY = 5
@@ -28,7 +28,7 @@ def paint(bundle: Path, out: Path, steps: int) -> None:
                 for done, record in enumerate(records, start=1):
                     say(f"step {done} of {steps} at budget {record.budget}")
                     if done % PREVIEW_EVERY == 0 or done == steps:
-                        grid([to_images(record.x, pipeline.data)], zoom=4).save(partial)
+                        grid([pipeline.decode(record.x)], zoom=4).save(partial)
                         partial.replace(preview)  # whole or not at all
         finally:
             partial.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "bundle": {"spec", "manifest"},
     "samples": {"spec"},
     "checkpoint": {"spec", "models"},
+    "decoder": {"spec"},
     "judge": {"models", "checkpoint"},
     "models": {"spec"},
     "training": {"spec", "models", "checkpoint"},
@@ -39,6 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
     "calibrate": {"backends", "spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
     "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
+    "compile_decoder": {"spec", "bundle", "manifest", "backends", "decoder", "graphs", "keys", "verify"},
     "compile": {
         *(
             "spec",
@@ -47,6 +49,8 @@ ROOMS: dict[str, set[str]] = {
             "manifest",
             "backends",
             "checkpoint",
+            "compile_decoder",
+            "decoder",
             "models",
             "graphs",
             "build",
@@ -78,11 +82,12 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxscript": {"graphs/"},
     # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
     "torch": {
-        *("models/", "training/", "graphs/", "checkpoint.py", "verify/reference.py", "cli/train.py"),
+        *("models/", "training/", "graphs/", "checkpoint.py", "decoder.py", "verify/reference.py", "cli/train.py"),
         *("build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"),
     },
     "torch_tensorrt": {"build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"},
     "safetensors": {"checkpoint.py"},
+    "diffusers": {"decoder.py"},
     "click": {"cli/"},
     "filelock": {"bundle.py"},
     "matplotlib": {"report/plots.py"},
@@ -164,6 +169,7 @@ HEAVY = (
     "modelopt",
     "openvino",
     "nncf",
+    "diffusers",
 )
 
 

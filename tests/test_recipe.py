@@ -166,6 +166,37 @@ def test_a_relative_checkpoint_is_relative_to_the_recipe(tmp_path: Path) -> None
     assert loaded(tmp_path).checkpoint == str(tmp_path / "weights/model.safetensors")
 
 
+DECODER = """
+[decoder]
+folder = "vae"
+"""
+
+
+def test_a_decoder_is_relative_to_the_recipe_and_has_defaults(tmp_path: Path) -> None:
+    decoder = loaded(tmp_path, RECIPE + DECODER).decoder
+    assert decoder
+    assert decoder.folder == str(tmp_path / "vae")
+    assert (decoder.tile, decoder.rows.value()) == (64, Range(1, 1, 4))
+    assert loaded(tmp_path).decoder is None
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("tile = 6", r"decoder\.tile: .*multiple of 4"),
+        ("tile = 0", r"decoder\.tile: .*greater than or equal to 4"),
+        ("tile = 8.0", r"decoder\.tile: "),
+        ("rows = { min = 2, opt = 1, max = 4 }", r"decoder\.rows: .*1 <= min <= opt <= max"),
+        ("tille = 8", r"decoder\.tille: unknown key \(did you mean 'tile'\?\)"),
+    ],
+)
+def test_mistakes_in_a_decoder_are_told_with_their_key(tmp_path: Path, line: str, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        loaded(tmp_path, RECIPE + DECODER + line)
+    with pytest.raises(RecipeError, match=r"decoder\.folder: "):
+        loaded(tmp_path, RECIPE + DECODER.replace('"vae"', '""'))
+
+
 def test_an_absolute_checkpoint_stays(tmp_path: Path) -> None:
     text = changed("weights/model.safetensors", "/models/model.safetensors")
     assert loaded(tmp_path, text).checkpoint == "/models/model.safetensors"

@@ -27,7 +27,7 @@ from elit_export.errors import BackendUnavailable, BuildError, first_line, last_
 from elit_export.machine import cpu_features
 from elit_export.recipe import OpenVinoTarget
 from elit_export.samples import Samples
-from elit_export.spec import CACHE_GRAPHS, Precision, Profile
+from elit_export.spec import EXACT_GRAPHS, Precision, Profile
 
 DEVICE = "CPU"
 # What NNCF leaves in floating point: adaLN, embedders and the final layer. With them in int8 the velocity of B/2 falls
@@ -71,7 +71,7 @@ def build_plan(
     progress: OnShare,
 ) -> BuiltPlan:
     """Write the plan into `folder`; raises BuildError with what the library said."""
-    precision = Precision.FP32 if graph.stem in CACHE_GRAPHS else target.precision
+    precision = Precision.FP32 if graph.stem in EXACT_GRAPHS else target.precision
     arithmetic = _arithmetic(precision)
     try:
         model = ov.Core().read_model(graph)

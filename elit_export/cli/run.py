@@ -25,11 +25,13 @@ from elit_export.doctor import TOOLS
 from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
 from elit_export.report.tables import table
-from elit_export.runtime.images import grid
+from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import DataFacts, ModelSpec
+
+LARGE_PIXELS = 128
 
 
 @click.command()
@@ -112,26 +114,34 @@ def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: 
     """Sample images from BUNDLE into a PNG grid and a .npz."""
     if out.suffix not in ("", ".png", ".npz"):
         raise InputError(f"--out {out}: pictures are written as .png")
-    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
+    arrays = out.with_suffix(".npz")
+    with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         chosen = parse_labels(labels, pipeline.spec, pipeline.data)
-        task = progress.add_task("sampling", total=choices["steps"])
-        made = pipeline.sample(
-            chosen, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
-        )
+        with progress_bar() as progress:
+            task = progress.add_task("sampling", total=choices["steps"])
+            made = pipeline.sample(
+                chosen, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
+            )
+        with written_whole(arrays) as temporary:  # before they are decoded, which may fail
+            np.savez(temporary, latents=made.latents, labels=made.labels)
+        images = pipeline.decode(made.latents) if pipeline.makes_pictures else None
     opened = Bundle.open(bundle)
     say_accepted(opened, chosen_plan_set(opened.manifest.plan_sets, target, precision))
-    arrays = out.with_suffix(".npz")
-    with written_whole(arrays) as temporary:
-        np.savez(temporary, latents=made.latents, labels=made.labels)
     say(made.summary())
     if choices["cache"] != "none":
         say(f"cache {choices['cache']}: {made.cache_summary()}")
-    if made.data.kind == "pixels":
-        with written_whole(out.with_suffix(".png")) as temporary:
-            grid([made.images[i : i + 10] for i in range(0, len(chosen), 10)], zoom=2).save(temporary)
-        say(f"wrote {out.with_suffix('.png')} and {arrays}")
-    else:
-        say(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): a decoder is needed for a PNG")
+    if images is None:
+        say(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): for a PNG, {DECODER_REMEDY}")
+        return
+    save_grid(images, out.with_suffix(".png"))
+    say(f"wrote {out.with_suffix('.png')} and {arrays}")
+
+
+def save_grid(images: Pixels, path: Path) -> None:
+    """Ten to a row; small ones twice as large."""
+    zoom = 2 if images.shape[1] < LARGE_PIXELS else 1
+    with written_whole(path) as temporary:
+        grid([images[i : i + 10] for i in range(0, len(images), 10)], zoom=zoom).save(temporary)
 
 
 def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:

@@ -1,4 +1,4 @@
-"""Model → ONNX.
+"""Model, or the decoder of a VAE → ONNX.
 
 Takes: a model, a folder.  Gives: `step.onnx` with its weights beside it.  May touch: that folder.
 Knows nothing of: backends, budgets other than as a dynamic dimension.
@@ -12,8 +12,9 @@ import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from elit_export.graphs.check import check_graph
 from elit_export.graphs.fused import fused
 from elit_export.models.elit import Elit
 from elit_export.models.precision import in_precision
-from elit_export.spec import FUSED, LATENTS, ROWS, ModelSpec, Precision, TensorSpec
+from elit_export.spec import DECODE, FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Precision, TensorSpec
 
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
 HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
@@ -56,11 +57,32 @@ def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Pr
     Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)
+    inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
+    return _written(lambda: graph_model(model, name, precision), name, inputs, outputs, folder, precision)
+
+
+def export_decoder(decoder: nn.Module, spec: DecoderSpec, folder: Path) -> Path:
+    """Write the graph `decode` in fp32, as export_graph does."""
+
+    def made() -> ir.Model:
+        return _exported(traceable_decoder(decoder, spec), spec.outputs, DECODE, Precision.FP32)
+
+    return _written(made, DECODE, spec.inputs, spec.outputs, folder, Precision.FP32)
+
+
+def _written(
+    make: Callable[[], ir.Model],
+    name: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    folder: Path,
+    precision: Precision,
+) -> Path:
+    """The path of a graph that was made, checked, and only then given its name."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
         path = Path(private) / f"{name}.onnx"
-        ir.save(graph_model(model, name, precision), path, external_data=f"{path.name}.data")
-        inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
+        ir.save(make(), path, external_data=f"{path.name}.data")
         check_graph(path, inputs, outputs, opset=OPSETS[precision], choices=int(name == FUSED))
         for file in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
             (Path(private) / file).replace(folder / file)
@@ -81,17 +103,20 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
 
 def graph_model(model: Elit, name: str, precision: Precision) -> ir.Model:
     """A graph in memory, with the model's tensors as its weights."""
-    inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
+    return _exported(traceable(model, name, precision), model.spec.outputs_of(name), name, precision)
+
+
+def _exported(traced: Traceable, outputs: Sequence[TensorSpec], name: str, precision: Precision) -> ir.Model:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                GraphModule(in_precision(model, precision), name).eval(),
-                example_inputs(inputs, model.spec),
+                traced.module,
+                traced.examples,
                 dynamo=True,
                 opset_version=OPSETS[precision],
-                input_names=[tensor.name for tensor in inputs],
+                input_names=[tensor.name for tensor in traced.inputs],
                 output_names=[tensor.name for tensor in outputs],
-                dynamic_shapes=dynamic_shapes(inputs, model.spec),
+                dynamic_shapes=traced.dynamic_shapes,
                 custom_translation_table={SDPA: _in_place_of_sdpa(_attention_of(name, precision))},
                 verbose=False,
             )
@@ -100,7 +125,7 @@ def graph_model(model: Elit, name: str, precision: Precision) -> ir.Model:
     if program is None:
         raise ExportError("torch.onnx.export gave no graph")
     made: ir.Model = program.model
-    _name_dimensions(made, inputs)
+    _name_dimensions(made, traced.inputs)
     fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     RemoveUnusedNodesPass()(made)
     LiftSubgraphInitializersToMainGraphPass()(made)  # ONNX Runtime writes those of branches twice
@@ -128,37 +153,65 @@ def name_nodes(made: ir.Model) -> None:
 
 
 class GraphModule(nn.Module):
-    """What the exporter traces: `fused`, or the method of the model that is named as its graph."""
+    """What the exporter traces: a function of a model, which it keeps to find the weights."""
 
-    def __init__(self, model: Elit, name: str) -> None:
+    def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
-        self.run = partial(fused, model) if name == FUSED else getattr(model, name)
+        self.run = run
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.run(*inputs)
 
 
-# ---------------------------------------------------------------- inputs
+# ---------------------------------------------------------------- what is traced
 
 
-def example_inputs(inputs: Sequence[TensorSpec], spec: ModelSpec) -> tuple[Tensor, ...]:
-    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.merge}
+@dataclass(frozen=True)
+class Traceable:
+    """A module to trace, its inputs, what each of their named dimensions may be, and is while it is traced."""
 
-    def example(tensor: TensorSpec) -> Tensor:
-        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-        if tensor.name == LATENTS:
-            return torch.arange(shape[0])
-        return torch.ones(shape, dtype=getattr(torch, tensor.dtype))
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    dims: Mapping[str, Any]
+    sizes: Mapping[str, int]
 
-    return tuple(example(tensor) for tensor in inputs)
+    @property
+    def examples(self) -> tuple[Tensor, ...]:
+        return tuple(_example(tensor, self.sizes) for tensor in self.inputs)
+
+    @property
+    def dynamic_shapes(self) -> dict[str, tuple[dict[int, Any], ...]]:
+        dims = self.dims
+        shapes = [
+            {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
+            for tensor in self.inputs
+        ]
+        return {"inputs": tuple(shapes)}
 
 
-def dynamic_shapes(inputs: Sequence[TensorSpec], spec: ModelSpec) -> dict[str, tuple[dict[int, Any], ...]]:
+def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
+    """A graph of the model: `fused`, or its method of that name."""
+    rounded = in_precision(model, precision)
+    run = partial(fused, rounded) if name == FUSED else getattr(rounded, name)
+    spec = model.spec
     latents = torch.export.Dim(LATENTS if spec.merge == 1 else MERGED, min=1, max=spec.latents // spec.merge)
     dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: latents if spec.merge == 1 else latents * spec.merge}
-    shapes = ({axis: dims[size] for axis, size in enumerate(tensor.shape) if size in dims} for tensor in inputs)
-    return {"inputs": tuple(shapes)}
+    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.merge}
+    return Traceable(GraphModule(rounded, run).eval(), spec.inputs_of(name), dims, sizes)
+
+
+def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, most_rows: int | None = None) -> Traceable:
+    rows = torch.export.Dim(ROWS, min=1, max=most_rows)
+    module = GraphModule(decoder, decoder.forward).eval()
+    return Traceable(module, spec.inputs, {ROWS: rows}, {ROWS: EXAMPLE_ROWS})
+
+
+def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
+    shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+    if tensor.name == LATENTS:
+        return torch.arange(shape[0])
+    return torch.ones(shape, dtype=getattr(torch, tensor.dtype))
 
 
 @contextmanager

@@ -9,33 +9,43 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from elit_export.errors import ExportError
 from elit_export.files import written_whole
-from elit_export.graphs.export import GraphModule, dynamic_shapes, example_inputs
+from elit_export.graphs.export import EXAMPLE_ROWS, Traceable, traceable, traceable_decoder
 from elit_export.models.elit import Elit
-from elit_export.models.precision import in_precision
-from elit_export.spec import Precision
+from elit_export.spec import DECODE, DecoderSpec, Precision
 
 
 def export_program(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the program `step`, `probe` or `reuse` into `folder` (made if missing); raises ExportError."""
-    module = GraphModule(in_precision(model, precision), name).eval()
-    inputs = model.spec.inputs_of(name)
+    return _written(traceable(model, name, precision), folder / f"{name}.pt2")
+
+
+def export_decoder_program(decoder: nn.Module, spec: DecoderSpec, most_rows: int, folder: Path) -> Path:
+    """The same of the decoder of a VAE: `decode`, in fp32.
+
+    It takes so many rows at most: diffusers goes another way where there are very many values at once.
+    """
+    return _written(traceable_decoder(decoder, spec, max(most_rows, EXAMPLE_ROWS)), folder / f"{DECODE}.pt2")
+
+
+def _written(traced: Traceable, path: Path) -> Path:
     try:
         program = torch.export.export(
-            module,
-            example_inputs(inputs, model.spec),
-            dynamic_shapes=dynamic_shapes(inputs, model.spec),
+            traced.module,
+            traced.examples,
+            dynamic_shapes=traced.dynamic_shapes,
             prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx.export: K = J − 1 is no special case
         )
     except (torch._dynamo.exc.UserError, ValueError) as error:
         raise ExportError(f"torch.export failed: {error}") from error
     _drop_assertions(program)
-    folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(folder / f"{name}.pt2") as temporary:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
         torch.export.save(program, temporary)
-    return folder / f"{name}.pt2"
+    return path
 
 
 def _drop_assertions(program: torch.export.ExportedProgram) -> None:

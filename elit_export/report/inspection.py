@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from elit_export.bundle import Bundle
-from elit_export.manifest import Manifest, PlanSet, budgets_of
+from elit_export.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
 from elit_export.models.cost import flops
-from elit_export.spec import DataFacts, ModelSpec, listed
+from elit_export.spec import DataFacts, ModelSpec, Range, listed
 from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
@@ -91,6 +91,7 @@ def _plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
         },
         "samples": plan_set.samples.model_dump(mode="json") if plan_set.samples else None,
         "accepted_miss": accepted_miss(plan_set, graphs),
+        "decoder": _decoder_facts(plan_set.decoder) if plan_set.decoder else None,
         "reference_bytes": plan_set.reference.artifact.size_bytes,
         "profiles": [
             {
@@ -103,3 +104,8 @@ def _plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
             for facts in plan_set.profiles
         ],
     }
+
+
+def _decoder_facts(decoder: DecoderFacts) -> Facts:
+    facts = decoder.model_dump(mode="json", exclude={"plan", "answers", "rows"})
+    return facts | {"rows": str(Range(*decoder.rows)), "plan": decoder.plan.artifact.name}

@@ -46,6 +46,8 @@ def inspection_tables(facts: Facts) -> Iterator[Table]:
     )
     for plan_set in facts.get("plan_sets", ()):
         yield _plan_set_table(plan_set)
+        if decoder := plan_set["decoder"]:
+            yield _decoder_table(plan_set["target"], decoder)
     if calibration := facts.get("cache_calibration"):
         yield calibration_table(CacheCalibration.model_validate(calibration))
 
@@ -87,6 +89,21 @@ def _plan_set_table(plan_set: Facts) -> Table:
     accepted = f"; below tolerance, accepted: {plan_set['accepted_miss']}" if plan_set["accepted_miss"] else ""
     made.caption = Text(f"built with {', '.join(libraries)}; plans: {plans}{calibrated}{accepted}")
     return made
+
+
+def _decoder_table(target: str, decoder: Facts) -> Table:
+    side, pixels = decoder["side"], decoder["side"] * decoder["factor"]
+    return table(
+        f"decoder of target {target}",
+        ("fact", "value"),
+        [
+            ("class", decoder["class_name"]),
+            ("takes", f"latents / {decoder['scale']:g} + {decoder['shift']:g}, {decoder['channels']} channels"),
+            ("one call", f"{side}×{side} latents → {pixels}×{pixels} pixels, rows {decoder['rows']}"),
+            ("parity with diffusers", parity_text(decoder["parity"])),
+            ("sha256", decoder["sha256"]),
+        ],
+    )
 
 
 def parity_text(parity: Facts) -> str:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
-from elit_export.spec import LATENTS, Budget, Precision, Profile, listed
+from elit_export.spec import DECODE, LATENTS, Budget, Precision, Profile, listed
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,15 @@ class EngineBank:
         budgets: Sequence[Budget],
         precision: Precision,
         cache: Mapping[str, Engine] | None = None,
+        decoder: Engine | None = None,
     ) -> None:
-        """`cache` are the engines of the graphs that step caching calls, by name; without them nothing is cached."""
+        """`cache` are the engines of the graphs that step caching calls, by name; without them nothing is cached.
+
+        `decoder` makes pixels of VAE latents.
+        """
         self.slots = tuple(slots)
         self.cache = dict(cache or {})
+        self.decoder = decoder
         self.precision = precision
         self._budgets = tuple(budgets)
         self._known = frozenset(budgets)  # asked for at every call
@@ -115,6 +120,13 @@ class EngineBank:
         found = [to_host(self._run(self.cache["time"], {"t": part})["embedding"]) for part in padded]
         return np.concatenate(found)[: len(times)]
 
+    def decode(self, z: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The pixels that the decoder makes of its input; raises EngineError as a step does."""
+        assert self.decoder
+        outputs = self._run(self.decoder, {"z": z})
+        _check_finite(outputs, f"the graph `{DECODE}`", "pixels")
+        return to_host(outputs["pixels"])
+
     def _run(self, engine: Engine, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         with self._lock:
             if self._closed:
@@ -128,6 +140,7 @@ class EngineBank:
                 return
             self._closed = True
             engines = [*(slot.engine for slot in self.slots), *self.cache.values()]
+            engines += [self.decoder] if self.decoder else []
             with ExitStack() as stack:  # all of them, whatever fails
                 for engine in {id(engine): engine for engine in engines}.values():
                     stack.callback(engine.close)
@@ -143,6 +156,7 @@ def _rows(inputs: Mapping[str, Array]) -> int:
     return len(to_host(inputs["x"]))
 
 
-def _check_finite(outputs: Mapping[str, Array], who: str) -> None:
-    if not np.isfinite(to_host(outputs["velocity"])).all():
-        raise EngineError(f"{who} gave a velocity that is not finite")
+def _check_finite(outputs: Mapping[str, Array], who: str, what: str = "velocity") -> None:
+    if not np.isfinite(to_host(outputs[what])).all():
+        told = {"velocity": "a velocity that is", "pixels": "pixels that are"}[what]
+        raise EngineError(f"{who} gave {told} not finite")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 HostArray = npt.NDArray[Any]
-HOST_OUTPUTS = ("velocity", "distance", "embedding", "computed")
+HOST_OUTPUTS = ("velocity", "distance", "embedding", "computed", "pixels")
 
 
 class DeviceArray(Protocol):

@@ -6,6 +6,7 @@ Takes: samples and what their numbers mean.  Gives: bytes and PIL images.  May t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +16,24 @@ from elit_export.errors import InputError
 from elit_export.spec import DataFacts
 
 Pixels = npt.NDArray[np.uint8]
+DECODER_REMEDY = "name its folder in the recipe ([decoder] folder = …) and build again"
 
 
 def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
     """Pixels of a pixel model; raises InputError for latents of a VAE."""
     if data.kind != "pixels":
         raise InputError(
-            f"these samples are latents of a VAE ({data.vae or 'unknown'}): a decoder makes pictures of them, "
-            f"fed with latents / {data.scale:g} + {data.shift:g}; save them as .npz"
+            f"these samples are latents of a VAE ({data.vae or 'unknown'}): a decoder makes pictures of them; "
+            f"{DECODER_REMEDY}, then use pipeline.decode; or save them as .npz "
+            f"and feed a decoder with latents / {data.scale:g} + {data.shift:g}"
         )
     if samples.shape[1] not in (1, 3):
         raise InputError(f"samples of {samples.shape[1]} channels are no pictures; save them as .npz")
-    share = (samples - data.low) / (data.high - data.low)
+    return to_bytes(samples, low=data.low, high=data.high)
+
+
+def to_bytes(values: npt.NDArray[Any], *, low: float, high: float) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
+    share = (values - low) / (high - low)
     return (share.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
 
 

@@ -13,10 +13,12 @@ from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.manifest import PlanSet, described
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import Fit
+from elit_export.runtime.decoding import Decoder
 from elit_export.runtime.engine import Engine
-from elit_export.spec import FUSED, Budget
+from elit_export.spec import FUSED, Budget, Range
 
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
+DECODER = "decoder/"  # nor this
 
 
 def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
@@ -73,11 +75,14 @@ def _backend_of(plan_set: PlanSet) -> Backend:
 
 
 def check_verified(plan_set: PlanSet, folder: Path) -> None:
-    for facts in plan_set.profiles:
-        if not facts.parity.ran:
+    parities = {f"profile {facts.name}": facts.parity for facts in plan_set.profiles}
+    if plan_set.decoder:
+        parities["the decoder"] = plan_set.decoder.parity
+    for part, parity in parities.items():
+        if not parity.ran:
             raise BundleError(
-                f"profile {facts.name} of target {plan_set.target} was never compared with PyTorch "
-                f"({facts.parity.reason}): run `elit-export verify {folder}` on its device, "
+                f"{part} of target {plan_set.target} was never compared with PyTorch "
+                f"({parity.reason}): run `elit-export verify {folder}` on its device, "
                 f"or load with allow_unverified=True"
             )
 
@@ -87,10 +92,19 @@ def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     engines = _backend_of(plan_set).engines()
     plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
     cache = {name: bundle.verified(plan.artifact) / plan.file for name, plan in plan_set.cache.items()}
-    opened = engines.open_engines({**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}, plan_set)
+    named = {**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}
+    if decoder := plan_set.decoder:
+        named[DECODER] = bundle.verified(decoder.plan.artifact) / decoder.plan.file
+    opened = engines.open_engines(named, plan_set)
     slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
     caching = {name: opened[f"{CACHE}{name}"] for name in cache}
-    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching)
+    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching, opened.get(DECODER))
+
+
+def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
+    """What makes pictures of latents by a bank's engines, if there is something."""
+    facts = plan_set.decoder
+    return Decoder(bank.decode, facts.spec, Range(*facts.rows)) if facts else None
 
 
 def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:

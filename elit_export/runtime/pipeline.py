@@ -19,10 +19,11 @@ from elit_export.bundle import Bundle
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
+from elit_export.runtime.decoding import Decoder
 from elit_export.runtime.guidance import Guidance
-from elit_export.runtime.images import to_images
+from elit_export.runtime.images import Pixels, to_images
 from elit_export.runtime.noise import Float64, SeededNoise
-from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank
+from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.sampling import Call, Request, StepRecord, calls_needed, sampling_steps
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
@@ -77,7 +78,7 @@ class Sample:
 
     @property
     def images(self) -> npt.NDArray[np.uint8]:
-        """(B, H, W, C) for pixel models; raises InputError where a VAE decoder is needed."""
+        """(B, H, W, C) for pixel models; raises InputError where a VAE decoder is needed: `pipeline.decode`."""
         return to_images(self.latents, self.data)
 
     @property
@@ -124,10 +125,15 @@ class Pipeline:
         *,
         fits: Mapping[Budget, Fit] | None = None,
         uncalibrated: str = "there is none: elit-export calibrate cache BUNDLE",
+        decoder: Decoder | None = None,
     ) -> None:
-        """`fits`, of every budget, are what a calibration found for `teacache`; without, `uncalibrated` says why."""
+        """`fits`, of every budget, are what a calibration found for `teacache`; without, `uncalibrated` says why.
+
+        `decoder` makes pictures of VAE latents by engines of the bank.
+        """
         self.bank, self.spec, self.data = bank, spec, data
         self._fits, self._uncalibrated = fits, uncalibrated
+        self._decoder = decoder
 
     @classmethod
     def load(
@@ -149,7 +155,21 @@ class Pipeline:
             check_verified(plan_set, opened.folder)
         model = opened.manifest.model
         fits, problem = cache_fits(opened)
-        return cls(open_bank(opened, plan_set), model.spec, model.data, fits=fits, uncalibrated=problem)
+        bank = open_bank(opened, plan_set)
+        decoder = open_decoder(bank, plan_set)
+        return cls(bank, model.spec, model.data, fits=fits, uncalibrated=problem, decoder=decoder)
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Can samples be decoded: are they pixels, or is there a decoder for them?"""
+        return self.data.kind == "pixels" or self._decoder is not None
+
+    def decode(self, latents: npt.ArrayLike) -> Pixels:  # (B, C, H, W) → (B, height, width, channels)
+        """Pictures of samples, of a pixel model or by the decoder of the VAE; raises InputError or EngineError."""
+        values = _finite_array(latents, "latents")
+        if values.shape[1:] != self.spec.sample_shape or not len(values):
+            raise InputError(f"latents have shape {values.shape}, this model's are (images, *{self.spec.sample_shape})")
+        return self._decoder(values) if self._decoder else to_images(values, self.data)
 
     @property
     def fits(self) -> Mapping[Budget, Fit]:
@@ -300,12 +320,17 @@ def _check_types(chosen: Choices) -> None:
 
 
 def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Float64:
+    array = _finite_array(values, name)
+    if array.shape != shape:
+        raise InputError(f"{name} has shape {array.shape}, this sampling needs {shape}")
+    return array
+
+
+def _finite_array(values: npt.ArrayLike, name: str) -> Float64:
     try:
         array = np.array(values, np.float64)
     except (ValueError, TypeError) as error:
         raise InputError(f"{name} is no array of numbers: {error}") from error
-    if array.shape != shape:
-        raise InputError(f"{name} has shape {array.shape}, this sampling needs {shape}")
     if not np.isfinite(array).all():
         raise InputError(f"{name} holds values that are not finite")
     return array

@@ -23,6 +23,7 @@ OUTPUTS = {
     "probe": ("signal", "distance"),
     "reuse": ("velocity",),
     "time": ("embedding",),
+    "decode": ("pixels",),
 }
 
 

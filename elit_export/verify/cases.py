@@ -14,7 +14,7 @@ import numpy.typing as npt
 from elit_export.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.pipeline import Choices, Pipeline
 from elit_export.runtime.sampling import StepRecord, calls_needed
-from elit_export.spec import FUSED, LATENTS, ROWS, ModelSpec, Profile
+from elit_export.spec import FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Profile, Range
 
 Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE_FILE = "reference.npz"
@@ -113,6 +113,21 @@ def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> 
         "order": np.array(1, np.int64),
         **inputs,
     }
+
+
+# ---------------------------------------------------------------- decoder of a VAE
+
+
+def decoder_rows(rows: Range) -> tuple[int, ...]:
+    """Least and most usual rows; not the most, because pictures are large."""
+    return tuple(sorted({rows.min, rows.opt}))
+
+
+def decoder_inputs(rows: int, spec: DecoderSpec) -> Arrays:
+    """What a decoder takes of latents that are standard normal, about as a model makes them."""
+    generator = np.random.default_rng((INPUT_SEED, rows))
+    latents = generator.standard_normal((rows, spec.channels, spec.side, spec.side))
+    return {"z": (latents / spec.scale + spec.shift).astype(np.float32)}
 
 
 # ---------------------------------------------------------------- trajectories

@@ -16,7 +16,7 @@ from elit_export.files import sha256_of
 from elit_export.manifest import PlanSet
 from elit_export.runtime.opening import open_bank
 from elit_export.verify.cases import Arrays
-from elit_export.verify.parity import Comparison, compared, load_reference, parity_of
+from elit_export.verify.parity import Comparison, compared, decoder_parity_of, load_reference, parity_of
 
 if TYPE_CHECKING:
     from elit_export.models.elit import Elit
@@ -68,10 +68,9 @@ def model_of(bundle: Bundle, checkpoint: str | Path) -> Elit:
 def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison]) -> bool:
     """Mark profiles that were never run as passed; True if the manifest changed."""
     assert all(comparison.passed for comparison in found)
-    if all(facts.parity.ran for facts in plan_set.profiles):
+    if all(parity.ran for parity in plan_set.parities):
         return False
-    profiles = tuple(facts.model_copy(update={"parity": parity_of(facts.name, found)}) for facts in plan_set.profiles)
-    verified = plan_set.model_copy(update={"profiles": profiles})
+    verified = plan_set.with_parity(lambda profile: parity_of(profile, found), decoder_parity_of(found))
     with writing(bundle.folder) as writer:
         manifest = Bundle.open(bundle.folder).manifest  # another target may have been built meanwhile
         if plan_set not in manifest.plan_sets:

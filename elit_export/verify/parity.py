@@ -16,22 +16,23 @@ import numpy as np
 
 from elit_export.bundle import Bundle
 from elit_export.errors import BundleError, EngineError, ParityError
-from elit_export.manifest import Graph, Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
+from elit_export.manifest import DecoderFacts, Graph, Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.opening import open_fused
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import FUSED, LATENTS, STEP, ModelSpec, Precision
+from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision
 from elit_export.verify.cases import (
     REFERENCE_FILE,
     Arrays,
     cache_inputs,
+    decoder_inputs,
     fused_inputs,
     trajectory_profiles,
     trajectory_steps,
 )
 from elit_export.verify.metrics import Difference, difference, worst
-from elit_export.verify.tolerances import CACHE_DB, TOLERANCES
+from elit_export.verify.tolerances import CACHE_DB, DECODE_DB, TOLERANCES
 
 LEAST_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
 SLACK_DB = 1.0  # by which a later verify may be worse than what was accepted
@@ -108,7 +109,7 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
 
 
 def _with_acceptance(comparison: Comparison, reason: str | None, recorded: Parity | None) -> Comparison:
-    """Steps and trajectories may miss, down to what was recorded; the graphs of the cache, which are fp32, may not."""
+    """Steps and trajectories may miss, down to what was recorded; what is fp32 in every plan set may not."""
     if not reason or comparison.part.startswith("graph "):
         return comparison
     known = recorded.sqnr_db if recorded else None
@@ -128,6 +129,8 @@ def _compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Array
     if plan_set.fused:
         with open_fused(bundle, plan_set) as engine:
             yield from _compared_fused(engine, plan_set, arrays, model.spec)
+    if plan_set.decoder:
+        yield from _compared_decoder(bundle, bank, plan_set.decoder)
     pipeline = Pipeline(bank, model.spec, model.data)
     for trajectory in plan_set.reference.trajectories:
         yield from _compared_trajectory(pipeline, trajectory, arrays, tolerance.trajectory_db)
@@ -147,7 +150,8 @@ def comparisons_of(plan_set: PlanSet) -> int:
     steps = 2 * len(reference.cases)  # velocity and residual
     cached = 4 * len(reference.cache_rows)  # outputs of CACHE_GRAPHS
     fused = steps + 2 * len(reference.cache_rows) if plan_set.fused else 0
-    return steps + cached + fused + sum(trajectory.steps for trajectory in reference.trajectories)
+    decoded = len(plan_set.decoder.answers.rows) if plan_set.decoder else 0
+    return steps + cached + fused + decoded + sum(trajectory.steps for trajectory in reference.trajectories)
 
 
 def require(comparison: Comparison, remedy: str = "") -> Comparison:
@@ -188,6 +192,15 @@ def parity_of(profile: str, found: Sequence[Comparison]) -> Parity:
         sqnr_db=min(measured.sqnr_db, IDENTICAL_DB),
         max_relative=measured.max_relative,
     )
+
+
+def decoder_parity_of(found: Sequence[Comparison]) -> Parity:
+    """The worst that the decoder showed; it is fp32 and none of its misses is accepted."""
+    own = [comparison.found for comparison in found if comparison.part == f"graph {DECODE}"]
+    if not own:
+        return Parity(status="not run", reason="there is no decoder")
+    measured = worst(own)
+    return Parity(status="passed", sqnr_db=min(measured.sqnr_db, IDENTICAL_DB), max_relative=measured.max_relative)
 
 
 def _concerns(comparison: Comparison, profile: str) -> bool:
@@ -250,6 +263,16 @@ def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: Mod
             found = _found(outputs, name, arrays[wanted.format(rows)])
             least_db = CACHE_DB
             yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", found, least_db, problem=problem)
+
+
+def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> Iterator[Comparison]:
+    """The decoder of a VAE, which is fp32 in every plan set."""
+    assert bank.decoder
+    arrays = load_reference_file(bundle.verified(facts.answers.artifact))
+    for rows in facts.answers.rows:
+        outputs, problem = _answers(bank.decoder, decoder_inputs(rows, facts.spec))
+        found = _found(outputs, "pixels", arrays[f"{rows}/pixels"])
+        yield Comparison(f"graph {DECODE}", f"rows={rows} pixels", found, DECODE_DB, problem=problem)
 
 
 def _reused(rows: int, spec: ModelSpec) -> Arrays:

@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from elit_export.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.models.elit import Elit
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, Precision, Profile, Range
-from elit_export.verify.cases import Arrays, cache_inputs, case_rows, trajectory_rows, trajectory_states
+from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, DecoderSpec, Precision, Profile, Range
+from elit_export.verify.cases import (
+    Arrays,
+    cache_inputs,
+    case_rows,
+    decoder_inputs,
+    trajectory_rows,
+    trajectory_states,
+)
 from elit_export.verify.timing import PEAK_REPEATS, PEAK_SIZES, once_ms
 
 MAX_ROWS = 1 << 20
@@ -86,3 +94,11 @@ def reference_arrays(
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
     return arrays
+
+
+def decoder_answers(decoder: nn.Module, spec: DecoderSpec, rows: Sequence[int]) -> Arrays:
+    """What a decoder says to its inputs, as `ROWS/pixels`."""
+    with torch.inference_mode():
+        return {
+            f"{count}/pixels": decoder(torch.from_numpy(decoder_inputs(count, spec)["z"])).numpy() for count in rows
+        }

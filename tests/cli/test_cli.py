@@ -79,7 +79,7 @@ def test_sample_repeats_itself_and_follows_its_seed(tiny_bundle: Bundle, tmp_pat
 
 def test_sample_of_a_vae_model_says_that_a_decoder_is_needed(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
     said = ok("sample", golden_g4_bundle.folder, "--out", tmp_path / "s.png", "--steps", "2", "--labels", "1")
-    assert "decoder is needed" in " ".join(said.split())
+    assert "for a PNG, name its folder in the recipe ([decoder] folder = …) and build again" in " ".join(said.split())
     assert (tmp_path / "s.npz").exists()
     assert not (tmp_path / "s.png").exists()
 

@@ -590,6 +590,7 @@ class Machine:
             ),
             cache={},
             fused=None,
+            decoder=None,
             samples=None,
             accepted=None,
             reference=Reference(

@@ -1,0 +1,273 @@
+"""Folders of diffusers: what is read of them, and what is wrong with those that are not."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from elit_export.decoder import DEFAULTS, WEIGHTS, check_installed, load_decoder, read_decoder
+from elit_export.errors import BackendUnavailable, CheckpointError, RecipeError
+from elit_export.spec import PIXELS, SD_VAE
+from tests.helpers import tiny_spec
+from tests.vae import MAKERS, load_vae, save_vae
+
+Z = torch.from_numpy(np.random.default_rng(5).standard_normal((3, 16, 6, 6)).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each. Do not change them: copy them first."""
+    base = tmp_path_factory.mktemp("decoders")
+    return {name: save_vae(name, base / name) for name in MAKERS}
+
+
+@pytest.fixture
+def kl4(folders: dict[str, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folders["kl4"], tmp_path / "kl4"))
+
+
+# ---------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("kl4", ("AutoencoderKL", 4, 3, 0.18215, 0.0, 2)),
+        ("kl16", ("AutoencoderKL", 16, 3, 0.3611, 0.1159, 2)),
+        ("tiny4", ("AutoencoderTiny", 4, 3, 1.0, 0.0, 4)),
+        ("tiny16", ("AutoencoderTiny", 16, 3, 1.0, 0.0, 4)),
+    ],
+)
+def test_a_folder_says_how_to_feed_it(folders: dict[str, Path], name: str, facts: tuple[Any, ...]) -> None:
+    found = read_decoder(folders[name])
+    assert (found.class_name, found.channels, found.image_channels, found.scale, found.shift, found.factor) == facts
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_module_says_what_diffusers_says(folders: dict[str, Path], name: str) -> None:
+    folder = read_decoder(folders[name])
+    z = Z[:, : folder.channels]
+    with torch.no_grad():
+        found, expected = load_decoder(folder)(z), load_vae(folders[name]).decode(z).sample
+    assert torch.equal(found, expected)
+    assert expected.std() > 0.3  # no dead decoder
+
+
+def test_the_vae_of_a_pipeline_is_found(kl4: Path, tmp_path: Path) -> None:
+    shutil.copytree(kl4, tmp_path / "pipeline" / "vae")
+    assert read_decoder(tmp_path / "pipeline").path == tmp_path / "pipeline" / "vae"
+    assert read_decoder(tmp_path / "pipeline").sha256 == read_decoder(kl4).sha256
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_what_a_configuration_leaves_out_is_what_diffusers_takes(name: str) -> None:
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    for key, value in DEFAULTS[name].items():
+        default = parameters[key].default
+        assert (list(default) if isinstance(default, tuple) else default) == value
+
+
+def test_old_configurations_are_read(kl4: Path) -> None:
+    change_config(kl4, lambda config: [config.pop(key) for key in ("scaling_factor", "shift_factor", "latents_mean")])
+    assert (read_decoder(kl4).scale, read_decoder(kl4).shift) == (0.18215, 0.0)
+
+
+def test_old_names_of_attention_weights_are_read(kl4: Path) -> None:
+    """The SD-VAE is published with these."""
+    expected = load_decoder(read_decoder(kl4))(Z[:, :4])
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def renamed(key: str) -> str:
+        for new, name in old.items():
+            key = key.replace(f".{new}.", f".{name}.")
+        return key
+
+    assert change_weights(kl4, lambda weights: {renamed(key): tensor for key, tensor in weights.items()}) > 0
+    assert torch.equal(load_decoder(read_decoder(kl4))(Z[:, :4]), expected)
+
+
+def test_half_precision_weights_become_float32(kl4: Path) -> None:
+    change_weights(kl4, lambda weights: {key: tensor.half() for key, tensor in weights.items()})
+    decoder = load_decoder(read_decoder(kl4))
+    assert {parameter.dtype for parameter in decoder.parameters()} == {torch.float32}
+
+
+def test_the_hash_follows_configuration_and_weights(kl4: Path) -> None:
+    before = read_decoder(kl4).sha256
+    change_config(kl4, lambda config: config.update(scaling_factor=0.5))
+    assert read_decoder(kl4).sha256 != before
+    between = read_decoder(kl4).sha256
+    change_weights(kl4, lambda weights: {key: tensor + 1e-3 for key, tensor in weights.items()})
+    assert read_decoder(kl4).sha256 != between
+
+
+def test_reading_needs_no_diffusers(kl4: Path) -> None:
+    script = "import sys; from elit_export.decoder import read_decoder; read_decoder(sys.argv[1]).sha256"
+    script += "; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script, str(kl4)], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------- what is wrong with one
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    change(values)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> int:
+    """How many names are new."""
+    before = load_file(folder / WEIGHTS)
+    after = change(dict(before))
+    save_file({key: tensor.contiguous() for key, tensor in after.items()}, folder / WEIGHTS)
+    return len(set(after) - set(before))
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no decoder at .*nowhere: give a folder that diffusers saved"):
+        read_decoder(tmp_path / "nowhere")
+
+
+def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.json in it or in its `vae`"):
+        read_decoder(tmp_path)
+
+
+@pytest.mark.parametrize(("content", "told"), [("{", "not JSON"), ("[1]", "no table"), ("\udcff", "not JSON")])
+def test_a_damaged_configuration_is_refused(kl4: Path, content: str, told: str) -> None:
+    (kl4 / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {told}.*copy the folder again"):
+        read_decoder(kl4)
+
+
+@pytest.mark.parametrize("name", ["VQModel", "AutoencoderKLWan", None, 3, ["AutoencoderKL"]])
+def test_another_class_is_refused_before_diffusers_is_asked(kl4: Path, name: object) -> None:
+    change_config(kl4, lambda config: config.update(_class_name=name))
+    with pytest.raises(CheckpointError, match=r"its class is .*; known: AutoencoderKL, AutoencoderTiny"):
+        read_decoder(kl4)
+
+
+def test_a_folder_without_weights_is_refused(kl4: Path) -> None:
+    (kl4 / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"no weights, diffusion_pytorch_model\.safetensors is missing; save it"):
+        read_decoder(kl4)
+
+
+def test_pickled_weights_are_refused_with_the_reason(kl4: Path) -> None:
+    (kl4 / WEIGHTS).rename(kl4 / "diffusion_pytorch_model.bin")
+    told = r"\(it has diffusion_pytorch_model\.bin\); save it again.*pickled weights are not read, as they can run any"
+    with pytest.raises(CheckpointError, match=told):
+        read_decoder(kl4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("scaling_factor", float("nan"), "scaling_factor is nan, must be a finite number"),
+        ("scaling_factor", float("inf"), "scaling_factor is inf, must be a finite number"),
+        ("scaling_factor", 10**400, r"scaling_factor is 10+, must be a finite number"),
+        ("scaling_factor", None, "scaling_factor is None, must be a finite number"),
+        ("scaling_factor", 0, "scaling_factor is 0; latents are divided by it"),
+        ("shift_factor", "0.1", "shift_factor is '0.1', must be a finite number"),
+        ("latent_channels", True, "latent_channels is True, must be a whole number"),
+        ("latent_channels", 0, "latent_channels is 0, must be a whole number of at least 1"),
+        ("out_channels", 4, "out_channels is 4: images have 1 or 3 channels"),
+        ("block_out_channels", [8] * 20, "a latent would be 524288 pixels wide, at most 64 are known"),
+        ("block_out_channels", [], r"block_out_channels is \[\], must be a list"),
+        ("latents_mean", [0.0] * 4, "latents_mean is given: latents normalised channel by channel are not known"),
+        ("latents_std", [1.0] * 4, "latents_std is given"),
+    ],
+)
+def test_numbers_that_cannot_be_are_named(kl4: Path, key: str, value: object, told: str) -> None:
+    change_config(kl4, lambda config: config.update({key: value}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {told}"):
+        read_decoder(kl4)
+
+
+KEY = "decoder.conv_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda weights: {k: v for k, v in weights.items() if k != KEY}, f"does not fit config.json: missing {KEY}"),
+        (lambda weights: weights | {"decoder.more": torch.ones(2)}, r"does not fit config.json: unknown decoder\.more"),
+        (lambda weights: weights | {KEY: torch.ones(3, 3)}, f"diffusers cannot read it: .*size mismatch for {KEY}"),
+        (lambda weights: weights | {KEY: weights[KEY] * torch.nan}, "its weights give pixels that are not finite"),
+        (
+            lambda weights: {k: v for k, v in weights.items() if "decoder." not in k},
+            r"missing decoder\..* and \d+ more",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(kl4: Path, change: Any, told: str) -> None:
+    change_weights(kl4, change)
+    with pytest.raises(CheckpointError, match=told):
+        load_decoder(read_decoder(kl4))
+
+
+def test_an_encoder_is_not_needed(kl4: Path) -> None:
+    expected = load_decoder(read_decoder(kl4))(Z[:, :4])
+    change_weights(kl4, lambda weights: {k: v for k, v in weights.items() if not k.startswith(("encoder.", "quant_"))})
+    assert torch.equal(load_decoder(read_decoder(kl4))(Z[:, :4]), expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"123456789" * 20])
+def test_damaged_weights_are_refused(kl4: Path, content: bytes) -> None:
+    (kl4 / WEIGHTS).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"kl4: diffusers cannot read it: .*; copy the folder again"):
+        load_decoder(read_decoder(kl4))
+
+
+def test_cut_weights_are_refused(kl4: Path) -> None:
+    (kl4 / WEIGHTS).write_bytes((kl4 / WEIGHTS).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"kl4: diffusers cannot read it: .*; copy the folder again"):
+        load_decoder(read_decoder(kl4))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"act_fn": "nonsense"},
+        {"block_out_channels": [8, 16, 16]},
+        {"norm_num_groups": 7},
+        {"up_block_types": ["X", "Y"]},
+    ],
+)
+def test_a_configuration_of_no_model_is_refused(kl4: Path, change: dict[str, Any]) -> None:
+    change_config(kl4, lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match=r"kl4: .*copy the folder again"):
+        load_decoder(read_decoder(kl4))
+
+
+def test_another_number_of_channels_than_the_model_is_refused(folders: dict[str, Path]) -> None:
+    told = r"kl16 decodes latents of 16 channels, the model makes 4; give the folder of the VAE that the model"
+    with pytest.raises(RecipeError, match=told):
+        read_decoder(folders["kl16"]).check_fits(tiny_spec(in_channels=4), SD_VAE)
+    read_decoder(folders["kl4"]).check_fits(tiny_spec(in_channels=4), SD_VAE)
+
+
+def test_a_model_of_pixels_needs_none(folders: dict[str, Path]) -> None:
+    with pytest.raises(RecipeError, match=r"makes pixels itself; leave \[decoder\] out of the recipe"):
+        read_decoder(folders["kl4"]).check_fits(tiny_spec(), PIXELS)
+
+
+def test_the_extra_is_named_where_diffusers_is_missing(kl4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for needs in (check_installed, lambda: load_decoder(read_decoder(kl4))):
+        with pytest.raises(BackendUnavailable, match=r"needs diffusers: pip install 'elit-export\[diffusers\]'"):
+            needs()
