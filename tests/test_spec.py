@@ -245,6 +245,7 @@ def test_xl_2_at_256_is_the_released_model() -> None:
         "qk_norm_kind": "layer",
         "merge": 1,
         "coarse_depth": 0,
+        "text_width": 0,
     }
 
 
