@@ -22,13 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit_export.checkpoint_diffusers import load_diffusers
+from elit_export.checkpoint_diffusers import load_diffusers, transformer_folder
 from elit_export.errors import CheckpointError, InputError, first_line
-from elit_export.models.backbones import (
-    FAMILIES,
-    RELEASED_HEAD_DEPTH,
-    RELEASED_NAMES,
-)
+from elit_export.models.backbones import FAMILIES, RELEASED_HEAD_DEPTH, RELEASED_NAMES
 from elit_export.models.elit import Elit
 from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, ModelSpec
 from elit_export.weights import (
@@ -73,9 +69,13 @@ def load_checkpoint(
     """
     asked = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
     if Path(path).is_dir():
+        folder = transformer_folder(Path(path))
         if interface is None:
-            raise CheckpointError(f"{path}: a folder holds no Read and Write; give the file that does as `interface`")
-        return load_diffusers(Path(path), Path(interface), asked)
+            raise CheckpointError(
+                f"{path}: a folder of diffusers holds no Read and Write; give the file that does as `interface`, "
+                f"which checkpoint_diffusers.save_interface writes"
+            )
+        return load_diffusers(folder, Path(interface), asked)
     file = checkpoint_path(path)
     if interface is not None:
         raise CheckpointError(f"{path}: a file holds its Read and Write; leave `interface` {interface} out")

@@ -57,7 +57,7 @@ def save_interface(path: Path, model: Elit, *, dtype: torch.dtype = torch.float3
 
 
 def load_diffusers(folder: Path, interface: Path, asked: Mapping[str, int | None]) -> Elit:
-    """Read a model in float32; weights that are float32 in the folder stay mapped onto its files.
+    """Read a model in float32 from a transformer folder; weights that are float32 there stay mapped onto its files.
 
     Those in half precision are widened, so that the model takes twice their size. Raises CheckpointError.
     """
@@ -70,14 +70,13 @@ def load_diffusers(folder: Path, interface: Path, asked: Mapping[str, int | None
         raise CheckpointError(
             f"{interface}: Read and Write of {spec.backbone}; a {CLASS_NAME} takes those of {BACKBONE}"
         )
-    transformer = transformer_folder(folder)
-    _check_config(transformer, interface, spec)
+    _check_config(folder, interface, spec)
     model = meta_model(spec, data)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(interface, added, {name: shape for name, shape in shapes.items() if name.startswith(INTERFACE)})
     theirs = {name: diffusers_name(name, spec) for name in shapes if not name.startswith(INTERFACE)}
-    base = mapped_tensors(transformer)
-    check_tensors(transformer, base, {published: shapes[name] for name, published in theirs.items()})
+    base = mapped_tensors(folder)
+    check_tensors(folder, base, {published: shapes[name] for name, published in theirs.items()})
     weights = {name: own_tensor(published, base.pop(published)).float() for name, published in theirs.items()}
     weights |= {name: tensor.float() for name, tensor in added.items()}
     model.load_state_dict(weights, assign=True)
@@ -90,8 +89,8 @@ def transformer_folder(folder: Path) -> Path:
         if (found / CONFIG).is_file():
             return found
     raise CheckpointError(
-        f"{folder}: neither it nor {PIPELINE_PART}/ in it has a {CONFIG}; give the folder of a {CLASS_NAME}, or of "
-        f"a pipeline with one, as save_pretrained of diffusers writes it"
+        f"no checkpoint at {folder}: neither it nor {PIPELINE_PART}/ in it has a {CONFIG}; give the folder of a "
+        f"{CLASS_NAME}, or of a pipeline with one, as save_pretrained of diffusers writes it"
     )
 
 
