@@ -24,7 +24,8 @@ INIT_STD = 0.02
 class Elit(nn.Module, ABC):
     """Velocity of a flow from data (t=0) to noise (t=1), at any budget in `spec.budgets`.
 
-    A new model holds uninitialised weights: load some, or call `initialise`.
+    A new model holds uninitialised weights: load some, or call `initialise`. Subclasses give the inputs of `step`,
+    `probe` and `reuse` names of their own; callers here pass them by position.
     """
 
     t_embedder: TimestepEmbedder

@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from elit_export.checkpoint import load_checkpoint
-from elit_export.checkpoint_diffusers import save_interface
+from elit_export.checkpoint_diffusers import diffusers_name, own_tensor, save_interface
 from elit_export.errors import InputError
 from elit_export.models.backbones import new_model
 from elit_export.models.cost import Cost, flops, flops_without_interface, layer_flops
@@ -22,7 +23,7 @@ from elit_export.models.interface import group
 from elit_export.models.mmdit import MASKED, ElitMMDiT, rotary_tables, run_joint
 from elit_export.models.precision import in_precision
 from elit_export.spec import STEP, Budget, ModelSpec, Precision
-from tests.helpers import max_relative
+from tests.helpers import GOLDEN, max_relative, weights_by_name
 from tests.text_models import base_model, base_velocity, inputs_of, mask_of, text_model, text_spec, without_interface
 
 
@@ -64,6 +65,31 @@ def test_without_read_and_write_it_is_what_diffusers_computes(size: str, tmp_pat
         for t in (torch.tensor([0.0, 0.37, 1.0]), torch.tensor([0.999, 0.5, 0.02]))
     }
     assert max(errors.values()) <= 1e-5, errors  # measured 3e-7
+
+
+@torch.inference_mode()
+def test_without_read_and_write_it_gives_the_numbers_of_diffusers() -> None:
+    """As above where diffusers is not installed: what version 0.42.1 computed is kept."""
+    model = text_model()
+    own = {name: value for name, value in model.state_dict().items() if not name.startswith(("read.", "write."))}
+    published = weights_by_name({diffusers_name(name, model.spec): tuple(own[name].shape) for name in own}, seed=6)
+    for name, tensor in own.items():
+        theirs = diffusers_name(name, model.spec)
+        tensor.copy_(own_tensor(theirs, published[theirs]))
+    with np.load(GOLDEN / "qwen_image_tiny.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file}
+    expected = arrays.pop("velocity")
+    assert relative(without_interface(model, **arrays), expected) <= 1e-5  # measured 3e-7
+
+
+@torch.inference_mode()
+def test_the_kept_numbers_are_those_of_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    with np.load(GOLDEN / "qwen_image_tiny.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file}
+    expected = arrays.pop("velocity")
+    spec = text_spec()
+    assert relative(base_velocity(base_model(spec), spec, **arrays), expected) <= 1e-5
 
 
 # ---------------------------------------------------------------- text
