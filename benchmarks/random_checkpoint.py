@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from elit_export.checkpoint import save_checkpoint
-from elit_export.models.sit import ElitSiT
-from elit_export.spec import SD_VAE, ModelSpec
+from elit_export.models.backbones import NAMES, new_model
+from elit_export.models.elit import Elit
+from elit_export.spec import SD_VAE, DataFacts, ModelSpec
 
 
 def spec_of(name: str, resolution: int, split: str | None) -> ModelSpec:
@@ -28,23 +29,23 @@ def spec_of(name: str, resolution: int, split: str | None) -> ModelSpec:
     return replace(spec, head_depth=head, core_depth=core, tail_depth=tail)
 
 
-def random_model(spec: ModelSpec) -> ElitSiT:
+def random_model(spec: ModelSpec) -> Elit:
     """Every matrix scaled by its inputs, so that activations keep their size."""
-    model = ElitSiT(spec, SD_VAE)
+    model = new_model(spec, SD_VAE if spec.in_channels == 4 else DataFacts(kind="vae", vae="unknown"))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         is_table = name.endswith(("pos_embed", "read.query", "y_embedder.weight"))
         matrix_scale = 0.9 / parameter[0].numel() ** 0.5
         scale = 0.3 if is_table else matrix_scale if parameter.dim() > 1 else 0.1
         parameter.data.normal_(std=scale, generator=generator)
-        if name.endswith("norm.scale"):
+        if name.endswith(("norm.scale", "norm.weight")):
             parameter.data.add_(1.0)
     return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="e.g. ELIT-SiT-B/2")
+    parser.add_argument("name", choices=NAMES, metavar="NAME", help="e.g. ELIT-SiT-B/2")
     parser.add_argument("out", type=Path)
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--split", help="HEAD-CORE-TAIL in place of the released one")

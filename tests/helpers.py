@@ -20,7 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from elit_export.bundle import Bundle, writing
 from elit_export.checkpoint import load_checkpoint
 from elit_export.manifest import CacheCalibration, CacheFit
-from elit_export.models.sit import ElitSiT
+from elit_export.models.backbones import new_model
+from elit_export.models.elit import Elit
 from elit_export.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -87,7 +88,7 @@ class Golden:
         torch.save(content | changes, path)
         return path
 
-    def load(self, folder: Path) -> ElitSiT:
+    def load(self, folder: Path) -> Elit:
         """The model, through the checkpoint reader."""
         path = self.save_pt(folder / f"{self.name}.pt")
         return load_checkpoint(path, num_heads=self.spec.num_heads, tail_depth=self.spec.tail_depth)
@@ -123,12 +124,23 @@ def tiny_spec(**changes: Any) -> ModelSpec:
     return ModelSpec(**(facts | changes))
 
 
-def tiny_model(**changes: Any) -> ElitSiT:
+def tiny_model(**changes: Any) -> Elit:
     """A tiny model with nothing zero in it."""
-    model = ElitSiT(tiny_spec(**changes))
+    model = new_model(tiny_spec(**changes))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     model.load_state_dict(weights_by_name(shapes, seed=3))
     return model.eval()
+
+
+# What makes a tiny spec one of each kind of transformer that the paper shows ELIT on, and of the released one.
+WIDE = {"hidden_size": 32, "num_heads": 2}  # heads that half precision takes
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ELIT-SiT": WIDE,
+    "ELIT-DiT": WIDE | {"rope": True, "qk_norm": True, "qk_norm_kind": "rms", "in_channels": 16},
+    "ELIT-U-ViT": WIDE | {"backbone": "ELIT-U-ViT", "core_depth": 3},
+    "ELIT-HDiT": WIDE
+    | {"backbone": "ELIT-HDiT", "core_depth": 3, "merge": 4, "coarse_depth": 1, "input_size": 16, "group_size": 4},
+}
 
 
 # ---------------------------------------------------------------- a calibration for `teacache`

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elit_export.errors import InputError
 from elit_export.models.interface import Read, Write, keep, restore
 from elit_export.models.layers import FinalLayer, Modulation, Split, TimestepEmbedder
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.spec import DataFacts, ModelSpec, listed
 
 INIT_STD = 0.02
 
@@ -76,7 +77,12 @@ class Elit(nn.Module, ABC):
     # parts
 
     def read_kept(self, tokens: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D)."""
+        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D).
+
+        Raises InputError for a number of latents that the backbone does not keep.
+        """
+        if kept.shape[0] % self.spec.merge:
+            raise InputError(f"this model cannot keep {kept.shape[0]} latents: it runs {listed(self.spec.budgets)}")
         latents, patches = self.read(tokens, c)
         return latents, patches, keep(latents, kept)
 

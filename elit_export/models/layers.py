@@ -80,11 +80,15 @@ class Rotation:
     cos: Tensor
     sin: Tensor
 
-    def __call__(self, x: Tensor) -> Tensor:  # (B, h, L, D/h)
-        """Turn the pairs (i, i + D/h/2) of each head, in float32; the result is rounded as x is."""
-        first, second = x.to(self.cos.dtype).chunk(2, dim=-1)
-        turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
-        return torch.cat(turned, dim=-1).to(x.dtype)
+    def __call__(self, x: Tensor) -> Tensor:  # (B, L, h, D/h)
+        """Turn the pairs (i, i + D/h/2) of each head, in float32; the result is rounded as x is.
+
+        Heads lie behind the tokens: ONNX Runtime (1.24) writes invalid graphs where it moves a transpose over a
+        constant inside an If.
+        """
+        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
+        first, second = x.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def rotation_angles(grid: int, head_size: int, device: torch.device) -> Tensor:
@@ -137,11 +141,11 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:  # (B, L, D)
-        q, k, v = (split_heads(part, self.num_heads) for part in linear(self.qkv, x).chunk(3, dim=-1))
-        q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in linear(self.qkv, x).chunk(3, dim=-1))
+        q, k = normed(self.q_norm, q), normed(self.k_norm, k)  # (B, L, h, D/h)
         if rotation:
             q, k = rotation(q), rotation(k)
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         projected: Tensor = self.proj(merge_heads(attended))
         return projected
 
@@ -157,13 +161,9 @@ class StreamAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, D)
-        """Queries, keys and values (B, h, L, D/h)."""
-        q, k, v = (split_heads(linear(layer, x), self.num_heads) for layer in (self.q, self.k, self.v))
+        """Queries, keys and values (B, L, h, D/h)."""
+        q, k, v = (linear(layer, x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
         return normed(self.q_norm, q), normed(self.k_norm, k), v
-
-    def merged(self, attended: Tensor) -> Tensor:  # (B, h, L, D/h)
-        projected: Tensor = self.proj(merge_heads(attended))
-        return projected  # (B, L, D)
 
 
 def qk_norm_of(spec: ModelSpec) -> Callable[[int], nn.Module]:

@@ -31,6 +31,7 @@ from elit_export.models.layers import (
     Modulation,
     StreamAttention,
     TimestepEmbedder,
+    merge_heads,
     modulate,
     over_tokens,
     plain_norm,
@@ -152,10 +153,11 @@ class Places:
     sin: Tensor
     bias: Tensor
 
-    def turned(self, x: Tensor) -> Tensor:  # (B, h, L, D/h)
-        """In float32; the result is rounded as x is."""
-        first, second = x.to(self.cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        pairs = torch.stack([first * self.cos - second * self.sin, second * self.cos + first * self.sin], dim=-1)
+    def turned(self, x: Tensor) -> Tensor:  # (B, L, h, D/h)
+        """In float32; the result is rounded as x is. As in `layers.Rotation` heads lie behind the tokens."""
+        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
+        first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return pairs.flatten(-2).to(x.dtype)
 
 
@@ -191,12 +193,12 @@ class Stream(nn.Module):
         return modulate(self.norm1(x), shift1, scale1)
 
     def heads(self, x: Tensor, chunks: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, h, L, D/h)."""
+        """Queries, keys and values (B, L, h, D/h)."""
         return self.attn.heads(self._shifted(x, chunks))
 
-    def updated(self, x: Tensor, attended: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:  # (B, h, L, D/h)
+    def updated(self, x: Tensor, attended: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:  # (B, L, D) each
         _, _, gate1, shift2, scale2, gate2 = chunks
-        x = x + over_tokens(gate1, x) * self.attn.merged(attended)
+        x = x + over_tokens(gate1, x) * self.attn.proj(attended)
         mixed: Tensor = self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x + over_tokens(gate2, x) * mixed
 
@@ -213,12 +215,12 @@ class JointBlock(nn.Module):
         """words (B, T, D), tokens (B, L − T, D), c (B, D) → words, tokens."""
         on_text, on_image = self.text.modulation(c), self.image.modulation(c)
         both = zip(self.text.heads(words, on_text), self.image.heads(tokens, on_image), strict=True)
-        q, k, v = (torch.cat(pair, dim=2) for pair in both)  # (B, h, L, D/h)
-        bias = places.bias.to(v.dtype)
-        attended = F.scaled_dot_product_attention(places.turned(q), places.turned(k), v, attn_mask=bias)
+        q, k, v = (torch.cat(pair, dim=1) for pair in both)  # (B, L, h, D/h)
+        q, k, v = (part.transpose(1, 2) for part in (places.turned(q), places.turned(k), v))
+        attended = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=places.bias.to(v.dtype)))
         count = words.shape[1]
-        words = self.text.updated(words, attended[:, :, :count], on_text)
-        return words, self.image.updated(tokens, attended[:, :, count:], on_image)
+        words = self.text.updated(words, attended[:, :count], on_text)
+        return words, self.image.updated(tokens, attended[:, count:], on_image)
 
 
 def joint_blocks(spec: ModelSpec, depth: int) -> nn.ModuleList:

@@ -106,7 +106,10 @@ def test_self_attention_is_the_textbook_formula(kind: str, rotated: bool) -> Non
     mixed = []
     for head in range(heads):
         own = slice(size * head, size * (head + 1))
-        weights = rotation(attention.q_norm(q[:, own])) @ rotation(attention.k_norm(k[:, own])).T / math.sqrt(size)
+        turned_q, turned_k = (
+            rotation(norm(part[:, None, own]))[:, 0] for norm, part in ((attention.q_norm, q), (attention.k_norm, k))
+        )
+        weights = turned_q @ turned_k.T / math.sqrt(size)
         mixed.append(weights.softmax(dim=-1) @ v[:, own])
     found = attention(x, rotation) if rotated else attention(x)
     torch.testing.assert_close(found[0], attention.proj(torch.cat(mixed, dim=-1)))
@@ -132,9 +135,9 @@ def test_angles_are_of_the_column_then_of_the_row() -> None:
 
 def test_a_rotation_turns_pairs_in_the_plane() -> None:
     angles = rotation_angles(2, 8, torch.device("cpu")).double()
-    x = random(1, 1, 4, 8)
+    x = random(1, 4, 3, 8)
     turned = rotation_of(angles)(x)
-    as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     torch.testing.assert_close(turned, torch.cat([as_complex.real, as_complex.imag], dim=-1))
 
 
@@ -143,7 +146,7 @@ def test_what_attention_sees_depends_on_distances_alone() -> None:
     grid = 4
     rotation = rotation_of(rotation_angles(grid, 8, torch.device("cpu")).double())
     q, k = (random(8, seed=seed).expand(grid * grid, -1) for seed in (1, 2))
-    scores = rotation(q) @ rotation(k).T
+    scores = rotation(q[:, None])[:, 0] @ rotation(k[:, None])[:, 0].T
     torch.testing.assert_close(scores[0, grid + 2], scores[grid + 1, 2 * grid + 3])
     assert not torch.isclose(scores[0, grid + 2], scores[0, 2 * grid + 1])
 
