@@ -1,4 +1,4 @@
-"""Weights on disk ↔ model: the released `.pt` format (read) and the own safetensors format (read, write).
+"""Weights on disk ↔ model: released `.pt` files (read), own safetensors files (read, write), diffusers folders (read).
 
 Takes: a path.  Gives: a model.  May touch: the file.  Knows nothing of: graphs, engines.
 
@@ -9,7 +9,6 @@ freely: `.pt` files are read with `weights_only=True` and one allowed class.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -20,21 +19,25 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elit_export.checkpoint_diffusers import load_diffusers, transformer_folder
 from elit_export.errors import CheckpointError, InputError, first_line
-from elit_export.files import written_whole
-from elit_export.models.backbones import (
-    FAMILIES,
-    RELEASED_HEAD_DEPTH,
-    RELEASED_NAMES,
-    new_model,
-)
+from elit_export.models.backbones import FAMILIES, RELEASED_HEAD_DEPTH, RELEASED_NAMES
 from elit_export.models.elit import Elit
 from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, ModelSpec
+from elit_export.weights import (
+    Shape,
+    Weights,
+    check_asked,
+    check_tensors,
+    facts_of,
+    meta_model,
+    read_safetensors,
+    told_by,
+    write_safetensors,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +46,6 @@ FORMAT = "elit_export/1"
 DATA_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 4: SD_VAE}
 UNKNOWN_VAE = DataFacts(kind="vae", vae="unknown")
 SHIPPED_PREFIX = "shipped:"
-Weights = dict[str, Tensor]
-Shape = tuple[int, ...]
 
 
 # ---------------------------------------------------------------- reading
@@ -53,21 +54,34 @@ Shape = tuple[int, ...]
 def load_checkpoint(
     path: str | Path,
     *,
+    interface: str | Path | None = None,
     num_heads: int | None = None,
     head_depth: int | None = None,
     tail_depth: int | None = None,
 ) -> Elit:
-    """Read a model in float32 from a released `.pt` file, an own `.safetensors` file or `shipped:NAME`.
+    """Read a model in float32 from a released `.pt` file, an own `.safetensors` file, `shipped:NAME` or a folder.
 
+    A folder is a transformer of diffusers, or a pipeline that has one, and holds neither Read nor Write: `interface`
+    is the file with those, as `checkpoint_diffusers.save_interface` writes it; None for files.
     `num_heads`, `head_depth` and `tail_depth` cannot be told from shapes; None reads them from the
-    file. The weights of a `.pt` stay mapped onto the file (copy on write): do not write into it
-    while the model lives. Raises CheckpointError naming what is wrong.
+    file. The weights of a `.pt` or of a folder stay mapped onto the files where they are float32 there (copy on
+    write): do not write into them while the model lives. Raises CheckpointError naming what is wrong.
     """
-    given = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
+    asked = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
+    if Path(path).is_dir():
+        folder = transformer_folder(Path(path))
+        if interface is None:
+            raise CheckpointError(
+                f"{path}: a folder of diffusers holds no Read and Write; give the file that does as `interface`, "
+                f"which checkpoint_diffusers.save_interface writes"
+            )
+        return load_diffusers(folder, Path(interface), asked)
     file = checkpoint_path(path)
+    if interface is not None:
+        raise CheckpointError(f"{path}: a file holds its Read and Write; leave `interface` {interface} out")
     if file.suffix == ".safetensors":
-        return _load_own(file, given)
-    return _load_released(file, given)
+        return _load_own(file, asked)
+    return _load_released(file, asked)
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -93,7 +107,7 @@ def _load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
     _drop_projectors(weights)
     spec = _released_spec(path, weights, _args_of(content), given)
     _add_missing_latent_positions(weights, spec)
-    model = _meta_model(spec, DATA_BY_CHANNELS.get(spec.in_channels, UNKNOWN_VAE))
+    model = meta_model(spec, DATA_BY_CHANNELS.get(spec.in_channels, UNKNOWN_VAE))
     renamed = _renamed(path, weights, model)
     model.load_state_dict(renamed, assign=True)
     return model.eval()
@@ -297,80 +311,20 @@ def _renamed(path: Path, weights: Weights, model: Elit) -> Weights:
     return {name: weights[released].float() for released, name in own_names.items()}
 
 
-def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
-    """Raises CheckpointError for anything missing, extra, mis-shaped or not of floating-point numbers."""
-    problems = [f"missing {name}" for name in expected if name not in weights]
-    problems += [f"unexpected {name}" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)}, the model needs {shape}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    problems += [
-        f"{name} holds {tensor.dtype}, not floating-point numbers"
-        for name, tensor in weights.items()
-        if not tensor.is_floating_point()
-    ]
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path}: {'; '.join(problems[:5])}{more}")
-
-
-def _meta_model(spec: ModelSpec, data: DataFacts) -> Elit:
-    try:
-        with torch.device("meta"):
-            return new_model(spec, data)
-    except InputError as error:  # a backbone that this version does not know, or cannot be
-        raise CheckpointError(str(error)) from error
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
-        raise CheckpointError(f"its spec describes no model that can be: {first_line(error)}") from error
-
-
 # ---------------------------------------------------------------- own format
 
 
 def save_checkpoint(path: Path, model: Elit, *, dtype: torch.dtype = torch.float32) -> None:
     """Write weights, spec and data facts as one safetensors file, whole or not at all."""
     weights = {name: tensor.detach().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    facts = {"spec": json.dumps(model.spec.to_dict()), "data": json.dumps(model.data.to_dict())}
-    write_safetensors(path, weights, {"format": FORMAT, **facts})
+    write_safetensors(path, weights, {"format": FORMAT, **facts_of(model)})
 
 
-def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
-    """One file, whole or not at all."""
-    try:
-        with written_whole(path) as temporary:
-            save_file(weights, temporary, metadata)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
-
-
-def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
-    """Tensors and metadata; raises CheckpointError if the file is damaged or says another format than `wanted`."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        weights = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
-    if metadata.get("format") != wanted:
-        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {wanted!r}")
-    return weights, metadata
-
-
-def _load_own(path: Path, given: Mapping[str, int | None]) -> Elit:
+def _load_own(path: Path, asked: Mapping[str, int | None]) -> Elit:
     weights, metadata = read_safetensors(path, FORMAT)
-    try:
-        spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
-        data = DataFacts.from_dict(json.loads(metadata["data"]))
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: unreadable metadata: {error}") from error
-    for name, value in given.items():
-        if value is not None and value != getattr(spec, name):
-            raise CheckpointError(
-                f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}; leave it out"
-            )
-    model = _meta_model(spec, data)
+    spec, data = told_by(path, metadata)
+    check_asked(path, asked, spec)
+    model = meta_model(spec, data)
     check_tensors(path, weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     return model.eval()

@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from elit_export.checkpoint import check_tensors, checkpoint_path, read_safetensors, write_safetensors
+from elit_export.checkpoint import checkpoint_path
 from elit_export.errors import CheckpointError, InputError
 from elit_export.models.classifier import Classifier
 from elit_export.models.features import ClassifierSpec, Floor, Gaussian, Judge, JudgeFacts
+from elit_export.weights import check_tensors, read_safetensors, write_safetensors
 
 FORMAT = "elit_export classifier/1"
 SHIPPED = "shipped:fashion_classifier"

@@ -4,7 +4,7 @@ Takes: numbers and names.  Gives: Budget, Profile, ModelSpec, DataFacts, Precisi
 May touch: nothing.  Knows nothing of: weights, files, backends.
 
 Legend: B batch, C channels, H=W input size, p patch, n=H/p, N=n² spatial tokens, g group side,
-J=g² latents per group, G=(n/g)² groups, K kept latents per group, D width.
+J=g² latents per group, G=(n/g)² groups, K kept latents per group, D width, T text tokens.
 """
 
 from __future__ import annotations
@@ -165,6 +165,8 @@ class TensorSpec:
 
 ROWS = "rows"
 LATENTS = "latents"
+TEXT = "text"
+LONGEST_TEXT = 1024  # tokens
 STEP = "step"
 CACHE_GRAPHS = ("probe", "reuse", "time")  # beside `step`: what step caching calls
 FUSED = "fused"  # all of them in one graph, for hosts without this runtime
@@ -258,7 +260,7 @@ class ModelSpec:
     between Read and Write (core) and after Write (tail). `backbone` names a row of `models.backbones`. `rope` turns
     queries and keys of self-attention by their 2-D positions; `qk_norm_kind` is the norm that `qk_norm` puts on them.
     The `coarse_depth` blocks in the middle of the core run on latents of which `merge` became one, so that the model
-    keeps only multiples of `merge`.
+    keeps only multiples of `merge`. A model takes classes, or text embeddings of `text_width` numbers a token.
     """
 
     in_channels: int
@@ -278,14 +280,14 @@ class ModelSpec:
     qk_norm_kind: str = "layer"
     merge: int = 1
     coarse_depth: int = 0
+    text_width: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
-        positive = ("in_channels", "input_size", "patch_size", "hidden_size", "num_heads", "group_size", "num_classes")
-        for name in (*positive, "merge"):
+        for name in ("in_channels", "input_size", "patch_size", "hidden_size", "num_heads", "group_size", "merge"):
             if getattr(self, name) < 1:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must be at least 1")
-        for name in ("head_depth", "core_depth", "tail_depth", "coarse_depth"):
+        for name in ("head_depth", "core_depth", "tail_depth", "coarse_depth", "text_width"):
             if getattr(self, name) < 0:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must not be negative")
         if not 0 < self.mlp_ratio < math.inf:
@@ -299,6 +301,7 @@ class ModelSpec:
         if self.rope:
             self._check_divides("head size", self.hidden_size // self.num_heads, "the 4 parts of a 2-D rotation", 4)
         self._check_merging()
+        self._check_conditioning()
 
     def _check_types(self) -> None:
         others: dict[str, tuple[type, ...]] = {"float": (int, float), "bool": (bool,), "str": (str,)}
@@ -318,6 +321,17 @@ class ModelSpec:
             raise InputError(
                 f"model spec: coarse_depth {self.coarse_depth} must leave an even number of the {self.core_depth} "
                 f"core blocks, half before and half after it"
+            )
+
+    def _check_conditioning(self) -> None:
+        if self.num_classes < 1 and not self.text_width:
+            raise InputError(
+                f"model spec: num_classes is {self.num_classes}, must be at least 1 in a model without text"
+            )
+        if self.num_classes and self.text_width:
+            raise InputError(
+                f"model spec: num_classes is {self.num_classes} and text_width {self.text_width}: a model takes "
+                f"classes or text; set the other to 0"
             )
 
     @staticmethod
@@ -399,15 +413,32 @@ class ModelSpec:
     # graphs
 
     @property
+    def modulating(self) -> tuple[TensorSpec, ...]:
+        """The conditioning that modulates all tokens together with t."""
+        return () if self.text_width else (TensorSpec("y", "int64", (ROWS,)),)
+
+    @property
+    def attended(self) -> tuple[TensorSpec, ...]:
+        """The conditioning that runs through the blocks beside the tokens: text; 1 for its tokens, 0 for padding."""
+        if not self.text_width:
+            return ()
+        return TensorSpec(TEXT, "float32", (ROWS, TEXT, self.text_width)), TensorSpec(
+            "text_mask", "int64", (ROWS, TEXT)
+        )
+
+    @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
         """The inputs beside x, t and latents."""
-        return (TensorSpec("y", "int64", (ROWS,)),)
+        return (*self.modulating, *self.attended)
 
     @property
     def common_inputs(self) -> tuple[TensorSpec, ...]:
-        """What every graph takes first: x, t and the conditioning."""
-        x = TensorSpec("x", "float32", (ROWS, *self.sample_shape))
-        return (x, TensorSpec("t", "float32", (ROWS,)), *self.conditioning)
+        """What a graph that runs the blocks takes first: x, t and the conditioning."""
+        return (*self._moment, *self.conditioning)
+
+    @property
+    def _moment(self) -> tuple[TensorSpec, ...]:
+        return TensorSpec("x", "float32", (ROWS, *self.sample_shape)), TensorSpec("t", "float32", (ROWS,))
 
     def on_tokens(self, name: str) -> TensorSpec:
         """A float32 tensor with a vector per spatial token."""
@@ -421,20 +452,19 @@ class ModelSpec:
         return (*on_tokens, *on_rows, TensorSpec("reused", "int64", ()))
 
     def inputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
-        """Inputs of the graph `step`, `probe`, `reuse`, `time` or `fused`, in their order."""
+        """Inputs of the graph `step`, `probe`, `reuse`, `time` or `fused`, in their order.
+
+        Those of `probe` and `reuse` leave out what only the blocks attend to: these graphs run none.
+        """
         latents = TensorSpec(LATENTS, "int64", (LATENTS,))
-        if graph == "time":
-            return (self.common_inputs[1],)
-        more = {
-            STEP: (latents,),
-            "probe": (self.on_tokens("signal_prev"),),
-            "reuse": (
-                *(self.on_tokens("residual"), self.on_tokens("residual_prev")),
-                TensorSpec("forecast", "float32", (ROWS,)),
-            ),
-            FUSED: (latents, *self.fused_state, *FUSED_CHOICES),
-        }
-        return (*self.common_inputs, *more[graph])
+        residuals = self.on_tokens("residual"), self.on_tokens("residual_prev")
+        return {
+            STEP: (*self.common_inputs, latents),
+            "probe": (*self._moment, *self.modulating, self.on_tokens("signal_prev")),
+            "reuse": (*self._moment, *self.modulating, *residuals, TensorSpec("forecast", "float32", (ROWS,))),
+            "time": self._moment[1:],
+            FUSED: (*self.common_inputs, latents, *self.fused_state, *FUSED_CHOICES),
+        }[graph]
 
     def outputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
         """Outputs of the same graphs; those of `fused` after `velocity` and `computed` are its next inputs."""

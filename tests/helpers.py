@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ def tensor_by_name(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[
     """A tensor that depends on (name, shape, seed) alone; no part of a model is zero or hidden."""
     stream = np.random.RandomState((zlib.crc32(name.encode()) ^ seed) & 0x7FFFFFFF)
     values = stream.standard_normal(shape)
-    if name.endswith(("q_norm.scale", "k_norm.scale", "q_norm.weight", "k_norm.weight")):
+    if re.search(r"([qk]_norm\.(scale|weight)|(txt_norm|norm(_added)?_[qk])\.weight)$", name):
         values = 1.0 + 0.1 * values
     elif "embed" in name.rsplit(".", 1)[-1] or name.endswith("embedding_table.weight"):
         values = 0.3 * values

@@ -29,9 +29,11 @@ ROOMS: dict[str, set[str]] = {
     "recipe": {"spec", "backends"},
     "bundle": {"spec", "manifest"},
     "samples": {"spec"},
-    "checkpoint": {"spec", "models"},
+    "weights": {"spec", "models"},
+    "checkpoint_diffusers": {"spec", "models", "weights"},
+    "checkpoint": {"spec", "models", "weights", "checkpoint_diffusers"},
     "decoder": {"spec"},
-    "judge": {"models", "checkpoint"},
+    "judge": {"models", "checkpoint", "weights"},
     "models": {"spec"},
     "training": {"spec", "models", "checkpoint"},
     "graphs": {"spec", "models"},
@@ -82,11 +84,12 @@ LIBRARIES: dict[str, set[str]] = {
     "onnxscript": {"graphs/"},
     # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
     "torch": {
-        *("models/", "training/", "graphs/", "checkpoint.py", "decoder.py", "verify/reference.py", "cli/train.py"),
+        *("models/", "training/", "graphs/", "checkpoint.py", "checkpoint_diffusers.py", "weights.py"),
+        *("decoder.py", "verify/reference.py", "cli/train.py"),
         *("build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"),
     },
     "torch_tensorrt": {"build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"},
-    "safetensors": {"checkpoint.py"},
+    "safetensors": {"weights.py", "checkpoint_diffusers.py"},
     "diffusers": {"decoder.py"},
     "click": {"cli/"},
     "filelock": {"bundle.py"},
@@ -128,7 +131,7 @@ def test_library_is_named_only_where_it_belongs(library: str) -> None:
     assert all(any(user.startswith(place) for place in LIBRARIES[library]) for user in users), users
 
 
-# What only `models/` and `checkpoint.py` may say, and the one place more: what a spec is that names no backbone.
+# What only `models/` and what reads checkpoints may say, and the one place more: what a spec is that names no backbone.
 BACKBONE_WORDS = re.compile(
     "|".join([*map(re.escape, BACKBONES), *(row.class_name for row in BACKBONES.values()), *BACKBONE_MODULES])
 )
@@ -139,7 +142,7 @@ def test_no_backbone_is_named_outside_its_rooms() -> None:
     found = {
         (str(path.relative_to(PACKAGE)), line.split("  #")[0])
         for path in FILES
-        if room_of(path) not in ("models", "checkpoint")
+        if room_of(path) not in ("models", "checkpoint", "checkpoint_diffusers")
         for line in path.read_text(encoding="utf-8").splitlines()
         if BACKBONE_WORDS.search(line)
     }

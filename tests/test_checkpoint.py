@@ -679,7 +679,7 @@ def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
         temporary.write_bytes(before[:100])
         raise error
 
-    monkeypatch.setattr("elit_export.checkpoint.save_file", broken)
+    monkeypatch.setattr("elit_export.weights.save_file", broken)
     with pytest.raises(type(error)):
         save_checkpoint(path, tiny_model())
     assert path.read_bytes() == before

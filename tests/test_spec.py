@@ -245,6 +245,7 @@ def test_xl_2_at_256_is_the_released_model() -> None:
         "qk_norm_kind": "layer",
         "merge": 1,
         "coarse_depth": 0,
+        "text_width": 0,
     }
 
 
@@ -263,7 +264,9 @@ def test_the_split_of_the_paper() -> None:
 
 @pytest.mark.parametrize("name", ["ELIT-SiT-XXL/2", "ELIT-SiT-XL/3", "XL/2", "elit-sit-xl/2", ""])
 def test_an_unknown_name_lists_the_known_ones(name: str) -> None:
-    with pytest.raises(InputError, match=re.escape(repr(name)) + ".*known: ELIT-SiT-S/2, .*ELIT-HDiT-XL/8$"):
+    with pytest.raises(
+        InputError, match=re.escape(repr(name)) + ".*known: ELIT-SiT-S/2, .*ELIT-HDiT-XL/8, ELIT-Qwen-Image$"
+    ):
         ModelSpec.named(name)
 
 
@@ -299,6 +302,8 @@ def test_shapes_of_a_small_model() -> None:
         ({"num_classes": 0}, "num_classes is 0, must be at least 1"),
         ({"in_channels": -1}, "in_channels is -1, must be at least 1"),
         ({"head_depth": -1}, "head_depth is -1, must not be negative"),
+        ({"text_width": -1, "num_classes": 0}, "text_width is -1, must not be negative"),
+        ({"text_width": 8}, "num_classes is 3 and text_width 8: a model takes classes or text; set the other to 0"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], told: str) -> None:
@@ -359,6 +364,16 @@ def test_graph_tensors_of_the_cache() -> None:
     }
 
 
+def test_text_is_an_input_of_the_graphs_that_run_blocks() -> None:
+    spec = tiny_spec(text_width=8, num_classes=0)
+    text = [("text", "float32", ("rows", "text", 8)), ("text_mask", "int64", ("rows", "text"))]
+    assert [(t.name, t.dtype, t.shape) for t in spec.conditioning] == text
+    assert [t.name for t in spec.inputs_of(STEP)] == ["x", "t", "text", "text_mask", "latents"]
+    assert [t.name for t in spec.inputs_of("probe")] == ["x", "t", "signal_prev"]
+    assert [t.name for t in spec.inputs_of("reuse")] == ["x", "t", "residual", "residual_prev", "forecast"]
+    assert [t.name for t in spec.inputs_of("time")] == ["t"]
+
+
 # ---------------------------------------------------------------- storage
 
 
@@ -370,6 +385,7 @@ def test_a_spec_survives_json(spec: ModelSpec) -> None:
 def test_a_stored_spec_names_what_is_missing_and_what_is_unknown() -> None:
     values = tiny_spec().to_dict()
     del values["qk_norm"], values["core_depth"]
+    del values["text_width"]  # has a default
     with pytest.raises(InputError, match="missing core_depth, missing qk_norm, unknown depth"):
         ModelSpec.from_dict(values | {"depth": 4})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,7 +20,7 @@ PRECISION = click.Choice([precision.value for precision in Precision if precisio
 @click.option("--out", type=FOLDER, required=True, help="Folder for step.onnx and its weights.")
 @click.option("--precision", type=PRECISION, default=Precision.FP32.value, show_default=True)
 @architecture_options
-def export(checkpoint: str, out: Path, precision: str, **numbers: int | None) -> None:
+def export(checkpoint: str, out: Path, precision: str, **numbers: Any) -> None:
     """Export CHECKPOINT (.pt, .safetensors or shipped:fashion) as one ONNX graph for every budget."""
     from elit_export.checkpoint import load_checkpoint
     from elit_export.graphs.export import export_graph

@@ -36,7 +36,18 @@ from elit_export.graphs.check import check_graph
 from elit_export.graphs.fused import fused
 from elit_export.models.elit import Elit
 from elit_export.models.precision import in_precision
-from elit_export.spec import DECODE, FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Precision, TensorSpec
+from elit_export.spec import (
+    DECODE,
+    FUSED,
+    LATENTS,
+    LONGEST_TEXT,
+    ROWS,
+    TEXT,
+    DecoderSpec,
+    ModelSpec,
+    Precision,
+    TensorSpec,
+)
 
 OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
 HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
@@ -47,6 +58,7 @@ SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules ar
 MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
 MERGED = "merged"  # latents, where several become one
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
+EXAMPLE_TEXT = 5
 
 
 def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
@@ -197,7 +209,8 @@ def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
     spec = model.spec
     latents = torch.export.Dim(LATENTS if spec.merge == 1 else MERGED, min=1, max=spec.latents // spec.merge)
     dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: latents if spec.merge == 1 else latents * spec.merge}
-    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.merge}
+    dims[TEXT] = torch.export.Dim(TEXT, min=1, max=LONGEST_TEXT)
+    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.merge, TEXT: EXAMPLE_TEXT}
     return Traceable(GraphModule(rounded, run).eval(), spec.inputs_of(name), dims, sizes)
 
 
@@ -231,31 +244,49 @@ def _quiet() -> Iterator[None]:
 # ---------------------------------------------------------------- attention
 
 
-def _spelled_out(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
-    """softmax(q · kᵀ / √d) · v in six nodes.
+# Queries, keys and values are (B, h, L, D/h) each. `bias` is None, or what is added to the scores.
+
+
+def _spelled_out(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
+    """softmax(q · kᵀ / √d + bias) · v in six nodes, or seven.
 
     The exporter's own form takes k apart and together again through its runtime shape, which
     keeps backends from recognising attention.
     """
     scaled = op.Mul(query, op.Constant(value_float=scale))
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
+    return op.MatMul(op.Softmax(_biased(scores, bias), axis=-1), value)
 
 
-def _native(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
+def _biased(scores: Any, bias: Any) -> Any:
+    return scores if bias is None else op.Add(scores, bias)
+
+
+def _native(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
     """ONNX's Attention: nothing stands between scale, softmax and the two products."""
-    attended, *_ = opset23.Attention(query, key, value, scale=scale)
+    attended, *_ = opset23.Attention(query, key, value, _for_each_query(query, bias), scale=scale)
     return attended
 
 
-def _half_spelled_out(query: Any, key: Any, value: Any, scale: float) -> Any:  # (B, h, L, D/h) each
-    """As _spelled_out, with both products in half precision; scale and softmax are float32."""
+def _for_each_query(query: Any, bias: Any) -> Any:
+    """(B, 1, L, L) from (B, 1, 1, L): ONNX Runtime 1.24 does not broadcast it itself, though the operator should."""
+    if bias is None:
+        return None
+    queries: Any = opset23.Shape(query, start=2, end=3)
+    one: Any = opset23.Constant(value_ints=[1])
+    shape: Any = opset23.Concat(one, one, queries, one, axis=0)
+    return opset23.Expand(bias, shape)
+
+
+def _half_spelled_out(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
+    """As _spelled_out, with both products in half precision; scale, bias and softmax are float32."""
     half, exact = query.dtype, ir.DataType.FLOAT
     query_exact: Any = op.Cast(query, to=exact)
     scaled: Any = op.Mul(query_exact, op.Constant(value_float=scale))
     scores: Any = op.MatMul(op.Cast(scaled, to=half), op.Transpose(key, perm=[0, 1, 3, 2]))
     scores_exact: Any = op.Cast(scores, to=exact)
-    weights: Any = op.Softmax(scores_exact, axis=-1)
+    bias_exact: Any = None if bias is None else op.Cast(bias, to=exact)
+    weights: Any = op.Softmax(_biased(scores_exact, bias_exact), axis=-1)
     return op.MatMul(op.Cast(weights, to=half), value)
 
 
@@ -267,7 +298,7 @@ def _attention_of(name: str, precision: Precision) -> Callable[..., Any]:
 
 
 def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """What the exporter calls for scaled_dot_product_attention; only its plain form is used here."""
+    """What the exporter calls for scaled_dot_product_attention; a mask must be an additive bias."""
 
     def translated(
         query: Any,
@@ -279,8 +310,9 @@ def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        assert (attn_mask, dropout_p, is_causal, enable_gqa) == (None, 0.0, False, False)
-        return attention(query, key, value, scale or 1 / math.sqrt(query.shape[-1]))
+        assert (dropout_p, is_causal, enable_gqa) == (0.0, False, False)
+        assert attn_mask is None or attn_mask.dtype == query.dtype
+        return attention(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]))
 
     return translated
 

@@ -1,65 +1,56 @@
 """A whole cached step as one function: the choice between computing and reusing inside, as ONNX `If`.
 
 Takes: a model, a step's inputs, what the step before left, the host's choices.  Gives: the velocity and
-what the next step needs.  May touch: nothing.  Knows nothing of: calibrations, which are inputs.
+what the next step needs.  May touch: nothing.  Knows nothing of: calibrations, which are inputs, and of what
+conditions the model.
 
 It decides as `runtime/residuals.py` does, in the same float32 arithmetic.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from elit_export.models.elit import Elit
+from elit_export.spec import FUSED, STEP
 
 
-def fused(
-    model: Elit,
-    x: Tensor,
-    t: Tensor,
-    y: Tensor,
-    latents: Tensor,
-    residual: Tensor,
-    residual_prev: Tensor,
-    signal: Tensor,
-    t_computed: Tensor,
-    t_computed_prev: Tensor,
-    accumulated: Tensor,
-    reused: Tensor,
-    force: Tensor,
-    threshold: Tensor,
-    coefficients: Tensor,
-    low: Tensor,
-    high: Tensor,
-    most: Tensor,
-    order: Tensor,
-) -> tuple[Tensor, ...]:
-    """Shapes as in `spec.inputs_of("fused")`; gives what `spec.outputs_of("fused")` names.
+def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Takes what `spec.inputs_of("fused")` names and gives what `spec.outputs_of("fused")` does.
 
     `reused` counts the reuses in a row, −1 before anything was computed. Until two steps were computed the two
     `t_computed` are equal, and the residual is taken as it is.
     """
-    signal_next, distance = model.probe(x, t, y, signal)
-    accumulated = accumulated + polynomial(coefficients, distance).clamp_min(0)
-    is_covered = (distance >= low) & (distance <= high)  # not so for NaN
-    over = (~is_covered | ~(accumulated < threshold)).any()  # computes too where the threshold is NaN
-    compute = force | (reused < 0) | (reused >= most) | over
+    given = {tensor.name: value for tensor, value in zip(model.spec.inputs_of(FUSED), inputs, strict=True)}
+
+    def run(graph: str, **more: Tensor) -> Any:
+        named = given | more
+        return getattr(model, graph)(*(named[tensor.name] for tensor in model.spec.inputs_of(graph)))
+
+    t, t_computed, t_computed_prev = (given[name] for name in ("t", "t_computed", "t_computed_prev"))
+    residual, residual_prev, reused = (given[name] for name in ("residual", "residual_prev", "reused"))
+    signal_next, distance = run("probe", signal_prev=given["signal"])
+    accumulated = given["accumulated"] + polynomial(given["coefficients"], distance).clamp_min(0)
+    is_covered = (distance >= given["low"]) & (distance <= given["high"])  # not so for NaN
+    over = (~is_covered | ~(accumulated < given["threshold"])).any()  # computes too where the threshold is NaN
+    compute = given["force"] | (reused < 0) | (reused >= given["most"]) | over
 
     span = t_computed - t_computed_prev
-    is_level = (span == 0) | (order == 0)
+    is_level = (span == 0) | (given["order"] == 0)
     weight = torch.where(is_level, 0.0, (t - t_computed) / torch.where(span == 0, 1.0, span))
 
     is_first = reused < 0
 
     def computed() -> tuple[Tensor, Tensor, Tensor]:
-        velocity, found = model.step(x, t, y, latents)
+        velocity, found = run(STEP)
         found = found.contiguous()  # as what is reused is: torch wants both branches to lie in memory alike
         return velocity, found, torch.where(is_first, found, residual)
 
     def forecast() -> tuple[Tensor, Tensor, Tensor]:
-        velocity = model.reuse(x, t, y, residual, residual_prev, weight)
-        return velocity, residual.clone(), residual_prev.clone()
+        return run("reuse", forecast=weight), residual.clone(), residual_prev.clone()
 
     velocity, *residuals = torch.cond(compute, computed, forecast)
     times = (

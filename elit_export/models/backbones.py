@@ -9,9 +9,10 @@ The module of a backbone offers one class, a `models.elit.Elit`. Of the backbone
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from elit_export.errors import InputError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 RELEASED_HEAD_DEPTH = 8  # `args.encoder_depth` of the released checkpoints, whatever the size
 VAE_DOWNSAMPLING = 8
 PATCHES = (2, 4, 8)
+HEAD_PARTS = 32  # 1/8 of a head, and twice 7/16, in pairs
 
 
 # ---------------------------------------------------------------- how blocks lie
@@ -33,7 +35,8 @@ class Stage:
     """Blocks that follow each other on the same tokens, in the `part` head, core or tail.
 
     Each token stands for `merged` of the tokens around the stage, and is `widened` times as wide. `joins` linear
-    layers fuse a long skip with the tokens.
+    layers fuse a long skip with the tokens. Of `streams` that attend jointly, each has weights of its own; the second
+    is text.
     """
 
     part: str
@@ -41,6 +44,7 @@ class Stage:
     merged: int = 1
     widened: int = 1
     joins: int = 0
+    streams: int = 1
 
 
 def plain_stages(spec: ModelSpec) -> tuple[Stage, ...]:
@@ -60,7 +64,16 @@ def merging_stages(spec: ModelSpec) -> tuple[Stage, ...]:
     return Stage("head", spec.head_depth), fine, coarse, fine, Stage("tail", spec.tail_depth)
 
 
+def joint_stages(spec: ModelSpec) -> tuple[Stage, ...]:
+    return tuple(replace(stage, streams=2) for stage in plain_stages(spec))
+
+
 # ---------------------------------------------------------------- the table
+
+
+def _check_plain(spec: ModelSpec) -> None:
+    _no_merging(spec)
+    _no_text(spec)
 
 
 def _no_merging(spec: ModelSpec) -> None:
@@ -68,8 +81,13 @@ def _no_merging(spec: ModelSpec) -> None:
         raise InputError(f"{spec.backbone}: coarse_depth is {spec.coarse_depth}, but its blocks all see single latents")
 
 
+def _no_text(spec: ModelSpec) -> None:
+    if spec.text_width:
+        raise InputError(f"{spec.backbone}: text_width is {spec.text_width}, but it takes classes: set it to 0")
+
+
 def _check_skips(spec: ModelSpec) -> None:
-    _no_merging(spec)
+    _check_plain(spec)
     if spec.head_depth != spec.tail_depth:
         raise InputError(
             f"{spec.backbone}: head_depth {spec.head_depth} and tail_depth {spec.tail_depth} must be equal, "
@@ -78,6 +96,7 @@ def _check_skips(spec: ModelSpec) -> None:
 
 
 def _check_merging(spec: ModelSpec) -> None:
+    _no_text(spec)
     if not spec.coarse_depth or spec.head_depth < 1:
         raise InputError(
             f"{spec.backbone}: needs a head and blocks on merged latents, not head_depth {spec.head_depth}, "
@@ -85,6 +104,22 @@ def _check_merging(spec: ModelSpec) -> None:
         )
     if spec.rope:
         raise InputError(f"{spec.backbone}: rope is not offered, because merged latents have no position of their own")
+
+
+def _check_joint(spec: ModelSpec) -> None:
+    _no_merging(spec)
+    if not spec.text_width:
+        raise InputError(f"{spec.backbone}: text_width is 0, but it takes text, and no classes; say how wide it is")
+    if not (spec.rope and spec.qk_norm and spec.qk_norm_kind == "rms"):
+        raise InputError(
+            f"{spec.backbone}: has rotary positions and RMS norms on queries and keys, so needs rope, qk_norm and "
+            f"qk_norm_kind 'rms', not {spec.rope}, {spec.qk_norm} and {spec.qk_norm_kind!r}"
+        )
+    if (spec.hidden_size // spec.num_heads) % HEAD_PARTS:
+        raise InputError(
+            f"{spec.backbone}: heads of {spec.hidden_size // spec.num_heads} channels (hidden_size {spec.hidden_size}, "
+            f"num_heads {spec.num_heads}) do not turn by frame, row and column; multiples of {HEAD_PARTS} do"
+        )
 
 
 def _three_fifths(core_depth: int) -> int:
@@ -112,7 +147,7 @@ BACKBONES = {
             module="elit_export.models.sit",
             class_name="ElitSiT",
             stages=plain_stages,
-            check=_no_merging,
+            check=_check_plain,
         ),
         Backbone(
             name="ELIT-U-ViT",
@@ -128,6 +163,13 @@ BACKBONES = {
             stages=merging_stages,
             check=_check_merging,
             fields=lambda core_depth: {"merge": 4, "coarse_depth": _three_fifths(core_depth)},
+        ),
+        Backbone(
+            name="ELIT-MM-DiT",
+            module="elit_export.models.mmdit",
+            class_name="ElitMMDiT",
+            stages=joint_stages,
+            check=_check_joint,
         ),
     )
 }
@@ -158,10 +200,14 @@ def new_model(spec: ModelSpec, data: DataFacts = PIXELS) -> Elit:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Named models of one backbone. `sizes`: width, depth, heads, tail depth; `head_depth` None is that of the tail."""
+    """Named models of one backbone. `sizes`: width, depth, heads, tail depth; `head_depth` None is that of the tail.
+
+    A family of one size and patch has one model, of its own name.
+    """
 
     backbone: str
     sizes: Mapping[str, tuple[int, int, int, int]]
+    patches: tuple[int, ...] = PATCHES
     head_depth: int | None = None
     fields: dict[str, Any] = field(default_factory=dict)
 
@@ -177,33 +223,48 @@ FAMILIES = {
     ),
     "ELIT-U-ViT": Family(backbone="ELIT-U-ViT", sizes=RELEASED_SIZES),
     "ELIT-HDiT": Family(backbone="ELIT-HDiT", sizes=RELEASED_SIZES),
+    "ELIT-Qwen-Image": Family(
+        backbone="ELIT-MM-DiT",
+        sizes={"20B": (3072, 60, 24, 8)},
+        patches=(2,),
+        fields={
+            **{"in_channels": 16, "num_classes": 0, "text_width": 3584},
+            **{"rope": True, "qk_norm": True, "qk_norm_kind": "rms"},
+        },
+    ),
 }
-NAMES = tuple(
-    f"{name}-{size}/{patch}" for name, family in FAMILIES.items() for size in family.sizes for patch in PATCHES
-)
+
+
+def _names() -> Iterator[tuple[str, tuple[Family, str, int]]]:
+    for name, family in FAMILIES.items():
+        models = list(product(family.sizes, family.patches))
+        for size, patch in models:
+            yield f"{name}-{size}/{patch}" if len(models) > 1 else name, (family, size, patch)
+
+
+NAMES = dict(_names())
 RELEASED_NAMES = tuple(name for name in NAMES if name.startswith(f"{RELEASED_BACKBONE}-"))
 
 
 def named_spec(name: str, *, resolution: int = 256, head_depth: int | None = None) -> ModelSpec:
-    """The model of that name, e.g. `ELIT-SiT-XL/2`, on VAE latents of a square image.
+    """The model of that name, e.g. `ELIT-SiT-XL/2` or `ELIT-Qwen-Image`, on VAE latents of a square image.
 
     The group side is resolution/64, so that 256px at patch 2 has 16 groups of 16 latents and 512px 16 groups
-    of 64. `head_depth` None is 8 for ELIT-SiT, as released, and as deep as the tail for the others (4-20-4 for XL).
+    of 64. `head_depth` None is 8 for ELIT-SiT, as released, and as deep as the tail for the others (4-20-4 for XL,
+    8-44-8 for ELIT-Qwen-Image).
     """
     if name not in NAMES:
         raise InputError(f"unknown model {name!r}; known: {', '.join(NAMES)}")
     if resolution < 64 or resolution % 64:
         raise InputError(f"resolution {resolution} is not a multiple of 64")
-    stem, patch = name.split("/")
-    prefix, _, size = stem.rpartition("-")
-    family = FAMILIES[prefix]
+    family, size, patch = NAMES[name]
     width, depth, heads, tail = family.sizes[size]
     head = next(chosen for chosen in (head_depth, family.head_depth, tail) if chosen is not None)
     core = depth - head - tail
     values: dict[str, Any] = {
         "in_channels": 4,
         "input_size": resolution // VAE_DOWNSAMPLING,
-        "patch_size": int(patch),
+        "patch_size": patch,
         "hidden_size": width,
         "num_heads": heads,
         "head_depth": head,

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from elit_export.models.elit import Elit, blocks
+from elit_export.models.class_conditional import ClassConditional, blocks
 from elit_export.models.layers import Merge, Split, run_blocks
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
 
 WIDENED = 2
 
 
-class ElitHDiT(Elit):
+class ElitHDiT(ClassConditional):
     """Head, Read, core (fine, merge, coarse, split, fine) on the kept latents, Write, tail."""
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:

@@ -42,16 +42,19 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t in [0, 1] as it is → cosine and sine features → MLP."""
+    """t in [0, 1], as it is or counted in other `units` → cosine and sine features → MLP."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, units: int = 1) -> None:
         super().__init__()
+        self.units = units
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:  # (B,)
         half = TIME_FEATURES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)  # (B, half)
+        if self.units != 1:
+            angles = self.units * angles  # in this order: float32 rounds the features of a thousandth of t by 1e-4
         features: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
         return features  # (B, D)
 
@@ -145,6 +148,22 @@ class SelfAttention(nn.Module):
         attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         projected: Tensor = self.proj(merge_heads(attended))
         return projected
+
+
+class StreamAttention(nn.Module):
+    """The weights with which one of several streams takes part in attention over all of them."""
+
+    def __init__(self, width: int, num_heads: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
+        self.proj = nn.Linear(width, width)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, D)
+        """Queries, keys and values (B, L, h, D/h)."""
+        q, k, v = (linear(layer, x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
+        return normed(self.q_norm, q), normed(self.k_norm, k), v
 
 
 def qk_norm_of(spec: ModelSpec) -> Callable[[int], nn.Module]:

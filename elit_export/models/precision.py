@@ -3,8 +3,8 @@
 Takes: a float32 model.  Gives: another that shares all but the rounded weights.  May touch: nothing.
 
 Rounded are the linear layers of attention and MLP, and with them attention itself, and those that join, merge and
-split tokens. In float32 stay the tokens between them, patch and timestep embedders, adaLN, every norm, and the final
-layer. So does the query projection of Read: it is a constant of the network, rounded once after it is computed.
+split tokens. In float32 stay the tokens between them, patch, text and timestep embedders, adaLN, every norm, and the
+final layer. So does the query projection of Read: it is a constant of the network, rounded once after it is computed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import nn
 
 from elit_export.models.elit import Elit
 from elit_export.models.interface import CrossAttention
-from elit_export.models.layers import Join, Merge, Mlp, SelfAttention, Split
+from elit_export.models.layers import Join, Merge, Mlp, SelfAttention, Split, StreamAttention
 from elit_export.spec import Precision
 
 DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
-ROUNDED = (SelfAttention, CrossAttention, Mlp, Join, Merge, Split)
+ROUNDED = (SelfAttention, StreamAttention, CrossAttention, Mlp, Join, Merge, Split)
 
 
 def in_precision(model: Elit, precision: Precision) -> Elit:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from elit_export.models.elit import Elit, blocks
+from elit_export.models.class_conditional import ClassConditional, blocks
 from elit_export.models.layers import run_blocks
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
 
 
-class ElitSiT(Elit):
+class ElitSiT(ClassConditional):
     """Head, Read, core on the kept latents, Write, tail."""
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:

@@ -15,12 +15,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from elit_export.models.elit import Elit, blocks
+from elit_export.models.class_conditional import ClassConditional, blocks
 from elit_export.models.layers import Join, Rotation
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
 
 
-class ElitUViT(Elit):
+class ElitUViT(ClassConditional):
     """Head, Read, core on the kept latents, Write, tail, with skips inside the core and from head to tail."""
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:

@@ -24,7 +24,7 @@ def inspect_path(path: str, **numbers: int | None) -> Facts:
     return checkpoint_facts(path, **numbers)
 
 
-def checkpoint_facts(path: str, **numbers: int | None) -> Facts:
+def checkpoint_facts(path: str, **numbers: Any) -> Facts:
     from elit_export.checkpoint import checkpoint_path, load_checkpoint  # a machine that only runs has no torch
 
     file = checkpoint_path(path)

@@ -37,7 +37,7 @@ def torch_engine(model: Elit, graph: str = STEP, *, compiled: bool = False) -> F
     """The model itself, where it is, as an engine for a graph, by torch.compile if asked."""
     method = getattr(model, graph)
     run = torch.compile(method, dynamic=True) if compiled else method
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
 
     @torch.inference_mode()
     def answer(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:

@@ -1,0 +1,100 @@
+"""What every class-conditional ELIT model is around its blocks: embedders, final layer, and what graphs are made of.
+
+Takes: a ModelSpec.  Gives: an abstract nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
+
+Follows the released ELIT-SiT checkpoints (arXiv 2603.12245); shapes as in `spec`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from torch import Tensor, nn
+
+from elit_export.models.elit import Elit, expected_residual, signal_distance
+from elit_export.models.interface import Read, Write, group, keep
+from elit_export.models.layers import (
+    Block,
+    FinalLayer,
+    PatchEmbed,
+    Rotation,
+    TimestepEmbedder,
+    position_code,
+    rotation_angles,
+    rotation_of,
+)
+from elit_export.spec import DataFacts, ModelSpec
+
+
+class ClassConditional(Elit):
+    """t and the label y, added, modulate all tokens.
+
+    A backbone says what its core is, and how tokens go through all of it.
+    """
+
+    def __init__(self, spec: ModelSpec, data: DataFacts, *, core: nn.ModuleList) -> None:
+        super().__init__(spec, data)
+        width, heads = spec.hidden_size, spec.num_heads
+        self.patch_embed = PatchEmbed(spec.in_channels, spec.patch_size, width)
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", position_code(spec.grid, width))
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = nn.Embedding(spec.num_classes + 1, width)
+        self.head = blocks(spec, spec.head_depth)
+        self.read = Read(width, heads, spec.grid, spec.group_size)
+        self.core = core
+        self.write = Write(width, heads, spec.grid, spec.group_size)
+        self.tail = blocks(spec, spec.tail_depth)
+        self.final = FinalLayer(width, spec.patch_size**2 * spec.in_channels)
+
+    @abstractmethod
+    def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
+        """All blocks, Read and Write: tokens (B, N, D), condition (B, D), kept = arange(K) → (B, N, D)."""
+
+    # the graphs
+
+    def step(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Elit.step`; y (B,) int64."""
+        embedded = self.patch_embed(x) + self.pos_embed  # (B, N, D)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
+        tokens = self.transform(embedded, c, latents)
+        return self.unpatchify(self.final(tokens, c)), tokens - embedded
+
+    def probe(self, x: Tensor, t: Tensor, y: Tensor, signal_prev: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Elit.probe`."""
+        embedded = self.patch_embed(x) + self.pos_embed
+        signal = self.first_block.modulated(embedded, self.t_embedder(t) + self.y_embedder(y))
+        return signal, signal_distance(signal, signal_prev)
+
+    def reuse(
+        self, x: Tensor, t: Tensor, y: Tensor, residual: Tensor, residual_prev: Tensor, forecast: Tensor
+    ) -> Tensor:
+        """As `Elit.reuse`."""
+        expected = expected_residual(residual, residual_prev, forecast)
+        embedded = self.patch_embed(x) + self.pos_embed
+        return self.unpatchify(self.final(embedded + expected, self.t_embedder(t) + self.y_embedder(y)))
+
+    # parts
+
+    @property
+    def first_block(self) -> Block:
+        block = next(iter([*self.head, *self.core, *self.tail]))
+        assert isinstance(block, Block)
+        return block
+
+    def rotations(self, kept: Tensor) -> tuple[Rotation | None, Rotation | None]:
+        """Positions of spatial tokens and of kept latents: a latent has that of the token at its slot."""
+        spec = self.spec
+        if not spec.rope:
+            return None, None
+        angles = rotation_angles(spec.grid, spec.hidden_size // spec.num_heads, kept.device)
+        return rotation_of(angles), rotation_of(keep(group(angles[None], spec.grid, spec.group_size), kept)[0])
+
+    def unpatchify(self, values: Tensor) -> Tensor:  # (B, N, p·p·C)
+        n, p, channels = self.spec.grid, self.spec.patch_size, self.spec.in_channels
+        values = values.unflatten(2, (p, p, channels)).unflatten(1, (n, n))  # (B, n, n, p, p, C)
+        return values.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+
+def blocks(spec: ModelSpec, depth: int, *, widened: int = 1) -> nn.ModuleList:
+    return nn.ModuleList(Block(spec, widened=widened) for _ in range(depth))
