@@ -102,7 +102,7 @@ def runner(step: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
 
 
 def one(pipeline: Pipeline, others: dict[str, Any], budget: Budget, rows: int, rounds: int) -> dict[str, Any]:
-    inputs = bench_inputs(pipeline.spec, budget, rows)
+    inputs = bench_inputs(pipeline, budget, rows)
     runners = {"engine": engine_runner(pipeline, budget), **others}
     timings = timed_in_turn(
         {name: lambda run=run: run(inputs) for name, run in runners.items()}, rounds=rounds, warmup=5

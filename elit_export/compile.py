@@ -364,6 +364,7 @@ class _Build:
                     name=profile.name,
                     latents=profile.latents.corners(),
                     rows=profile.rows.corners(),
+                    text=profile.text.corners() if profile.text else None,
                     plan=plan,
                     parity=BEING_BUILT,
                 )

@@ -72,13 +72,18 @@ class ReferenceCase(_Facts):
     profile: str
     kept: int
     rows: int
+    text: int = 0  # tokens, in models with text
 
 
 class ReferenceTrajectory(_Facts):
-    """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled."""
+    """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled.
+
+    In models with text `labels` are numbers of prompts (`verify.subjects`), and `text` is how long these may be.
+    """
 
     name: Name
     labels: tuple[int, ...]
+    text: tuple[int, int, int] | None = None
     steps: int
     schedule: str
     guidance: str
@@ -123,12 +128,13 @@ class ProfileFacts(_Facts):
     name: str
     latents: tuple[int, int, int]
     rows: tuple[int, int, int]
+    text: tuple[int, int, int] | None = None
     plan: Plan
     parity: Parity
 
     @property
     def profile(self) -> Profile:
-        return Profile(self.name, Range(*self.latents), Range(*self.rows))
+        return Profile(self.name, Range(*self.latents), Range(*self.rows), Range(*self.text) if self.text else None)
 
 
 class DecoderAnswers(_Facts):

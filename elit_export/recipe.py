@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
 from elit_export.spec import (
+    LONGEST_TEXT,
     NAME_PATTERN,
     QUANTIZED,
     Budget,
@@ -194,6 +195,7 @@ class Recipe(_Table):
     architecture: Architecture = Architecture()
     decoder: DecoderTable | None = None
     rows: RangeTable
+    text: RangeTable | None = None
     profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
     targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], AnyTarget] = Field(min_length=1)
 
@@ -219,9 +221,9 @@ class Recipe(_Table):
 
     def profiles_for(self, spec: ModelSpec) -> tuple[Profile, ...]:
         """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
-        rows = self.rows.value()
+        rows, text = self.rows.value(), self._text_for(spec)
         if not self.profiles:
-            return default_profiles(spec.latents, rows, step=spec.budget_step)
+            return default_profiles(spec.latents, rows, step=spec.budget_step, text=text)
         for number, table in enumerate(self.profiles):
             if table.latents.max > spec.latents:
                 raise RecipeError(
@@ -235,9 +237,26 @@ class Recipe(_Table):
                         f"but the model runs {listed(spec.budgets)} only"
                     )
         return tuple(
-            Profile(table.name, table.latents.value(), table.rows.value() if table.rows else rows)
+            Profile(table.name, table.latents.value(), table.rows.value() if table.rows else rows, text)
             for table in self.profiles
         )
+
+    def _text_for(self, spec: ModelSpec) -> Range | None:
+        """How many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
+        if not spec.text_width:
+            if self.text:
+                raise RecipeError(f"recipe {self.name}: this model takes classes: leave `text` out")
+            return None
+        if self.text is None:
+            raise RecipeError(
+                f"recipe {self.name}: this model takes text; say how many tokens, e.g. "
+                f"text = {{ min = 1, opt = 128, max = {LONGEST_TEXT} }}"
+            )
+        if self.text.max > LONGEST_TEXT:
+            raise RecipeError(
+                f"recipe {self.name}: text.max is {self.text.max}, but the model has positions for {LONGEST_TEXT}"
+            )
+        return self.text.value()
 
 
 # ---------------------------------------------------------------- reading

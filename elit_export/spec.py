@@ -167,6 +167,7 @@ class TensorSpec:
 ROWS = "rows"
 LATENTS = "latents"
 TEXT = "text"
+TEXT_MASK = "text_mask"
 LONGEST_TEXT = 1024  # tokens
 STEP = "step"
 CACHE_GRAPHS = ("probe", "reuse", "time")  # beside `step`: what step caching calls
@@ -431,9 +432,7 @@ class ModelSpec:
         """The conditioning that runs through the blocks beside the tokens: text; 1 for its tokens, 0 for padding."""
         if not self.text_width:
             return ()
-        return TensorSpec(TEXT, "float32", (ROWS, TEXT, self.text_width)), TensorSpec(
-            "text_mask", "int64", (ROWS, TEXT)
-        )
+        return TensorSpec(TEXT, "float32", (ROWS, TEXT, self.text_width)), TensorSpec(TEXT_MASK, "int64", (ROWS, TEXT))
 
     @property
     def conditioning(self) -> tuple[TensorSpec, ...]:

@@ -19,7 +19,7 @@ from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BackendUnavailable, BuildError
 from elit_export.recipe import OnnxRuntimeTarget
 from elit_export.samples import Samples
-from elit_export.spec import Profile
+from elit_export.spec import FUSED, Profile
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 EXTERNAL_FROM_BYTES = "1024"
@@ -54,7 +54,7 @@ def build_plan(
     """Write the plan into `folder`; raises BuildError, or BackendUnavailable if the provider does not start."""
     provider = PROVIDERS[target.device]
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.graph_optimization_level = _level_of(graph)
     options.optimized_model_filepath = str(folder / graph.name)
     options.log_severity_level = 3
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{graph.name}.data")
@@ -77,3 +77,12 @@ def build_plan(
         versions={"onnxruntime": ort.__version__},
         built_on={"machine": platform.machine(), "system": platform.system()},
     )
+
+
+def _level_of(graph: Path) -> ort.GraphOptimizationLevel:
+    """None for a graph that chooses inside, which is optimised when it is opened.
+
+    From branches ONNX Runtime (1.24) writes models that it refuses to read: one name for several constants.
+    """
+    levels = ort.GraphOptimizationLevel
+    return levels.ORT_DISABLE_ALL if graph.stem == FUSED else levels.ORT_ENABLE_EXTENDED

@@ -25,7 +25,7 @@ from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BackendUnavailable, BuildError
 from elit_export.recipe import TensorRTTarget
 from elit_export.samples import Samples
-from elit_export.spec import LATENTS, ROWS, Precision, Profile
+from elit_export.spec import LATENTS, ROWS, TEXT, Precision, Profile
 
 TIMING_CACHE = "timing.cache"
 MEGABYTE = 1 << 20
@@ -221,6 +221,8 @@ def _config(trt: Any, builder: Any, target: TensorRTTarget) -> Any:
 def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
     """Ranges for every dynamic dimension, told apart by its name in the graph."""
     ranges = {ROWS: profile.rows.corners(), LATENTS: profile.latents.corners()}
+    if profile.text:
+        ranges[TEXT] = profile.text.corners()
     made = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)

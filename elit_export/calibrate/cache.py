@@ -20,12 +20,13 @@ import numpy.typing as npt
 from elit_export.bundle import Bundle, writing
 from elit_export.errors import BundleError, CalibrationError
 from elit_export.manifest import CacheCalibration, CacheFit
-from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.bank import EngineBank, Slot, without_text
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.sampling import Request, calls_needed, sampling_steps
 from elit_export.spec import COEFFICIENTS, LATENTS, Budget
+from elit_export.verify.subjects import subjects_of, text_of
 
 HELD_OUT_EVERY = 4  # of the images
 GRID = 256  # points at which a fit must not decrease
@@ -87,7 +88,7 @@ class Watched(Engine):
         residual = to_host(outputs["residual"])
         signal, old = self._before or (np.zeros((len(residual), *self._shape), np.float32), None)
         common = {name: array for name, array in inputs.items() if name != LATENTS}
-        probed = self._probe({**common, "signal_prev": signal})
+        probed = self._probe({**without_text(common), "signal_prev": signal})
         if old is not None:
             change = np.abs(residual - old).mean((1, 2)) / np.abs(old).mean((1, 2))
             self.seen.append((to_host(probed["distance"]), change))
@@ -134,9 +135,9 @@ def joined(parts: Sequence[Pairs]) -> Pairs:
     return Pairs(*(np.concatenate(values) for values in columns))
 
 
-def labels_of(images: Sequence[int], classes: int) -> list[int]:
-    """A label for each image, such that those held out have all of them."""
-    return [sum(divmod(image, HELD_OUT_EVERY)) % classes for image in images]
+def numbers_of(images: Sequence[int]) -> list[int]:
+    """A number for each image, such that those held out have all labels."""
+    return [sum(divmod(image, HELD_OUT_EVERY)) for image in images]
 
 
 def _request(
@@ -146,7 +147,7 @@ def _request(
     if "probe" not in pipeline.bank.cache:
         raise CalibrationError("these engines have no graph `probe`: build the bundle again")
     request = pipeline.request(
-        labels_of(images, pipeline.spec.num_classes),
+        subjects_of(pipeline.spec, numbers_of(images), text_of(pipeline)),
         steps=steps,
         sampler="euler",
         schedule=[budget] * steps,

@@ -32,6 +32,7 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.sampling import Request, calls_needed, sampling_steps
 from elit_export.samples import FEWEST, Inputs, SampleFacts, Samples
 from elit_export.spec import LATENTS, Budget
+from elit_export.verify.subjects import require_classes
 
 T_PARTS = 8  # of [0, 1], each with as many samples as the others
 LABELS, CHOICE = 1, 2  # beside the seed, so that neither depends on the other
@@ -120,14 +121,15 @@ def seen_rows(pipeline: Pipeline, recipe: SampleRecipe) -> Iterator[list[Seen]]:
 
     Everything is checked before the first; raises CalibrationError, InputError or EngineError.
     """
+    require_classes(pipeline.spec, "taking samples for 8 bits")
     noise, labels = _noise(pipeline, recipe), _labels(pipeline, recipe)
     requests = [
         _request(pipeline, recipe, budget, guidance, labels[images], noise[images])
         for images, budget, guidance in _kinds(pipeline, recipe)
     ]
     _check_enough(pipeline, recipe)
-    for budget, rows in {call for request in requests for call in calls_needed(request)}:
-        pipeline.bank.slot_for(budget, rows)
+    for size in {call for request in requests for call in calls_needed(request)}:
+        pipeline.bank.slot_for(*size)
     for request in requests:
         yield _watched(pipeline.bank, pipeline.spec.budgets, request)
 

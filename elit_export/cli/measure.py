@@ -221,10 +221,11 @@ def sweep_drawer(plot: Path | None) -> Callable[[SweepResult], None]:
 
 def bench_samplers(pipeline: Pipeline, *, images: int, guidance: str) -> Measured:
     from elit_export.verify.solvers import COMPARED, EXACT_STEPS, solver_errors
+    from elit_export.verify.subjects import subjects_of, text_of
 
-    labels = [image % pipeline.spec.num_classes for image in range(images)]
+    subjects = subjects_of(pipeline.spec, range(images), text_of(pipeline))
     with progress_bar() as progress:
-        errors = solver_errors(pipeline, labels, schedule="full", guidance=guidance, seed=0)
+        errors = solver_errors(pipeline, subjects, schedule="full", guidance=guidance, seed=0)
         found = list(progress.track(errors, total=len(COMPARED), description="sampling"))
     rows = [(error.sampler, str(error.steps), str(error.calls), f"{error.sqnr_db:.1f}") for error in found]
     title = f"{images} samples, guidance {guidance}, against Heun at {EXACT_STEPS} steps"

@@ -14,7 +14,7 @@ branches and a weak branch at 12.5 %. Weak budget and prompts are our assumption
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from elit_export.models.backbones import Stage, backbone_of
 from elit_export.spec import Budget, ModelSpec
 
 PARTS = ("head", "core", "tail")
+USUAL_TEXT = 128
 TIME_FEATURES = 256  # as in `layers`, which needs torch
 
 
@@ -105,10 +106,10 @@ class Step(Protocol):
 
 
 class Sampling(Protocol):
-    """A finished sampling: one label per image."""
+    """A finished sampling of so many images."""
 
     @property
-    def labels(self) -> Sequence[int]: ...
+    def latents(self) -> Sized: ...
     @property
     def records(self) -> Sequence[Step]: ...
 
@@ -116,7 +117,7 @@ class Sampling(Protocol):
 def flops_per_image(sampling: Sampling, spec: ModelSpec, *, text: int = 0) -> float:
     """FLOPs of every engine call of a sampling, per image."""
     calls = [call for step in sampling.records for call in step.calls]
-    return sum(call.rows * _of_call(call, spec, text) for call in calls) / len(sampling.labels)
+    return sum(call.rows * _of_call(call, spec, text) for call in calls) / len(sampling.latents)
 
 
 def _of_call(call: Call, spec: ModelSpec, text: int) -> int:
@@ -139,6 +140,11 @@ def _modulation(spec: ModelSpec, chunks: int) -> int:
 def _attention(queries: int, keys: int, width: int) -> int:
     """q · kᵀ and the weighted sum of v, over all heads."""
     return 2 * 2 * queries * keys * width
+
+
+def usual_text(spec: ModelSpec) -> int:
+    """The text tokens that reports count where no prompt is there: 128, and 0 in models without text."""
+    return USUAL_TEXT if spec.text_width else 0
 
 
 def _check_text(spec: ModelSpec, text: int) -> None:

@@ -52,7 +52,9 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t: Tensor) -> Tensor:  # (B,)
         half = TIME_FEATURES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
-        angles = t[:, None] * torch.exp(-math.log(MAX_PERIOD) * exponents)  # (B, half)
+        # In float64 torch and the graphs, which fold this to a constant, round the powers alike; a large t shows it.
+        frequencies = torch.exp((-math.log(MAX_PERIOD) * exponents).double()).float()
+        angles = t[:, None] * frequencies  # (B, half)
         if self.units != 1:
             angles = self.units * angles  # in this order: float32 rounds the features of a thousandth of t by 1e-4
         features: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
@@ -83,8 +85,7 @@ class Rotation:
     def __call__(self, x: Tensor) -> Tensor:  # (B, L, h, D/h)
         """Turn the pairs (i, i + D/h/2) of each head, in float32; the result is rounded as x is.
 
-        Heads lie behind the tokens: ONNX Runtime (1.24) writes invalid graphs where it moves a transpose over a
-        constant inside an If.
+        Heads lie behind the tokens, as linear layers give them.
         """
         cos, sin = self.cos[:, None, :], self.sin[:, None, :]
         first, second = x.to(cos.dtype).chunk(2, dim=-1)

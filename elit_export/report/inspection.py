@@ -10,7 +10,7 @@ from typing import Any
 
 from elit_export.bundle import Bundle
 from elit_export.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
-from elit_export.models.cost import flops
+from elit_export.models.cost import flops, usual_text
 from elit_export.spec import DataFacts, ModelSpec, Range, listed
 from elit_export.verify.parity import accepted_miss
 
@@ -63,12 +63,13 @@ def model_facts(spec: ModelSpec, data: DataFacts) -> Facts:
 
 
 def budget_facts(spec: ModelSpec) -> list[Facts]:
-    """The named budgets, largest first, with FLOPs of one image's forward pass."""
-    full = flops(spec, spec.full).total
+    """The named budgets, largest first, with FLOPs of one image's forward pass, of `usual_text` where it has some."""
+    text = usual_text(spec)
+    full = flops(spec, spec.full, text=text).total
     return [
         {"name": name, "budget": str(budget), "flops": cost, "share_of_full": cost / full}
         for name, budget in spec.named_budgets.items()
-        for cost in (flops(spec, budget).total,)
+        for cost in (flops(spec, budget, text=text).total,)
     ]
 
 

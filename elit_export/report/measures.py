@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from elit_export.models.cost import flops
+from elit_export.models.cost import flops, usual_text
 from elit_export.models.features import JudgeFacts
 from elit_export.report.tables import size, table
 from elit_export.spec import ModelSpec
@@ -28,7 +28,7 @@ def cost_table(spec: ModelSpec) -> Table:
     parts = ("head", "read", "core", "write", "tail", "other", "total")
     rows = []
     for name, budget in spec.named_budgets.items():
-        cost = flops(spec, budget)
+        cost = flops(spec, budget, text=usual_text(spec))
         rows.append((f"{name} ({budget})", *(f"{getattr(cost, part) / 1e9:.3g}" for part in parts)))
     return table("cost in GFLOP (one image, one forward pass)", ("budget", *parts), rows)
 

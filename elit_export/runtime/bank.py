@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
-from elit_export.spec import DECODE, LATENTS, Budget, Precision, Profile, listed
+from elit_export.spec import DECODE, LATENTS, TEXT, TEXT_MASK, Budget, Precision, Profile, listed
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class EngineBank:
     def not_covered(self) -> tuple[Budget, ...]:
         return tuple(budget for budget in self._budgets if not self._serving(budget))
 
-    def slot_for(self, budget: Budget, rows: int) -> Slot:
-        """The slot whose range holds K and whose opt is nearest; raises InputError if none does."""
+    def slot_for(self, budget: Budget, rows: int, text: int = 0) -> Slot:
+        """The slot whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError."""
         serving = self._serving(budget)
         if not serving:
             raise InputError(
@@ -78,7 +78,14 @@ class EngineBank:
                 f"{rows} rows at budget {budget}: profile {limits} (min..opt..max). "
                 f"Sample fewer images at once (guidance may need two rows an image) or build with other `rows`"
             )
-        return min(fitting, key=lambda slot: abs(slot.profile.latents.opt - budget.kept))
+        reading = [slot for slot in fitting if slot.profile.text is None or text in slot.profile.text]
+        if not reading:
+            limits = ", ".join(f"{slot.profile.name} takes {slot.profile.text}" for slot in fitting)
+            raise InputError(
+                f"prompts of {text} tokens: profile {limits} (min..opt..max). "
+                f"Choose other prompts or build with another `text`"
+            )
+        return min(reading, key=lambda slot: abs(slot.profile.latents.opt - budget.kept))
 
     def _serving(self, budget: Budget) -> list[Slot]:
         if budget not in self._known:
@@ -90,7 +97,7 @@ class EngineBank:
 
         Raises EngineError if the velocity is not finite, naming profile and precision.
         """
-        slot = self.slot_for(budget, _rows(inputs))
+        slot = self.slot_for(budget, *_sizes(inputs))
         outputs = self._run(slot.engine, {**inputs, LATENTS: np.arange(budget.kept, dtype=np.int64)})
         _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
         return outputs
@@ -99,7 +106,7 @@ class EngineBank:
 
     def probe(self, inputs: Mapping[str, Array], signal_prev: Array) -> Mapping[str, Array]:
         """The `signal` of a step, and its `distance` from that of the step before."""
-        return self._run(self.cache["probe"], {**inputs, "signal_prev": signal_prev})
+        return self._run(self.cache["probe"], {**without_text(inputs), "signal_prev": signal_prev})
 
     def reuse(
         self, inputs: Mapping[str, Array], residual: Array, residual_prev: Array, weight: float
@@ -108,9 +115,9 @@ class EngineBank:
 
         Raises EngineError as a step does.
         """
-        forecast = np.full(_rows(inputs), weight, np.float32)
+        forecast = np.full(len(to_host(inputs["x"])), weight, np.float32)
         older = {"residual": residual, "residual_prev": residual_prev, "forecast": forecast}
-        outputs = self._run(self.cache["reuse"], {**inputs, **older})
+        outputs = self._run(self.cache["reuse"], {**without_text(inputs), **older})
         _check_finite(outputs, "the graph `reuse`")
         return outputs
 
@@ -152,8 +159,14 @@ class EngineBank:
         self.close()
 
 
-def _rows(inputs: Mapping[str, Array]) -> int:
-    return len(to_host(inputs["x"]))
+def _sizes(inputs: Mapping[str, Array]) -> tuple[int, int]:
+    """Rows, and tokens of text."""
+    return len(to_host(inputs["x"])), to_host(inputs[TEXT]).shape[1] if TEXT in inputs else 0
+
+
+def without_text(inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """For graphs that run no block, which is where text goes."""
+    return {name: array for name, array in inputs.items() if name not in (TEXT, TEXT_MASK)}
 
 
 def _check_finite(outputs: Mapping[str, Array], who: str, what: str = "velocity") -> None:

@@ -2,6 +2,8 @@
 
     v = v_weak + scale · (v_strong − v_weak), where scale > 1 and low ≤ t ≤ high
 
+With `norm`, v of each token then gets the length that v_strong has there, as large text-to-image models are sampled.
+
 Takes: text.  Gives: Guidance values.  May touch: nothing.  Knows nothing of: engines.
 """
 
@@ -11,9 +13,16 @@ import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from elit_export.errors import InputError
 from elit_export.spec import Budget, ModelSpec
+
+HostArray = npt.NDArray[Any]
+Float64 = npt.NDArray[np.float64]
 
 
 class Kind(StrEnum):
@@ -35,13 +44,17 @@ class Branch:
 
 @dataclass(frozen=True)
 class Guidance:
-    """A rule for the weak branch. `weak` is the budget of ccfg and autoguidance, None for the others."""
+    """A rule for the weak branch. `weak` is the budget of ccfg and autoguidance, None for the others.
+
+    `norm`: what is combined keeps, token by token, the length of the strong branch's velocity.
+    """
 
     kind: Kind = Kind.NONE
     scale: float = 1.0
     weak: Budget | None = None
     low: float = 0.0
     high: float = 1.0
+    norm: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale) or self.scale < 1:
@@ -54,11 +67,11 @@ class Guidance:
 
     @classmethod
     def parse(cls, text: str, spec: ModelSpec, *, interval: tuple[float, float] = (0.0, 1.0)) -> Guidance:
-        """Read `none`, `cfg:3`, `ccfg:4@sixteenth` or `autoguidance:2@2`; raises InputError."""
+        """Read `none`, `cfg:3`, `ccfg:4@sixteenth`, `autoguidance:2@2` or `cfg:4,norm`; raises InputError."""
         text = text.strip()
         if text == "none":
             return cls(low=interval[0], high=interval[1])
-        match = re.fullmatch(r"(\w+):([^@]+)(?:@(.+))?", text)
+        match = re.fullmatch(r"(\w+):([^@,]+)(?:@([^,]+))?(,norm)?", text)
         if not match or match[1] not in USAGE or match[1] == Kind.NONE:
             raise InputError(f"guidance {text!r} is none of: {', '.join(USAGE.values())}")
         try:
@@ -66,7 +79,7 @@ class Guidance:
         except ValueError as error:
             raise InputError(f"guidance scale {match[2]!r} is not a number") from error
         weak = spec.budget(match[3]) if match[3] else None
-        return cls(Kind(match[1]), scale, weak, *interval)
+        return cls(Kind(match[1]), scale, weak, *interval, norm=bool(match[4]))
 
     def active(self, t: float) -> bool:
         return self.kind is not Kind.NONE and self.scale > 1 and self.low <= t <= self.high
@@ -79,15 +92,40 @@ class Guidance:
     def weak_branch(self, strong: Budget) -> Branch:
         return Branch(self.weak or strong, null_class=self.kind is not Kind.AUTOGUIDANCE)
 
+    @property
+    def needs_null(self) -> bool:
+        """Whether the weak branch is without a class, or of another prompt."""
+        return self.kind in (Kind.CFG, Kind.CCFG)
+
+    def combined(self, strong: HostArray, weak: HostArray, *, patch: int) -> Float64:  # (B, C, H, W) float32
+        """The guided velocity; a token is a square of `patch` × `patch` places in all channels."""
+        velocity: Float64 = np.subtract(strong, weak, dtype=np.float64)  # weak + scale · (strong − weak), in place
+        velocity *= self.scale
+        velocity += weak
+        if self.norm:
+            before, after = (_lengths(each, patch) for each in (strong, velocity))
+            velocity *= np.divide(before, after, out=np.zeros_like(after), where=after > 0)
+        return velocity
+
     def __str__(self) -> str:
         if self.kind is Kind.NONE:
             return "none"
-        return f"{self.kind.value}:{self.scale:g}" + (f"@{self.weak.kept}" if self.weak else "")
+        weak, norm = f"@{self.weak.kept}" if self.weak else "", ",norm" if self.norm else ""
+        return f"{self.kind.value}:{self.scale:g}{weak}{norm}"
+
+
+def _lengths(velocity: npt.NDArray[Any], patch: int) -> Float64:
+    """The length of each token's vector, repeated over its places: (B, 1, H, W)."""
+    squares = np.square(velocity, dtype=np.float64).sum(axis=1)  # (B, H, W)
+    rows, height, width = squares.shape
+    tokens = squares.reshape(rows, height // patch, patch, width // patch, patch).sum(axis=(2, 4))
+    lengths: Float64 = np.sqrt(tokens).repeat(patch, axis=1).repeat(patch, axis=2)[:, None]
+    return lengths
 
 
 USAGE = {
     Kind.NONE: "none",
-    Kind.CFG: "cfg:SCALE",
-    Kind.CCFG: "ccfg:SCALE@WEAK_BUDGET",
-    Kind.AUTOGUIDANCE: "autoguidance:SCALE@WEAK_BUDGET",
+    Kind.CFG: "cfg:SCALE[,norm]",
+    Kind.CCFG: "ccfg:SCALE@WEAK_BUDGET[,norm]",
+    Kind.AUTOGUIDANCE: "autoguidance:SCALE@WEAK_BUDGET[,norm]",
 }

@@ -24,15 +24,18 @@ from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.images import Pixels, to_images
 from elit_export.runtime.noise import Float64, SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
+from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.samplers import sampler_named
-from elit_export.runtime.sampling import Call, Request, StepRecord, calls_needed, sampling_steps
+from elit_export.runtime.sampling import Call, Conditioning, Request, StepRecord, calls_needed, sampling_steps
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
 from elit_export.runtime.timegrid import warp
 from elit_export.spec import Budget, DataFacts, ModelSpec
 
+Subjects = Sequence[int] | Prompts  # what images are to show: labels, or in models with text prompts
+
 
 class Choices(TypedDict, total=False):
-    """What a sampling may choose beside its labels; what is left out takes the value in DEFAULTS."""
+    """What a sampling may choose beside its subjects; what is left out takes the value in DEFAULTS."""
 
     steps: int
     schedule: ScheduleLike
@@ -83,7 +86,7 @@ class Sample:
 
     @property
     def ms_per_image(self) -> float:
-        return self.timings.total_s * 1e3 / len(self.labels)
+        return self.timings.total_s * 1e3 / len(self.latents)
 
     @property
     def calls(self) -> list[Call]:
@@ -101,7 +104,7 @@ class Sample:
         calls = Counter("reused" if call.reused else str(call.budget) for call in self.calls)
         by_budget = ", ".join(f"{count}×{budget}" for budget, count in calls.items())
         return (
-            f"{len(self.labels)} images in {len(self.records)} steps, engine calls {by_budget}; "
+            f"{len(self.latents)} images in {len(self.records)} steps, engine calls {by_budget}; "
             f"{self.timings.total_s:.2f} s, {self.ms_per_image:.0f} ms per image, "
             f"{self.timings.engines_s / self.timings.total_s:.0%} in engines"
         )
@@ -181,33 +184,34 @@ class Pipeline:
         return self._fits
 
     def sample(
-        self, labels: Sequence[int], *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
+        self, subjects: Subjects, *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
     ) -> Sample:
-        """Sample one image per label; `on_step` hears every step.
+        """Sample one image per label, or per prompt; `on_step` hears every step.
 
         Sample i depends on (seed, i), not on the batch around it; but with the cache `teacache` the batch
         computes when any of its samples must. Raises InputError, CalibrationError or EngineError.
         """
         started = time.perf_counter()
         records = []
-        for record in self.steps(labels, **choices):
+        for record in self.steps(subjects, **choices):
             on_step(record)
             records.append(record)
         engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
         timings = Timings(time.perf_counter() - started, engines_s)
-        return Sample(records[-1].x, tuple(int(label) for label in labels), tuple(records), timings, self.data)
+        labels = () if isinstance(subjects, Prompts) else tuple(int(label) for label in subjects)
+        return Sample(records[-1].x, labels, tuple(records), timings, self.data)
 
-    def steps(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Generator[StepRecord, None, None]:
+    def steps(self, subjects: Subjects, **choices: Unpack[Choices]) -> Generator[StepRecord, None, None]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
 
         Everything is checked before the first step; raises InputError.
         """
-        request = self.request(labels, **choices)
-        for budget, rows in set(calls_needed(request)):
-            self.bank.slot_for(budget, rows)
+        request = self.request(subjects, **choices)
+        for size in set(calls_needed(request)):
+            self.bank.slot_for(*size)
         return sampling_steps(self.bank, request)
 
-    def request(self, labels: Sequence[int], **choices: Unpack[Choices]) -> Request:
+    def request(self, subjects: Subjects, **choices: Unpack[Choices]) -> Request:
         """Check the choices of one sampling against the model; raises InputError."""
         if unknown := sorted(set(choices) - set(Choices.__annotations__)):
             raise InputError(f"unknown choice {unknown[0]!r}; known: {', '.join(Choices.__annotations__)}")
@@ -222,9 +226,8 @@ class Pipeline:
         guidance = chosen["guidance"]
         if isinstance(guidance, str):
             guidance = Guidance.parse(guidance, self.spec, interval=chosen["guidance_interval"])
-        y = self._checked_labels(labels)
-        name = self.spec.conditioning[0].name
-        seeded = SeededNoise(chosen["seed"], len(y), self.spec.sample_shape)
+        conditioning, null_conditioning = self._conditioning(subjects, guidance)
+        seeded = SeededNoise(chosen["seed"], len(subjects), self.spec.sample_shape)
         start, noise = seeded(), seeded.__call__
         if "noise" in chosen:
             start = _checked_array(chosen["noise"], start.shape, "noise")
@@ -239,9 +242,10 @@ class Pipeline:
             schedule=resolve_schedule(chosen["schedule"], [float(t) for t in times], self.spec),
             guidance=guidance,
             sampler=sampler,
-            conditioning={name: y},
-            null_conditioning={name: np.full_like(y, self.spec.null_class)},
+            conditioning=conditioning,
+            null_conditioning=null_conditioning,
             noise=noise,
+            patch=self.spec.patch_size,
         )
         return replace(request, cache=self._step_cache(chosen["cache"], request))
 
@@ -265,11 +269,30 @@ class Pipeline:
 
     def _time_changes(self, request: Request) -> list[float]:
         """How much the embedding of t changes from each step to the next, relative to what it was."""
-        budget, rows = next(calls_needed(request))  # as many rows as a step has: these the engines take
-        self.bank.slot_for(budget, rows)
-        embedded = self.bank.time_embeddings(request.times[:-1], rows)
+        size = next(calls_needed(request))  # as many rows as a step has: these the engines take
+        self.bank.slot_for(*size)
+        embedded = self.bank.time_embeddings(request.times[:-1], size.rows)
         changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
         return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]
+
+    def _conditioning(self, subjects: Subjects, guidance: Guidance) -> tuple[Conditioning, Conditioning]:
+        """Inputs of the strong branch and of one without a class; raises InputError."""
+        if isinstance(subjects, Prompts):
+            return self._told(subjects, guidance)
+        if self.spec.text_width:
+            raise InputError(f"this model takes prompts, not {subjects!r}: give Prompts, embedded by a text encoder")
+        y = self._checked_labels(subjects)
+        name = self.spec.conditioning[0].name
+        return {name: y}, {name: np.full_like(y, self.spec.null_class)}
+
+    def _told(self, prompts: Prompts, guidance: Guidance) -> tuple[Conditioning, Conditioning]:
+        if not self.spec.text_width:
+            raise InputError(f"this model takes labels 0 to {self.spec.null_class}, not prompts")
+        checked = prompts.checked(self.spec)
+        if guidance.needs_null and checked.negative is None:
+            raise InputError(f"guidance {guidance} leads away from negative prompts, and there are none: give some")
+        negative = checked.negative or checked.positive  # which no branch asks for
+        return checked.positive.inputs(self.spec), negative.inputs(self.spec)
 
     def _checked_labels(self, labels: Sequence[int]) -> npt.NDArray[np.int64]:
         try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,9 +22,10 @@ from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.cache import StepCache
 from elit_export.runtime.engine import Array, HostArray, to_host
 from elit_export.runtime.guidance import Branch, Guidance
+from elit_export.runtime.prompts import joined
 from elit_export.runtime.residuals import Computed, Decision, RequestCache
 from elit_export.runtime.samplers.base import Float64, Noise, Sampler
-from elit_export.spec import Budget
+from elit_export.spec import TEXT, Budget
 
 Conditioning = Mapping[str, HostArray]
 Inputs = Mapping[str, HostArray]
@@ -42,6 +44,7 @@ class Request:
     conditioning: Conditioning
     null_conditioning: Conditioning
     noise: Noise
+    patch: int  # the side of a token's square in x
     cache: StepCache | None = None
 
 
@@ -99,7 +102,7 @@ class GuidedVelocity:
         self._cache = RequestCache(request.cache) if request.cache else None
         self._step, self._evaluation = -1, 0  # which evaluation of the step this is; Heun has two
         self._calls: list[Call] = []
-        self._profiles: dict[tuple[Budget, int], str] = {}
+        self._profiles: dict[CallSize, str] = {}
         self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
 
     def take_calls(self) -> tuple[Call, ...]:
@@ -118,11 +121,7 @@ class GuidedVelocity:
             raise EngineError(f"step {step} (t={t:.4g}): {error}") from error
         if len(velocities) == 1:
             return velocities[0].astype(np.float64)
-        strong, weak = velocities
-        combined = np.subtract(strong, weak, dtype=np.float64)  # weak + scale · (strong − weak), in place
-        combined *= self._request.guidance.scale
-        combined += weak
-        return combined
+        return self._request.guidance.combined(*velocities, patch=self._request.patch)
 
     def _evaluate(self, x: Float64, t: float, branches: Sequence[Branch]) -> list[HostArray]:
         """The velocity of each branch, (B, C, H, W) float32."""
@@ -135,11 +134,11 @@ class GuidedVelocity:
     def _call(self, x: Float64, t: float, branches: Sequence[Branch], role: str) -> HostArray:
         budget = branches[0].budget
         inputs = self._inputs(x, t, branches)
-        rows = len(inputs["x"])
+        size = CallSize(budget, len(inputs["x"]), inputs[TEXT].shape[1] if TEXT in inputs else 0)
         started = time.perf_counter()
         outputs, cached = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3
-        self._calls.append(Call(role, budget, rows, self._profile(budget, rows), engine_ms, cached))
+        self._calls.append(Call(role, budget, size.rows, self._profile(size), engine_ms, cached))
         return to_host(outputs["velocity"])
 
     def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, Decision]:
@@ -157,11 +156,11 @@ class GuidedVelocity:
         memory.note_computed(Computed(t, outputs["residual"]))
         return outputs, decision
 
-    def _profile(self, budget: Budget, rows: int) -> str:
-        """The profile that served, looked up once per budget and rows of a sampling."""
-        if (budget, rows) not in self._profiles:
-            self._profiles[budget, rows] = self._bank.slot_for(budget, rows).profile.name
-        return self._profiles[budget, rows]
+    def _profile(self, size: CallSize) -> str:
+        """The profile that served, looked up once per size of a sampling."""
+        if size not in self._profiles:
+            self._profiles[size] = self._bank.slot_for(*size).profile.name
+        return self._profiles[size]
 
     def _inputs(self, x: Float64, t: float, branches: Sequence[Branch]) -> dict[str, HostArray]:
         x = x.astype(np.float32)
@@ -175,20 +174,32 @@ class GuidedVelocity:
         if kinds not in self._conditioning:
             request = self._request
             parts = [request.null_conditioning if null else request.conditioning for null in kinds]
-            self._conditioning[kinds] = {
-                name: np.concatenate([part[name] for part in parts]) for name in request.conditioning
-            }
+            self._conditioning[kinds] = joined(parts)
         return self._conditioning[kinds]
 
 
-def calls_needed(request: Request) -> Iterator[tuple[Budget, int]]:
-    """Every (budget, rows) a request may call for, so that it can be refused before the first step."""
-    samples = len(request.start)
+class CallSize(NamedTuple):
+    """What an engine must hold for a call: K, rows, tokens of text (0 in models without)."""
+
+    budget: Budget
+    rows: int
+    text: int
+
+
+def calls_needed(request: Request) -> Iterator[CallSize]:
+    """Every size of call that a request may need, so that it can be refused before the first step."""
     steps = len(request.schedule)
     evaluates_next = request.sampler.calls(steps) > steps
     for budget, t, t_next in zip(request.schedule, request.times[:-1], request.times[1:], strict=True):
         for moment in (t, t_next) if evaluates_next else (t,):
             branches = request.guidance.branches(budget, float(moment))
             shared = len({branch.budget for branch in branches}) == 1
-            for branch in branches:
-                yield branch.budget, samples * (len(branches) if shared else 1)
+            for together in [branches] if shared else [(branch,) for branch in branches]:
+                yield _size_of(request, together)
+
+
+def _size_of(request: Request, branches: Sequence[Branch]) -> CallSize:
+    """Of one call for all of the branches: the longest of their texts counts."""
+    kinds = [request.null_conditioning if branch.null_class else request.conditioning for branch in branches]
+    text = max(kind[TEXT].shape[1] if TEXT in kind else 0 for kind in kinds)
+    return CallSize(branches[0].budget, len(request.start) * len(branches), text)

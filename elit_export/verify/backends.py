@@ -20,6 +20,7 @@ from elit_export.models.cost import flops
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import ModelSpec, Precision
 from elit_export.verify.bench import Budgets, Runner, bench_inputs, check_rows, engine_runner, measured_budgets
+from elit_export.verify.subjects import tokens_of
 from elit_export.verify.timing import Timing, timed_in_turn
 
 EAGER = "PyTorch eager"
@@ -143,7 +144,7 @@ def _timed(
     rows: int,
     rounds: int,
 ) -> dict[str, Timing]:
-    inputs = bench_inputs(spec, budgets[name], rows)
+    inputs = bench_inputs(competitors[0].pipeline, budgets[name], rows)
     engines = {one.name: engine_runner(one.pipeline, budgets[name]) for one in competitors}
     runners = {key: partial(run, inputs) for key, run in {**baseline, **engines}.items()}
     return timed_in_turn(runners, rounds=rounds, before=lambda: time.sleep(PAUSE_S))
@@ -160,10 +161,10 @@ def _row(
 ) -> BackendRow:
     largest, *_ = budgets
     plan_set, name = competitor.plan_set, competitor.name
-    peak = peaks.get(plan_set.precision)
+    peak, text = peaks.get(plan_set.precision), tokens_of(competitor.pipeline)
 
     def time_of(budget: str) -> BackendTime:
-        timing, cost = timed[budget][name], flops(spec, budgets[budget]).total
+        timing, cost = timed[budget][name], flops(spec, budgets[budget], text=text).total
         gflops = cost * rows / timing.median_ms / 1e6
         relative = timing.median_ms / timed[largest][name].median_ms
         return BackendTime(
@@ -172,7 +173,7 @@ def _row(
             gflops_per_s=gflops,
             share_of_peak=gflops / peak if peak else None,
             speedup=timed[budget][over].median_ms / timing.median_ms,
-            time_over_flops=relative / (cost / flops(spec, budgets[largest]).total),
+            time_over_flops=relative / (cost / flops(spec, budgets[largest], text=text).total),
         )
 
     return BackendRow(

@@ -15,10 +15,11 @@ import numpy as np
 from elit_export.errors import InputError
 from elit_export.models.cost import Cost, flops, flops_per_image
 from elit_export.runtime.engine import HostArray
-from elit_export.runtime.pipeline import Choices, Pipeline
+from elit_export.runtime.pipeline import Choices, Pipeline, Subjects
 from elit_export.spec import LATENTS, Budget, ModelSpec
 from elit_export.verify.memory import BankMemory
 from elit_export.verify.metrics import difference
+from elit_export.verify.subjects import conditioning_rows, subjects_of, text_of, tokens_of
 from elit_export.verify.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
 
 Inputs = dict[str, HostArray]
@@ -111,10 +112,10 @@ def bench(
     Raises InputError before measuring if the profiles do not take the rows.
     """
     budgets = measured_budgets(pipeline)
-    labels = [image % pipeline.spec.num_classes for image in range(max(1, rows // 2))]  # cfg doubles the rows
+    subjects = subjects_of(pipeline.spec, range(max(1, rows // 2)), text_of(pipeline))  # cfg doubles the rows
     check_rows(pipeline, budgets, rows)
     if sampling:
-        check_samplings(pipeline, budgets, labels)
+        check_samplings(pipeline, budgets, subjects)
     on_stage("memory")
     held = memory()
     on_stage("matrix product")
@@ -123,16 +124,18 @@ def bench(
     for name, budget in budgets.items():
         on_stage(name)
         timed[name] = budget_timings(pipeline, others, budget, rows=rows, rounds=rounds)
-    results = list(budget_results(pipeline.spec, budgets, timed, rows=rows, peak=peak))
+    results = list(budget_results(pipeline.spec, budgets, timed, rows=rows, text=tokens_of(pipeline), peak=peak))
     on_stage("switching")
     switching = switching_ratio(pipeline, list(budgets.values()), rows=rows, rounds=rounds)
     samplings: list[SamplingResult] = []
     if sampling:
         on_stage("fine solution")
-        exact = pipeline.sample(labels, **fine_choices(budgets)).latents
+        exact = pipeline.sample(subjects, **fine_choices(budgets)).latents
         on_stage("sampling")
-        results = [replace(result, sample_sqnr_db=budget_error(pipeline, result, labels, exact)) for result in results]
-        samplings = list(sampling_results(pipeline, budgets, labels, exact))
+        results = [
+            replace(result, sample_sqnr_db=budget_error(pipeline, result, subjects, exact)) for result in results
+        ]
+        samplings = list(sampling_results(pipeline, budgets, subjects, exact))
     return BenchResult(
         rows=rows,
         peak_gflops=peak,
@@ -156,16 +159,16 @@ def measured_budgets(pipeline: Pipeline) -> Budgets:
 def check_rows(pipeline: Pipeline, budgets: Budgets, rows: int) -> None:
     try:
         for budget in budgets.values():
-            pipeline.bank.slot_for(budget, rows)
+            pipeline.bank.slot_for(budget, rows, tokens_of(pipeline))
     except InputError as error:
         raise InputError(f"a bench of {rows} rows a call does not fit: {error}; choose other --rows") from error
 
 
-def check_samplings(pipeline: Pipeline, budgets: Budgets, labels: Sequence[int]) -> None:
+def check_samplings(pipeline: Pipeline, budgets: Budgets, subjects: Subjects) -> None:
     ways = [choices for _, choices in sampling_ways(budgets)]
     try:
         for choices in (fine_choices(budgets), *map(fast_choices, budgets), *ways):
-            pipeline.steps(labels, **choices).close()  # checked, not run
+            pipeline.steps(subjects, **choices).close()  # checked, not run
     except InputError as error:
         raise InputError(f"whole samplings do not fit: {error}; leave them out with --no-sampling") from error
 
@@ -176,21 +179,22 @@ def check_samplings(pipeline: Pipeline, budgets: Budgets, labels: Sequence[int])
 def budget_timings(
     pipeline: Pipeline, others: Mapping[str, Runner], budget: Budget, *, rows: int, rounds: int
 ) -> dict[str, Timing]:
-    inputs = bench_inputs(pipeline.spec, budget, rows)
+    inputs = bench_inputs(pipeline, budget, rows)
     runners: dict[str, Runner] = {ENGINE: engine_runner(pipeline, budget), **others}
     return timed_in_turn({name: _bound(runner, inputs) for name, runner in runners.items()}, rounds=rounds)
 
 
 def budget_results(
-    spec: ModelSpec, budgets: Budgets, timed: Mapping[str, dict[str, Timing]], *, rows: int, peak: float
+    spec: ModelSpec, budgets: Budgets, timed: Mapping[str, dict[str, Timing]], *, rows: int, text: int, peak: float
 ) -> Iterator[BudgetResult]:
     largest, *_ = budgets
+    most = flops(spec, budgets[largest], text=text).total
     for name, budget in budgets.items():
-        cost = flops(spec, budget)
+        cost = flops(spec, budget, text=text)
         engine_ms = timed[name][ENGINE].median_ms
         gflops = cost.total * rows / engine_ms / 1e6
         time_over_largest = engine_ms / timed[largest][ENGINE].median_ms
-        flops_over_largest = cost.total / flops(spec, budgets[largest]).total
+        flops_over_largest = cost.total / most
         yield BudgetResult(
             name=name,
             budget=str(budget),
@@ -208,8 +212,8 @@ def budget_results(
         )
 
 
-def budget_error(pipeline: Pipeline, result: BudgetResult, labels: Sequence[int], exact: HostArray) -> float:
-    return difference(pipeline.sample(labels, **fast_choices(result.name)).latents, exact).sqnr_db
+def budget_error(pipeline: Pipeline, result: BudgetResult, subjects: Subjects, exact: HostArray) -> float:
+    return difference(pipeline.sample(subjects, **fast_choices(result.name)).latents, exact).sqnr_db
 
 
 def _bound(runner: Runner, inputs: Inputs) -> Callable[[], object]:
@@ -223,12 +227,13 @@ def engine_runner(pipeline: Pipeline, budget: Budget) -> Runner:
     return run
 
 
-def bench_inputs(spec: ModelSpec, budget: Budget, rows: int) -> Inputs:
+def bench_inputs(pipeline: Pipeline, budget: Budget, rows: int) -> Inputs:
+    spec = pipeline.spec
     generator = np.random.default_rng(0)
     return {
         "x": generator.standard_normal((rows, *spec.sample_shape)).astype(np.float32),
         "t": np.full(rows, 0.5, np.float32),
-        spec.conditioning[0].name: generator.integers(0, spec.num_classes, rows),
+        **conditioning_rows(spec, rows, tokens_of(pipeline), generator),
         LATENTS: np.arange(budget.kept),
     }
 
@@ -239,7 +244,7 @@ def bench_inputs(spec: ModelSpec, budget: Budget, rows: int) -> Inputs:
 def switching_ratio(pipeline: Pipeline, budgets: Sequence[Budget], *, rows: int, rounds: int) -> float:
     """Time of largest, smallest, largest, smallest over that of largest twice and smallest twice."""
     large, small = (
-        _bound(engine_runner(pipeline, budget), bench_inputs(pipeline.spec, budget, rows))
+        _bound(engine_runner(pipeline, budget), bench_inputs(pipeline, budget, rows))
         for budget in (budgets[0], budgets[-1])
     )
 
@@ -287,19 +292,19 @@ def sampling_ways(budgets: Budgets) -> Iterator[tuple[str, Choices]]:
 
 
 def sampling_results(
-    pipeline: Pipeline, budgets: Budgets, labels: Sequence[int], exact: HostArray
+    pipeline: Pipeline, budgets: Budgets, subjects: Subjects, exact: HostArray
 ) -> Iterator[SamplingResult]:
-    """Every way on the same noise and labels."""
+    """Every way on the same noise, labels or prompts."""
     first_ms = 0.0
     for name, choices in sampling_ways(budgets):
-        sample = pipeline.sample(labels, **choices)
+        sample = pipeline.sample(subjects, **choices)
         first_ms = first_ms or sample.ms_per_image
         outside_s = sample.timings.total_s - sample.timings.engines_s
         yield SamplingResult(
             name=name,
             choices={key: value for key, value in choices.items() if isinstance(value, str | int)},
             ms_per_image=sample.ms_per_image,
-            flops_per_image=flops_per_image(sample, pipeline.spec),
+            flops_per_image=flops_per_image(sample, pipeline.spec, text=tokens_of(pipeline)),
             outside_engines=outside_s / sample.timings.total_s,
             outside_ms_per_step=outside_s * 1e3 / len(sample.records),
             speedup=first_ms / sample.ms_per_image,

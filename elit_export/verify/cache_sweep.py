@@ -21,6 +21,7 @@ from elit_export.runtime.pipeline import Choices, Pipeline, Sample
 from elit_export.runtime.sampling import Call
 from elit_export.spec import Budget
 from elit_export.verify.metrics import difference
+from elit_export.verify.subjects import require_classes
 from elit_export.verify.timing import timed_in_turn
 
 REFERENCE_STEPS = 50  # Euler's, of the way that all others are compared with
@@ -170,6 +171,7 @@ def ways(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[Way]:
 
 def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
     """The named budgets below the least of the schedule."""
+    require_classes(pipeline.spec, "the sweep of caches")
     budget = min(pipeline.request([0], schedule=schedule).schedule)
     covered = pipeline.bank.covered
     named = pipeline.spec.named_budgets.items()

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from elit_export.manifest import ReferenceCase, ReferenceTrajectory
-from elit_export.runtime.pipeline import Choices, Pipeline
+from elit_export.runtime.pipeline import Choices, Pipeline, Subjects
 from elit_export.runtime.sampling import StepRecord, calls_needed
 from elit_export.spec import FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Profile, Range
+from elit_export.verify.subjects import conditioning_rows, subjects_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE_FILE = "reference.npz"
@@ -29,52 +30,58 @@ POOL_IMAGES, POOL_STEPS = 8, 8
 def reference_cases(profiles: Sequence[Profile]) -> tuple[ReferenceCase, ...]:
     """Every profile at its corners, each once."""
     return tuple(
-        ReferenceCase(profile=profile.name, kept=kept, rows=rows)
+        ReferenceCase(profile=profile.name, kept=kept, rows=rows, text=text)
         for profile in profiles
-        for kept, rows in dict.fromkeys(corners(profile))
+        for kept, rows, text in dict.fromkeys(corners(profile))
     )
 
 
-def corners(profile: Profile) -> Iterator[tuple[int, int]]:
-    """(K, rows) at min, opt and max of both, then at the least of one with the most of the other.
+def corners(profile: Profile) -> Iterator[tuple[int, int, int]]:
+    """(K, rows, text) at min, opt and max of all, then at the least of one with the most of the others.
 
-    Not all nine, because a bundle stores PyTorch's answer to each.
+    Not all, because a bundle stores PyTorch's answer to each. `text` is 0 in models without.
     """
     latents, rows = profile.latents, profile.rows
-    yield from zip(latents.corners(), rows.corners(), strict=True)
-    yield latents.min, rows.max
-    yield latents.max, rows.min
+    text = profile.text.corners() if profile.text else (0, 0, 0)
+    yield from zip(latents.corners(), rows.corners(), text, strict=True)
+    yield latents.min, rows.max, text[2]
+    yield latents.max, rows.min, text[0]
 
 
-def trajectory_rows(pipeline: Pipeline) -> Arrays:
-    """Inputs of every step of one sampling, by name: images of all classes and none, times from 1 to 1 / POOL_STEPS."""
+def trajectory_rows(pipeline: Pipeline, text: Range | None) -> Arrays:
+    """Inputs of every step of one sampling, by name: images of all classes and none, times from 1 to 1 / POOL_STEPS.
+
+    Of models with text x and t alone; how long text is, differs from case to case.
+    """
     spec = pipeline.spec
     labels = [image % (spec.num_classes + 1) for image in range(POOL_IMAGES - 1)] + [spec.null_class]
+    subjects = subjects_of(spec, range(POOL_IMAGES), text) if spec.text_width else labels
     choices = Choices(steps=POOL_STEPS, sampler="euler", seed=INPUT_SEED)
-    request = pipeline.request(labels, **choices)
-    states = [request.start, *(record.x for record in pipeline.steps(labels, **choices))][:-1]
+    request = pipeline.request(subjects, **choices)
+    states = [request.start, *(record.x for record in pipeline.steps(subjects, **choices))][:-1]
+    classes = {} if spec.text_width else {spec.conditioning[0].name: np.tile(np.asarray(labels), POOL_STEPS)}
     return {
         "x": np.concatenate(states).astype(np.float32),
         "t": np.repeat(request.times[:-1], POOL_IMAGES).astype(np.float32),
-        spec.conditioning[0].name: np.tile(np.asarray(labels), POOL_STEPS),
+        **classes,
     }
 
 
-def case_rows(case: ReferenceCase, index: int, pool: Arrays) -> Arrays:
-    """Rows of a pool, each once as far as they reach; a function of `index` alone."""
-    count = len(pool["t"])
-    order = np.random.default_rng((INPUT_SEED, index)).permutation(count)
-    chosen = np.resize(order, case.rows)
-    return {name: values[chosen] for name, values in pool.items()}
+def case_rows(case: ReferenceCase, index: int, pool: Arrays, spec: ModelSpec) -> Arrays:
+    """Rows of a pool, each once as far as they reach, with text of the case's length; a function of `index` alone."""
+    generator = np.random.default_rng((INPUT_SEED, index))
+    chosen = np.resize(generator.permutation(len(pool["t"])), case.rows)
+    text = conditioning_rows(spec, case.rows, case.text, generator) if case.text else {}
+    return {name: values[chosen] for name, values in pool.items()} | text
 
 
 def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
-    """Noise-like x, t over (0, 1) and labels over all classes and "no class"; a function of `index` alone."""
+    """Noise-like x, t over (0, 1), and labels or text; a function of `index` alone."""
     generator = np.random.default_rng((INPUT_SEED, index))
     return {
         "x": generator.standard_normal((case.rows, *spec.sample_shape)).astype(np.float32),
         "t": generator.uniform(0.02, 1.0, case.rows).astype(np.float32),
-        spec.conditioning[0].name: generator.integers(0, spec.null_class + 1, case.rows),
+        **conditioning_rows(spec, case.rows, max(case.text, 1), generator),
     }
 
 
@@ -99,7 +106,8 @@ def cache_inputs(graph: str, rows: int, spec: ModelSpec) -> Arrays:
 
 def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> Arrays:
     """Inputs of `fused` that make it compute or reuse whatever it measures; `inputs` take the place of zeros."""
-    tensors = [tensor for tensor in spec.inputs_of(FUSED) if tensor.name != LATENTS]
+    given = {LATENTS, *(tensor.name for tensor in spec.attended)}
+    tensors = [tensor for tensor in spec.inputs_of(FUSED) if tensor.name not in given]
     zeros = {
         tensor.name: np.zeros([rows if size == ROWS else int(size) for size in tensor.shape], tensor.dtype)
         for tensor in tensors
@@ -152,10 +160,14 @@ def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tupl
         ("mixed", mixed, weak, "euler", images),
         ("multistep", mixed, weak, "ab3", images),
     )
+    text = profiles[0].text
     return tuple(
         ReferenceTrajectory(
             name=name,
-            labels=tuple(image * (spec.num_classes - 1) % spec.num_classes for image in range(count)),
+            labels=tuple(range(count))
+            if text
+            else tuple(image * (spec.num_classes - 1) % spec.num_classes for image in range(count)),
+            text=text.corners() if text else None,
             steps=TRAJECTORY_STEPS,
             schedule=schedule,
             guidance=guidance,
@@ -192,7 +204,11 @@ def trajectory_choices(trajectory: ReferenceTrajectory) -> Choices:
 
 def trajectory_steps(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Generator[StepRecord, None, None]:
     """The steps of the sampling, from any engines."""
-    return pipeline.steps(trajectory.labels, **trajectory_choices(trajectory))
+    return pipeline.steps(trajectory_subjects(trajectory, pipeline.spec), **trajectory_choices(trajectory))
+
+
+def trajectory_subjects(trajectory: ReferenceTrajectory, spec: ModelSpec) -> Subjects:
+    return subjects_of(spec, trajectory.labels, Range(*trajectory.text)) if trajectory.text else trajectory.labels
 
 
 def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[npt.NDArray[np.float64]]:
@@ -202,5 +218,6 @@ def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> li
 
 def trajectory_profiles(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> tuple[str, ...]:
     """The profiles that serve the sampling, in the order of their first call."""
-    needed = calls_needed(pipeline.request(trajectory.labels, **trajectory_choices(trajectory)))
-    return tuple(dict.fromkeys(pipeline.bank.slot_for(budget, rows).profile.name for budget, rows in needed))
+    subjects = trajectory_subjects(trajectory, pipeline.spec)
+    needed = calls_needed(pipeline.request(subjects, **trajectory_choices(trajectory)))
+    return tuple(dict.fromkeys(pipeline.bank.slot_for(*size).profile.name for size in needed))

@@ -92,5 +92,6 @@ def _resident() -> int:
 
 
 def _inputs_at_opt(profile: Profile, spec: ModelSpec) -> dict[str, HostArray]:
-    case = ReferenceCase(profile=profile.name, kept=profile.latents.opt, rows=profile.rows.opt)
+    text = profile.text.opt if profile.text else 0
+    case = ReferenceCase(profile=profile.name, kept=profile.latents.opt, rows=profile.rows.opt, text=text)
     return case_inputs(case, 0, spec) | {LATENTS: np.arange(case.kept)}

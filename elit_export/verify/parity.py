@@ -21,7 +21,7 @@ from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.opening import open_fused
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision
+from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision, Profile
 from elit_export.verify.cases import (
     REFERENCE_FILE,
     Arrays,
@@ -32,6 +32,7 @@ from elit_export.verify.cases import (
     trajectory_steps,
 )
 from elit_export.verify.metrics import Difference, difference, worst
+from elit_export.verify.subjects import conditioning_rows
 from elit_export.verify.tolerances import CACHE_DB, DECODE_DB, TOLERANCES
 
 LEAST_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
@@ -258,6 +259,7 @@ def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: Mod
             yield Comparison(f"graph {FUSED}", point, found, least_db, problem=problem)
     for rows in plan_set.reference.cache_rows:
         given = {LATENTS: np.arange(plan_set.profiles[0].latents[1]), **_reused(rows, spec)}
+        given |= _any_text(plan_set.profiles[0].profile, rows, spec)
         outputs, problem = _answers(engine, fused_inputs(given, force=False, rows=rows, spec=spec))
         for name, wanted in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
             found = _found(outputs, name, arrays[wanted.format(rows)])
@@ -273,6 +275,11 @@ def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> 
         outputs, problem = _answers(bank.decoder, decoder_inputs(rows, facts.spec))
         found = _found(outputs, "pixels", arrays[f"{rows}/pixels"])
         yield Comparison(f"graph {DECODE}", f"rows={rows} pixels", found, DECODE_DB, problem=problem)
+
+
+def _any_text(profile: Profile, rows: int, spec: ModelSpec) -> Arrays:
+    """What no block reads where a step is reused."""
+    return conditioning_rows(spec, rows, profile.text.min, np.random.default_rng(0)) if profile.text else {}
 
 
 def _reused(rows: int, spec: ModelSpec) -> Arrays:

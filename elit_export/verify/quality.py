@@ -178,9 +178,9 @@ def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
 def batches(pipeline: Pipeline, choices: Choices, images: int) -> list[npt.NDArray[np.int64]]:
     """The images in parts as even as can be, none with more rows than the profiles take."""
     limits = []
-    for budget, rows in set(calls_needed(pipeline.request([0], **choices))):
-        serving = [slot.profile.rows.max for slot in pipeline.bank.slots if budget.kept in slot.profile.latents]
-        limits.append(max(serving, default=0) // rows)
+    for size in set(calls_needed(pipeline.request([0], **choices))):
+        serving = [slot.profile.rows.max for slot in pipeline.bank.slots if size.budget.kept in slot.profile.latents]
+        limits.append(max(serving, default=0) // size.rows)
     at_once = max(1, min(limits))  # too few for one image is refused in sampling
     return np.array_split(np.arange(images), math.ceil(images / at_once))
 

@@ -19,7 +19,7 @@ from elit_export.models.elit import Elit
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, DecoderSpec, Precision, Profile, Range
+from elit_export.spec import CACHE_GRAPHS, LATENTS, LONGEST_TEXT, STEP, DecoderSpec, Precision, Profile, Range
 from elit_export.verify.cases import (
     Arrays,
     cache_inputs,
@@ -51,7 +51,8 @@ def torch_engine(model: Elit, graph: str = STEP, *, compiled: bool = False) -> F
 
 def torch_pipeline(model: Elit) -> Pipeline:
     """The runtime with PyTorch in place of engines, at every budget."""
-    every = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS))
+    text = Range(1, 1, LONGEST_TEXT) if model.spec.text_width else None
+    every = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS), text)
     cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
     bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)
     return Pipeline(bank, model.spec, model.data)
@@ -81,10 +82,10 @@ def reference_arrays(
     at anything else. Outputs of `probe` and `reuse` at each of `rows` as `GRAPH/ROWS/NAME`.
     """
     engine, pipeline = torch_engine(model), torch_pipeline(model)
-    pool = trajectory_rows(pipeline)
+    pool = trajectory_rows(pipeline, _text_of(trajectories))
     arrays: Arrays = {}
     for index, case in enumerate(cases):
-        inputs = case_rows(case, index, pool)
+        inputs = case_rows(case, index, pool, model.spec)
         outputs = engine({**inputs, LATENTS: np.arange(case.kept)})
         arrays |= {f"{index}/{name}": to_host(array) for name, array in {**inputs, **outputs}.items()}
     for graph, count in product(CACHE_GRAPHS, rows):
@@ -94,6 +95,10 @@ def reference_arrays(
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
     return arrays
+
+
+def _text_of(trajectories: Sequence[ReferenceTrajectory]) -> Range | None:
+    return next((Range(*trajectory.text) for trajectory in trajectories if trajectory.text), None)
 
 
 def decoder_answers(decoder: nn.Module, spec: DecoderSpec, rows: Sequence[int]) -> Arrays:

@@ -15,6 +15,7 @@ import numpy as np
 from elit_export.errors import InputError
 from elit_export.runtime.pipeline import Choices, Pipeline, Sample
 from elit_export.spec import Budget
+from elit_export.verify.subjects import subjects_of, text_of
 from elit_export.verify.timing import resident_bytes
 
 LEAST_SAMPLINGS = 10
@@ -52,7 +53,7 @@ def soak(pipeline: Pipeline, *, samplings: int, on_sampling: Callable[[Sample], 
     records: list[Record] = []
     started = time.perf_counter()
     for done, choices in enumerate(islice(short_samplings(pipeline.bank.covered), samplings), start=1):
-        on_sampling(pipeline.sample([done % pipeline.spec.num_classes], **choices))
+        on_sampling(pipeline.sample(subjects_of(pipeline.spec, [done], text_of(pipeline)), **choices))
         due = done >= warmup and (done - warmup) % every == 0
         if due and (resident := resident_bytes()) is not None:
             records.append((done, resident))

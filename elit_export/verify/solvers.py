@@ -7,10 +7,10 @@ The exact solution is Heun's with many steps from the same noise; errors are of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.verify.metrics import difference
 
@@ -36,13 +36,13 @@ class SolverError:
 
 
 def solver_errors(
-    pipeline: Pipeline, labels: Sequence[int], *, schedule: str, guidance: str, seed: int
+    pipeline: Pipeline, subjects: Subjects, *, schedule: str, guidance: str, seed: int
 ) -> Iterator[SolverError]:
     """Compare all samplers on the same noise."""
     exact = pipeline.sample(
-        labels, sampler="heun", steps=EXACT_STEPS, schedule=schedule, guidance=guidance, seed=seed
+        subjects, sampler="heun", steps=EXACT_STEPS, schedule=schedule, guidance=guidance, seed=seed
     ).latents
     for sampler, steps in COMPARED:
-        found = pipeline.sample(labels, sampler=sampler, steps=steps, schedule=schedule, guidance=guidance, seed=seed)
+        found = pipeline.sample(subjects, sampler=sampler, steps=steps, schedule=schedule, guidance=guidance, seed=seed)
         calls = SAMPLERS[sampler].calls(steps)
         yield SolverError(sampler, steps, calls, difference(found.latents, exact).sqnr_db)

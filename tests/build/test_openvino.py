@@ -59,7 +59,7 @@ def model() -> ElitSiT:
 @pytest.fixture(scope="module")
 def pool(model: ElitSiT) -> Arrays:
     """Rows that engines are given in earnest: int8 is good at these only."""
-    return trajectory_rows(torch_pipeline(model))
+    return trajectory_rows(torch_pipeline(model), None)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from elit_export.calibrate.cache import (
     calibrated,
     fitted,
     joined,
-    labels_of,
+    numbers_of,
     record,
     sampled_pairs,
 )
@@ -66,7 +66,7 @@ def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
     """Against the engines called by hand."""
     wanted = trajectories(pipeline, images=4, steps=(3,))
     found = joined(list(sampled_pairs(pipeline, wanted)))
-    labels = labels_of(range(4), pipeline.spec.num_classes)
+    labels = [number % pipeline.spec.num_classes for number in numbers_of(range(4))]
     states = [record.x for record in pipeline.steps(labels, steps=3, sampler="euler", seed=1)]
     start = pipeline.request(labels, steps=3, sampler="euler", seed=1).start
     signal = np.zeros((4, pipeline.spec.tokens, pipeline.spec.hidden_size), np.float32)
@@ -85,7 +85,7 @@ def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 4, 10])
 def test_what_is_held_out_has_every_label(classes: int) -> None:
-    labels = labels_of(range(64), classes)
+    labels = [number % classes for number in numbers_of(range(64))]
     assert set(labels[3::4]) == set(labels) == set(range(classes))
 
 

@@ -1,0 +1,247 @@
+"""A model that takes text through the whole toolchain: engines, trajectories, guidance, caches, what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from elit_export import Pipeline, compile_bundle
+from elit_export.bundle import Bundle
+from elit_export.checkpoint import save_checkpoint
+from elit_export.cli import main
+from elit_export.errors import InputError, ParityError, RecipeError
+from elit_export.recipe import Recipe, recipe_from_values
+from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.prompts import Embedded, Prompts
+from elit_export.spec import CACHE_GRAPHS, Range
+from elit_export.verify.reference import torch_pipeline
+from elit_export.verify.subjects import subjects_of
+from tests.conftest import recipe_values
+from tests.helpers import max_relative, tiny_spec
+from tests.text_models import text_model
+
+TEXT = {"min": 2, "opt": 5, "max": 9}
+RANGE = Range(2, 5, 9)
+
+
+def recipe_of(checkpoint: Path, **changes: Any) -> Recipe:
+    values: Any = recipe_values(checkpoint) | {"text": TEXT, "rows": {"min": 1, "opt": 2, "max": 8}}
+    values["targets"]["cpu"]["fused"] = True
+    values["targets"]["ov"] = {"backend": "openvino", "precision": "fp32", "threads": 1}
+    values["targets"]["rtx"] = {"backend": "tensorrt-rtx", "precision": "bf16", "compute_capabilities": ["8.9"]}
+    return recipe_from_values({name: value for name, value in (values | changes).items() if value is not None}, "test")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.safetensors"
+    save_checkpoint(path, text_model())
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundle(checkpoint: Path) -> Bundle:
+    """Do not change it: copy it first."""
+    return compile_bundle(recipe_of(checkpoint), "cpu", out=checkpoint.parent / "bundle")
+
+
+@pytest.fixture
+def pipeline(bundle: Bundle) -> Iterator[Pipeline]:
+    with Pipeline.load(bundle.folder) as loaded:
+        yield loaded
+
+
+def embedded(lengths: list[int], longest: int, *, seed: int = 0) -> Embedded:
+    text = np.random.default_rng(seed).standard_normal((len(lengths), longest, 24)).astype(np.float32)
+    return Embedded(text, (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64))
+
+
+PROMPTS = Prompts(embedded([5, 3, 7], 7), embedded([2, 4, 1], 4, seed=1))
+
+# ---------------------------------------------------------------- engines and trajectories
+
+
+def test_verify_passes(bundle: Bundle) -> None:
+    done = CliRunner().invoke(main, ["verify", str(bundle.folder)])
+    assert done.exit_code == 0, done.output
+    assert "mixed" in done.output
+    assert "fused" in done.output
+
+
+def test_cases_reach_the_ends_of_the_range_of_text(bundle: Bundle) -> None:
+    (plan_set,) = bundle.manifest.plan_sets
+    assert {case.text for case in plan_set.reference.cases} == {2, 5, 9}
+    assert all(facts.profile.text == RANGE for facts in plan_set.profiles)
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "plain": {"schedule": "0-1:1,2-3:full"},
+    "true cfg, both in a call": {"guidance": "cfg:3,norm", "time_grid": "shift:2.0"},
+    "a cheap weak branch with its own length": {"guidance": "ccfg:3@1,norm", "sampler": "heun"},
+    "autoguidance": {"guidance": "autoguidance:2@1"},
+    "cached": {"guidance": "ccfg:2@quarter", "cache": "static:every@2"},
+    "cached by time": {"cache": "static:time@0.2"},
+}
+
+
+@pytest.mark.parametrize("choice", list(CHOICES))
+def test_trajectories_equal_those_of_torch(pipeline: Pipeline, choice: str) -> None:
+    given: Any = {"steps": 4, "seed": 2} | CHOICES[choice]
+    found = pipeline.sample(PROMPTS, **given)
+    assert max_relative(found.latents, torch_pipeline(text_model()).sample(PROMPTS, **given).latents) <= 1e-4
+    assert found.labels == ()
+    assert "3 images in 4 steps" in found.summary()
+
+
+def test_a_prompt_gives_its_image_whatever_is_beside_it(pipeline: Pipeline) -> None:
+    """Nor does padding matter, of its own or of the negative text."""
+    given: Any = {"steps": 3, "guidance": "cfg:3,norm"}
+    together = pipeline.sample(PROMPTS, **given).latents
+    positive, negative = PROMPTS.positive, PROMPTS.negative
+    assert negative
+    alone = Prompts(
+        Embedded(positive.text[1:2, :3], positive.mask[1:2, :3]), Embedded(negative.text[1:2], negative.mask[1:2])
+    )
+    noise = pipeline.request(PROMPTS, **given).start[1:2]
+    np.testing.assert_allclose(
+        pipeline.sample(alone, noise=noise, **given).latents, together[1:2], rtol=1e-3, atol=1e-4
+    )
+
+
+def test_teacache_works_once_calibrated(bundle: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    done = CliRunner().invoke(main, ["calibrate", "cache", str(folder), "--images", "4", "--steps", "6"])
+    assert done.exit_code == 0, done.output
+    with Pipeline.load(folder) as pipeline:
+        prompts = subjects_of(pipeline.spec, range(3), RANGE)
+        sample = pipeline.sample(prompts, steps=6, cache="teacache:1e9", sampler="euler")
+    assert any(call.reused for call in sample.calls)
+
+
+def test_bench_counts_the_text(bundle: Bundle) -> None:
+    done = CliRunner().invoke(main, ["bench", str(bundle.folder), "--rows", "2", "--rounds", "1", "--no-sampling"])
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
+def test_openvino_misses_and_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """Its sines of the large angles that t in thousandths makes are less exact: 108 dB of the graph `time`."""
+    with pytest.raises(ParityError, match="misses 115 dB"):
+        compile_bundle(recipe_of(checkpoint), "ov", out=tmp_path / "bundle")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
+def test_tensorrt_for_rtx_builds_plans_that_are_not_run(checkpoint: Path, tmp_path: Path) -> None:
+    built = compile_bundle(recipe_of(checkpoint), "rtx", out=tmp_path / "bundle")
+    (plan_set,) = built.manifest.plan_sets
+    assert all(facts.parity.status == "not run" for facts in plan_set.profiles)
+    assert set(plan_set.cache) == set(CACHE_GRAPHS)
+
+
+# ---------------------------------------------------------------- guidance that keeps lengths
+
+
+def test_norm_gives_every_token_the_length_that_the_strong_branch_has() -> None:
+    generator = np.random.default_rng(0)
+    strong, weak = generator.standard_normal((2, 2, 3, 4, 6)).astype(np.float32)
+    guidance = Guidance.parse("cfg:4,norm", tiny_spec())
+    found, plain = (each.combined(strong, weak, patch=2) for each in (guidance, replace(guidance, norm=False)))
+    for row in range(2):
+        for top in range(0, 4, 2):
+            for left in range(0, 6, 2):
+                token = np.s_[row, :, top : top + 2, left : left + 2]
+                assert np.linalg.norm(found[token]) == pytest.approx(np.linalg.norm(strong[token]), rel=1e-6)
+                direction = plain[token] / np.linalg.norm(plain[token])
+                np.testing.assert_allclose(found[token] / np.linalg.norm(found[token]), direction, rtol=1e-6)
+
+
+def test_a_token_without_length_stays_nothing() -> None:
+    nothing = np.zeros((1, 1, 2, 2), np.float32)
+    assert not Guidance.parse("cfg:4,norm", tiny_spec()).combined(nothing, nothing, patch=2).any()
+
+
+@pytest.mark.parametrize("text", ["cfg:4,norm", "ccfg:2@1,norm", "autoguidance:2@1,norm", "cfg:4"])
+def test_guidance_reads_what_it_prints(text: str) -> None:
+    assert str(Guidance.parse(text, tiny_spec())) == text
+
+
+@pytest.mark.parametrize("text", ["cfg:4,length", "none,norm", "cfg:4,", "cfg:4,norm,norm"])
+def test_other_words_behind_the_scale_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="is none of"):
+        Guidance.parse(text, tiny_spec())
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def changed(**arrays: Any) -> Prompts:
+    return Prompts(replace(PROMPTS.positive, **arrays), PROMPTS.negative)
+
+
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "labels": ([0, 1], {}, r"this model takes prompts, not \[0, 1\]"),
+    "another width": (changed(text=np.zeros((3, 7, 23))), {}, r"text has shape \(3, 7, 23\), must be .*, 24\)"),
+    "no tokens": (changed(text=np.zeros((3, 0, 24))), {}, r"text has shape \(3, 0, 24\)"),
+    "a mask of another shape": (
+        changed(mask=np.ones((3, 6))),
+        {},
+        r"mask has shape \(3, 6\), the text \(3, 7\)",
+    ),
+    "a mask of other numbers": (changed(mask=np.full((3, 7), 2)), {}, r"mask must hold 1 .* and 0"),
+    "numbers that are none": (changed(text=np.full((3, 7, 24), np.nan)), {}, "not finite"),
+    "longer than the profile": (
+        Prompts(embedded([10], 10)),
+        {},
+        r"prompts of 10 tokens: profile full takes 2\.\.5\.\.9",
+    ),
+    "shorter than the profile": (Prompts(embedded([1], 1)), {}, "prompts of 1 tokens"),
+    "longer than any": (Prompts(embedded([1025], 1025)), {}, "1025 tokens, the model has positions for 1024"),
+    "fewer negative ones": (Prompts(embedded([5], 5), embedded([2, 3], 3)), {}, "1 prompts and 2 negative ones"),
+    "guidance away from nothing": (Prompts(embedded([5], 5)), {"guidance": "cfg:2"}, "negative prompts, and there are"),
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_what_the_model_cannot_take_is_refused(pipeline: Pipeline, what: str) -> None:
+    subjects, choices, told = REFUSED[what]
+    with pytest.raises(InputError, match=told):
+        pipeline.sample(subjects, steps=2, **choices)
+
+
+def test_a_model_of_classes_takes_no_prompts(tiny_bundle: Bundle) -> None:
+    with Pipeline.load(tiny_bundle.folder) as pipeline, pytest.raises(InputError, match="takes labels 0 to 3, not"):
+        pipeline.sample(PROMPTS, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "this model takes text; say how many tokens, e.g. text = "),
+        ({"min": 1, "opt": 2, "max": 1025}, r"text\.max is 1025, but the model has positions for 1024"),
+    ],
+)
+def test_a_recipe_must_say_how_long_text_is(checkpoint: Path, tmp_path: Path, text: Any, told: str) -> None:
+    with pytest.raises(RecipeError, match=told):
+        compile_bundle(recipe_of(checkpoint, text=text), "cpu", out=tmp_path / "bundle")
+
+
+def test_a_recipe_of_a_model_of_classes_says_nothing_of_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="this model takes classes: leave `text` out"):
+        compile_bundle(recipe_of(tiny_checkpoint), "cpu", out=tmp_path / "bundle")
+
+
+@pytest.mark.parametrize(
+    "command", [["calibrate", "samples", "{}", "--out", "s.npz"], ["bench", "{}", "--cache-sweep"]], ids=str
+)
+def test_what_is_made_for_classes_alone_says_so(bundle: Bundle, command: list[str]) -> None:
+    done = CliRunner().invoke(main, [word.format(bundle.folder) for word in command])
+    assert done.exit_code == 2
+    assert "works with models of classes only" in " ".join(done.output.split())
