@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,13 @@ OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, 
 IMAGE_CHANNELS = (1, 3)
 MOST_FACTOR = 64  # pixels along a latent; real ones have 8 to 32
 LARGEST = sys.float_info.max
+UNKNOWN = ("", "unknown")  # as `DataFacts.vae`, where nobody said what its scale and shift are
+SAME = 1e-6
+# AutoencoderTiny has none of the VAE that it stands in for: it decodes latents as the model makes them.
+KEEPS_SCALE = ("AutoencoderKL",)
+# What diffusers raises of files that it cannot read or that do not fit, and what of values that no model has.
+OF_FILES = (OSError, RuntimeError, ValueError)
+OF_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 # What the constructors of diffusers take where a configuration says nothing: files of old versions leave much out.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "AutoencoderKL": {
@@ -95,6 +103,18 @@ class DecoderFolder:
                 f"decoder: {self.path} decodes latents of {self.channels} channels, the model makes "
                 f"{spec.in_channels}; give the folder of the VAE that the model was trained with"
             )
+        if self.class_name in KEEPS_SCALE and data.vae not in UNKNOWN:
+            self._check_scale(data)
+
+    def _check_scale(self, data: DataFacts) -> None:
+        """A decoder would draw wrong pictures of latents in another scale, and nothing else would tell."""
+        for what, own, models in (("scale", self.scale, data.scale), ("shift", self.shift, data.shift)):
+            if not math.isclose(own, models, rel_tol=SAME, abs_tol=SAME):
+                raise RecipeError(
+                    f"decoder: {self.path} has the {what} {own:g}, the latents of this model ({data.vae}) have "
+                    f"{models:g}; give the folder of the VAE that the model was trained with, or if this is it, set "
+                    f"`model.data` to its numbers and save the checkpoint again"
+                )
 
 
 def read_decoder(folder: str | Path) -> DecoderFolder:
@@ -178,8 +198,10 @@ def _described(path: Path, name: str, config: _Config) -> DecoderFolder:
     if image_channels not in IMAGE_CHANNELS:
         raise CheckpointError(f"{config.path}: out_channels is {image_channels}: images have 1 or 3 channels")
     scale = config.number("scaling_factor")
-    if scale == 0:
-        raise CheckpointError(f"{config.path}: scaling_factor is 0; latents are divided by it")
+    if scale <= 0:
+        raise CheckpointError(
+            f"{config.path}: scaling_factor is {scale:g}, must be positive; latents are divided by it"
+        )
     factor = _factor(name, config)
     if factor > MOST_FACTOR:
         raise CheckpointError(f"{config.path}: a latent would be {factor} pixels wide, at most {MOST_FACTOR} are known")
@@ -228,7 +250,7 @@ def check_installed() -> None:
 def load_decoder(folder: DecoderFolder) -> VaeDecoder:
     """The module with its weights; raises CheckpointError if they are damaged or not those of the configuration."""
     decoder = VaeDecoder(_autoencoder(folder)).float().eval().requires_grad_(False)
-    with torch.inference_mode():
+    with _named(folder), torch.inference_mode():
         pixels = decoder(torch.zeros(1, folder.channels, 2, 2))
     wanted = (1, folder.image_channels, 2 * folder.factor, 2 * folder.factor)
     if pixels.shape != wanted:
@@ -243,19 +265,14 @@ def _autoencoder(folder: DecoderFolder) -> Any:
     check_installed()
     import diffusers  # seconds
 
-    try:
-        with _quiet():
-            made, found = getattr(diffusers, folder.class_name).from_pretrained(
-                folder.path,
-                local_files_only=True,
-                use_safetensors=True,
-                low_cpu_mem_usage=False,  # the other way needs one more library
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder.path}: diffusers cannot read it: {_said(error)}; copy the folder again"
-        ) from error
+    with _named(folder), _quiet():
+        made, found = getattr(diffusers, folder.class_name).from_pretrained(
+            folder.path,
+            local_files_only=True,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,  # the other way needs one more library
+            output_loading_info=True,
+        )
     wrong = [f"missing {key}" for key in sorted(found["missing_keys"]) if key.startswith(OWN_KEYS)]
     wrong += [f"unknown {key}" for key in sorted(found["unexpected_keys"]) if key.startswith(OWN_KEYS)]
     if wrong:
@@ -264,6 +281,22 @@ def _autoencoder(folder: DecoderFolder) -> Any:
             f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; copy the folder again"
         )
     return made
+
+
+@contextmanager
+def _named(folder: DecoderFolder) -> Iterator[None]:
+    """Raise CheckpointError for what diffusers raises of files that it cannot read and of values that no model has."""
+    try:
+        yield
+    except OF_FILES as error:
+        raise CheckpointError(
+            f"{folder.path}: diffusers cannot read it: {_said(error)}; copy the folder again"
+        ) from error
+    except OF_VALUES as error:
+        raise CheckpointError(
+            f"{folder.path / CONFIG}: diffusers makes no {folder.class_name} of it: {type(error).__name__}: "
+            f"{_said(error)}; copy the folder again"
+        ) from error
 
 
 def _said(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from elit_export.errors import InputError
 from elit_export.files import written_whole
 from elit_export.models.cost import flops_per_image
 from elit_export.recipe import shipped_recipe
-from elit_export.runtime.images import grid
+from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.spec import listed
 
@@ -46,6 +46,7 @@ class DemoRow:
     name: str
     guidance: str
     sample: Sample
+    images: Pixels
     flops_per_image: float
 
     @property
@@ -62,13 +63,13 @@ def build_demo(folder: Path, progress: Progress) -> Pipeline:
 
 
 def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pipeline:
-    """Open a bundle that is already built; raises InputError if its samples are no pictures."""
+    """Open a bundle that is already built; raises InputError if no pictures can be made of its samples."""
     pipeline = Pipeline.load(bundle, target=target, precision=precision)
-    if pipeline.data.kind != "pixels":
+    if not pipeline.makes_pictures:
         pipeline.close()
         raise InputError(
-            f"{bundle} samples latents of a VAE ({pipeline.data.vae or 'unknown'}), the demo draws pixels: "
-            f"elit-export sample {bundle}"
+            f"{bundle} samples latents of a VAE ({pipeline.data.vae or 'unknown'}) and has no decoder to draw them "
+            f"with: {DECODER_REMEDY}, or write them as they are: elit-export sample {bundle}"
         )
     return pipeline
 
@@ -97,10 +98,11 @@ def demo_rows(pipeline: Pipeline, ways: list[DemoWay]) -> Iterator[DemoRow]:
         sample = pipeline.sample(
             labels, steps=STEPS, sampler=SAMPLER, schedule=way.schedule, guidance=way.guidance, seed=SEED
         )
-        yield DemoRow(way.name, way.guidance, sample, flops_per_image(sample, pipeline.spec))
+        images = pipeline.decode(sample.latents)
+        yield DemoRow(way.name, way.guidance, sample, images, flops_per_image(sample, pipeline.spec))
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:
-    picture = grid([row.sample.images for row in rows], zoom=ZOOM)
+    picture = grid([row.images for row in rows], zoom=zoom_of(rows[0].images, ZOOM))
     with written_whole(path) as temporary:
         picture.save(temporary, optimize=True)

@@ -77,11 +77,13 @@ class Keys:
         is_program = BACKENDS[self.chosen.backend].reads == "program"
         most_rows = self.recipe.decoder.rows.max if self.recipe.decoder and is_program else None
         libraries = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
-        return key_of(sha256, str(spec), most_rows, code("decoder.py", "spec.py", "graphs"), libraries)
+        source = code("decoder.py", "compile_decoder.py", "spec.py", "graphs")
+        return key_of(sha256, str(spec), most_rows, source, libraries)
 
     def decoder_answers(self, sha256: str, spec: DecoderSpec, rows: tuple[int, ...]) -> str:
         libraries = versions_of(("torch", DECODER_LIBRARY))
-        return key_of(sha256, str(spec), rows, code("decoder.py", "spec.py", "verify"), libraries)
+        source = code("decoder.py", "compile_decoder.py", "spec.py", "verify")
+        return key_of(sha256, str(spec), rows, source, libraries)
 
     def plan(self, name: str, graph: Graph, profiles: tuple[Profile, ...]) -> str:
         made_by = BACKENDS[self.chosen.backend].builder().made_by(self.chosen)

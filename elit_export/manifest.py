@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
 
 from elit_export.samples import SampleFacts
 from elit_export.spec import (
@@ -26,7 +26,13 @@ from elit_export.spec import (
 SCHEMA = 5
 KINDS = ("graphs", "plans", "reference")
 
+
+def _ordered(corners: tuple[int, int, int]) -> tuple[int, int, int]:
+    return Range(*corners).corners()
+
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Corners = Annotated[tuple[int, int, int], AfterValidator(_ordered)]  # (min, opt, max) of a Range
 
 
 class _Facts(BaseModel):
@@ -126,9 +132,9 @@ class Plan(_Facts):
 
 class ProfileFacts(_Facts):
     name: str
-    latents: tuple[int, int, int]
-    rows: tuple[int, int, int]
-    text: tuple[int, int, int] | None = None
+    latents: Corners
+    rows: Corners
+    text: Corners | None = None
     plan: Plan
     parity: Parity
 
@@ -152,11 +158,11 @@ class DecoderFacts(_Facts):
     sha256: str
     channels: int = Field(ge=1)
     image_channels: int = Field(ge=1)
-    scale: FiniteFloat
+    scale: float = Field(gt=0, allow_inf_nan=False)
     shift: FiniteFloat
     factor: int = Field(ge=1)
     side: int = Field(ge=1)
-    rows: tuple[int, int, int]
+    rows: Corners
     plan: Plan
     parity: Parity
     answers: DecoderAnswers
@@ -203,6 +209,12 @@ class PlanSet(_Facts):
         every += [self.fused] if self.fused else []
         every += [self.decoder.plan] if self.decoder else []
         return tuple({plan.artifact.name: plan for plan in every}.values())
+
+    @property
+    def model_bytes(self) -> int:
+        """What the plans take on disk, without that of the decoder, which is no part of the model."""
+        of_decoder = self.decoder.plan.artifact.size_bytes if self.decoder else 0
+        return sum(plan.artifact.size_bytes for plan in self.plans) - of_decoder
 
     @property
     def parities(self) -> tuple[Parity, ...]:

@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 
 from elit_export import ElitExportError, Pipeline
-from elit_export.runtime.images import grid
+from elit_export.runtime.images import grid, zoom_of
 
 IMAGES = 4
 PREVIEW_EVERY = 5
@@ -28,7 +28,7 @@ def paint(bundle: Path, out: Path, steps: int) -> None:
                 for done, record in enumerate(records, start=1):
                     say(f"step {done} of {steps} at budget {record.budget}")
                     if done % PREVIEW_EVERY == 0 or done == steps:
-                        grid([pipeline.decode(record.x)], zoom=4).save(partial)
+                        grid([images := pipeline.decode(record.x)], zoom=zoom_of(images, 4)).save(partial)
                         partial.replace(preview)  # whole or not at all
         finally:
             partial.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from elit_export.decoder import DEFAULTS, WEIGHTS, check_installed, load_decoder, read_decoder
 from elit_export.errors import BackendUnavailable, CheckpointError, RecipeError
-from elit_export.spec import PIXELS, SD_VAE
+from elit_export.spec import PIXELS, SD_VAE, DataFacts
 from tests.helpers import tiny_spec
 from tests.vae import MAKERS, load_vae, save_vae
 
@@ -181,7 +181,8 @@ def test_pickled_weights_are_refused_with_the_reason(kl4: Path) -> None:
         ("scaling_factor", float("inf"), "scaling_factor is inf, must be a finite number"),
         ("scaling_factor", 10**400, r"scaling_factor is 10+, must be a finite number"),
         ("scaling_factor", None, "scaling_factor is None, must be a finite number"),
-        ("scaling_factor", 0, "scaling_factor is 0; latents are divided by it"),
+        ("scaling_factor", 0, "scaling_factor is 0, must be positive; latents are divided by it"),
+        ("scaling_factor", -0.18215, "scaling_factor is -0.18215, must be positive; latents are divided by it"),
         ("shift_factor", "0.1", "shift_factor is '0.1', must be a finite number"),
         ("latent_channels", True, "latent_channels is True, must be a whole number"),
         ("latent_channels", 0, "latent_channels is 0, must be a whole number of at least 1"),
@@ -254,11 +255,48 @@ def test_a_configuration_of_no_model_is_refused(kl4: Path, change: dict[str, Any
         load_decoder(read_decoder(kl4))
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"norm_num_groups": 0}, "ZeroDivisionError: "),
+        ({"block_out_channels": [8, 0]}, "ZeroDivisionError: "),
+        ({"act_fn": 3}, "AttributeError: 'int' object has no attribute 'lower'"),
+        ({"act_fn": None}, "AttributeError: 'NoneType' object has no attribute 'lower'"),
+        ({"norm_num_groups": True}, "TypeError: "),  # found at the first call
+    ],
+)
+def test_what_the_constructor_raises_is_told_with_the_file(kl4: Path, change: dict[str, Any], told: str) -> None:
+    change_config(kl4, lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match=rf"config\.json: diffusers makes no AutoencoderKL of it: {told}.*copy"):
+        load_decoder(read_decoder(kl4))
+
+
 def test_another_number_of_channels_than_the_model_is_refused(folders: dict[str, Path]) -> None:
     told = r"kl16 decodes latents of 16 channels, the model makes 4; give the folder of the VAE that the model"
     with pytest.raises(RecipeError, match=told):
         read_decoder(folders["kl16"]).check_fits(tiny_spec(in_channels=4), SD_VAE)
     read_decoder(folders["kl4"]).check_fits(tiny_spec(in_channels=4), SD_VAE)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"scaling_factor": 0.13025}, r"has the scale 0\.13025, the latents of this model \(.*ema\) have 0\.18215"),
+        ({"shift_factor": 0.25}, r"has the shift 0\.25, the latents of this model \(.*ema\) have 0"),
+    ],
+)
+def test_another_scale_than_the_model_is_refused(kl4: Path, change: dict[str, Any], told: str) -> None:
+    """It would decode, into wrong pictures."""
+    change_config(kl4, lambda config: config.update(change))
+    folder, spec = read_decoder(kl4), tiny_spec(in_channels=4)
+    with pytest.raises(RecipeError, match=rf"kl4 {told}; give the folder of the VAE .* set `model\.data`"):
+        folder.check_fits(spec, SD_VAE)
+    for nobody_said in ("unknown", ""):
+        folder.check_fits(spec, DataFacts(kind="vae", vae=nobody_said))
+
+
+def test_a_tiny_decoder_has_a_scale_of_its_own(folders: dict[str, Path]) -> None:
+    read_decoder(folders["tiny4"]).check_fits(tiny_spec(in_channels=4), SD_VAE)
 
 
 def test_a_model_of_pixels_needs_none(folders: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from typing import TextIO
 
@@ -54,6 +55,18 @@ def test_it_draws_a_picture_and_tells_every_step(tiny_bundle: Bundle, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > picture.height > 8
+
+
+def test_large_pictures_are_not_made_larger(
+    tmp_path: Path, tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    app = import_module("app")
+    large = np.zeros((3, 512, 512, 3), np.uint8)
+    monkeypatch.setattr(Pipeline, "decode", lambda _pipeline, _latents: large)
+    app.paint(tiny_bundle.folder, tmp_path / "a.png", 2)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size == (3 * (512 + 2) + 2, 512 + 2 + 2)
 
 
 def test_ctrl_c_stops_it_and_keeps_the_last_preview(tiny_bundle: Bundle, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from elit_export.recipe import (
 from elit_export.spec import Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
 
+ROOT = Path(__file__).parent.parent
 RECIPE = """
 name = "mine"
 checkpoint = "weights/model.safetensors"
@@ -178,6 +179,20 @@ def test_a_decoder_is_relative_to_the_recipe_and_has_defaults(tmp_path: Path) ->
     assert decoder.folder == str(tmp_path / "vae")
     assert (decoder.tile, decoder.rows.value()) == (64, Range(1, 1, 4))
     assert loaded(tmp_path).decoder is None
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_what_readme_downloads_is_what_a_shipped_recipe_reads(size: int, tmp_path: Path) -> None:
+    """Typed where the repository lies, with the recipe's own lines taken in."""
+    (told,) = re.findall(r"^hf download .*sd-vae-ft-ema --local-dir (\S+)$", (ROOT / "README.md").read_text(), re.M)
+    recipe = (ROOT / "engines" / f"elit-sit-xl-2-{size}.toml").read_text()
+    assert f"--local-dir {told})" in recipe
+    path = tmp_path / "engines" / "recipe.toml"
+    path.parent.mkdir()
+    path.write_text(re.sub(r"^# (\[decoder\]|folder = )", r"\1", recipe, flags=re.M))
+    decoder = load_recipe(path).decoder
+    assert decoder
+    assert Path(decoder.folder) == tmp_path / told
 
 
 @pytest.mark.parametrize(

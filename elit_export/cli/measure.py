@@ -180,9 +180,10 @@ def bench_engines(
     from elit_export.verify import bench
     from elit_export.verify.memory import bank_memory
 
-    draw = drawer(plot)
+    draw, decoder = drawer(plot), plan_set.decoder
+    stages = (5 if sampling else 3) + (1 if decoder else 0)
     with progress_bar() as progress:
-        task = progress.add_task("", total=len(bench.measured_budgets(pipeline)) + (5 if sampling else 3))
+        task = progress.add_task("", total=len(bench.measured_budgets(pipeline)) + stages)
 
         def on_stage(stage: str) -> None:
             progress.update(task, description=stage, advance=1)
@@ -193,7 +194,8 @@ def bench_engines(
             rows=rows,
             rounds=rounds,
             sampling=sampling,
-            plan_bytes=sum(plan.artifact.size_bytes for plan in plan_set.plans),
+            plan_bytes=plan_set.model_bytes,
+            decoder_bytes=decoder.plan.artifact.size_bytes if decoder else None,
             memory=partial(bank_memory, bundle.folder, plan_set),
             on_stage=on_stage,
         )

@@ -25,13 +25,11 @@ from elit_export.doctor import TOOLS
 from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
 from elit_export.report.tables import table
-from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid
+from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import DataFacts, ModelSpec
-
-LARGE_PIXELS = 128
 
 
 @click.command()
@@ -139,7 +137,7 @@ def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: 
 
 def save_grid(images: Pixels, path: Path) -> None:
     """Ten to a row; small ones twice as large."""
-    zoom = 2 if images.shape[1] < LARGE_PIXELS else 1
+    zoom = zoom_of(images, 2)
     with written_whole(path) as temporary:
         grid([images[i : i + 10] for i in range(0, len(images), 10)], zoom=zoom).save(temporary)
 

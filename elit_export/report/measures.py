@@ -63,6 +63,9 @@ def _bench_notes(result: BenchResult) -> Iterator[str]:
         yield f"all engines hold {size(result.bank_bytes)}, {result.bank_memory_ratio:.2f} of one"
     if result.resident_bytes is not None:
         yield f"the whole process holds {size(result.resident_bytes)}"
+    if decode := result.decode:
+        yield f"decoding {decode.images} at once takes {decode.ms_per_image:.1f} ms per image"
+        yield f"the plan of the decoder takes {size(decode.plan_bytes)} on disk more"
 
 
 def _budget_cells(budget: BudgetResult, others: Sequence[str]) -> tuple[str, ...]:

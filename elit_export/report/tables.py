@@ -182,4 +182,5 @@ def _parity_row(comparison: Comparison) -> tuple[str, ...]:
 def _margin(comparison: Comparison) -> str:
     if comparison.met:
         return f"{comparison.margin_db:+.1f}"
-    return f"MISSES by {-comparison.margin_db:.1f}" + (", accepted" if comparison.passed else "")
+    by = f"by {-comparison.margin_db:.1f}" if comparison.margin_db < 0 else f"{comparison.most_relative:.0e} relative"
+    return f"MISSES {by}" + (", accepted" if comparison.passed else "")

@@ -67,16 +67,19 @@ class Decoder:
 
     def _on_rows(self, z: Float32) -> Float32:  # (M, C, s, s) → (M, C, s·f, s·f)
         """As many squares as there are, in calls that the engine takes."""
-        return np.concatenate(
-            [self._call(z[start : start + self.rows.max]) for start in range(0, len(z), self.rows.max)]
-        )
+        pixels = self.spec.side * self.spec.factor
+        squares = np.empty((len(z), self.spec.image_channels, pixels, pixels), np.float32)
+        for start in range(0, len(z), self.rows.max):
+            part = slice(start, start + self.rows.max)
+            squares[part] = self._call(z[part])
+        return squares
 
     def _call(self, z: Float32) -> Float32:
         missing = max(self.rows.min - len(z), 0)
         return self.run(np.pad(z, ((0, missing), (0, 0), (0, 0), (0, 0)), mode="edge"))[: len(z)]
 
     def _tiled(self, z: Float32) -> Float32:  # (C, H, W) → (C, H·f, W·f)
-        """One image; beside it, two rows of tiles are held."""
+        """One image; beside it, two rows of tiles and what one call gives are held."""
         side, factor = self.spec.side, self.spec.factor
         _, height, width = z.shape
         image = np.empty((self.spec.image_channels, height * factor, width * factor), np.float32)

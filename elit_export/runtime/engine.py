@@ -12,6 +12,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from elit_export.errors import EngineError
+
 HostArray = npt.NDArray[Any]
 HOST_OUTPUTS = ("velocity", "distance", "embedding", "computed", "pixels")
 
@@ -65,6 +67,26 @@ class HostOutput:
 
     def numpy(self) -> HostArray:
         return self._values
+
+
+class LateEngine(Engine):
+    """An engine that its first call opens, with whatever that raises; if it fails, the next call tries again."""
+
+    def __init__(self, opener: Callable[[], Engine]) -> None:
+        self._opener = opener
+        self._opened: Engine | None = None
+        self._closed = False
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        if self._closed:
+            raise EngineError("this engine is closed")
+        self._opened = self._opened or self._opener()
+        return self._opened(inputs)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._opened:
+            self._opened.close()
 
 
 class FunctionEngine(Engine):

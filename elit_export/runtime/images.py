@@ -16,6 +16,7 @@ from elit_export.errors import InputError
 from elit_export.spec import DataFacts
 
 Pixels = npt.NDArray[np.uint8]
+LARGE_PIXELS = 128  # pictures of so many a side are not made larger
 DECODER_REMEDY = "name its folder in the recipe ([decoder] folder = …) and build again"
 
 
@@ -23,9 +24,9 @@ def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (
     """Pixels of a pixel model; raises InputError for latents of a VAE."""
     if data.kind != "pixels":
         raise InputError(
-            f"these samples are latents of a VAE ({data.vae or 'unknown'}): a decoder makes pictures of them; "
-            f"{DECODER_REMEDY}, then use pipeline.decode; or save them as .npz "
-            f"and feed a decoder with latents / {data.scale:g} + {data.shift:g}"
+            f"these samples are latents of a VAE ({data.vae or 'unknown'}), of which a decoder makes pictures: where "
+            f"the bundle has one, pipeline.decode(sample.latents); where it has none, {DECODER_REMEDY}, or save them "
+            f"as .npz and feed a decoder with latents / {data.scale:g} + {data.shift:g}"
         )
     if samples.shape[1] not in (1, 3):
         raise InputError(f"samples of {samples.shape[1]} channels are no pictures; save them as .npz")
@@ -35,6 +36,11 @@ def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (
 def to_bytes(values: npt.NDArray[Any], *, low: float, high: float) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
     share = (values - low) / (high - low)
     return (share.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def zoom_of(images: Pixels, small: int) -> int:
+    """`small` for small pictures, 1 for large ones."""
+    return small if images.shape[1] < LARGE_PIXELS else 1
 
 
 def grid(rows: Sequence[Pixels], *, gap: int = 2, zoom: int = 1) -> Image.Image:

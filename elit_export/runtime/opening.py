@@ -10,15 +10,14 @@ from pathlib import Path
 from elit_export.backends import BACKENDS, Backend
 from elit_export.bundle import Bundle
 from elit_export.errors import BackendUnavailable, BundleError, InputError
-from elit_export.manifest import PlanSet, described
+from elit_export.manifest import Plan, PlanSet, described
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import Fit
 from elit_export.runtime.decoding import Decoder
-from elit_export.runtime.engine import Engine
-from elit_export.spec import FUSED, Budget, Range
+from elit_export.runtime.engine import Engine, LateEngine
+from elit_export.spec import DECODE, FUSED, Budget, Range
 
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
-DECODER = "decoder/"  # nor this
 
 
 def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
@@ -88,17 +87,28 @@ def check_verified(plan_set: PlanSet, folder: Path) -> None:
 
 
 def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
-    """Verify and open the plans of one set, each once."""
+    """Verify and open the plans of one set, each once; that of a decoder is opened when it is first called."""
     engines = _backend_of(plan_set).engines()
     plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
     cache = {name: bundle.verified(plan.artifact) / plan.file for name, plan in plan_set.cache.items()}
     named = {**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}
-    if decoder := plan_set.decoder:
-        named[DECODER] = bundle.verified(decoder.plan.artifact) / decoder.plan.file
+    decoder = _late_decoder(bundle, plan_set)
     opened = engines.open_engines(named, plan_set)
     slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
     caching = {name: opened[f"{CACHE}{name}"] for name in cache}
-    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching, opened.get(DECODER))
+    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching, decoder)
+
+
+def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
+    """Verified now and opened when needed: it takes more memory than a step, and much sampling never decodes.
+
+    By itself, for it shares no arrays with the others; on a GPU it has a stream and activation memory of its own.
+    """
+    facts = plan_set.decoder
+    if facts is None:
+        return None
+    bundle.verified(facts.plan.artifact)
+    return LateEngine(lambda: _opened_alone(bundle, plan_set, DECODE, facts.plan))
 
 
 def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
@@ -110,8 +120,12 @@ def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
 def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
     """The engine of the graph `fused`, which the plan set must have."""
     assert plan_set.fused
-    path = bundle.verified(plan_set.fused.artifact) / plan_set.fused.file
-    engine: Engine = _backend_of(plan_set).engines().open_engines({FUSED: path}, plan_set)[FUSED]
+    return _opened_alone(bundle, plan_set, FUSED, plan_set.fused)
+
+
+def _opened_alone(bundle: Bundle, plan_set: PlanSet, name: str, plan: Plan) -> Engine:
+    path = bundle.verified(plan.artifact) / plan.file
+    engine: Engine = _backend_of(plan_set).engines().open_engines({name: path}, plan_set)[name]
     return engine
 
 

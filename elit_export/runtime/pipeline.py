@@ -168,7 +168,10 @@ class Pipeline:
         return self.data.kind == "pixels" or self._decoder is not None
 
     def decode(self, latents: npt.ArrayLike) -> Pixels:  # (B, C, H, W) → (B, height, width, channels)
-        """Pictures of samples, of a pixel model or by the decoder of the VAE; raises InputError or EngineError."""
+        """Pictures of samples, of a pixel model or by the decoder of the VAE, which the first call opens.
+
+        Raises InputError, EngineError, or BundleError if the decoder's plan was altered since the bundle was loaded.
+        """
         values = _finite_array(latents, "latents")
         if values.shape[1:] != self.spec.sample_shape or not len(values):
             raise InputError(f"latents have shape {values.shape}, this model's are (images, *{self.spec.sample_shape})")

@@ -183,7 +183,7 @@ def _row(
         recipe=recipe_of(plan_set),
         parity_db=parity_db(plan_set),
         accepted_miss=competitor.accepted_miss,
-        plan_bytes=sum(plan.artifact.size_bytes for plan in plan_set.plans),
+        plan_bytes=plan_set.model_bytes,
         held_bytes=competitor.held_bytes,
         times={budget: time_of(budget) for budget in budgets},
     )

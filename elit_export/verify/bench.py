@@ -28,6 +28,7 @@ Budgets = Mapping[str, Budget]  # by the name that a schedule takes, largest fir
 ENGINE = "engine"
 GUIDANCE = "cfg:2"
 FAST = Choices(steps=14, sampler="ab3", guidance=GUIDANCE)  # 15 calls
+DECODE_ROUNDS = 3
 FINE_STEPS = 100  # Heun's, of the solution that ways to sample are compared with
 
 
@@ -75,14 +76,23 @@ class SamplingResult:
 
 
 @dataclass(frozen=True)
+class DecodeResult:
+    """Pictures of `images` latents at once by the decoder, and what its plan takes on disk."""
+
+    images: int
+    ms_per_image: float
+    plan_bytes: int
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """All of a bench.
 
     `switching` is the time of alternating the first and the last budget over that of running each by itself.
     `bank_bytes` is what the whole bank holds, `bank_memory_ratio` that over what one engine of it does, `plan_bytes`
-    what its plans take on disk. `resident_bytes` is the whole
-    process at the end, with its libraries and whatever ran beside the engines. Both are None where the system
-    does not tell.
+    what its plans take on disk. `resident_bytes` is the whole process at the end, with its libraries and whatever ran
+    beside the engines. Both are None where the system does not tell. None of these counts a decoder, which is measured
+    by itself; `decode` is None where there is none.
     """
 
     rows: int
@@ -94,6 +104,7 @@ class BenchResult:
     bank_bytes: int | None
     bank_memory_ratio: float | None
     resident_bytes: int | None
+    decode: DecodeResult | None
 
 
 def bench(
@@ -104,11 +115,13 @@ def bench(
     rounds: int,
     sampling: bool,
     plan_bytes: int,
+    decoder_bytes: int | None,
     memory: Callable[[], BankMemory | None],
     on_stage: Callable[[str], None],
 ) -> BenchResult:
     """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine.
 
+    `decoder_bytes` is what the plan of a decoder takes on disk, None where there is none.
     Raises InputError before measuring if the profiles do not take the rows.
     """
     budgets = measured_budgets(pipeline)
@@ -136,6 +149,11 @@ def bench(
             replace(result, sample_sqnr_db=budget_error(pipeline, result, subjects, exact)) for result in results
         ]
         samplings = list(sampling_results(pipeline, budgets, subjects, exact))
+    resident = resident_bytes()
+    decode = None
+    if decoder_bytes is not None:
+        on_stage("decoder")
+        decode = DecodeResult(len(subjects), decode_ms(pipeline, len(subjects)), decoder_bytes)
     return BenchResult(
         rows=rows,
         peak_gflops=peak,
@@ -145,7 +163,8 @@ def bench(
         plan_bytes=plan_bytes,
         bank_bytes=held.whole_bytes if held else None,
         bank_memory_ratio=held.ratio if held else None,
-        resident_bytes=resident_bytes(),
+        resident_bytes=resident,
+        decode=decode,
     )
 
 
@@ -236,6 +255,16 @@ def bench_inputs(pipeline: Pipeline, budget: Budget, rows: int) -> Inputs:
         **conditioning_rows(spec, rows, tokens_of(pipeline), generator),
         LATENTS: np.arange(budget.kept),
     }
+
+
+# ---------------------------------------------------------------- decoder
+
+
+def decode_ms(pipeline: Pipeline, images: int) -> float:
+    """Per image; a few rounds, because a decoder may take longer than all steps of a sampling."""
+    latents = np.random.default_rng(0).standard_normal((images, *pipeline.spec.sample_shape))
+    timing = timed_in_turn({"": lambda: pipeline.decode(latents)}, rounds=DECODE_ROUNDS, warmup=1)[""]
+    return timing.median_ms / images
 
 
 # ---------------------------------------------------------------- switching

@@ -127,8 +127,12 @@ def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> 
 
 
 def decoder_rows(rows: Range) -> tuple[int, ...]:
-    """Least and most usual rows; not the most, because pictures are large."""
-    return tuple(sorted({rows.min, rows.opt}))
+    """Least and most usual rows, or one more where these are the same: what mixes up images shows in no single one.
+
+    Not the most, because pictures are large.
+    """
+    second = rows.opt if rows.opt > rows.min else min(rows.min + 1, rows.max)
+    return tuple(sorted({rows.min, second}))
 
 
 def decoder_inputs(rows: int, spec: DecoderSpec) -> Arrays:

@@ -16,10 +16,14 @@ class Tolerance:
 
 
 CACHE_DB = 115.0  # of the graphs of the cache, which are fp32 in every plan set
-# Of the decoder of a VAE, which is fp32 in every plan set: it may differ from diffusers by 1e-4 of the largest value,
-# which 100 dB (1e-5 root mean square) leave room for. Measured with random weights: 110 dB, 3.5e-6 of the largest value
-# (shape of the SD-VAE, 32 × 32 latents), 126 dB and more (small decoders, ONNX Runtime and OpenVINO).
-DECODE_DB = 100.0
+# Of the decoder of a VAE, which is fp32 in every plan set: no pixel may differ from diffusers by more than
+# DECODE_RELATIVE of the largest value, nor all of them together by more than DECODE_DB. Neither holds the other: one
+# pixel of 512 × 512 that is off by 2e-3 of the largest value leaves 110 dB, and 1e-4 at every pixel is at most 80 dB.
+# Measured with random weights of the SD-VAE's shape (benchmarks/decoder.py, ONNX Runtime): 109.7 dB and 3.5e-6 of the
+# largest value for 32 × 32 latents, 93.6 dB and 2.5e-5 for 64 × 64, where sums are longer; 126 dB and more for small
+# decoders, in ONNX Runtime and OpenVINO.
+DECODE_DB = 85.0
+DECODE_RELATIVE = 1e-4
 TOLERANCES = {
     # fp32 engines differ from PyTorch by the order of sums only; 115 dB is a relative error of 1.8e-6.
     # Measured at the corners of every profile: 122 dB (shipped model), 124 dB (B/2 shape), 121 dB (XL/2 shape, at

@@ -176,7 +176,8 @@ def test_demo_refuses_a_bundle_without_named_budgets(tiny_bundle: Bundle, tmp_pa
 def test_demo_refuses_latents(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
     folder = golden_g4_bundle.folder
     said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
-    assert f"the demo draws pixels: elit-export sample {folder}" in said
+    assert "has no decoder to draw them with: name its folder in the recipe ([decoder] folder = …)" in said
+    assert f"elit-export sample {folder}" in said
     assert not (tmp_path / "drawn").exists()
 
 

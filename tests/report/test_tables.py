@@ -12,7 +12,7 @@ from elit_export.models.cost import flops
 from elit_export.models.features import Floor
 from elit_export.report.measures import bench_tables, quality_table
 from elit_export.spec import Budget
-from elit_export.verify.bench import ENGINE, BenchResult, budget_results
+from elit_export.verify.bench import ENGINE, BenchResult, DecodeResult, budget_results
 from elit_export.verify.quality import Estimate, QualityResult, QualityRow
 from elit_export.verify.timing import Timing
 from tests.helpers import tiny_spec
@@ -37,6 +37,7 @@ def result_of(budgets: dict[str, Budget]) -> BenchResult:
         bank_bytes=2_000_000,
         bank_memory_ratio=1.25,
         resident_bytes=3_000_000,
+        decode=None,
     )
 
 
@@ -63,6 +64,9 @@ def test_the_caption_tells_the_memory_where_it_is_known() -> None:
     assert told in printed(known)
     (unknown,) = bench_tables(replace(result, bank_bytes=None, bank_memory_ratio=None, resident_bytes=None))
     assert "hold" not in printed(unknown)
+    assert "decod" not in printed(known)
+    (decoding,) = bench_tables(replace(result, decode=DecodeResult(images=2, ms_per_image=12.34, plan_bytes=5_000)))
+    assert "decoding 2 at once takes 12.3 ms per image; the plan of the decoder takes 5 kB on disk" in printed(decoding)
 
 
 def quality_of(**changes: Any) -> QualityResult:

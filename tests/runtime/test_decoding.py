@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import time
+import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import torch
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.decoding import Decoder, Float32, tile_starts
-from elit_export.runtime.engine import FunctionEngine
+from elit_export.runtime.engine import FunctionEngine, LateEngine
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import PIXELS, SD_VAE, DataFacts, DecoderSpec, Precision, Profile, Range
 from tests.helpers import max_relative, tiny_spec
@@ -126,6 +129,25 @@ def test_tiles_of_one_row_share_calls_and_images_do_not() -> None:
     run = Watched()
     Decoder(run, spec(8), Range(1, 1, 2))(latents_of(2, 4, 8, 20))
     assert run.rows == [2, 1, 2, 1]
+
+
+def test_tiles_hold_two_rows_and_one_call_beside_the_image() -> None:
+    side, factor, length = 8, 8, 86  # 14 tiles to a row
+    row_bytes = len(tile_starts(length, side)) * 3 * (side * factor) ** 2 * 4
+    given = np.zeros((1, 3, side * factor, side * factor), np.float32)
+
+    def run(z: Float32) -> Float32:
+        return given.copy()
+
+    decoder = Decoder(run, spec(side, factor=factor), Range(1, 1, 1))
+    latents = latents_of(1, 4, length, length).astype(np.float32)
+    tracemalloc.start()
+    try:
+        image = decoder._tiled(latents[0])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - image.nbytes < 2.5 * row_bytes
 
 
 def test_what_the_engine_returned_is_not_written() -> None:
@@ -283,6 +305,72 @@ def test_pixels_that_are_not_finite_are_an_error() -> None:
     pipeline = pipeline_of(lambda z: repeated(z) * np.float32(np.nan))
     with pytest.raises(EngineError, match="the graph `decode` gave pixels that are not finite"):
         pipeline.decode(np.ones((1, 4, 8, 8)))
+
+
+def test_samples_say_how_to_get_pictures_with_and_without_a_decoder() -> None:
+    for pipeline in (pipeline_of(), pipeline_of(decodes=False)):
+        told = r"has one, pipeline\.decode\(sample\.latents\); where it has none, name its folder in the recipe"
+        with pytest.raises(InputError, match=told):
+            _ = pipeline.sample([0], steps=3).images
+
+
+class Opened(FunctionEngine):
+    """Counts how often it is closed."""
+
+    closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_a_late_engine_is_opened_by_its_first_call_and_closed_once() -> None:
+    made: list[Opened] = []
+
+    def opener() -> Opened:
+        made.append(Opened(lambda inputs: {"pixels": inputs["z"]}))
+        return made[-1]
+
+    engine = LateEngine(opener)
+    assert not made
+    for _ in range(2):
+        assert engine({"z": np.ones(3)})["pixels"].shape == (3,)
+    engine.close()
+    assert [one.closed for one in made] == [1]
+    with pytest.raises(EngineError, match="this engine is closed"):
+        engine({"z": np.ones(3)})
+    unused = LateEngine(opener)
+    unused.close()
+    with pytest.raises(EngineError, match="this engine is closed"):
+        unused({"z": np.ones(3)})
+    assert len(made) == 1
+
+
+def test_a_late_engine_that_fails_to_open_tries_again() -> None:
+    failures = [EngineError("no memory")]
+
+    def opener() -> FunctionEngine:
+        if failures:
+            raise failures.pop()
+        return FunctionEngine(lambda inputs: {"pixels": inputs["z"]})
+
+    engine = LateEngine(opener)
+    with pytest.raises(EngineError, match="no memory"):
+        engine({"z": np.ones(3)})
+    assert engine({"z": np.ones(3)})["pixels"].shape == (3,)
+
+
+def test_threads_that_decode_at_once_open_one_engine() -> None:
+    made: list[int] = []
+
+    def opener() -> FunctionEngine:
+        made.append(1)
+        time.sleep(0.05)
+        return FunctionEngine(lambda inputs: {"pixels": inputs["z"]})
+
+    bank = EngineBank([], tiny_spec().budgets, Precision.FP32, decoder=LateEngine(opener))
+    with bank, ThreadPoolExecutor(4) as threads:
+        list(threads.map(bank.decode, [np.ones((1, 4, 8, 8), np.float32)] * 8))
+    assert len(made) == 1
 
 
 def test_a_closed_pipeline_closes_its_decoder() -> None:

@@ -61,6 +61,7 @@ def bench_of(pipeline: Pipeline, *, rows: int, sampling: bool, on_stage: Callabl
         rounds=1,
         sampling=sampling,
         plan_bytes=1,
+        decoder_bytes=None,
         memory=lambda: None,
         on_stage=on_stage,
     )
@@ -78,6 +79,7 @@ def whole(tiny_bundle: Bundle) -> BenchResult:
             rounds=3,
             sampling=True,
             plan_bytes=7,
+            decoder_bytes=None,
             memory=lambda: BankMemory(whole_bytes=210, one_bytes=200),
             on_stage=ignore,
         )

@@ -11,6 +11,7 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import Precision, Profile, Range, default_profiles
 from elit_export.verify.cases import (
     case_inputs,
+    decoder_rows,
     reference_cases,
     reference_trajectories,
     trajectory_profiles,
@@ -63,6 +64,14 @@ def test_cases_are_the_corners_each_once(latents: Range, rows: Range, expected: 
     profiles = [Profile("a", latents, rows), Profile("b", latents, rows)]
     cases = [(case.profile, case.kept, case.rows) for case in reference_cases(profiles)]
     assert cases == [(profile.name, *corner) for profile in profiles for corner in expected]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [((1, 1, 4), (1, 2)), ((1, 2, 4), (1, 2)), ((1, 4, 8), (1, 4)), ((3, 3, 4), (3, 4)), ((1, 1, 1), (1,))],
+)
+def test_a_decoder_is_asked_with_two_numbers_of_rows(rows: tuple[int, int, int], expected: tuple[int, ...]) -> None:
+    assert decoder_rows(Range(*rows)) == expected
 
 
 def test_inputs_repeat_themselves(model: ElitSiT) -> None:
