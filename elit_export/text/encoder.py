@@ -171,9 +171,11 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
             use_safetensors=True,
             dtype=torch.float32 if weights is Weights.FLOAT32 else "auto",
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below by name
             **OPTIONS,
         )
-    wrong = [f"missing {key}" for key in sorted(found["missing_keys"])]
+    wrong = [f"{key} of another shape" for key, *_ in sorted(found["mismatched_keys"])]
+    wrong += [f"missing {key}" for key in sorted(found["missing_keys"])]
     wrong += [f"unknown {key}" for key in sorted(found["unexpected_keys"]) if not key.startswith(kind.unneeded)]
     if wrong:
         raise CheckpointError(
