@@ -38,6 +38,7 @@ TOOLS = {
     "nncf": Tool("int8 plans of OpenVINO", "openvino"),
     "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize", package="nvidia-modelopt"),
     "diffusers": Tool("VAE decoders", "diffusers"),
+    "transformers": Tool("text encoders", "text"),
     "matplotlib": Tool("plots", "report"),
 }
 

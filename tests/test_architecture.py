@@ -39,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "graphs": {"spec", "models"},
     "build": {"spec", "recipe", "bundle", "manifest", "backends", "samples", "machine"},
     "runtime": {"spec", "bundle", "manifest", "backends", "machine"},
+    "text": {"spec", "runtime"},
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
     "calibrate": {"backends", "spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
     "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
@@ -85,12 +86,13 @@ LIBRARIES: dict[str, set[str]] = {
     # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
     "torch": {
         *("models/", "training/", "graphs/", "checkpoint.py", "checkpoint_diffusers.py", "weights.py"),
-        *("decoder.py", "verify/reference.py", "cli/train.py"),
+        *("decoder.py", "verify/reference.py", "cli/train.py", "text/encoder.py"),
         *("build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"),
     },
     "torch_tensorrt": {"build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"},
     "safetensors": {"weights.py", "checkpoint_diffusers.py"},
     "diffusers": {"decoder.py"},
+    "transformers": {"text/encoder.py"},
     "click": {"cli/"},
     "filelock": {"bundle.py"},
     "matplotlib": {"report/plots.py"},
@@ -186,6 +188,7 @@ HEAVY = (
     "openvino",
     "nncf",
     "diffusers",
+    "transformers",
 )
 
 

@@ -12,6 +12,7 @@ from elit_export.cli.common import Commands
 from elit_export.cli.look import doctor, inspect, verify
 from elit_export.cli.make import build, export
 from elit_export.cli.measure import bench
+from elit_export.cli.prompt import embed
 from elit_export.cli.run import demo, sample
 from elit_export.cli.train import train, train_classifier
 
@@ -25,5 +26,5 @@ def main() -> None:
     )
 
 
-for command in (demo, train, train_classifier, export, build, calibrate, sample, verify, bench, inspect, doctor):
+for command in (demo, train, train_classifier, export, build, calibrate, embed, sample, verify, bench, inspect, doctor):
     main.add_command(command)

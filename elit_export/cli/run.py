@@ -20,6 +20,7 @@ from elit_export.cli.common import (
     show,
     write_json,
 )
+from elit_export.cli.prompt import Told, told_options
 from elit_export.demo import DemoRow, build_demo, demo_rows, demo_ways, open_demo, save_picture
 from elit_export.doctor import TOOLS
 from elit_export.errors import BackendUnavailable, InputError
@@ -28,6 +29,7 @@ from elit_export.report.tables import table
 from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import DataFacts, ModelSpec
 
@@ -98,6 +100,7 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
 @click.argument("bundle", type=FOLDER)
 @click.option("--out", type=FILE, default=Path("samples.png"), show_default=True, help="A .npz is written beside it.")
 @click.option("--labels", default="", help="E.g. 3,3,7 or 0-9 or class names.  [default: the first ten classes]")
+@told_options
 @click.option("--seed", default=DEFAULTS["seed"], show_default=True)
 @click.option("--steps", default=DEFAULTS["steps"], show_default=True)
 @click.option("--schedule", default="full", show_default=True, help="full, 4, 0-9:quarter,10-19:full, 0.0-0.5:full,…")
@@ -108,23 +111,27 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
 @click.option("--cache", default="none", show_default=True, help="Reuse steps: teacache:0.1, static:every@2, …")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
-def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: str | None, **choices: Any) -> None:
+def sample(
+    bundle: Path, out: Path, labels: str, told: Told, target: str | None, precision: str | None, **choices: Any
+) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
     if out.suffix not in ("", ".png", ".npz"):
         raise InputError(f"--out {out}: pictures are written as .png")
     arrays = out.with_suffix(".npz")
+    opened = Bundle.open(bundle)
+    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+    chosen = wanted(opened.manifest.model.spec, opened.manifest.model.data, labels, told)
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
-        chosen = parse_labels(labels, pipeline.spec, pipeline.data)
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=choices["steps"])
             made = pipeline.sample(
                 chosen, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
             )
         with written_whole(arrays) as temporary:  # before they are decoded, which may fail
-            np.savez(temporary, latents=made.latents, labels=made.labels)
+            shown: dict[str, Any] = {} if isinstance(chosen, Prompts) else {"labels": made.labels}
+            np.savez(temporary, latents=made.latents, **shown)
         images = pipeline.decode(made.latents) if pipeline.makes_pictures else None
-    opened = Bundle.open(bundle)
-    say_accepted(opened, chosen_plan_set(opened.manifest.plan_sets, target, precision))
+    say_accepted(opened, plan_set)
     say(made.summary())
     if choices["cache"] != "none":
         say(f"cache {choices['cache']}: {made.cache_summary()}")
@@ -133,6 +140,17 @@ def sample(bundle: Path, out: Path, labels: str, target: str | None, precision: 
         return
     save_grid(images, out.with_suffix(".png"))
     say(f"wrote {out.with_suffix('.png')} and {arrays}")
+
+
+def wanted(spec: ModelSpec, data: DataFacts, labels: str, told: Told) -> Any:
+    """Labels, or Prompts for a model that takes text; raises InputError or CheckpointError.
+
+    Called before engines are opened: an encoder may take as much memory as they do.
+    """
+    if spec.text_width:
+        return told.prompts(spec, labels)
+    told.refuse_for_classes()
+    return parse_labels(labels, spec, data)
 
 
 def save_grid(images: Pixels, path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Prompts: the command embed, and the options that sample takes them by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elit_export.cli.common import FILE, FOLDER, say
+from elit_export.errors import InputError
+from elit_export.runtime.prompts import Prompts
+from elit_export.spec import ModelSpec
+from elit_export.text.encoder import Weights, load_encoder, prompts_of
+from elit_export.text.files import load_prompts, save_prompts
+from elit_export.text.folder import read_encoder
+
+PROMPT = click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What an image shows; once per image.")
+NEGATIVE = click.option("--negative", metavar="TEXT", help="What guidance leads all images away from; may be empty.")
+WEIGHTS = click.option(
+    "--encoder-weights",
+    "weights",
+    type=click.Choice([choice.value for choice in Weights]),
+    default=Weights.FLOAT32.value,
+    show_default=True,
+    help="stored: as in its files, half the memory for bfloat16 ones.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the options say about images of a text-to-image model."""
+
+    texts: tuple[str, ...]
+    negative: str | None
+    encoder: Path | None
+    file: Path | None
+    weights: str
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were."""
+        options = {"--prompts": self.file, "--prompt": self.texts or None, "--negative": self.negative}
+        options |= {"--encoder": self.encoder}
+        return [name for name, value in options.items() if value is not None]
+
+    @property
+    def negatives(self) -> tuple[str, ...]:
+        return () if self.negative is None else (self.negative,)
+
+    def refuse_for_classes(self) -> None:
+        """Raise InputError if anything is told to a model that draws classes."""
+        if self.given:
+            raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
+
+    def prompts(self, spec: ModelSpec, labels: str) -> Prompts:
+        """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError."""
+        if labels:
+            raise InputError(f"--labels {labels}: this model takes text: {HOW}")
+        if self.file is not None:
+            if len(self.given) > 1:
+                raise InputError(f"--prompts holds all that is told: leave {self.given[1]} out")
+            return load_prompts(self.file).checked(spec)
+        if not self.texts or self.encoder is None:
+            wanted = "--encoder is missing" if self.texts else "--prompt is missing"
+            raise InputError(f"{wanted}, this model takes text: {HOW}")
+        folder = read_encoder(self.encoder)
+        folder.check_fits(spec)
+        encoder = load_encoder(folder, weights=Weights(self.weights))
+        return prompts_of(encoder, self.texts, self.negatives).checked(spec)
+
+
+HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"
+
+
+def told_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of Told; the command gets it as `told`."""
+
+    @wraps(command)
+    def telling(**options: Any) -> Any:
+        told = Told(**{name: options.pop(name) for name in Told.__dataclass_fields__})
+        return command(told=told, **options)
+
+    encoder = click.option("--encoder", type=FOLDER, help="Of --prompt: a folder with text_encoder/ and tokenizer/.")
+    file = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as `embed` writes them.")
+    for option in (WEIGHTS, file, encoder, NEGATIVE, PROMPT):
+        telling = option(telling)
+    return telling
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@PROMPT
+@NEGATIVE
+@WEIGHTS
+@click.option("--out", type=FILE, default=Path("prompts.npz"), show_default=True)
+def embed(folder: Path, texts: tuple[str, ...], negative: str | None, weights: str, out: Path) -> None:
+    """Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it."""
+    if not texts:
+        raise InputError("--prompt is missing: say what to show, once per image")
+    if out.suffix != ".npz":
+        raise InputError(f"--out {out}: embeddings are written as .npz")
+    negatives = () if negative is None else (negative,)
+    prompts = prompts_of(load_encoder(folder, weights=Weights(weights)), texts, negatives)
+    save_prompts(out, prompts, texts=texts, negatives=negatives)
+    _, tokens, width = prompts.positive.text.shape
+    say(
+        f"wrote {out}: {len(prompts)} prompts of up to {tokens} tokens, {width} numbers each; draw them with "
+        f"elit-export sample BUNDLE --prompts {out}"
+    )

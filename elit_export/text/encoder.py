@@ -1,0 +1,210 @@
+"""A user's text encoder → embeddings of prompts.
+
+Takes: a folder that diffusers or transformers saved, texts.  Gives: Embedded, Prompts.
+May touch: that folder (reading).  Knows nothing of: the models that take them, engines, files of embeddings.
+
+Only what embeds text is loaded, no vision tower and no head. Weights are never unpickled, no code of the folder runs,
+and nothing is asked of the network. Every prompt runs by itself, so that its embedding does not depend on the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elit_export.errors import BackendUnavailable, CheckpointError, InputError
+from elit_export.runtime.prompts import Embedded, Prompts
+from elit_export.spec import LONGEST_TEXT
+from elit_export.text.folder import CONFIG, EncoderFolder, read_encoder
+
+Float32 = npt.NDArray[np.float32]
+OPTIONS = {"local_files_only": True, "trust_remote_code": False}
+
+
+class Weights(StrEnum):
+    """The numbers an encoder runs in. Of 7 billion bfloat16 ones FLOAT32 takes 28 GB, STORED half of it."""
+
+    FLOAT32 = "float32"
+    STORED = "stored"
+
+
+class TextEncoder:
+    """An encoder with its weights, on the CPU."""
+
+    def __init__(self, folder: EncoderFolder, tokenizer: Any, model: Any) -> None:
+        """Raises CheckpointError if tokenizer and model are not of one another."""
+        self.folder = folder
+        self._tokenizer, self._model = tokenizer, model
+        self._check_tokens()
+        self._dropped = len(self._ids(folder.kind.before))
+
+    def _check_tokens(self) -> None:
+        known = self._tokenizer.get_vocab()
+        if missing := [mark for mark in self.folder.kind.marks if mark not in known]:
+            raise CheckpointError(
+                f"{self.folder.tokenizer}: has no token {missing[0]}: not the tokenizer of a "
+                f"{self.folder.kind.class_name}; copy that of the same pipeline"
+            )
+        largest, rows = max(known.values()), self._model.get_input_embeddings().num_embeddings
+        if largest >= rows:
+            raise CheckpointError(
+                f"{self.folder.tokenizer}: has {largest + 1} tokens, {self.folder.path} knows {rows}; "
+                f"copy both from the same pipeline"
+            )
+
+    def embed(self, prompts: Sequence[str], *, longest: int = LONGEST_TEXT) -> Embedded:
+        """What a model is told of each prompt: the last hidden states, without those of the template's beginning.
+
+        Raises InputError for a prompt of more than `longest` tokens, the template's end among them: none is cut.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise InputError(f"prompts must be a list of at least one text, not {prompts!r}")
+        tokens = [self._checked_ids(number, prompt, longest) for number, prompt in enumerate(prompts, 1)]
+        return _padded([self._embedded(ids) for ids in tokens])
+
+    def _checked_ids(self, number: int, prompt: str, longest: int) -> list[int]:
+        """Token numbers of a prompt in its template."""
+        _check_text(number, prompt)
+        kind = self.folder.kind
+        ids = self._ids(f"{kind.before}{prompt}{kind.after}")
+        if (count := len(ids) - self._dropped) > longest:
+            raise InputError(
+                f"prompt {number} ({prompt[:20]!r}…) is {count} tokens long, {longest} are the most: shorten it"
+            )
+        return ids
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, verbose=False)["input_ids"])
+
+    def _embedded(self, ids: list[int]) -> Float32:  # (L, W)
+        import torch
+
+        with torch.inference_mode():
+            hidden = self._model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+        values: Float32 = hidden[0, self._dropped :].float().numpy()
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self.folder.path}: its weights give embeddings that are not finite; copy them again, and run "
+                f"float16 ones as float32"
+            )
+        return values
+
+
+def _check_text(number: int, prompt: object) -> None:
+    if not isinstance(prompt, str):
+        raise InputError(f"prompt {number} is {prompt!r}, must be text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"prompt {number} is no text in Unicode: {error}; type it anew") from error
+
+
+def _padded(rows: list[Float32]) -> Embedded:
+    """Rows of different lengths below one another, filled with zeros at their ends."""
+    lengths = np.array([len(row) for row in rows])
+    text = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), np.float32)  # (B, L, W)
+    for place, row in zip(text, rows, strict=True):
+        place[: len(row)] = row
+    return Embedded(text, (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64))
+
+
+def prompts_of(
+    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = (), *, longest: int = LONGEST_TEXT
+) -> Prompts:
+    """Embed what images are to show and, for guidance, what it leads away from: one text for each or one for all."""
+    if isinstance(negatives, str) or len(negatives) not in (0, 1, len(prompts)):
+        raise InputError(
+            f"{len(prompts)} prompts and {len(negatives)} negative ones: give none, one for all or one for each"
+        )
+    positive = encoder.embed(prompts, longest=longest)
+    if not negatives:
+        return Prompts(positive)
+    negative = encoder.embed(negatives, longest=longest)
+    times = len(prompts) // len(negatives)
+    return Prompts(positive, Embedded(negative.text.repeat(times, axis=0), negative.mask.repeat(times, axis=0)))
+
+
+# ---------------------------------------------------------------- loading
+
+
+def check_installed() -> None:
+    """Raise BackendUnavailable if transformers or torch are not here."""
+    if missing := [name for name in ("transformers", "torch") if find_spec(name) is None]:
+        raise BackendUnavailable(
+            f"a text encoder needs {missing[0]}: pip install 'elit-export[text]', or embed prompts elsewhere and "
+            f"give the file: elit-export sample BUNDLE --prompts FILE.npz"
+        )
+
+
+def load_encoder(folder: str | Path | EncoderFolder, *, weights: Weights = Weights.FLOAT32) -> TextEncoder:
+    """The encoder with its weights; raises CheckpointError if they are damaged or not those of the configuration."""
+    found = folder if isinstance(folder, EncoderFolder) else read_encoder(folder)
+    check_installed()
+    return TextEncoder(found, _tokenizer(found), _model(found, weights))
+
+
+def _tokenizer(folder: EncoderFolder) -> Any:
+    from transformers import AutoTokenizer  # seconds
+
+    with _reading(folder.tokenizer):
+        return AutoTokenizer.from_pretrained(folder.tokenizer, **OPTIONS)
+
+
+def _model(folder: EncoderFolder, weights: Weights) -> Any:
+    """The text part as transformers makes it, which also knows older names of weights."""
+    import torch
+    import transformers
+
+    kind = folder.kind
+    with _reading(folder.path):
+        model, found = getattr(transformers, kind.text_class).from_pretrained(
+            folder.path,
+            config=getattr(transformers, kind.config_class).from_pretrained(folder.path, **OPTIONS).text_config,
+            key_mapping=dict(kind.renamed),
+            use_safetensors=True,
+            dtype=torch.float32 if weights is Weights.FLOAT32 else "auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below by name
+            **OPTIONS,
+        )
+    wrong = [f"{key} of another shape" for key, *_ in sorted(found["mismatched_keys"])]
+    wrong += [f"missing {key}" for key in sorted(found["missing_keys"])]
+    wrong += [f"unknown {key}" for key in sorted(found["unexpected_keys"]) if not key.startswith(kind.unneeded)]
+    if wrong:
+        raise CheckpointError(
+            f"{folder.path}: its weights do not fit {CONFIG}: {', '.join(wrong[:3])}"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; copy the folder again"
+        )
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What transformers raises of a folder is of no one class, and it tells at length of weights not needed here."""
+    import transformers.utils.logging
+
+    logging: Any = transformers.utils.logging
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{path}: transformers cannot read it: {_said(error)}; copy the folder again") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _said(error: BaseException) -> str:
+    """Its first two lines: of weights in another shape, the second names them."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2]).rstrip(".")

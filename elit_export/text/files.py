@@ -1,0 +1,74 @@
+"""Embeddings of prompts on disk.
+
+Takes: Prompts, or a `.npz` file.  Gives: that file, or Prompts.  May touch: that file.
+Knows nothing of: encoders, models.
+
+The file holds `text` (B, L, W) and `mask` (B, L), and for guidance `negative_text` and `negative_mask`: anything that
+embeds text can write one with NumPy. `prompts` and `negative_prompts`, the texts themselves, may lie beside them.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elit_export.errors import InputError
+from elit_export.files import written_whole
+from elit_export.runtime.prompts import Embedded, HostArray, Prompts
+
+NEGATIVE = "negative_"
+TEXTS = ("prompts", "negative_prompts")
+KNOWN = ("text", "mask", "negative_text", "negative_mask", *TEXTS)
+REMEDY = "write it with elit-export embed FOLDER --prompt TEXT --out FILE.npz, or by numpy.savez(FILE, text=…, mask=…)"
+
+
+def save_prompts(path: Path, prompts: Prompts, *, texts: Sequence[str] = (), negatives: Sequence[str] = ()) -> None:
+    """Write embeddings whole or not at all, and the texts that they are of; raises InputError for another suffix."""
+    if path.suffix != ".npz":
+        raise InputError(f"{path}: embeddings are written as .npz")
+    arrays: dict[str, Any] = {"text": prompts.positive.text, "mask": prompts.positive.mask}
+    if prompts.negative:
+        arrays |= {"negative_text": prompts.negative.text, "negative_mask": prompts.negative.mask}
+    arrays |= {name: np.array(told) for name, told in zip(TEXTS, (texts, negatives), strict=True) if told}
+    with written_whole(path) as temporary:
+        np.savez(temporary, **arrays)
+
+
+def load_prompts(path: Path) -> Prompts:
+    """Read embeddings; raises InputError. Whether they are those of a model, `Prompts.checked` says."""
+    arrays = _read(path)
+    if unknown := sorted(set(arrays) - set(KNOWN)):
+        raise InputError(f"{path}: holds {unknown[0]!r}; known: {', '.join(KNOWN)}")
+    has_negative = any(NEGATIVE + name in arrays for name in ("text", "mask"))
+    return Prompts(_embedded(path, arrays, ""), _embedded(path, arrays, NEGATIVE) if has_negative else None)
+
+
+def _read(path: Path) -> dict[str, HostArray]:
+    if not path.is_file():
+        raise InputError(f"no embeddings at {path}; {REMEDY}")
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            return dict(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise InputError(f"{path}: not a .npz of plain arrays, or damaged; {REMEDY}") from error
+
+
+def _embedded(path: Path, arrays: Mapping[str, HostArray], prefix: str) -> Embedded:
+    names = (f"{prefix}text", f"{prefix}mask")
+    if missing := [name for name in names if name not in arrays]:
+        raise InputError(f"{path}: has no `{missing[0]}`; a mask is 1 for a token and 0 for padding; {REMEDY}")
+    text, mask = (arrays[name] for name in names)
+    if text.dtype.kind != "f" or text.ndim != 3:
+        raise InputError(
+            f"{path}: {names[0]} is {text.dtype} {text.shape}, must be float32 or float16 (images, tokens, width)"
+        )
+    if mask.dtype.kind not in "biu" or mask.shape != text.shape[:2]:
+        raise InputError(f"{path}: {names[1]} is {mask.dtype} {mask.shape}, must be whole numbers {text.shape[:2]}")
+    return Embedded(text.astype(np.float32), mask.astype(np.int64))

@@ -1,0 +1,177 @@
+"""What the folder of a user's text encoder says of itself.
+
+Takes: a folder that diffusers or transformers saved.  Gives: EncoderFolder.  May touch: that folder (reading).
+Knows nothing of: weights, transformers, the network.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elit_export.errors import CheckpointError, InputError
+from elit_export.spec import ModelSpec
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+ENCODER_PART = "text_encoder"  # where a whole pipeline keeps them
+TOKENIZER_PART = "tokenizer"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either will do
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One class of encoder, and how the pipeline it belongs to feeds it.
+
+    `renamed` makes the published names of weights those of the text part; `unneeded` are the others' beginnings.
+    A prompt stands between `before`, whose tokens are left out of what the model is told, and `after`.
+    """
+
+    class_name: str
+    model_type: str
+    config_class: str
+    text_class: str  # of the text part, in transformers
+    renamed: Mapping[str, str]
+    unneeded: tuple[str, ...]
+    before: str
+    after: str
+    marks: tuple[str, ...]  # one token each
+
+
+# Qwen-Image's template; what stands before the prompt is 34 tokens there, which its pipeline drops by that number.
+QWEN = Kind(
+    class_name="Qwen2_5_VLForConditionalGeneration",
+    model_type="qwen2_5_vl",
+    config_class="Qwen2_5_VLConfig",
+    text_class="Qwen2_5_VLTextModel",
+    renamed={r"^model\.visual\.": "visual.", r"^model\.(language_model\.)?": ""},
+    unneeded=("visual.", "lm_head."),
+    before=(
+        "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, "
+        "spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+    ),
+    after="<|im_end|>\n<|im_start|>assistant\n",
+    marks=("<|im_start|>", "<|im_end|>"),
+)
+KINDS = {kind.class_name: kind for kind in (QWEN,)}
+
+
+@dataclass(frozen=True)
+class EncoderFolder:
+    """An encoder whose configuration was read; its weights are still on disk."""
+
+    path: Path
+    tokenizer: Path
+    kind: Kind
+    width: int
+
+    def check_fits(self, spec: ModelSpec) -> None:
+        """Raise InputError if a model takes text of another width."""
+        if self.width != spec.text_width:
+            raise InputError(
+                f"{self.path}: embeds text in {self.width} numbers a token, the model takes {spec.text_width}; "
+                f"give the encoder that the model was trained with"
+            )
+
+
+def read_encoder(folder: str | Path) -> EncoderFolder:
+    """Read a pipeline's folder, that of its encoder, or one with encoder and tokenizer; raises CheckpointError.
+
+    The tokenizer of an encoder lies in the same folder or in `tokenizer` beside it.
+    """
+    path = _encoder_path(Path(folder))
+    config = _json(path / CONFIG)
+    kind = _kind(path, config)
+    width = _width(path, config)
+    _check_weights(path, kind)
+    return EncoderFolder(path, _tokenizer_path(path), kind, width)
+
+
+def _encoder_path(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"no text encoder at {folder}: give a folder with {ENCODER_PART}/ and {TOKENIZER_PART}/, as diffusers "
+            f"saves a pipeline"
+        )
+    for path in (folder, folder / ENCODER_PART):
+        if (path / CONFIG).is_file():
+            return path
+    raise CheckpointError(
+        f"{folder}: no {CONFIG} in it or in its `{ENCODER_PART}`; give the folder of a pipeline or of its text encoder"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}; copy the folder again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: no table of names and values; copy the folder again")
+    return values
+
+
+def _kind(path: Path, config: Mapping[str, Any]) -> Kind:
+    """By `architectures` or, where it is not given, by `model_type`."""
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if named is None:
+        name = next((kind.class_name for kind in KINDS.values() if kind.model_type == config.get("model_type")), None)
+    if not isinstance(name, str) or name not in KINDS:
+        said = name if named is not None else config.get("model_type")
+        raise CheckpointError(
+            f"{path}: its class is {said!r}; known: {', '.join(KINDS)}; for another encoder give its embeddings: "
+            f"elit-export sample BUNDLE --prompts FILE.npz"
+        )
+    return KINDS[name]
+
+
+def _width(path: Path, config: Mapping[str, Any]) -> int:
+    """Of the text part, which older configurations do not keep apart."""
+    part = config.get("text_config", config)
+    width = part.get("hidden_size") if isinstance(part, dict) else None
+    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+        raise CheckpointError(f"{path / CONFIG}: hidden_size is {width!r}, must be a whole number of at least 1")
+    return width
+
+
+def _check_weights(path: Path, kind: Kind) -> None:
+    if (path / WEIGHTS).is_file():
+        return
+    if (path / INDEX).is_file():
+        _check_shards(path)
+        return
+    others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", *PICKLED))
+    remedy = f"save it again with transformers: {kind.class_name}.from_pretrained(…).save_pretrained(FOLDER)"
+    if any(name.endswith(PICKLED) for name in others):
+        remedy = f"{remedy}; pickled weights are not read, as they can run any code"
+    has = f" (it has {', '.join(others)})" if others else ""
+    raise CheckpointError(f"{path}: no weights, {WEIGHTS} is missing{has}; {remedy}")
+
+
+def _check_shards(path: Path) -> None:
+    names = _json(path / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{path / INDEX}: has no weight_map from tensors to files; copy the folder again")
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{path / INDEX}: names {name!r}, no safetensors file of its own folder")
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: lacks {name}, which its index names; copy the folder again")
+
+
+def _tokenizer_path(encoder: Path) -> Path:
+    places = (encoder, encoder.resolve().parent / TOKENIZER_PART)
+    for path in places:
+        if any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES):
+            return path
+    wanted = " or ".join(" and ".join(names) for names in TOKENIZER_FILES)
+    raise CheckpointError(
+        f"no tokenizer for {encoder}: neither it nor {places[1]} has {wanted}; copy `{TOKENIZER_PART}` of the pipeline "
+        f"beside it"
+    )

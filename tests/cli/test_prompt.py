@@ -1,0 +1,189 @@
+"""Prompts on the command line: embedded, given to sample, refused."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+import numpy as np
+import pytest
+
+from elit_export.bundle import Bundle, writing
+from elit_export.cli import run as commands
+from elit_export.runtime.prompts import Prompts
+from elit_export.text.encoder import TextEncoder, load_encoder, prompts_of
+from elit_export.text.files import load_prompts
+from tests.cli.test_cli import ok, refused, run
+from tests.text.encoders import WIDTH, save_encoder
+from tests.text_models import text_spec
+
+FOX = "a red fox"
+TOLD = ["--prompt", FOX, "--prompt", "an owl, at night", "--negative", ""]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> TextEncoder:
+    return load_encoder(folder)
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that says it is of a text-to-image model; its engines are not."""
+    path = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("text") / "bundle"))
+    manifest = tiny_bundle.manifest
+    with writing(path) as writer:
+        model = manifest.model.model_copy(update={"spec": text_spec()})
+        writer.commit(manifest.model_copy(update={"model": model}))
+    return path
+
+
+class Drawing:
+    """Stands for a pipeline: keeps what it is told."""
+
+    told: Any = None
+    makes_pictures = False
+
+    @classmethod
+    def load(cls, *_: object, **__: object) -> Self:
+        return cls()
+
+    def sample(self, told: Any, **_: object) -> SimpleNamespace:
+        Drawing.told = told
+        latents = np.zeros((len(told), 4, 16, 16))
+        return SimpleNamespace(latents=latents, labels=(), data=SimpleNamespace(vae="small"), summary=lambda: "drawn")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> type[Drawing]:
+    """What sample says to its pipeline is kept as `told`."""
+    monkeypatch.setattr(commands, "Pipeline", Drawing)
+    monkeypatch.setattr(Drawing, "told", None)
+    return Drawing
+
+
+def assert_same(found: Any, expected: Prompts) -> None:
+    for one, other in ((found.positive, expected.positive), (found.negative, expected.negative)):
+        assert np.array_equal(one.text, other.text)
+        assert np.array_equal(one.mask, other.mask)
+
+
+# ---------------------------------------------------------------- embed
+
+
+def test_embed_writes_what_sample_takes(folder: Path, loaded: TextEncoder, tmp_path: Path) -> None:
+    out = tmp_path / "made" / "fox.npz"
+    said = ok("embed", folder, *TOLD, "--out", out)
+    expected = prompts_of(loaded, [FOX, "an owl, at night"], [""])
+    assert_same(load_prompts(out), expected)
+    tokens = expected.positive.text.shape[1]
+    assert f"wrote {out}: 2 prompts of up to {tokens} tokens, {WIDTH} numbers each; draw them with" in said
+    with np.load(out) as file:
+        assert file["prompts"].tolist() == [FOX, "an owl, at night"]
+        assert file["negative_prompts"].tolist() == [""]
+
+
+def test_embed_takes_weights_as_stored(folder: Path, loaded: TextEncoder, tmp_path: Path) -> None:
+    ok("embed", folder, "--prompt", FOX, "--encoder-weights", "stored", "--out", tmp_path / "p.npz")
+    assert np.array_equal(load_prompts(tmp_path / "p.npz").positive.text, loaded.embed([FOX]).text)  # float32 here
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--prompt is missing: say what to show"),
+        (["--prompt", "x", "--out", "p.png"], "--out p.png: embeddings are written as .npz"),
+        (["--prompt", "@ " * 1024], "tokens long, 1024 are the most: shorten it"),
+    ],
+)
+def test_embed_refuses_what_is_wrong(folder: Path, tmp_path: Path, options: list[str], said: str) -> None:
+    out = [] if "--out" in options else ["--out", str(tmp_path / "p.npz")]
+    assert said in refused("embed", folder, *options, *out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_embed_of_a_missing_folder_says_which_is_wanted(tmp_path: Path) -> None:
+    said = refused("embed", tmp_path / "nowhere", "--prompt", "x", "--out", tmp_path / "p.npz")
+    assert "no text encoder at" in said
+    assert "text_encoder/ and tokenizer/, as diffusers saves a pipeline" in said
+
+
+# ---------------------------------------------------------------- sample
+
+
+def test_sample_embeds_prompts(
+    text_bundle: Path, folder: Path, loaded: TextEncoder, told: type[Drawing], tmp_path: Path
+) -> None:
+    said = ok("sample", text_bundle, *TOLD, "--encoder", folder, "--out", tmp_path / "s.png")
+    assert_same(told.told, prompts_of(loaded, [FOX, "an owl, at night"], [""]))
+    assert "drawn" in said
+    with np.load(tmp_path / "s.npz") as file:
+        assert file.files == ["latents"]
+
+
+def test_sample_takes_embeddings(text_bundle: Path, folder: Path, told: type[Drawing], tmp_path: Path) -> None:
+    file = tmp_path / "fox.npz"
+    ok("embed", folder, *TOLD, "--out", file)
+    ok("sample", text_bundle, "--prompts", file, "--out", tmp_path / "s.png")
+    assert_same(told.told, load_prompts(file))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "--prompt is missing, this model takes text: say what to show with --prompt TEXT --encoder FOLDER, or"),
+        (["--prompt", "x"], "--encoder is missing, this model takes text"),
+        (["--negative", "", "--encoder", "e"], "--prompt is missing, this model takes text"),
+        (["--labels", "3"], "--labels 3: this model takes text: say what to show with --prompt TEXT"),
+        (["--prompts", "p.npz", "--prompt", "x"], "--prompts holds all that is told: leave --prompt out"),
+        (["--prompts", "p.npz", "--negative", ""], "--prompts holds all that is told: leave --negative out"),
+        (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds all that is told: leave --encoder out"),
+        (["--prompts", "nowhere.npz"], "no embeddings at nowhere.npz; write it with elit-export embed"),
+        (["--prompt", "x", "--encoder", "nowhere"], "no text encoder at nowhere"),
+    ],
+)
+def test_sample_of_a_text_model_refuses_what_is_wrong(text_bundle: Path, options: list[str], said: str) -> None:
+    assert said in refused("sample", text_bundle, *options)
+
+
+def test_sample_refuses_the_encoder_of_another_model(text_bundle: Path, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "wide", hidden_size=32, rope_parameters=None)
+    said = refused("sample", text_bundle, "--prompt", "x", "--encoder", folder)
+    assert "embeds text in 32 numbers a token, the model takes 24; give the encoder that the model was trained" in said
+
+
+def test_sample_refuses_embeddings_of_another_width(text_bundle: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "p.npz", text=np.zeros((1, 3, 32), np.float32), mask=np.ones((1, 3), int))
+    said = refused("sample", text_bundle, "--prompts", tmp_path / "p.npz")
+    assert "prompts: text has shape (1, 3, 32), must be (images, tokens, 24)" in said
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative", "--encoder", "--prompts"])
+def test_sample_of_a_class_model_refuses_text(tiny_bundle: Bundle, option: str) -> None:
+    said = refused("sample", tiny_bundle.folder, option, "x")
+    assert f"{option}: this model takes no text, it draws classes: choose them with --labels" in said
+
+
+def test_sample_without_transformers_names_the_extra(
+    text_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    said = refused("sample", text_bundle, "--prompt", "x", "--encoder", folder)
+    assert "needs transformers: pip install 'elit-export[text]', or embed prompts elsewhere" in said
+
+
+def test_help_tells_of_prompts() -> None:
+    said = run("sample", "--help").output
+    assert all(option in said for option in ("--prompt TEXT", "--negative", "--encoder", "--prompts FILE.npz"))

@@ -1,0 +1,102 @@
+"""From a prompt to a PNG, all real but small: encoder, ELIT-MM-DiT in ONNX Runtime, decoder of a VAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from elit_export.checkpoint import save_checkpoint
+from elit_export.cli import main
+from elit_export.runtime import pipeline
+from elit_export.spec import DataFacts
+from tests.text.encoders import save_encoder
+from tests.text_models import text_model
+from tests.vae import save_vae
+
+if not hasattr(pipeline, "Prompts"):
+    pytest.skip("pipelines take no Prompts", allow_module_level=True)
+
+STEPS = 4
+SIDE = 2 * 16  # of 16 latents a side in the decoder `kl4`
+SHEET = 2 * (SIDE + 2 * 2)  # one small image, twice as large, with a gap around it
+GUIDED = ["--steps", STEPS, "--guidance", "cfg:3"]
+FOX = ["--prompt", "a red fox in the snow", "--negative", "blurry"]
+RECIPE = """
+name = "text"
+checkpoint = "model.safetensors"
+rows = { min = 1, opt = 2, max = 4 }
+
+[decoder]
+folder = "kl4"
+
+[targets.cpu]
+backend = "onnxruntime"
+device = "cpu"
+precision = "fp32"
+threads = 1
+"""
+
+
+def elit(*arguments: object) -> str:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.split())
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    model = text_model()
+    model.data = DataFacts(kind="vae", scale=0.9, shift=0.3, vae="small")
+    save_checkpoint(folder / "model.safetensors", model)
+    save_vae("kl4", folder / "kl4")
+    (folder / "text.toml").write_text(RECIPE)
+    elit("build", folder / "text.toml", "--out", folder / "bundle")
+    return folder / "bundle"
+
+
+def drawn(bundle: Path, out: Path, *options: object) -> tuple[np.ndarray, np.ndarray]:
+    """The picture (height, width, channels) and its latents."""
+    said = elit("sample", bundle, *options, "--out", out)
+    assert f"wrote {out} and {out.with_suffix('.npz')}" in said
+    with np.load(out.with_suffix(".npz")) as file:
+        return np.asarray(Image.open(out)), file["latents"]
+
+
+def test_a_prompt_becomes_a_picture(bundle: Path, encoder: Path, tmp_path: Path) -> None:
+    picture, latents = drawn(bundle, tmp_path / "fox.png", *FOX, "--encoder", encoder, *GUIDED)
+    assert latents.shape == (1, 4, 16, 16)
+    assert picture.shape == (SHEET, SHEET, 3)
+    assert picture.std() > 5  # not one colour
+
+
+def test_what_is_told_decides_the_picture(bundle: Path, encoder: Path, tmp_path: Path) -> None:
+    def latents_of(*told: str) -> np.ndarray:
+        return drawn(bundle, tmp_path / "s.png", *told, "--encoder", encoder, *GUIDED)[1]
+
+    fox = latents_of(*FOX)
+    assert np.array_equal(latents_of(*FOX), fox)
+    for other in (["--prompt", "an owl", "--negative", "blurry"], [*FOX[:3], "dark"]):
+        assert np.abs(latents_of(*other) - fox).max() > 1e-3
+
+
+def test_embeddings_made_before_draw_the_same(bundle: Path, encoder: Path, tmp_path: Path) -> None:
+    told: list[Any] = [*FOX, "--prompt", "an owl, at night"]
+    elit("embed", encoder, *told, "--out", tmp_path / "told.npz")
+    first = drawn(bundle, tmp_path / "a.png", *told, "--encoder", encoder, *GUIDED)
+    second = drawn(bundle, tmp_path / "b.png", "--prompts", tmp_path / "told.npz", *GUIDED)
+    assert len(first[1]) == 2
+    assert np.array_equal(first[1], second[1])
+    assert np.array_equal(first[0], second[0])
+    single = drawn(bundle, tmp_path / "c.png", *FOX, "--encoder", encoder, *GUIDED)[1]
+    assert np.abs(single[0] - first[1][0]).max() < 1e-3  # its own prompt and noise, whatever is beside it

@@ -1,0 +1,115 @@
+"""Embeddings that were written are those that are read; files that are none are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elit_export.errors import InputError
+from elit_export.runtime.prompts import Embedded, Prompts
+from elit_export.text.files import load_prompts, save_prompts
+from tests.text_models import text_spec
+
+RANDOM = np.random.default_rng(3)
+TEXT = RANDOM.standard_normal((2, 5, 24)).astype(np.float32)
+MASK = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+POSITIVE = Embedded(TEXT, MASK)
+NEGATIVE = Embedded(TEXT[:, :2], MASK[:, :2])
+
+
+def assert_same(found: Embedded | None, expected: Embedded | None) -> None:
+    assert (found is None) == (expected is None)
+    if found and expected:
+        assert np.array_equal(found.text, expected.text)
+        assert np.array_equal(found.mask, expected.mask)
+        assert (found.text.dtype, found.mask.dtype) == (np.float32, np.int64)
+
+
+@pytest.mark.parametrize("negative", [None, NEGATIVE], ids=["alone", "guided"])
+def test_what_is_written_is_read(tmp_path: Path, negative: Embedded | None) -> None:
+    path = tmp_path / "made" / "p.npz"
+    save_prompts(path, Prompts(POSITIVE, negative), texts=["a fox", " "], negatives=["dark"] if negative else [])
+    found = load_prompts(path)
+    assert_same(found.positive, POSITIVE)
+    assert_same(found.negative, negative)
+    found.checked(text_spec())
+    assert [file.name for file in path.parent.iterdir()] == ["p.npz"]
+    with np.load(path) as file:
+        assert file["prompts"].tolist() == ["a fox", " "]
+        assert ("negative_prompts" in file) == (negative is not None)
+
+
+def test_the_same_embeddings_give_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a.npz", "b.npz"):
+        save_prompts(tmp_path / name, Prompts(POSITIVE), texts=["x", "y"])
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+
+
+def test_a_file_of_numpy_alone_is_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "p.npz", text=TEXT.astype(np.float16), mask=MASK.astype(bool))
+    assert_same(load_prompts(tmp_path / "p.npz").positive, Embedded(TEXT.astype(np.float16).astype(np.float32), MASK))
+
+
+def test_another_suffix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"p\.npy: embeddings are written as \.npz"):
+        save_prompts(tmp_path / "p.npy", Prompts(POSITIVE))
+
+
+def test_a_missing_file_is_named_with_what_makes_one(tmp_path: Path) -> None:
+    told = r"no embeddings at .*p\.npz; write it with elit-export embed FOLDER --prompt TEXT --out FILE\.npz"
+    with pytest.raises(InputError, match=told):
+        load_prompts(tmp_path / "p.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut", b"text"])
+def test_what_is_no_npz_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "p.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"p\.npz: not a \.npz of plain arrays, or damaged; write it with"):
+        load_prompts(tmp_path / "p.npz")
+
+
+def test_a_single_array_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "p.npz").open("wb") as file:
+        np.save(file, TEXT)
+    with pytest.raises(InputError, match=r"p\.npz: not a \.npz of plain arrays"):
+        load_prompts(tmp_path / "p.npz")
+
+
+def test_a_cut_file_is_refused(tmp_path: Path) -> None:
+    save_prompts(tmp_path / "p.npz", Prompts(POSITIVE))
+    (tmp_path / "p.npz").write_bytes((tmp_path / "p.npz").read_bytes()[:-200])
+    with pytest.raises(InputError, match="or damaged"):
+        load_prompts(tmp_path / "p.npz")
+
+
+def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / "p.npz", text=np.array([{}], dtype=object), mask=MASK)
+    with pytest.raises(InputError, match=r"not a \.npz of plain arrays"):
+        load_prompts(tmp_path / "p.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "told"),
+    [
+        ({"text": TEXT}, "has no `mask`; a mask is 1 for a token and 0 for padding; write it with"),
+        ({"mask": MASK}, "has no `text`"),
+        ({"text": TEXT, "mask": MASK, "negative_text": TEXT}, "has no `negative_mask`"),
+        ({"text": TEXT, "mask": MASK, "negative_mask": MASK}, "has no `negative_text`"),
+        ({"text": TEXT, "mask": MASK, "y": MASK}, "holds 'y'; known: text, mask, negative_text"),
+        (
+            {"text": TEXT[0], "mask": MASK},
+            r"text is float32 \(5, 24\), must be float32 or float16 \(images, tokens, wi",
+        ),
+        ({"text": TEXT.astype(int), "mask": MASK}, "text is int64"),
+        ({"text": TEXT.view("V4"), "mask": MASK}, r"text is \|?V4"),
+        ({"text": TEXT, "mask": MASK.astype(float)}, "mask is float64"),
+        ({"text": TEXT, "mask": MASK[:, :2]}, r"mask is int64 \(2, 2\), must be whole numbers \(2, 5\)"),
+    ],
+)
+def test_arrays_that_are_no_embeddings_are_named(tmp_path: Path, arrays: dict[str, Any], told: str) -> None:
+    np.savez(tmp_path / "p.npz", **arrays)
+    with pytest.raises(InputError, match=rf"p\.npz: {told}"):
+        load_prompts(tmp_path / "p.npz")
