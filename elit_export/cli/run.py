@@ -28,7 +28,7 @@ from elit_export.files import written_whole
 from elit_export.report.tables import table
 from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
 from elit_export.runtime.opening import chosen_plan_set
-from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+from elit_export.runtime.pipeline import DEFAULTS, Pipeline, Subjects
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import DataFacts, ModelSpec
@@ -142,7 +142,7 @@ def sample(
     say(f"wrote {out.with_suffix('.png')} and {arrays}")
 
 
-def wanted(spec: ModelSpec, data: DataFacts, labels: str, told: Told) -> Any:
+def wanted(spec: ModelSpec, data: DataFacts, labels: str, told: Told) -> Subjects:
     """Labels, or Prompts for a model that takes text; raises InputError or CheckpointError.
 
     Called before engines are opened: an encoder may take as much memory as they do.
