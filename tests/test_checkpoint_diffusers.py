@@ -255,7 +255,11 @@ def test_a_whole_model_is_no_file_of_read_and_write(base: Path, tmp_path: Path) 
 
 
 def test_a_folder_alone_and_a_file_too_many_are_refused(base: Path, interface: Path, tmp_path: Path) -> None:
-    refused(base, None, "holds no Read and Write; give the file that does as `interface`")
+    refused(
+        base,
+        None,
+        r'no Read and Write; give the file that does, .*: `interface = "FILE"` in the recipe, or --interface FILE',
+    )
     refused(base, tmp_path / "nowhere", "no file with Read and Write at")
     save_checkpoint(tmp_path / "whole.safetensors", text_model())
     refused(tmp_path / "whole.safetensors", interface, "a file holds its Read and Write; leave `interface`")
