@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from elit_export.checkpoint import save_checkpoint
-from elit_export.models.backbones import NAMES, new_model
+from elit_export.models.backbones import BACKBONES, NAMES, new_model
 from elit_export.models.elit import Elit
 from elit_export.spec import SD_VAE, DataFacts, ModelSpec
 
@@ -26,7 +26,8 @@ def spec_of(name: str, resolution: int, split: str | None) -> ModelSpec:
     if split is None:
         return spec
     head, core, tail = (int(part) for part in split.split("-"))
-    return replace(spec, head_depth=head, core_depth=core, tail_depth=tail)
+    own = BACKBONES[spec.backbone].fields(core)
+    return replace(spec, head_depth=head, core_depth=core, tail_depth=tail, **own)
 
 
 def random_model(spec: ModelSpec) -> Elit:

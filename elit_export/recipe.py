@@ -225,7 +225,7 @@ class Recipe(_Table):
         """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
         rows = self.rows.value()
         if not self.profiles:
-            return default_profiles(spec.latents, rows, step=spec.merge)
+            return default_profiles(spec.latents, rows, step=spec.budget_step)
         for number, table in enumerate(self.profiles):
             if table.latents.max > spec.latents:
                 raise RecipeError(

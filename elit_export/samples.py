@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from elit_export.errors import CalibrationError
 from elit_export.files import written_whole
-from elit_export.spec import LATENTS, ModelSpec, Profile, TensorSpec
+from elit_export.spec import LATENTS, ModelSpec, Profile, TensorSpec, listed
 
 FEWEST = 64  # samples that a calibration may rest on
 FACTS = "facts"  # the entry of the file that holds JSON
@@ -181,7 +181,11 @@ def _check_values(samples: Samples, spec: ModelSpec) -> None:
                 f"{name.removeprefix(CONDITIONING)} of sample {row} holds values that are not finite; "
                 f"compare the engines with PyTorch (elit-export verify BUNDLE), then take samples anew"
             )
-    bounds: dict[str, tuple[Array, int, int]] = {"t": (samples.t, 0, 1), "kept": (samples.kept, 1, spec.latents)}
+    if unknown := sorted(set(samples.kept.tolist()) - {budget.kept for budget in spec.budgets}):
+        raise CalibrationError(
+            f"kept is {unknown[0]} in some samples, this model runs {listed(spec.budgets)}; take samples of this model"
+        )
+    bounds: dict[str, tuple[Array, int, int]] = {"t": (samples.t, 0, 1)}
     for name, values in samples.conditioning.items():
         if np.issubdtype(values.dtype, np.integer):
             bounds[name] = (values, 0, spec.null_class)

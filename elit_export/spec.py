@@ -127,14 +127,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Profile:
-    """A named range of kept latents K and of engine rows that one engine serves."""
+    """A named range of kept latents K and of engine rows that one engine serves; with text, of its tokens too."""
 
     name: str
     latents: Range
     rows: Range
+    text: Range | None = None
 
 
-def default_profiles(of: int, rows: Range, *, step: int = 1) -> tuple[Profile, ...]:
+def default_profiles(of: int, rows: Range, *, step: int = 1, text: Range | None = None) -> tuple[Profile, ...]:
     """Profiles over (¾J, J], (¼J, ¾J], (⅛J, ¼J] and [1, ⅛J], tuned for J, J/2, J/4 and J/16.
 
     Of a model that keeps multiples of `step` alone their ends and middles are such; ranges without one are left out.
@@ -142,7 +143,7 @@ def default_profiles(of: int, rows: Range, *, step: int = 1) -> tuple[Profile, .
     bounds = {"full": (3 * of // 4, of), "half": (of // 4, 3 * of // 4), "quarter": (of // 8, of // 4)}
     bounds["sixteenth"] = (0, of // 8)
     ranges = {name: _multiples(low, high, of // BUDGET_NAMES[name], step) for name, (low, high) in bounds.items()}
-    return tuple(Profile(name, latents, rows) for name, latents in ranges.items() if latents)
+    return tuple(Profile(name, latents, rows, text) for name, latents in ranges.items() if latents)
 
 
 def _multiples(low: int, high: int, tuned: int, step: int) -> Range | None:
@@ -292,6 +293,8 @@ class ModelSpec:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must not be negative")
         if not 0 < self.mlp_ratio < math.inf:
             raise InputError(f"model spec: mlp_ratio is {self.mlp_ratio}, must be positive and finite")
+        if self.qk_norm_kind != QK_NORM_KINDS[0] and not self.qk_norm:
+            raise InputError(f"model spec: qk_norm_kind is {self.qk_norm_kind!r}, but qk_norm is off")
         if self.qk_norm_kind not in QK_NORM_KINDS:
             raise InputError(f"model spec: qk_norm_kind {self.qk_norm_kind!r} is none of {', '.join(QK_NORM_KINDS)}")
         self._check_divides("input_size", self.input_size, "patch_size", self.patch_size)
@@ -394,6 +397,11 @@ class ModelSpec:
         return tuple(Budget(kept, self.latents) for kept in range(self.merge, self.latents + 1, self.merge))
 
     @property
+    def budget_step(self) -> int:
+        """The least K; every other is a multiple of it."""
+        return self.budgets[0].kept
+
+    @property
     def full(self) -> Budget:
         return self.budgets[-1]
 
@@ -408,7 +416,8 @@ class ModelSpec:
     def named_budgets(self) -> dict[str, Budget]:
         """The names (`full`, `half`, …) that are whole and runnable, largest first."""
         whole = {name: self.latents // part for name, part in BUDGET_NAMES.items() if self.latents % part == 0}
-        return {name: Budget(kept, self.latents) for name, kept in whole.items() if kept % self.merge == 0}
+        named = {name: Budget(kept, self.latents) for name, kept in whole.items()}
+        return {name: budget for name, budget in named.items() if budget in self.budgets}
 
     # graphs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from elit_export.models.backbones import BACKBONES
+from elit_export.models.backbones import BACKBONES, FAMILIES
 from elit_export.spec import RELEASED_BACKBONE
 
 ROOT = Path(__file__).parent.parent
@@ -133,7 +133,13 @@ def test_library_is_named_only_where_it_belongs(library: str) -> None:
 
 # What only `models/` and what reads checkpoints may say, and the one place more: what a spec is that names no backbone.
 BACKBONE_WORDS = re.compile(
-    "|".join([*map(re.escape, BACKBONES), *(row.class_name for row in BACKBONES.values()), *BACKBONE_MODULES])
+    "|".join(
+        [
+            *(re.escape(name.removeprefix("ELIT-")) for name in (*BACKBONES, *FAMILIES)),
+            *(row.class_name for row in BACKBONES.values()),
+            *BACKBONE_MODULES,
+        ]
+    )
 )
 NAMED_ELSEWHERE = {("spec.py", f'RELEASED_BACKBONE = "{RELEASED_BACKBONE}"')}
 
@@ -147,6 +153,13 @@ def test_no_backbone_is_named_outside_its_rooms() -> None:
         if BACKBONE_WORDS.search(line)
     }
     assert found == NAMED_ELSEWHERE
+
+
+def test_what_one_backbone_has_alone_is_read_by_models_and_the_spec() -> None:
+    """Everything else goes by `spec.budgets`."""
+    pattern = re.compile(r"spec\.(merge|coarse_depth)\b")
+    users = {room_of(path) for path in FILES if pattern.search(path.read_text(encoding="utf-8"))}
+    assert users == {"models"}
 
 
 def test_every_backbone_has_a_file_of_its_own() -> None:

@@ -134,7 +134,7 @@ def _nncf() -> ModuleType:
 
 
 def _quantized(model: ov.Model, samples: Samples) -> ov.Model:
-    """The linear layers of attention and MLP and the products of attention in int8.
+    """All linear layers between embedders and final layer but adaLN, and the products of attention, in int8.
 
     Ranges are those that all samples reach: by the means of each sample's ends, NNCF's own choice, the residual of
     the shipped model falls from 33 to 27 dB (the worst of single rows).

@@ -3,7 +3,8 @@
 Takes: a float32 graph, samples.  Gives: another graph.  May touch: the folder it is given.
 Needs NVIDIA Model Optimizer (`modelopt`), and runs on the CPU.  Knows nothing of: plans.
 
-Quantized are linear layers of attention and MLP, by QuantizeLinear and DequantizeLinear around them: activations
+Quantized are linear layers of attention and MLP, and those that join, merge and split tokens, by QuantizeLinear and
+DequantizeLinear around them: activations
 with one scale each, weights with one for each output and stored in 8 bits. Products that are left, as those of
 attention, run in float16, because float32 has no tensor cores. In float32 stay patch, time and class embedders, adaLN,
 norms, softmax, the tokens between layers and the final layer.

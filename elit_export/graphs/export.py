@@ -59,7 +59,7 @@ NO_LIMIT = 1 << 40
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node, innermost last
 MODEL = "model"  # of GraphModule
 MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
-MERGED = "merged"  # latents, where several become one
+MULTIPLES = "multiples"  # of the least number of latents that a model keeps
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
 EXAMPLE_TEXT = 5
 
@@ -166,7 +166,7 @@ def _folded(program: torch.onnx.ONNXProgram, inputs: Sequence[TensorSpec]) -> ir
 
 
 def _name_dimensions(made: ir.Model, inputs: Sequence[TensorSpec]) -> None:
-    """Dynamic dimensions of inputs as in the spec, where the exporter calls one `4*merged`."""
+    """Dynamic dimensions of inputs as in the spec, where the exporter calls one `4*multiples`."""
     for value, tensor in zip(made.graph.inputs, inputs, strict=True):
         value.shape = ir.Shape(tensor.shape)
 
@@ -226,11 +226,18 @@ def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
     rounded = in_precision(model, precision)
     run = partial(fused, rounded) if name == FUSED else getattr(rounded, name)
     spec = model.spec
-    latents = torch.export.Dim(LATENTS if spec.merge == 1 else MERGED, min=1, max=spec.latents // spec.merge)
-    dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: latents if spec.merge == 1 else latents * spec.merge}
+    dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: _latents_dim(spec)}
     dims[TEXT] = torch.export.Dim(TEXT, min=1, max=LONGEST_TEXT)
-    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.merge, TEXT: EXAMPLE_TEXT}
+    sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.budget_step, TEXT: EXAMPLE_TEXT}
     return Traceable(GraphModule(rounded, run).eval(), spec.inputs_of(name), dims, sizes)
+
+
+def _latents_dim(spec: ModelSpec) -> Any:
+    """K; where a model keeps multiples alone, so many times the dimension that torch knows."""
+    step, most = spec.budget_step, len(spec.budgets)
+    if step == 1:
+        return torch.export.Dim(LATENTS, min=1, max=most)
+    return step * torch.export.Dim(MULTIPLES, min=1, max=most)
 
 
 def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, most_rows: int | None = None) -> Traceable:

@@ -3,7 +3,10 @@
 Takes: a name or a ModelSpec.  Gives: rows, specs, how blocks lie, new models.  May touch: nothing.
 Needs no torch but for `new_model`.  Knows nothing of: weights, files.
 
-The module of a backbone offers one class, a `models.elit.Elit`. Of the backbones without published code
+A backbone is a row here and a file beside this one. The module offers one class, a `models.elit.Elit`; how its blocks
+lie, what it costs and which specs it can be is told here, because these are asked without torch. The conditioning and
+the budgets of a model follow from fields of its spec, because the runtime, which reads them, does not come here. Names
+of tensors in checkpoints that are not our own: `checkpoint.py`.  Of the backbones without published code
 (everything but ELIT-SiT) each file says in its docstring what is our own reading of the paper (arXiv 2603.12245).
 """
 
@@ -221,6 +224,7 @@ FAMILIES = {
         sizes=RELEASED_SIZES,
         fields={"rope": True, "qk_norm": True, "qk_norm_kind": "rms", "in_channels": 16},
     ),
+    # With the inputs of ELIT-SiT, so that they differ from it in what they are alone; a spec may have more (`rope`, …).
     "ELIT-U-ViT": Family(backbone="ELIT-U-ViT", sizes=RELEASED_SIZES),
     "ELIT-HDiT": Family(backbone="ELIT-HDiT", sizes=RELEASED_SIZES),
     "ELIT-Qwen-Image": Family(

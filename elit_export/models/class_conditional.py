@@ -55,6 +55,7 @@ class ClassConditional(Elit):
 
     def step(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """As `Elit.step`; y (B,) int64."""
+        self.check_kept(latents)
         embedded = self.patch_embed(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
         tokens = self.transform(embedded, c, latents)

@@ -76,13 +76,14 @@ class Elit(nn.Module, ABC):
 
     # parts
 
-    def read_kept(self, tokens: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D).
+    def check_kept(self, kept: Tensor) -> None:
+        """Raise InputError for a number of latents that the model does not keep."""
+        spec, count = self.spec, kept.shape[0]
+        if count < 1 or count > spec.latents or count % spec.budget_step:
+            raise InputError(f"this model cannot keep {count} latents: it runs {listed(spec.budgets)}")
 
-        Raises InputError for a number of latents that the backbone does not keep.
-        """
-        if kept.shape[0] % self.spec.merge:
-            raise InputError(f"this model cannot keep {kept.shape[0]} latents: it runs {listed(self.spec.budgets)}")
+    def read_kept(self, tokens: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D)."""
         latents, patches = self.read(tokens, c)
         return latents, patches, keep(latents, kept)
 

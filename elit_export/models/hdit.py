@@ -14,20 +14,23 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from elit_export.models.backbones import merging_stages
 from elit_export.models.class_conditional import ClassConditional, blocks
 from elit_export.models.layers import Merge, Split, run_blocks
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
-
-WIDENED = 2
 
 
 class ElitHDiT(ClassConditional):
     """Head, Read, core (fine, merge, coarse, split, fine) on the kept latents, Write, tail."""
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
-        super().__init__(spec, data, core=core_blocks(spec))
-        self.merge = Merge(spec.hidden_size, WIDENED * spec.hidden_size, spec.merge)
-        self.split = Split(WIDENED * spec.hidden_size, spec.hidden_size, spec.merge)
+        _, fine, coarse, *_ = merging_stages(spec)
+        middle = blocks(spec, coarse.depth, widened=coarse.widened)
+        core = nn.ModuleList([*blocks(spec, fine.depth), *middle, *blocks(spec, fine.depth)])
+        super().__init__(spec, data, core=core)
+        self.fine_depth = fine.depth
+        self.merge = Merge(spec.hidden_size, coarse.widened * spec.hidden_size, coarse.merged)
+        self.split = Split(coarse.widened * spec.hidden_size, spec.hidden_size, coarse.merged)
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
         latents, patches, processed = self.read_kept(run_blocks(self.head, tokens, c), c, kept)
@@ -35,13 +38,7 @@ class ElitHDiT(ClassConditional):
         return run_blocks(self.tail, self.write_kept(patches, processed, latents, kept), c)
 
     def _core(self, x: Tensor, c: Tensor) -> Tensor:  # (B, G·K, D)
-        fine = (self.spec.core_depth - self.spec.coarse_depth) // 2
-        x = run_blocks(self.core[:fine], x, c)
-        coarse = run_blocks(self.core[fine : len(self.core) - fine], self.merge(x), c)  # (B, G·K/4, 2·D)
-        return run_blocks(self.core[len(self.core) - fine :], x + self.split(coarse), c)
-
-
-def core_blocks(spec: ModelSpec) -> nn.ModuleList:
-    fine = (spec.core_depth - spec.coarse_depth) // 2
-    coarse = blocks(spec, spec.coarse_depth, widened=WIDENED)
-    return nn.ModuleList([*blocks(spec, fine), *coarse, *blocks(spec, fine)])
+        start, end = self.fine_depth, len(self.core) - self.fine_depth
+        x = run_blocks(self.core[:start], x, c)
+        coarse = run_blocks(self.core[start:end], self.merge(x), c)  # (B, G·K/4, 2·D)
+        return run_blocks(self.core[end:], x + self.split(coarse), c)

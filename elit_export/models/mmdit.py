@@ -66,6 +66,7 @@ class ElitMMDiT(Elit):
 
     def step(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """As `Elit.step`; text (B, T, text_width), text_mask (B, T) int64, 1 for a token and 0 for padding."""
+        self.check_kept(latents)
         embedded, c = self.embed(x), self.t_embedder(t)  # (B, N, D), (B, D)
         spatial, latent = self.places(text_mask, latents)
         words = self.embed_text(text, text_mask)

@@ -5,7 +5,9 @@ Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of
 Follows the released ELIT-SiT checkpoints (arXiv 2603.12245). With `rope` and the norm "rms" on queries and keys it is
 the DiT that the paper trains. That one is unpublished, and this our reading of it: self-attention alone is rotated,
 in the core by the position of the spatial token at a latent's slot, so that nothing depends on the budget; the fixed
-position code stays beside it, as without, so that one switch changes one thing.
+position code stays beside it, as without, so that one switch changes one thing. Frequencies fall to 1 / 10 000 as those
+of that code do, the pairs that are turned lie half a head apart, queries and keys are normed (eps 1e-6, as the other
+norms) before they are turned: the usual choices, of which checkpoints would tell another.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from elit_export.models.backbones import skipping_stages
 from elit_export.models.class_conditional import ClassConditional, blocks
 from elit_export.models.layers import Join, Rotation
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
@@ -25,8 +26,8 @@ class ElitUViT(ClassConditional):
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
         super().__init__(spec, data, core=blocks(spec, spec.core_depth))
-        self.core_joins = joins(spec, max(0, (spec.core_depth - 1) // 2))
-        self.tail_joins = joins(spec, spec.tail_depth)
+        _, core, tail = skipping_stages(spec)
+        self.core_joins, self.tail_joins = joins(spec, core.joins), joins(spec, tail.joins)
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
         spatial, latent = self.rotations(kept)

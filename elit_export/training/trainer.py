@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,13 +25,15 @@ from elit_export.errors import CheckpointError, InputError
 from elit_export.files import written_whole
 from elit_export.models.backbones import new_model
 from elit_export.models.elit import initialise
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.spec import DataFacts, ModelSpec, listed
 from elit_export.training.data import LabelledImages
 
 STATE_FORMAT = "elit_export training state/1"
 STATE_PARTS = {"run", "step", "model", "ema", "optimizer"}
 BETAS = (0.9, 0.999)
 CLIP_NORM = 1.0
+# What a state of an older version means by not saying it.
+UNSAID = {field.name: field.default for field in fields(ModelSpec) if field.default is not MISSING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +136,9 @@ class Trainer:
             raise InputError(f"the data has {data.num_classes} classes, the model {spec.num_classes}")
         if len(data) < config.batch_size:
             raise InputError(f"batch_size {config.batch_size} is more than the {len(data)} images there are")
-        if config.min_kept > spec.latents:
-            raise InputError(f"min_kept {config.min_kept} is more than the model's {spec.latents} latents")
+        runs = {budget.kept for budget in spec.budgets}
+        if config.min_kept not in runs | {1}:  # 1 is the least, whatever that is
+            raise InputError(f"min_kept {config.min_kept}: this model runs {listed(spec.budgets)}")
 
     # ------------------------------------------------------------ running
 
@@ -216,7 +219,7 @@ class Trainer:
             raise CheckpointError(f"{path}: not a whole training state: {error}") from error
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT or not set(state) >= STATE_PARTS:
             raise CheckpointError(f"{path}: not a training state of this version")
-        mine, theirs = self._identity(), state["run"]
+        mine, theirs = self._identity(), UNSAID | state["run"]
         other = [
             f"{name} (was {theirs.get(name)}, now {mine[name]})" for name in mine if mine[name] != theirs.get(name)
         ]

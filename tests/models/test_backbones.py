@@ -242,6 +242,19 @@ def test_latents_go_around_the_coarse_blocks_too() -> None:
     assert torch.equal(model._core(x, c), model.core[2](model.core[0](x, c), c))
 
 
+@pytest.mark.parametrize("family", [family for family in VARIANTS if family != "ELIT-HDiT"])
+def test_the_others_keep_any_number(family: str) -> None:
+    assert listed(named_spec(f"{family}-S/2").budgets) == "1of16 to 16of16"
+
+
+@each_variant
+@pytest.mark.parametrize("kept", [0, 17])
+def test_no_latents_or_too_many_are_refused(variant: str, kept: int) -> None:
+    model = tiny_model(**VARIANTS[variant])
+    with pytest.raises(InputError, match=f"cannot keep {kept} latents: it runs"):
+        model(*inputs_of(model.spec), torch.arange(kept))
+
+
 def test_it_keeps_multiples_of_four() -> None:
     model = tiny_model(**VARIANTS["ELIT-HDiT"])
     spec = model.spec
@@ -284,7 +297,8 @@ def test_its_profiles_begin_and_end_where_it_runs(of: int, expected: dict[str, t
         ({"merge": 4}, "merge 4 and coarse_depth 0: one needs the other"),
         ({"merge": 4, "coarse_depth": 1}, "coarse_depth 1 must leave an even number of the 2 core blocks"),
         ({"merge": 4, "coarse_depth": 4}, "coarse_depth 4 must leave an even number of the 2 core blocks"),
-        ({"qk_norm_kind": "batch"}, "qk_norm_kind 'batch' is none of layer, rms"),
+        ({"qk_norm_kind": "rms"}, "qk_norm_kind is 'rms', but qk_norm is off"),
+        ({"qk_norm": True, "qk_norm_kind": "batch"}, "qk_norm_kind 'batch' is none of layer, rms"),
         ({"rope": True, "hidden_size": 12}, "head size 6 is not divisible by the 4 parts of a 2-D rotation 4"),
         ({"rope": 1}, "rope is 1, must be of type bool"),
         ({"merge": True}, "merge is True, must be of type int"),
@@ -307,6 +321,9 @@ def test_each_row_builds_its_class() -> None:
     assert set(BACKBONES) == {"ELIT-SiT", "ELIT-U-ViT", "ELIT-HDiT", "ELIT-MM-DiT"}  # the last: test_mmdit.py
 
 
+DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if named_spec(name).num_classes])
 def test_every_named_size_builds_and_runs(name: str) -> None:
     spec = named_spec(name)
@@ -315,7 +332,8 @@ def test_every_named_size_builds_and_runs(name: str) -> None:
         x, t, y = torch.empty(2, *spec.sample_shape), torch.empty(2), torch.empty(2, dtype=torch.int64)
         velocity, _ = model.step(x, t, y, torch.arange(4))
     assert velocity.shape == (2, *spec.sample_shape)
-    assert sum(stage.depth for stage in backbone_of(spec).stages(spec)) == spec.depth == 28 or "XL" not in name
+    assert sum(stage.depth for stage in backbone_of(spec).stages(spec)) == spec.depth
+    assert spec.depth == DEPTHS[name.rpartition("-")[2].split("/")[0]]
 
 
 def test_the_papers_dit_is_a_set_of_options() -> None:

@@ -321,6 +321,18 @@ def test_the_state_of_another_run_is_refused_by_its_difference(
         trainer(fashion, **{name: value}).resume(tmp_path / "state.pt")
 
 
+def test_a_state_from_before_there_were_other_backbones_goes_on(fashion: LabelledImages, tmp_path: Path) -> None:
+    one, _ = run(fashion, stop=2)
+    one.save(tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    for name in ("backbone", "rope", "qk_norm_kind", "merge", "coarse_depth", "text_width"):
+        del state["run"][name]
+    torch.save(state, tmp_path / "state.pt")
+    other = trainer(fashion)
+    other.resume(tmp_path / "state.pt")
+    assert other.step == 2
+
+
 def test_the_state_of_another_model_is_refused(fashion: LabelledImages, tmp_path: Path) -> None:
     trainer(fashion).save(tmp_path / "state.pt")
     other = trainer(fashion, tiny_spec(**FACTS, core_depth=3))
@@ -449,7 +461,7 @@ def test_bad_choices_are_named(name: str, value: float) -> None:
         (tiny_spec(**(FACTS | {"in_channels": 3})), {}, r"the model takes \(3, 32, 32\)"),
         (tiny_spec(**(FACTS | {"num_classes": 9})), {}, "the data has 10 classes, the model 9"),
         (SPEC, {"batch_size": 97}, "batch_size 97 is more than the 96 images"),
-        (SPEC, {"min_kept": 5}, "min_kept 5 is more than the model's 4 latents"),
+        (SPEC, {"min_kept": 5}, "min_kept 5: this model runs 1of4 to 4of4"),
     ],
 )
 def test_data_that_does_not_fit_is_refused(
