@@ -38,7 +38,7 @@ def inspect(
 ) -> None:
     """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.
 
-    In place of a PATH the name of a model (ELIT-Qwen-Image) shows what it would ask of a GPU.
+    In place of a PATH the name of a model shows what it would ask of a GPU.
     """
     from elit_export.report.deployment import deployment_tables
     from elit_export.report.inspection import inspect_path

@@ -64,7 +64,7 @@ def named_facts(name: str, spec: ModelSpec, text: int) -> Facts:
 def deployment_facts(spec: ModelSpec, text: int) -> Facts:
     """Arithmetic, nothing measured: weights, plans, GPUs by precision, and a step's time by budget."""
     count, activations = parameters(spec), activation_bytes(spec, ROWS, text)
-    plans = len(default_profiles(spec.latents, Range(1, 1, 1), step=spec.merge))
+    plans = len(default_profiles(spec.latents, Range(1, 1, 1), step=spec.budget_step))
     return {
         "rows": ROWS,
         "assumed_flops": ASSUMED_SHARE * PEAK_FLOPS,
