@@ -9,6 +9,8 @@ freely: `.pt` files are read with `weights_only=True` and one allowed class.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping
@@ -22,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elit_export.checkpoint_diffusers import load_diffusers, transformer_folder
+from elit_export.checkpoint_diffusers import diffusers_files, interface_file, load_diffusers, transformer_folder
 from elit_export.errors import CheckpointError, InputError, first_line
+from elit_export.files import sha256_of
 from elit_export.models.backbones import FAMILIES, RELEASED_HEAD_DEPTH, RELEASED_NAMES
 from elit_export.models.elit import Elit
 from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, ModelSpec
@@ -63,29 +66,46 @@ def load_checkpoint(
 
     A folder is a transformer of diffusers, or a pipeline that has one, and holds neither Read nor Write: `interface`
     is the file with those, as `checkpoint_diffusers.save_interface` writes it; None for files.
-    `num_heads`, `head_depth` and `tail_depth` cannot be told from shapes; None reads them from the
-    file. The weights of a `.pt` or of a folder stay mapped onto the files where they are float32 there (copy on
-    write): do not write into them while the model lives. Raises CheckpointError naming what is wrong.
+    `num_heads`, `head_depth` and `tail_depth` cannot be told from shapes; None reads them from the file. Weights in
+    float32 stay mapped onto it (copy on write): do not write into it while the model lives. Raises CheckpointError.
     """
-    asked = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
+    return stored_checkpoint(
+        path, interface=interface, num_heads=num_heads, head_depth=head_depth, tail_depth=tail_depth
+    ).float()
+
+
+def stored_checkpoint(path: str | Path, *, interface: str | Path | None = None, **asked: int | None) -> Elit:
+    """As load_checkpoint, with every weight in the type it is stored in, mapped onto its file.
+
+    Such a model takes no memory until weights are read. It is there to be exported and looked at, not to be run.
+    """
+    asked = {name: asked.pop(name, None) for name in ("num_heads", "head_depth", "tail_depth")} | asked
     if Path(path).is_dir():
-        folder = transformer_folder(Path(path))
-        if interface is None:
-            raise CheckpointError(
-                f"{path}: a folder of diffusers holds no Read and Write; give the file that does as `interface`, "
-                f"which checkpoint_diffusers.save_interface writes"
-            )
-        return load_diffusers(folder, Path(interface), asked)
+        return load_diffusers(transformer_folder(Path(path)), interface_file(interface, path), asked)
     file = checkpoint_path(path)
     if interface is not None:
         raise CheckpointError(f"{path}: a file holds its Read and Write; leave `interface` {interface} out")
-    if file.suffix == ".safetensors":
-        return _load_own(file, asked)
-    return _load_released(file, asked)
+    return _load_own(file, asked) if file.suffix == ".safetensors" else _load_released(file, asked)
+
+
+def checkpoint_files(path: str | Path, interface: str | Path | None = None) -> tuple[Path, ...]:
+    """All that a model is read from, `interface` last; raises CheckpointError if anything is missing."""
+    if Path(path).is_dir():
+        return (*diffusers_files(transformer_folder(Path(path))), interface_file(interface, path))
+    return (checkpoint_path(path),)
+
+
+def checkpoint_sha256(path: str | Path, interface: str | Path | None = None) -> str:
+    """Of a file its own; of a folder that of the names and hashes of its files, with the hash of `interface`."""
+    *folder, last = checkpoint_files(path, interface)
+    if not folder:
+        return sha256_of(last)
+    told = [*((file.name, sha256_of(file)) for file in folder), sha256_of(last)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The file behind a path or `shipped:NAME`; raises CheckpointError if there is none."""
+    """The file behind a path or `shipped:NAME`; raises CheckpointError if there is none, or a folder."""
     name = str(path)
     if name.startswith(SHIPPED_PREFIX):
         file = Path(str(files("elit_export"))) / "assets" / f"{name.removeprefix(SHIPPED_PREFIX)}.safetensors"
@@ -308,7 +328,7 @@ def _renamed(path: Path, weights: Weights, model: Elit) -> Weights:
         weights[LATENT_POSITIONS] = table[: model.spec.tokens]  # the released table has 4096 rows
     expected = {released: tuple(own[name].shape) for released, name in own_names.items()}
     check_tensors(path, weights, expected)
-    return {name: weights[released].float() for released, name in own_names.items()}
+    return {name: weights[released] for released, name in own_names.items()}
 
 
 # ---------------------------------------------------------------- own format
@@ -326,5 +346,5 @@ def _load_own(path: Path, asked: Mapping[str, int | None]) -> Elit:
     check_asked(path, asked, spec)
     model = meta_model(spec, data)
     check_tensors(path, weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    model.load_state_dict(weights, assign=True)
     return model.eval()

@@ -1,6 +1,7 @@
 """A transformer folder of diffusers, and a file with Read and Write → model.
 
-Takes: a folder, a file.  Gives: a model.  May touch: that file.  Knows nothing of: graphs, engines, diffusers itself.
+Takes: a folder, a file.  Gives: a model, its weights as stored.  May touch: that file.
+Knows nothing of: graphs, engines, diffusers itself.
 
 The only place that knows the names of diffusers. The folder is read as published, and nothing is written into it.
 """
@@ -57,12 +58,10 @@ def save_interface(path: Path, model: Elit, *, dtype: torch.dtype = torch.float3
 
 
 def load_diffusers(folder: Path, interface: Path, asked: Mapping[str, int | None]) -> Elit:
-    """Read a model in float32 from a transformer folder; weights that are float32 there stay mapped onto its files.
+    """Read a model from a transformer folder, its weights in the types they have there and mapped onto its files.
 
-    Those in half precision are widened, so that the model takes twice their size. Raises CheckpointError.
+    Raises CheckpointError.
     """
-    if not interface.is_file():
-        raise CheckpointError(f"no file with Read and Write at {interface}")
     added, metadata = read_safetensors(interface, INTERFACE_FORMAT)
     spec, data = told_by(interface, metadata)
     check_asked(interface, asked, spec)
@@ -77,10 +76,21 @@ def load_diffusers(folder: Path, interface: Path, asked: Mapping[str, int | None
     theirs = {name: diffusers_name(name, spec) for name in shapes if not name.startswith(INTERFACE)}
     base = mapped_tensors(folder)
     check_tensors(folder, base, {published: shapes[name] for name, published in theirs.items()})
-    weights = {name: own_tensor(published, base.pop(published)).float() for name, published in theirs.items()}
-    weights |= {name: tensor.float() for name, tensor in added.items()}
-    model.load_state_dict(weights, assign=True)
+    weights = {name: own_tensor(published, base.pop(published)) for name, published in theirs.items()}
+    model.load_state_dict(weights | added, assign=True)
     return model.eval()
+
+
+def interface_file(interface: str | Path | None, folder: str | Path) -> Path:
+    """The file with Read and Write for a folder; raises CheckpointError if there is none."""
+    if interface is None:
+        raise CheckpointError(
+            f"{folder}: a folder of diffusers holds no Read and Write; give the file that does, as "
+            f'checkpoint_diffusers.save_interface writes it: `interface = "FILE"` in the recipe, or --interface FILE'
+        )
+    if not Path(interface).is_file():
+        raise CheckpointError(f"no file with Read and Write at {interface}")
+    return Path(interface)
 
 
 def transformer_folder(folder: Path) -> Path:
@@ -92,6 +102,11 @@ def transformer_folder(folder: Path) -> Path:
         f"no checkpoint at {folder}: neither it nor {PIPELINE_PART}/ in it has a {CONFIG}; give the folder of a "
         f"{CLASS_NAME}, or of a pipeline with one, as save_pretrained of diffusers writes it"
     )
+
+
+def diffusers_files(folder: Path) -> tuple[Path, ...]:
+    """What a transformer folder is read from."""
+    return (folder / CONFIG, *_files(folder))
 
 
 def mapped_tensors(folder: Path) -> Weights:

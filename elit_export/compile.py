@@ -17,11 +17,10 @@ import numpy as np
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle, BundleWriter, writing
 from elit_export.calibrate.quantize import check_tools, quantized_graph
-from elit_export.checkpoint import checkpoint_path, load_checkpoint
+from elit_export.checkpoint import checkpoint_sha256, load_checkpoint
 from elit_export.compile_decoder import DecoderStages
 from elit_export.decoder import DecoderFolder, check_installed, read_decoder
 from elit_export.errors import BundleError, CalibrationError, RecipeError
-from elit_export.files import sha256_of
 from elit_export.graphs.export import export_graph
 from elit_export.graphs.program import export_program
 from elit_export.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, Keys, versions_of
@@ -86,22 +85,23 @@ def compile_bundle(
     *,
     out: str | Path,
     checkpoint: str | Path | None = None,
+    interface: str | Path | None = None,
     samples: str | Path | None = None,
     progress: Progress = no_progress,
 ) -> Bundle:
     """Export, build, verify, and only then make the bundle in `out` real.
 
-    `checkpoint` takes the place of the recipe's. `samples` is the file that `calibrate samples` wrote, which a target
-    in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, decoder, samples, libraries, CPU
-    (where plans depend on it) and code stays as it is, and so do plan sets of other targets of the same model. Plans
-    whose device is not here are recorded as never run. `progress` hears each stage that does something and the share
-    done before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a
-    failed or interrupted build leaves an earlier bundle as it was.
+    `checkpoint` and `interface` take the places of the recipe's. `samples` is the file of `calibrate samples`, which a
+    target in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, decoder, samples,
+    libraries, CPU (where plans depend on it) and code stays as it is, and so do plan sets of other targets of the same
+    model. Plans whose device is not here are recorded as never run. `progress` hears each stage that does something
+    and the share done before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's
+    errors; a failed or interrupted build leaves an earlier bundle as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
     chosen = recipe.target(target)
-    source = checkpoint or recipe.checkpoint
+    source, added = checkpoint or recipe.checkpoint, interface or recipe.interface
     if source is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
     BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
@@ -111,7 +111,7 @@ def compile_bundle(
     folder = _decoder_folder(recipe)
     file = Path(samples) if samples else None
     with writing(Path(out)) as writer:
-        return _Build(writer, recipe, target, chosen, str(source), file, folder, progress).run()
+        return _Build(writer, recipe, target, chosen, str(source), added, file, folder, progress).run()
 
 
 def _decoder_folder(recipe: Recipe) -> DecoderFolder | None:
@@ -141,6 +141,7 @@ class _Build:
     target: str
     chosen: AnyTarget
     source: str
+    interface: str | Path | None
     samples_file: Path | None
     decoder_folder: DecoderFolder | None
     progress: Progress
@@ -203,11 +204,11 @@ class _Build:
     @cached_property
     def model(self) -> Elit:
         self.progress("read checkpoint", STARTS["checkpoint"])
-        return load_checkpoint(self.source, **self.recipe.architecture.model_dump())
+        return load_checkpoint(self.source, interface=self.interface, **self.recipe.architecture.model_dump())
 
     @cached_property
     def sha256(self) -> str:
-        return sha256_of(checkpoint_path(self.source))
+        return checkpoint_sha256(self.source, self.interface)
 
     @cached_property
     def decoder(self) -> DecoderStages | None:

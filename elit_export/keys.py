@@ -36,9 +36,8 @@ class Keys:
     @property
     def model(self) -> str:
         architecture = self.recipe.architecture.model_dump()
-        return key_of(
-            self.checkpoint_sha256, architecture, self.recipe.name, code("checkpoint.py", "spec.py", "models")
-        )
+        source = code("checkpoint.py", "checkpoint_diffusers.py", "weights.py", "spec.py", "models")
+        return key_of(self.checkpoint_sha256, architecture, self.recipe.name, source)
 
     # names
 

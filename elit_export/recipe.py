@@ -188,10 +188,14 @@ class DecoderTable(_Table):
 
 
 class Recipe(_Table):
-    """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`."""
+    """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`.
+
+    For a folder of diffusers `interface` is the file with Read and Write, relative to the recipe too.
+    """
 
     name: str = Field(pattern=NAME_PATTERN)
     checkpoint: str | None = None
+    interface: Annotated[str, Field(min_length=1)] | None = None
     architecture: Architecture = Architecture()
     decoder: DecoderTable | None = None
     rows: RangeTable
@@ -277,6 +281,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     found: dict[str, Any] = {}
     if recipe.checkpoint and not recipe.checkpoint.startswith("shipped:"):
         found["checkpoint"] = str(folder / recipe.checkpoint)
+    if recipe.interface:
+        found["interface"] = str(folder / recipe.interface)
     if recipe.decoder:
         found["decoder"] = recipe.decoder.model_copy(update={"folder": str(folder / recipe.decoder.folder)})
     return recipe.model_copy(update=found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from elit_export.checkpoint import load_checkpoint, save_checkpoint
+from elit_export.checkpoint import checkpoint_sha256, load_checkpoint, save_checkpoint, stored_checkpoint
 from elit_export.checkpoint_diffusers import CONFIG, INDEX, OPTIONS, config_of, diffusers_name, save_interface
 from elit_export.errors import CheckpointError
 from elit_export.models.mmdit import ElitMMDiT
@@ -255,7 +256,11 @@ def test_a_whole_model_is_no_file_of_read_and_write(base: Path, tmp_path: Path) 
 
 
 def test_a_folder_alone_and_a_file_too_many_are_refused(base: Path, interface: Path, tmp_path: Path) -> None:
-    refused(base, None, "holds no Read and Write; give the file that does as `interface`")
+    refused(
+        base,
+        None,
+        r'no Read and Write; give the file that does, .*: `interface = "FILE"` in the recipe, or --interface FILE',
+    )
     refused(base, tmp_path / "nowhere", "no file with Read and Write at")
     save_checkpoint(tmp_path / "whole.safetensors", text_model())
     refused(tmp_path / "whole.safetensors", interface, "a file holds its Read and Write; leave `interface`")
@@ -297,3 +302,45 @@ def test_the_published_model_has_the_published_config() -> None:
         "out_channels": 16,
         "axes_dims_rope": [16, 56, 56],
     }
+
+
+# ---------------------------------------------------------------- weights as stored, and the hash of all that is read
+
+
+def test_weights_stay_as_they_are_stored_until_they_are_widened(tmp_path: Path) -> None:
+    folder = written_base(text_model(), tmp_path / "half", torch.bfloat16)
+    save_interface(tmp_path / "i.safetensors", text_model(), dtype=torch.float16)
+    stored = stored_checkpoint(folder, interface=tmp_path / "i.safetensors")
+    kinds = {name.startswith(("read.", "write.")): tensor.dtype for name, tensor in stored.state_dict().items()}
+    assert kinds == {True: torch.float16, False: torch.bfloat16}
+    assert_equal(load_checkpoint(folder, interface=tmp_path / "i.safetensors"), stored.float())
+
+
+def test_the_hash_is_of_config_every_shard_and_the_interface(base: Path, interface: Path, tmp_path: Path) -> None:
+    (base / WEIGHTS).rename(base / "first.safetensors")
+    edited = load_file(base / "first.safetensors")
+    save_file({"img_in.bias": edited.pop("img_in.bias")}, base / "second.safetensors")
+    save_file(edited, base / "first.safetensors")
+    whole = checkpoint_sha256(base, interface)
+    moved = Path(shutil.copytree(base, tmp_path / "elsewhere" / "transformer"))
+    renamed = Path(shutil.copy(interface, tmp_path / "renamed.safetensors"))
+    (moved / "README.md").write_text("not read")
+    assert checkpoint_sha256(moved.parent, renamed) == whole  # as the transformer of a pipeline
+    for file in (moved / CONFIG, moved / "first.safetensors", moved / "second.safetensors", renamed):
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
+        assert checkpoint_sha256(moved, renamed) != whole, file.name
+        file.write_bytes(content)
+    assert checkpoint_sha256(moved, renamed) == whole
+
+
+def test_the_hash_of_a_file_is_its_own(interface: Path) -> None:
+    assert checkpoint_sha256(interface) == hashlib.sha256(interface.read_bytes()).hexdigest()
+
+
+def test_a_hash_wants_all_files(base: Path, interface: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'`interface = "FILE"` in the recipe, or --interface FILE'):
+        checkpoint_sha256(base)
+    (base / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="no weights in safetensors files"):
+        checkpoint_sha256(base, interface)

@@ -167,6 +167,14 @@ def test_a_relative_checkpoint_is_relative_to_the_recipe(tmp_path: Path) -> None
     assert loaded(tmp_path).checkpoint == str(tmp_path / "weights/model.safetensors")
 
 
+def test_a_relative_interface_is_relative_to_the_recipe(tmp_path: Path) -> None:
+    text = RECIPE.replace("checkpoint =", 'interface = "elit/i.safetensors"\ncheckpoint =')
+    assert loaded(tmp_path, text).interface == str(tmp_path / "elit/i.safetensors")
+    assert loaded(tmp_path).interface is None
+    with pytest.raises(RecipeError, match="interface: "):
+        loaded(tmp_path, text.replace("elit/i.safetensors", ""))
+
+
 DECODER = """
 [decoder]
 folder = "vae"

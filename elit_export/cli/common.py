@@ -132,4 +132,5 @@ def architecture_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")
 JSON_OPTION = click.option("--json", "json_to", metavar="FILE|-", help="Write the facts as JSON too.")

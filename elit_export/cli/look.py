@@ -10,6 +10,7 @@ import click
 from elit_export.bundle import Bundle
 from elit_export.cli.common import (
     FOLDER,
+    INTERFACE_OPTION,
     JSON_OPTION,
     architecture_options,
     progress_bar,
@@ -27,14 +28,24 @@ from elit_export.verify.parity import Comparison
 
 @click.command()
 @click.argument("path")
+@INTERFACE_OPTION
+@click.option("--resolution", type=int, default=256, show_default=True, help="Pixels along a side, of a named model.")
+@click.option("--text", type=int, default=128, show_default=True, help="Tokens of a prompt, for FLOPs.")
 @architecture_options
 @JSON_OPTION
-def inspect(path: str, json_to: str | None, **numbers: int | None) -> None:
-    """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions."""
+def inspect(
+    path: str, interface: Path | None, resolution: int, text: int, json_to: str | None, **numbers: int | None
+) -> None:
+    """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.
+
+    In place of a PATH the name of a model shows what it would ask of a GPU.
+    """
+    from elit_export.report.deployment import deployment_tables
     from elit_export.report.inspection import inspect_path
 
-    facts = inspect_path(path, **numbers)
-    show(*inspection_tables(facts), json_to=json_to)
+    facts = inspect_path(path, interface=interface, resolution=resolution, text=text, **numbers)
+    tables = [*inspection_tables(facts), *deployment_tables(facts)]
+    show(*tables, json_to=json_to)
     write_json(facts, json_to)
 
 

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, architecture_options, build_progress, progress_bar, say, show
+from elit_export.cli.common import (
+    FILE,
+    FOLDER,
+    INTERFACE_OPTION,
+    architecture_options,
+    build_progress,
+    progress_bar,
+    say,
+    show,
+)
 from elit_export.report.tables import inspection_tables
 from elit_export.spec import QUANTIZED, Precision
 
@@ -19,13 +28,19 @@ PRECISION = click.Choice([precision.value for precision in Precision if precisio
 @click.argument("checkpoint")
 @click.option("--out", type=FOLDER, required=True, help="Folder for step.onnx and its weights.")
 @click.option("--precision", type=PRECISION, default=Precision.FP32.value, show_default=True)
+@INTERFACE_OPTION
 @architecture_options
-def export(checkpoint: str, out: Path, precision: str, **numbers: Any) -> None:
-    """Export CHECKPOINT (.pt, .safetensors or shipped:fashion) as one ONNX graph for every budget."""
-    from elit_export.checkpoint import load_checkpoint
+def export(checkpoint: str, out: Path, precision: str, interface: Path | None, **numbers: Any) -> None:
+    """Export CHECKPOINT as one ONNX graph for every budget.
+
+    CHECKPOINT is a .pt or .safetensors file, shipped:fashion or, with --interface, a folder of diffusers. Its weights
+    are read one by one, so that it may be larger than the memory.
+    """
+    from elit_export.checkpoint import stored_checkpoint
     from elit_export.graphs.export import export_graph
 
-    path = export_graph(load_checkpoint(checkpoint, **numbers), "step", out, Precision(precision))
+    model = stored_checkpoint(checkpoint, interface=interface, **numbers)
+    path = export_graph(model, "step", out, Precision(precision))
     say(f"wrote {path} and {path.name}.data")
 
 
@@ -33,9 +48,17 @@ def export(checkpoint: str, out: Path, precision: str, **numbers: Any) -> None:
 @click.argument("recipe", type=FILE)
 @click.option("--target", help="Which [targets.NAME]; needed if the recipe has several.")
 @click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
-@click.option("--checkpoint", help="In place of the recipe's checkpoint.")
+@click.option("--checkpoint", help="In place of the recipe's checkpoint: a file, or a folder of diffusers.")
+@INTERFACE_OPTION
 @click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
-def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | None, samples: Path | None) -> None:
+def build(
+    recipe: Path,
+    target: str | None,
+    out: Path | None,
+    checkpoint: str | None,
+    interface: Path | None,
+    samples: Path | None,
+) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
     from elit_export.compile import NOTHING_CHANGED, compile_bundle
     from elit_export.recipe import load_recipe
@@ -56,6 +79,7 @@ def build(recipe: Path, target: str | None, out: Path | None, checkpoint: str | 
             target or loaded.only_target(),
             out=folder,
             checkpoint=checkpoint,
+            interface=interface,
             samples=samples,
             progress=on_stage,
         )

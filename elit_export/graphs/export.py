@@ -30,10 +30,12 @@ from onnxscript import opset20 as op
 from onnxscript import opset23
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elit_export.errors import ExportError
 from elit_export.graphs.check import check_graph
 from elit_export.graphs.fused import fused
+from elit_export.graphs.weights import give_weights, weightless
 from elit_export.models.elit import Elit
 from elit_export.models.precision import in_precision
 from elit_export.spec import (
@@ -55,6 +57,7 @@ HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
 # latent positions) becomes a constant of the graph, and nothing large can appear from it.
 NO_LIMIT = 1 << 40
 SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node, innermost last
+MODEL = "model"  # of GraphModule
 MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
 MULTIPLES = "multiples"  # of the least number of latents that a model keeps
 EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
@@ -64,8 +67,8 @@ EXAMPLE_TEXT = 5
 def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the graph `step`, `fused` or one of CACHE_GRAPHS into `folder` (made if missing), once checked.
 
-    The model holds float32. Inputs and outputs are the same in every precision; `models.precision` says what
-    is rounded.
+    The model's weights may be of any floating-point type, and mapped onto their file: they are read one by one. Inputs
+    and outputs are the same in every precision; `models.precision` says what is rounded.
     Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)
@@ -77,7 +80,8 @@ def export_decoder(decoder: nn.Module, spec: DecoderSpec, folder: Path) -> Path:
     """Write the graph `decode` in fp32, as export_graph does."""
 
     def made() -> ir.Model:
-        return _exported(traceable_decoder(decoder, spec), spec.outputs, DECODE, Precision.FP32)
+        program = _traced(traceable_decoder(decoder, spec), spec.outputs, DECODE, Precision.FP32)
+        return _folded(program, spec.inputs)
 
     return _written(made, DECODE, spec.inputs, spec.outputs, folder, Precision.FP32)
 
@@ -114,11 +118,19 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
 
 
 def graph_model(model: Elit, name: str, precision: Precision) -> ir.Model:
-    """A graph in memory, with the model's tensors as its weights."""
-    return _exported(traceable(model, name, precision), model.spec.outputs_of(name), name, precision)
+    """A graph in memory; its weights are those of the model, read and rounded when they are asked for."""
+    mode = FakeTensorMode()
+    traced = traceable(weightless(model, mode), name, precision)
+    with mode:
+        program = _traced(traced, model.spec.outputs_of(name), name, precision)
+    weights = {f"{MODEL}.{own}": tensor for own, tensor in model.state_dict(keep_vars=True).items()}
+    give_weights(program.model, weights)
+    return _folded(program, traced.inputs)
 
 
-def _exported(traced: Traceable, outputs: Sequence[TensorSpec], name: str, precision: Precision) -> ir.Model:
+def _traced(
+    traced: Traceable, outputs: Sequence[TensorSpec], name: str, precision: Precision
+) -> torch.onnx.ONNXProgram:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -131,13 +143,20 @@ def _exported(traced: Traceable, outputs: Sequence[TensorSpec], name: str, preci
                 dynamic_shapes=traced.dynamic_shapes,
                 custom_translation_table={SDPA: _in_place_of_sdpa(_attention_of(name, precision))},
                 verbose=False,
+                optimize=False,  # weights come first
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"torch.onnx.export failed: {error}") from error
     if program is None:
         raise ExportError("torch.onnx.export gave no graph")
+    return program
+
+
+def _folded(program: torch.onnx.ONNXProgram, inputs: Sequence[TensorSpec]) -> ir.Model:
+    """Without what can be computed now, once the weights are there."""
+    program.optimize()
     made: ir.Model = program.model
-    _name_dimensions(made, traced.inputs)
+    _name_dimensions(made, inputs)
     fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     RemoveUnusedNodesPass()(made)
     LiftSubgraphInitializersToMainGraphPass()(made)  # ONNX Runtime writes those of branches twice
@@ -159,7 +178,7 @@ def name_nodes(made: ir.Model) -> None:
     """
     for number, node in enumerate(ir.traversal.RecursiveGraphIterator(made.graph)):
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-        module = str(scopes[-2]).removeprefix("model.") if len(scopes) > 1 else ""
+        module = str(scopes[-2]).removeprefix(f"{MODEL}.") if len(scopes) > 1 else ""
         kind = f"{node.op_type}_{number}"
         node.name = f"{module}/{kind}" if re.fullmatch(MODULE_PATH, module) else kind
 

@@ -1,6 +1,6 @@
-"""What a checkpoint or a bundle holds, as plain facts.
+"""What a checkpoint or a bundle holds, or a named model would, as plain facts.
 
-Takes: a path.  Gives: a dict fit for JSON and for the tables.  May touch: the path (reading).
+Takes: a path or a name.  Gives: a dict fit for JSON and for the tables.  May touch: the path (reading).
 """
 
 from __future__ import annotations
@@ -10,31 +10,98 @@ from typing import Any
 
 from elit_export.bundle import Bundle
 from elit_export.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
-from elit_export.models.cost import flops, usual_text
-from elit_export.spec import DataFacts, ModelSpec, Range, listed
+from elit_export.models.backbones import NAMES
+from elit_export.models.cost import USUAL_TEXT, flops
+from elit_export.models.size import (
+    ASSUMED_SHARE,
+    PEAK_FLOPS,
+    ROWS,
+    activation_bytes,
+    expected_ms,
+    fitting,
+    parameters,
+)
+from elit_export.spec import DataFacts, ModelSpec, Precision, Range, default_profiles, listed
 from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
+NAMED_DATA = DataFacts(kind="vae", vae="of the checkpoint")
 
 
-def inspect_path(path: str, **numbers: int | None) -> Facts:
-    """Facts of a bundle folder or a checkpoint file; raises BundleError or CheckpointError."""
-    if Path(path).is_dir():
-        return bundle_facts(Bundle.open(path))
-    return checkpoint_facts(path, **numbers)
+def inspect_path(
+    path: str,
+    *,
+    interface: str | Path | None = None,
+    resolution: int = 256,
+    text: int = USUAL_TEXT,
+    **numbers: int | None,
+) -> Facts:
+    """Facts of a bundle, a checkpoint, or, where there is no such file, a model of that name.
+
+    A folder with a `config.json`, or for which there is an `interface`, is a checkpoint of diffusers. `resolution` is
+    that of a named model, `text` how many tokens prompts have. Raises BundleError, CheckpointError or InputError.
+    """
+    if path in NAMES and not Path(path).exists():
+        return named_facts(path, ModelSpec.named(path, resolution=resolution), text)
+    if Path(path).is_dir() and interface is None and not _is_of_diffusers(Path(path)):
+        return bundle_facts(Bundle.open(path), text)
+    return checkpoint_facts(path, interface, text, **numbers)
 
 
-def checkpoint_facts(path: str, **numbers: Any) -> Facts:
-    from elit_export.checkpoint import checkpoint_path, load_checkpoint  # a machine that only runs has no torch
-
-    file = checkpoint_path(path)
-    model = load_checkpoint(path, **numbers)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    own = {"kind": "checkpoint", "file": file.name, "size_bytes": file.stat().st_size, "parameters": parameters}
-    return own | model_facts(model.spec, model.data)
+def _is_of_diffusers(folder: Path) -> bool:
+    return any((folder / part / "config.json").is_file() for part in ("", "transformer"))
 
 
-def bundle_facts(bundle: Bundle) -> Facts:
+def named_facts(name: str, spec: ModelSpec, text: int) -> Facts:
+    """What can be said without weights: shapes, costs, and what it asks of a GPU."""
+    parts = model_facts(spec, NAMED_DATA, text)
+    return {"kind": "named size", "name": name, "parameters": parameters(spec).total, **parts} | {
+        "deployment": deployment_facts(spec, parts["text_tokens"])
+    }
+
+
+def deployment_facts(spec: ModelSpec, text: int) -> Facts:
+    """Arithmetic, nothing measured: weights, plans, GPUs by precision, and a step's time by budget."""
+    count, activations = parameters(spec), activation_bytes(spec, ROWS, text)
+    plans = len(default_profiles(spec.latents, Range(1, 1, 1), step=spec.budget_step))
+    return {
+        "rows": ROWS,
+        "assumed_flops": ASSUMED_SHARE * PEAK_FLOPS,
+        "assumed_share": ASSUMED_SHARE,
+        "peak_flops": PEAK_FLOPS,
+        "rounded_parameters": count.rounded,
+        "exact_parameters": count.exact,
+        "activation_bytes": activations,
+        "per_profile_plans": plans,
+        "precisions": {
+            precision.value: {
+                "weight_bytes": weights,
+                "per_profile_bytes": plans * weights,
+                "fits_one_plan": fitting(weights + activations),
+                "fits_per_profile": fitting(plans * weights + activations),
+            }
+            for precision in (Precision.FP32, Precision.BF16, Precision.FP8)
+            for weights in (count.size_bytes(precision),)
+        },
+        "step_ms": {name: expected_ms(spec, budget.kept, text) for name, budget in spec.named_budgets.items()},
+    }
+
+
+def checkpoint_facts(path: str, interface: str | Path | None = None, text: int = USUAL_TEXT, **numbers: Any) -> Facts:
+    from elit_export.checkpoint import checkpoint_files, stored_checkpoint  # a machine that only runs has no torch
+
+    found = checkpoint_files(path, interface)
+    model = stored_checkpoint(path, interface=interface, **numbers)
+    own = {
+        "kind": "checkpoint",
+        "file": Path(path).name if Path(path).is_dir() else found[0].name,
+        "size_bytes": sum(file.stat().st_size for file in found),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    return own | model_facts(model.spec, model.data, text)
+
+
+def bundle_facts(bundle: Bundle, text: int = USUAL_TEXT) -> Facts:
     manifest, calibration = bundle.manifest, bundle.manifest.cache_calibration
     return {
         "kind": "bundle",
@@ -42,7 +109,7 @@ def bundle_facts(bundle: Bundle) -> Facts:
         "schema_version": manifest.schema_version,
         "package_version": manifest.package_version,
         "checkpoint_sha256": manifest.model.checkpoint_sha256,
-        **model_facts(manifest.model.spec, manifest.model.data),
+        **model_facts(manifest.model.spec, manifest.model.data, text),
         "graphs": {
             name: {"size_bytes": graph.artifact.size_bytes, "sqnr_db": graph.sqnr_db}
             for name, graph in manifest.graphs.items()
@@ -52,19 +119,26 @@ def bundle_facts(bundle: Bundle) -> Facts:
     }
 
 
-def model_facts(spec: ModelSpec, data: DataFacts) -> Facts:
+def model_facts(spec: ModelSpec, data: DataFacts, text: int) -> Facts:
+    """`text` is how many tokens prompts have, and left out for a model without."""
+    tokens = text if spec.text_width else 0
     shapes = {
         "tokens": spec.tokens,
         "groups": spec.groups,
         "latents_per_group": spec.latents,
         "split": f"{spec.head_depth}-{spec.core_depth}-{spec.tail_depth}",
     }
-    return {"spec": spec.to_dict(), "shapes": shapes, "data": data.to_dict(), "budgets": budget_facts(spec)}
+    return {
+        "spec": spec.to_dict(),
+        "shapes": shapes,
+        "data": data.to_dict(),
+        "text_tokens": tokens,
+        "budgets": budget_facts(spec, tokens),
+    }
 
 
-def budget_facts(spec: ModelSpec) -> list[Facts]:
-    """The named budgets, largest first, with FLOPs of one image's forward pass, of `usual_text` where it has some."""
-    text = usual_text(spec)
+def budget_facts(spec: ModelSpec, text: int) -> list[Facts]:
+    """The named budgets, largest first, with FLOPs of one image's forward pass."""
     full = flops(spec, spec.full, text=text).total
     return [
         {"name": name, "budget": str(budget), "flops": cost, "share_of_full": cost / full}

@@ -39,8 +39,9 @@ def size(size_bytes: float) -> str:
 def inspection_tables(facts: Facts) -> Iterator[Table]:
     """All tables of `inspect`."""
     yield table("model", ("fact", "value"), list(_model_rows(facts)))
+    text = f" and {facts['text_tokens']} text tokens" if facts["text_tokens"] else ""
     yield table(
-        "budgets (one forward pass of one image)",
+        f"budgets (one forward pass of one image{text})",
         ("name", "budget", "GFLOP", "of full"),
         [_budget_row(budget) for budget in facts["budgets"]],
     )

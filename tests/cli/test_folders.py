@@ -1,0 +1,115 @@
+"""A folder of diffusers and a file of Read and Write, from the command line and from recipes; sizes by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from elit_export.checkpoint import save_checkpoint
+from elit_export.checkpoint_diffusers import save_interface
+from elit_export.models.mmdit import ElitMMDiT
+from tests.cli.test_cli import ok, only_json, refused
+from tests.test_architecture import HEAVY, modules_after
+from tests.test_checkpoint_diffusers import written_base
+from tests.text_models import text_model, text_spec
+
+REMEDY = 'give the file that does, as checkpoint_diffusers.save_interface writes it: `interface = "FILE"` in the recipe'
+RECIPE = """
+name = "text"
+checkpoint = "base"
+{interface}
+rows = {{ min = 1, opt = 1, max = 2 }}
+[targets.cpu]
+backend = "onnxruntime"
+device = "cpu"
+precision = "fp32"
+"""
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` and `interface.safetensors` of a small model. Do not change them."""
+    folder = tmp_path_factory.mktemp("folders")
+    model = text_model(input_size=8, group_size=2, core_depth=1, tail_depth=0)
+    written_base(model, folder / "base")
+    save_interface(folder / "interface.safetensors", model)
+    return folder
+
+
+def test_a_folder_is_exported(here: Path, tmp_path: Path) -> None:
+    ok("export", here / "base", "--interface", here / "interface.safetensors", "--out", tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"step.onnx", "step.onnx.data"}
+
+
+def test_a_folder_is_inspected(here: Path) -> None:
+    facts = only_json("inspect", here / "base", "--interface", here / "interface.safetensors", "--text", "7")
+    files = [*(here / "base").iterdir(), here / "interface.safetensors"]
+    assert (facts["kind"], facts["file"], facts["text_tokens"]) == ("checkpoint", "base", 7)
+    assert facts["size_bytes"] == sum(file.stat().st_size for file in files)
+    assert facts["shapes"]["split"] == "1-1-0"
+    more = only_json("inspect", here / "base", "--interface", here / "interface.safetensors", "--text", "8")
+    assert more["budgets"][0]["flops"] > facts["budgets"][0]["flops"]
+
+
+def test_a_folder_alone_is_refused_with_both_remedies(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(RECIPE.format(interface="").replace('"base"', f'"{here / "base"}"'))
+    for arguments in (
+        ("export", here / "base", "--out", tmp_path / "out"),
+        ("inspect", here / "base"),
+        ("build", tmp_path / "r.toml", "--out", tmp_path / "out"),
+    ):
+        said = refused(*arguments)
+        assert REMEDY in said
+        assert "or --interface FILE" in said
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_file_with_an_interface_is_refused(here: Path, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "whole.safetensors", text_model())
+    said = refused("inspect", tmp_path / "whole.safetensors", "--interface", here / "interface.safetensors")
+    assert "a file holds its Read and Write; leave `interface`" in said
+
+
+@pytest.mark.parametrize("by_option", [True, False])
+def test_build_takes_the_interface_of_the_recipe_or_of_the_command_line(
+    here: Path, tmp_path: Path, by_option: bool
+) -> None:
+    """One of another width, which is refused by name: reading it is what shows which was taken."""
+    other = tmp_path / "other.safetensors"
+    save_interface(other, ElitMMDiT(text_spec(hidden_size=128)))
+    named = here / "interface.safetensors" if by_option else other
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(RECIPE.format(interface=f'interface = "{named}"').replace('"base"', f'"{here / "base"}"'))
+    options = ["--interface", other] if by_option else []
+    said = refused("build", recipe, "--out", tmp_path / "out", *options)
+    assert f"does not fit the Read and Write in {other}, of width 128" in said
+
+
+def test_a_folder_that_is_neither_bundle_nor_checkpoint_is_no_bundle(tmp_path: Path) -> None:
+    assert "bundle" in refused("inspect", tmp_path)
+
+
+# ---------------------------------------------------------------- sizes by name
+
+
+def test_a_named_size_shows_what_it_asks_of_a_gpu() -> None:
+    said = ok("inspect", "ELIT-Qwen-Image", "--resolution", "1024")
+    assert "20624708160" in said
+    assert "nothing measured" in said
+    facts = only_json("inspect", "ELIT-Qwen-Image", "--resolution", "1024")
+    found = facts["deployment"]
+    bf16 = found["precisions"]["bf16"]
+    assert bf16["weight_bytes"] == 2 * found["rounded_parameters"] + 4 * found["exact_parameters"]
+    assert bf16["per_profile_bytes"] == 4 * bf16["weight_bytes"]
+    assert len(bf16["fits_one_plan"]) == 4
+    assert bf16["fits_per_profile"] == []
+    for budget in facts["budgets"]:
+        seconds = found["step_ms"][budget["name"]] / 1000
+        assert seconds * found["assumed_flops"] == pytest.approx(found["rows"] * budget["flops"])
+
+
+def test_a_name_needs_no_torch_and_a_wrong_one_is_no_checkpoint() -> None:
+    named = "from elit_export.report.inspection import inspect_path; inspect_path('ELIT-SiT-XL/2')"
+    assert modules_after(named).isdisjoint(HEAVY)
+    assert "no checkpoint at ELIT-Qwen-Imag" in refused("inspect", "ELIT-Qwen-Imag")
