@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from elit_export import Pipeline, compile_bundle
 from elit_export.bundle import Bundle
+from elit_export.calibrate.cache import Trajectories, joined, sampled_pairs
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.errors import InputError, ParityError, RecipeError
@@ -23,9 +24,8 @@ from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import CACHE_GRAPHS, Range
 from elit_export.verify.reference import torch_pipeline
-from elit_export.verify.subjects import subjects_of
 from tests.conftest import recipe_values
-from tests.helpers import max_relative, tiny_spec
+from tests.helpers import calibrate, fit_of, max_relative, tiny_spec
 from tests.text_models import text_model
 
 TEXT = {"min": 2, "opt": 5, "max": 9}
@@ -116,14 +116,25 @@ def test_a_prompt_gives_its_image_whatever_is_beside_it(pipeline: Pipeline) -> N
     )
 
 
-def test_teacache_works_once_calibrated(bundle: Bundle, tmp_path: Path) -> None:
+def test_what_a_calibration_sees_needs_no_text(pipeline: Pipeline) -> None:
+    """The engines of `probe` take none, and refuse it."""
+    wanted = Trajectories(images=4, steps=(4,), budgets=(pipeline.spec.full,), guidance=("ccfg:2@1",), seed=1, rows=4)
+    found = joined(list(sampled_pairs(pipeline, wanted)))
+    assert (found.distance > 0).all()
+    assert (found.change > 0).all()
+
+
+def test_teacache_decides_as_with_torch(bundle: Bundle, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
-    done = CliRunner().invoke(main, ["calibrate", "cache", str(folder), "--images", "4", "--steps", "6"])
-    assert done.exit_code == 0, done.output
+    calibrate(folder, fit_of(None))
+    choices: Any = {"steps": 6, "cache": "teacache:0.5", "guidance": "ccfg:2@quarter"}
     with Pipeline.load(folder) as pipeline:
-        prompts = subjects_of(pipeline.spec, range(3), RANGE)
-        sample = pipeline.sample(prompts, steps=6, cache="teacache:1e9", sampler="euler")
-    assert any(call.reused for call in sample.calls)
+        found = pipeline.sample(PROMPTS, **choices)
+        reference = Pipeline(torch_pipeline(text_model()).bank, pipeline.spec, pipeline.data, fits=pipeline.fits)
+        expected = reference.sample(PROMPTS, **choices)
+    assert [call.reused for call in found.calls] == [call.reused for call in expected.calls]
+    assert 0 < sum(call.reused for call in found.calls) < len(found.calls) - 2
+    assert max_relative(found.latents, expected.latents) <= 1e-4
 
 
 def test_bench_counts_the_text(bundle: Bundle) -> None:

@@ -43,7 +43,7 @@ class Kind:
     marks: tuple[str, ...]  # one token each
 
 
-# Qwen-Image's template; what stands before the prompt is 34 tokens there, which its pipeline drops by that number.
+# Of the text-to-image model that it serves, whose pipeline drops the 34 tokens before the prompt by their number.
 QWEN = Kind(
     class_name="Qwen2_5_VLForConditionalGeneration",
     model_type="qwen2_5_vl",

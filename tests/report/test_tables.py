@@ -26,7 +26,7 @@ def result_of(budgets: dict[str, Budget]) -> BenchResult:
     for name, budget in budgets.items():
         engine_ms = flops(SPEC, budget).total / 1e6
         timed[name] = {name: Timing(factor * engine_ms, 0.0, 0.0, 1) for name, factor in ((ENGINE, 1), ("eager", 2))}
-    results = list(budget_results(SPEC, budgets, timed, rows=2, peak=100.0))
+    results = list(budget_results(SPEC, budgets, timed, rows=2, text=0, peak=100.0))
     return BenchResult(
         rows=2,
         peak_gflops=100.0,
