@@ -118,7 +118,7 @@ def test_a_prompt_gives_its_image_whatever_is_beside_it(pipeline: Pipeline) -> N
 
 def test_what_a_calibration_sees_needs_no_text(pipeline: Pipeline) -> None:
     """The engines of `probe` take none, and refuse it."""
-    wanted = Trajectories(images=4, steps=(4,), budgets=(pipeline.spec.full,), guidance=("ccfg:2@1",), seed=1, rows=4)
+    wanted = Trajectories(images=4, steps=(4,), budgets=(pipeline.spec.full,), guidance=("cfg:2",), seed=1, rows=8)
     found = joined(list(sampled_pairs(pipeline, wanted)))
     assert (found.distance > 0).all()
     assert (found.change > 0).all()
