@@ -308,7 +308,7 @@ def test_every_profile_was_compared_at_its_corners(golden_g4_bundle: Bundle, gol
     (plan_set,) = golden_g4_bundle.manifest.plan_sets
     assert [facts.name for facts in plan_set.profiles] == ["full", "half", "quarter", "sixteenth"]
     for facts in plan_set.profiles:
-        cases = [(case.kept, case.rows) for case in plan_set.reference.cases if case.profile == facts.name]
+        cases = [(case.kept, case.rows, case.text) for case in plan_set.reference.cases if case.profile == facts.name]
         assert cases == list(dict.fromkeys(corners(facts.profile)))
         assert facts.parity.status == "passed"
         assert facts.parity.sqnr_db is not None

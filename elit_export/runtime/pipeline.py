@@ -187,7 +187,7 @@ class Pipeline:
         return self._fits
 
     def sample(
-        self, subjects: Subjects, *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
+        self, labels: Subjects, *, on_step: Callable[[StepRecord], None] = ignore, **choices: Unpack[Choices]
     ) -> Sample:
         """Sample one image per label, or per prompt; `on_step` hears every step.
 
@@ -196,25 +196,25 @@ class Pipeline:
         """
         started = time.perf_counter()
         records = []
-        for record in self.steps(subjects, **choices):
+        for record in self.steps(labels, **choices):
             on_step(record)
             records.append(record)
         engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
         timings = Timings(time.perf_counter() - started, engines_s)
-        labels = () if isinstance(subjects, Prompts) else tuple(int(label) for label in subjects)
+        labels = () if isinstance(labels, Prompts) else tuple(int(label) for label in labels)
         return Sample(records[-1].x, labels, tuple(records), timings, self.data)
 
-    def steps(self, subjects: Subjects, **choices: Unpack[Choices]) -> Generator[StepRecord, None, None]:
+    def steps(self, labels: Subjects, **choices: Unpack[Choices]) -> Generator[StepRecord, None, None]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
 
         Everything is checked before the first step; raises InputError.
         """
-        request = self.request(subjects, **choices)
+        request = self.request(labels, **choices)
         for size in set(calls_needed(request)):
             self.bank.slot_for(*size)
         return sampling_steps(self.bank, request)
 
-    def request(self, subjects: Subjects, **choices: Unpack[Choices]) -> Request:
+    def request(self, labels: Subjects, **choices: Unpack[Choices]) -> Request:
         """Check the choices of one sampling against the model; raises InputError."""
         if unknown := sorted(set(choices) - set(Choices.__annotations__)):
             raise InputError(f"unknown choice {unknown[0]!r}; known: {', '.join(Choices.__annotations__)}")
@@ -229,8 +229,8 @@ class Pipeline:
         guidance = chosen["guidance"]
         if isinstance(guidance, str):
             guidance = Guidance.parse(guidance, self.spec, interval=chosen["guidance_interval"])
-        conditioning, null_conditioning = self._conditioning(subjects, guidance)
-        seeded = SeededNoise(chosen["seed"], len(subjects), self.spec.sample_shape)
+        conditioning, null_conditioning = self._conditioning(labels, guidance)
+        seeded = SeededNoise(chosen["seed"], len(labels), self.spec.sample_shape)
         start, noise = seeded(), seeded.__call__
         if "noise" in chosen:
             start = _checked_array(chosen["noise"], start.shape, "noise")
