@@ -8,7 +8,6 @@ The only place that knows the names of diffusers. The folder is read as publishe
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from elit_export.errors import CheckpointError, first_line
+from elit_export.files import json_table
 from elit_export.models.elit import Elit
 from elit_export.spec import ModelSpec
 from elit_export.weights import (
@@ -132,7 +132,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _files(folder: Path) -> list[Path]:
     """Those that the index names or, without one, all there are."""
     if (folder / INDEX).is_file():
-        names = _json(folder / INDEX).get("weight_map")
+        names = json_table(folder / INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensors to files; download it again")
         files = [folder / Path(name).name for name in sorted(set(names.values()))]
@@ -149,21 +149,11 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {first_line(error)}; download it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a table; download it again")
-    return content
-
-
 # ---------------------------------------------------------------- config
 
 
 def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
-    config = _json(folder / CONFIG)
+    config = json_table(folder / CONFIG)
     if config.get("_class_name") != CLASS_NAME:
         raise CheckpointError(
             f"{folder}: is a {config.get('_class_name')}, not a {CLASS_NAME}, the only class that {BACKBONE} is made of"

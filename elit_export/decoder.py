@@ -10,7 +10,6 @@ imported only to make the module; the weights are never unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import sys
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from elit_export.errors import BackendUnavailable, CheckpointError, RecipeError
-from elit_export.files import sha256_of
+from elit_export.files import json_table, sha256_of
 from elit_export.spec import DataFacts, DecoderSpec, ModelSpec
 
 CONFIG = "config.json"
@@ -120,7 +119,7 @@ class DecoderFolder:
 def read_decoder(folder: str | Path) -> DecoderFolder:
     """Read the configuration in `folder`, or in its `vae`; raises CheckpointError."""
     path = _decoder_path(Path(folder))
-    config = _config(path / CONFIG)
+    config = json_table(path / CONFIG)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in DEFAULTS:
         raise CheckpointError(f"{path}: its class is {name!r}; known: {', '.join(DEFAULTS)}")
@@ -135,16 +134,6 @@ def _decoder_path(folder: Path) -> Path:
         if (path / CONFIG).is_file():
             return path
     raise CheckpointError(f"{folder}: no {CONFIG} in it or in its `{OF_PIPELINE}`; give a folder that diffusers saved")
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}; copy the folder again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: no table of names and values; copy the folder again")
-    return values
 
 
 def _check_weights(path: Path) -> None:

@@ -7,6 +7,7 @@ Knows nothing of: what the files hold.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -14,6 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+from elit_export.errors import CheckpointError, first_line
 
 if sys.platform != "win32":
     import fcntl
@@ -118,3 +122,14 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def json_table(path: Path) -> dict[str, Any]:
+    """The names and values of a JSON file that another program wrote; raises CheckpointError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {first_line(error)}; copy the folder again") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: no table of names and values; copy the folder again")
+    return values

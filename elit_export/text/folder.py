@@ -6,13 +6,13 @@ Knows nothing of: weights, transformers, the network.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elit_export.errors import CheckpointError, InputError
+from elit_export.files import json_table
 from elit_export.spec import ModelSpec
 
 CONFIG = "config.json"
@@ -85,7 +85,7 @@ def read_encoder(folder: str | Path) -> EncoderFolder:
     The tokenizer of an encoder lies in the same folder or in `tokenizer` beside it.
     """
     path = _encoder_path(Path(folder))
-    config = _json(path / CONFIG)
+    config = json_table(path / CONFIG)
     kind = _kind(path, config)
     width = _width(path, config)
     _check_weights(path, kind)
@@ -104,16 +104,6 @@ def _encoder_path(folder: Path) -> Path:
     raise CheckpointError(
         f"{folder}: no {CONFIG} in it or in its `{ENCODER_PART}`; give the folder of a pipeline or of its text encoder"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}; copy the folder again") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: no table of names and values; copy the folder again")
-    return values
 
 
 def _kind(path: Path, config: Mapping[str, Any]) -> Kind:
@@ -155,7 +145,7 @@ def _check_weights(path: Path, kind: Kind) -> None:
 
 
 def _check_shards(path: Path) -> None:
-    names = _json(path / INDEX).get("weight_map")
+    names = json_table(path / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{path / INDEX}: has no weight_map from tensors to files; copy the folder again")
     for name in sorted(set(names.values())):
