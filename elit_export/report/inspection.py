@@ -11,7 +11,7 @@ from typing import Any
 from elit_export.bundle import Bundle
 from elit_export.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
 from elit_export.models.backbones import NAMES
-from elit_export.models.cost import USUAL_TEXT, flops
+from elit_export.models.cost import USUAL_TEXT, flops, flops_without_interface
 from elit_export.models.size import (
     ASSUMED_SHARE,
     PEAK_FLOPS,
@@ -133,6 +133,7 @@ def model_facts(spec: ModelSpec, data: DataFacts, text: int) -> Facts:
         "shapes": shapes,
         "data": data.to_dict(),
         "text_tokens": tokens,
+        "flops_without_interface": flops_without_interface(spec, text=tokens),
         "budgets": budget_facts(spec, tokens),
     }
 

@@ -40,11 +40,13 @@ def inspection_tables(facts: Facts) -> Iterator[Table]:
     """All tables of `inspect`."""
     yield table("model", ("fact", "value"), list(_model_rows(facts)))
     text = f" and {facts['text_tokens']} text tokens" if facts["text_tokens"] else ""
-    yield table(
+    budgets = table(
         f"budgets (one forward pass of one image{text})",
         ("name", "budget", "GFLOP", "of full"),
         [_budget_row(budget) for budget in facts["budgets"]],
     )
+    budgets.caption = f"without Read and Write: {facts['flops_without_interface'] / 1e9:.4g} GFLOP"
+    yield budgets
     for plan_set in facts.get("plan_sets", ()):
         yield _plan_set_table(plan_set)
         if decoder := plan_set["decoder"]:
