@@ -97,7 +97,7 @@ class EngineBank:
 
         Raises EngineError if the velocity is not finite, naming profile and precision.
         """
-        slot = self.slot_for(budget, *_sizes(inputs))
+        slot = self.slot_for(budget, *sizes_of(inputs))
         outputs = self._run(slot.engine, {**inputs, LATENTS: np.arange(budget.kept, dtype=np.int64)})
         _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
         return outputs
@@ -159,7 +159,7 @@ class EngineBank:
         self.close()
 
 
-def _sizes(inputs: Mapping[str, Array]) -> tuple[int, int]:
+def sizes_of(inputs: Mapping[str, Array]) -> tuple[int, int]:
     """Rows, and tokens of text."""
     return len(to_host(inputs["x"])), to_host(inputs[TEXT]).shape[1] if TEXT in inputs else 0
 

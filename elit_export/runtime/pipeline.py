@@ -201,8 +201,8 @@ class Pipeline:
             records.append(record)
         engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
         timings = Timings(time.perf_counter() - started, engines_s)
-        labels = () if isinstance(labels, Prompts) else tuple(int(label) for label in labels)
-        return Sample(records[-1].x, labels, tuple(records), timings, self.data)
+        classes = () if isinstance(labels, Prompts) else tuple(int(label) for label in labels)
+        return Sample(records[-1].x, classes, tuple(records), timings, self.data)
 
     def steps(self, labels: Subjects, **choices: Unpack[Choices]) -> Generator[StepRecord, None, None]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).

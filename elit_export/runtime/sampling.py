@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from elit_export.errors import EngineError
-from elit_export.runtime.bank import EngineBank
+from elit_export.runtime.bank import EngineBank, sizes_of
 from elit_export.runtime.cache import StepCache
 from elit_export.runtime.engine import Array, HostArray, to_host
 from elit_export.runtime.guidance import Branch, Guidance
@@ -134,7 +134,7 @@ class GuidedVelocity:
     def _call(self, x: Float64, t: float, branches: Sequence[Branch], role: str) -> HostArray:
         budget = branches[0].budget
         inputs = self._inputs(x, t, branches)
-        size = CallSize(budget, len(inputs["x"]), inputs[TEXT].shape[1] if TEXT in inputs else 0)
+        size = CallSize(budget, *sizes_of(inputs))
         started = time.perf_counter()
         outputs, cached = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3

@@ -40,7 +40,7 @@ def subjects_of(spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> 
     if not spec.text_width:
         return [number % spec.num_classes for number in numbers]
     assert text
-    return Prompts(_embedded(spec, numbers, text.opt, POSITIVE), _embedded(spec, numbers, max(text.min, 1), NEGATIVE))
+    return Prompts(_embedded(spec, numbers, text.opt, POSITIVE), _embedded(spec, numbers, text.min, NEGATIVE))
 
 
 def conditioning_rows(spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Arrays:
