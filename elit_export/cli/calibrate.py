@@ -15,7 +15,8 @@ from elit_export.errors import BundleError
 from elit_export.manifest import CacheCalibration
 from elit_export.report.samples import samples_facts, samples_table, sensitivity_facts, sensitivity_table
 from elit_export.report.tables import calibration_table
-from elit_export.runtime.pipeline import DEFAULTS, Pipeline
+from elit_export.runtime.choices import DEFAULTS
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.samples import load_samples, save_samples
 from elit_export.spec import QUANTIZED, STEP, Precision
 

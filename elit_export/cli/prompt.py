@@ -12,6 +12,7 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, say
 from elit_export.errors import InputError
+from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.prompts import Prompts
 from elit_export.spec import ModelSpec
 from elit_export.text.encoder import Weights, load_encoder, prompts_of
@@ -56,8 +57,11 @@ class Told:
         if self.given:
             raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
 
-    def prompts(self, spec: ModelSpec, labels: str) -> Prompts:
-        """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError."""
+    def prompts(self, spec: ModelSpec, labels: str, guidance: Guidance, longest: int) -> Prompts:
+        """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError.
+
+        An encoder is asked last, when all else is known to be right. Engines take `longest` tokens at most.
+        """
         if labels:
             raise InputError(f"--labels {labels}: this model takes text: {HOW}")
         if self.file is not None:
@@ -67,10 +71,12 @@ class Told:
         if not self.texts or self.encoder is None:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{wanted}, this model takes text: {HOW}")
+        if guidance.needs_null and self.negative is None:
+            raise InputError(f"guidance {guidance} leads away from a negative prompt: give --negative TEXT, or ''")
         folder = read_encoder(self.encoder)
         folder.check_fits(spec)
         encoder = load_encoder(folder, weights=Weights(self.weights))
-        return prompts_of(encoder, self.texts, self.negatives).checked(spec)
+        return prompts_of(encoder, self.texts, self.negatives, longest=longest).checked(spec)
 
 
 HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"

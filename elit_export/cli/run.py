@@ -25,10 +25,12 @@ from elit_export.demo import DemoRow, build_demo, demo_rows, demo_ways, open_dem
 from elit_export.doctor import TOOLS
 from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
+from elit_export.manifest import ModelFacts, PlanSet
 from elit_export.report.tables import table
+from elit_export.runtime.choices import DEFAULTS, Chosen, checked_choices
 from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
 from elit_export.runtime.opening import chosen_plan_set
-from elit_export.runtime.pipeline import DEFAULTS, Pipeline, Subjects
+from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import DataFacts, ModelSpec
@@ -120,15 +122,16 @@ def sample(
     arrays = out.with_suffix(".npz")
     opened = Bundle.open(bundle)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
-    chosen = wanted(opened.manifest.model.spec, opened.manifest.model.data, labels, told)
+    model = opened.manifest.model
+    subjects = wanted(model, plan_set, labels, told, checked_choices(model.spec, **choices))
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=choices["steps"])
             made = pipeline.sample(
-                chosen, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
+                subjects, on_step=lambda record: progress.update(task, completed=record.index + 1), **choices
             )
         with written_whole(arrays) as temporary:  # before they are decoded, which may fail
-            shown: dict[str, Any] = {} if isinstance(chosen, Prompts) else {"labels": made.labels}
+            shown: dict[str, Any] = {} if isinstance(subjects, Prompts) else {"labels": made.labels}
             np.savez(temporary, latents=made.latents, **shown)
         images = pipeline.decode(made.latents) if pipeline.makes_pictures else None
     say_accepted(opened, plan_set)
@@ -142,15 +145,15 @@ def sample(
     say(f"wrote {out.with_suffix('.png')} and {arrays}")
 
 
-def wanted(spec: ModelSpec, data: DataFacts, labels: str, told: Told) -> Subjects:
+def wanted(model: ModelFacts, plan_set: PlanSet, labels: str, told: Told, chosen: Chosen) -> Subjects:
     """Labels, or Prompts for a model that takes text; raises InputError or CheckpointError.
 
     Called before engines are opened: an encoder may take as much memory as they do.
     """
-    if spec.text_width:
-        return told.prompts(spec, labels)
+    if model.spec.text_width:
+        return told.prompts(model.spec, labels, chosen.guidance, plan_set.longest_text)
     told.refuse_for_classes()
-    return parse_labels(labels, spec, data)
+    return parse_labels(labels, model.spec, model.data)
 
 
 def save_grid(images: Pixels, path: Path) -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self, TypedDict, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -19,46 +19,17 @@ from elit_export.bundle import Bundle
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
+from elit_export.runtime.choices import Choices, checked_choices
 from elit_export.runtime.decoding import Decoder
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.images import Pixels, to_images
 from elit_export.runtime.noise import Float64, SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
 from elit_export.runtime.prompts import Prompts
-from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.sampling import Call, Conditioning, Request, StepRecord, calls_needed, sampling_steps
-from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
-from elit_export.runtime.timegrid import warp
 from elit_export.spec import Budget, DataFacts, ModelSpec
 
 Subjects = Sequence[int] | Prompts  # what images are to show: labels, or in models with text prompts
-
-
-class Choices(TypedDict, total=False):
-    """What a sampling may choose beside its subjects; what is left out takes the value in DEFAULTS."""
-
-    steps: int
-    schedule: ScheduleLike
-    guidance: str | Guidance
-    guidance_interval: tuple[float, float]
-    sampler: str
-    time_grid: str
-    cache: str | CachePolicy
-    seed: int
-    noise: npt.ArrayLike  # (B, C, H, W) start noise, in place of the seed's
-    step_noise: npt.ArrayLike  # (steps − 1, B, C, H, W) for stochastic samplers
-
-
-DEFAULTS = Choices(
-    steps=14,
-    schedule="full",
-    guidance="none",
-    guidance_interval=(0.0, 1.0),
-    sampler="ab3",
-    time_grid="linear",
-    cache="none",
-    seed=0,
-)
 
 
 @dataclass(frozen=True)
@@ -216,45 +187,30 @@ class Pipeline:
 
     def request(self, labels: Subjects, **choices: Unpack[Choices]) -> Request:
         """Check the choices of one sampling against the model; raises InputError."""
-        if unknown := sorted(set(choices) - set(Choices.__annotations__)):
-            raise InputError(f"unknown choice {unknown[0]!r}; known: {', '.join(Choices.__annotations__)}")
-        chosen = Choices(**{**DEFAULTS, **choices})
-        _check_types(chosen)
-        if isinstance(chosen["guidance"], Guidance) and "guidance_interval" in choices:
-            raise InputError("guidance is a value that has its interval: leave guidance_interval out")
-        sampler = sampler_named(chosen["sampler"])
-        if chosen["steps"] < sampler.min_steps:
-            raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {chosen['steps']}")
-        times = warp(sampler.times(chosen["steps"]), chosen["time_grid"])
-        guidance = chosen["guidance"]
-        if isinstance(guidance, str):
-            guidance = Guidance.parse(guidance, self.spec, interval=chosen["guidance_interval"])
-        conditioning, null_conditioning = self._conditioning(labels, guidance)
-        seeded = SeededNoise(chosen["seed"], len(labels), self.spec.sample_shape)
+        chosen = checked_choices(self.spec, **choices)
+        conditioning, null_conditioning = self._conditioning(labels, chosen.guidance)
+        seeded = SeededNoise(chosen.seed, len(labels), self.spec.sample_shape)
         start, noise = seeded(), seeded.__call__
-        if "noise" in chosen:
-            start = _checked_array(chosen["noise"], start.shape, "noise")
-        if "step_noise" in chosen:
-            if not sampler.uses_noise:
-                raise InputError(f"sampler {sampler.name} adds no noise: leave step_noise out")
-            given = _checked_array(chosen["step_noise"], (chosen["steps"] - 1, *start.shape), "step_noise")
+        if "noise" in choices:
+            start = _checked_array(choices["noise"], start.shape, "noise")
+        if "step_noise" in choices:
+            given = _checked_array(choices["step_noise"], (len(chosen.schedule) - 1, *start.shape), "step_noise")
             noise = iter(given).__next__
         request = Request(
             start=start,
-            times=times,
-            schedule=resolve_schedule(chosen["schedule"], [float(t) for t in times], self.spec),
-            guidance=guidance,
-            sampler=sampler,
+            times=chosen.times,
+            schedule=chosen.schedule,
+            guidance=chosen.guidance,
+            sampler=chosen.sampler,
             conditioning=conditioning,
             null_conditioning=null_conditioning,
             noise=noise,
             patch=self.spec.patch_size,
         )
-        return replace(request, cache=self._step_cache(chosen["cache"], request))
+        return replace(request, cache=self._step_cache(chosen.cache, request))
 
-    def _step_cache(self, cache: str | CachePolicy, request: Request) -> StepCache | None:
+    def _step_cache(self, policy: CachePolicy | None, request: Request) -> StepCache | None:
         """A cache policy made ready for the steps of a request; raises InputError or CalibrationError."""
-        policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
         if policy is None:
             return None
         measures = isinstance(policy.rule, TeaCache)
@@ -320,29 +276,6 @@ class Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-# What each choice may be, for callers without a type checker.
-CHOICE_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
-    "steps": ("a whole number", (int, np.integer)),
-    "seed": ("a whole number", (int, np.integer)),
-    "schedule": ("text, a budget or a list of budgets", (str, int, np.integer, Budget, list, tuple)),
-    "guidance": ("text or a Guidance", (str, Guidance)),
-    "guidance_interval": ("a pair of numbers", (tuple, list)),
-    "sampler": ("text", (str,)),
-    "time_grid": ("text", (str,)),
-    "cache": ("text or a CachePolicy", (str, CachePolicy)),
-}
-
-
-def _check_types(chosen: Choices) -> None:
-    for name, (wanted, types) in CHOICE_TYPES.items():
-        value = chosen.get(name)
-        if not isinstance(value, types) or isinstance(value, bool):
-            raise InputError(f"{name} must be {wanted}, not {value!r}")
-    interval = chosen["guidance_interval"]
-    if len(interval) != 2 or not all(isinstance(t, int | float | np.floating) for t in interval):
-        raise InputError(f"guidance_interval must be a pair of numbers, not {interval!r}")
 
 
 def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> Float64:

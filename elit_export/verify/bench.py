@@ -14,8 +14,9 @@ import numpy as np
 
 from elit_export.errors import InputError
 from elit_export.models.cost import Cost, flops, flops_per_image
+from elit_export.runtime.choices import Choices
 from elit_export.runtime.engine import HostArray
-from elit_export.runtime.pipeline import Choices, Pipeline, Subjects
+from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.spec import LATENTS, Budget, ModelSpec
 from elit_export.verify.memory import BankMemory
 from elit_export.verify.metrics import difference

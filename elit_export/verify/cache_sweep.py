@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from elit_export.runtime.choices import Choices
 from elit_export.runtime.engine import HostArray
-from elit_export.runtime.pipeline import Choices, Pipeline, Sample
+from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.runtime.sampling import Call
 from elit_export.spec import Budget
 from elit_export.verify.metrics import difference

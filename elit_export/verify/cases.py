@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elit_export.manifest import ReferenceCase, ReferenceTrajectory
-from elit_export.runtime.pipeline import Choices, Pipeline, Subjects
+from elit_export.runtime.choices import Choices
+from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.sampling import StepRecord, calls_needed
 from elit_export.spec import FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Profile, Range
 from elit_export.verify.subjects import conditioning_rows, subjects_of

@@ -20,8 +20,9 @@ import numpy.typing as npt
 from elit_export.errors import InputError
 from elit_export.models.features import Float64, Floor, Gaussian, Judge, JudgeFacts, check_images, share_of
 from elit_export.models.features import frechet_distance as apart
+from elit_export.runtime.choices import Choices
 from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.pipeline import Choices, Pipeline
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.sampling import calls_needed
 from elit_export.spec import Budget

@@ -13,7 +13,8 @@ from itertools import cycle, islice, product
 import numpy as np
 
 from elit_export.errors import InputError
-from elit_export.runtime.pipeline import Choices, Pipeline, Sample
+from elit_export.runtime.choices import Choices
+from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.spec import Budget
 from elit_export.verify.subjects import subjects_of, text_of
 from elit_export.verify.timing import resident_bytes

@@ -21,6 +21,7 @@ from tests.text.encoders import WIDTH, save_encoder
 from tests.text_models import text_spec
 
 FOX = "a red fox"
+LIMITS = (1, 8, 64)  # tokens of text
 TOLD = ["--prompt", FOX, "--prompt", "an owl, at night", "--negative", ""]
 
 
@@ -39,9 +40,15 @@ def text_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
     """A bundle that says it is of a text-to-image model; its engines are not."""
     path = Path(shutil.copytree(tiny_bundle.folder, tmp_path_factory.mktemp("text") / "bundle"))
     manifest = tiny_bundle.manifest
+    plan_sets = tuple(
+        plan_set.model_copy(
+            update={"profiles": tuple(facts.model_copy(update={"text": LIMITS}) for facts in plan_set.profiles)}
+        )
+        for plan_set in manifest.plan_sets
+    )
     with writing(path) as writer:
         model = manifest.model.model_copy(update={"spec": text_spec()})
-        writer.commit(manifest.model_copy(update={"model": model}))
+        writer.commit(manifest.model_copy(update={"model": model, "plan_sets": plan_sets}))
     return path
 
 
@@ -152,10 +159,20 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, told: type[Dra
         (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds all that is told: leave --encoder out"),
         (["--prompts", "nowhere.npz"], "no embeddings at nowhere.npz; write it with elit-export embed"),
         (["--prompt", "x", "--encoder", "nowhere"], "no text encoder at nowhere"),
+        (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cgf:4"], "guidance 'cgf:4'"),
+        (["--prompt", "x", "--encoder", "nowhere", "--schedule", "0-3:full"], "schedule"),
+        (["--prompt", "x", "--encoder", "nowhere", "--cache", "teacake:1"], "cache"),
+        (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "a negative prompt: give --negative TEXT"),
     ],
 )
 def test_sample_of_a_text_model_refuses_what_is_wrong(text_bundle: Path, options: list[str], said: str) -> None:
     assert said in refused("sample", text_bundle, *options)
+
+
+def test_sample_refuses_a_prompt_that_is_too_long_for_the_engines(text_bundle: Path, folder: Path) -> None:
+    said = refused("sample", text_bundle, "--prompt", "fox " * 100, "--encoder", folder)
+    assert "prompt 1 ('fox fox fox fox fox ')" in said.replace("…", "")
+    assert f"{LIMITS[2]} are the most" in said
 
 
 def test_sample_refuses_the_encoder_of_another_model(text_bundle: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from elit_export import Pipeline, compile_bundle
 from elit_export.bundle import Bundle
 from elit_export.checkpoint import save_checkpoint
 from elit_export.recipe import recipe_from_values
+from elit_export.runtime.choices import Choices
 from elit_export.runtime.engine import to_host
-from elit_export.runtime.pipeline import Choices
 from elit_export.runtime.samplers.base import even_times
 from tests.conftest import recipe_values
 from tests.helpers import Array, Golden, golden, max_relative
