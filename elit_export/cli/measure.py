@@ -83,6 +83,7 @@ def bench(
 ) -> None:
     """Measure BUNDLE's engines: time and error per budget, cost of switching, ways to sample."""
     from elit_export.verify.bars import load_bars
+    from elit_export.verify.subjects import tokens_of
 
     instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep, "--quality": quality}
     more = {"--checkpoint": checkpoint if not backends else None, "--plot": None if cache_sweep else plot}
@@ -128,7 +129,7 @@ def bench(
                 plot=plot,
             )
         else:
-            show(cost_table(pipeline.spec), json_to=json_to)
+            show(cost_table(pipeline.spec, tokens_of(pipeline)), json_to=json_to)
             others = torch_runners(opened, checkpoint, compiled=not no_compile) if checkpoint else {}
             tables, facts = bench_engines(
                 pipeline, others, opened, plan_set, rows=rows, rounds=rounds, sampling=not no_sampling, plot=plot

@@ -13,7 +13,7 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, stop_requested, write_json
 from elit_export.errors import InputError
-from elit_export.models.backbones import BACKBONES, backbone_named
+from elit_export.models.backbones import OF_CLASSES, backbone_named
 from elit_export.report.measures import floors_table
 from elit_export.report.tables import table
 from elit_export.spec import QK_NORM_KINDS, RELEASED_BACKBONE, DataFacts, ModelSpec
@@ -44,7 +44,7 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 @click.option("--width", type=POSITIVE, default=128, show_default=True)
 @click.option("--heads", type=POSITIVE, default=4, show_default=True)
 @click.option("--split", default="1-8-1", show_default=True, callback=parse_split, help="Blocks HEAD-CORE-TAIL.")
-@click.option("--backbone", type=click.Choice(list(BACKBONES)), default=RELEASED_BACKBONE, show_default=True)
+@click.option("--backbone", type=click.Choice(OF_CLASSES), default=RELEASED_BACKBONE, show_default=True)
 @click.option("--rope", is_flag=True, help="Turn queries and keys by their 2-D positions.")
 @click.option("--qk-norm", type=click.Choice(["none", *QK_NORM_KINDS]), default="none", show_default=True)
 @click.option("--steps", type=POSITIVE, default=4500, show_default=True)

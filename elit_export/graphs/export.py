@@ -100,6 +100,7 @@ def _written(
         path = Path(private) / f"{name}.onnx"
         ir.save(make(), path, external_data=f"{path.name}.data")
         check_graph(path, inputs, outputs, opset=OPSETS[precision], choices=int(name == FUSED))
+        (folder / path.name).unlink(missing_ok=True)  # an old graph would read the new weights
         for file in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
             (Path(private) / file).replace(folder / file)
     return folder / path.name

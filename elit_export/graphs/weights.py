@@ -17,6 +17,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from elit_export.errors import ExportError
 from elit_export.models.elit import Elit
 
 TRACED = torch.float32  # what a twin holds, whatever the weights are stored in
@@ -79,7 +80,16 @@ def _read_when_asked(tensor: Tensor, dtype: ir.DataType | None, name: str, *, tr
 
     def read() -> TorchTensor:
         stored = tensor.detach()
-        return TorchTensor((stored.t() if transposed else stored).to(wanted), name)
+        return TorchTensor(_finite((stored.t() if transposed else stored).to(wanted), name), name)
 
     shape = ir.Shape(tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape))
     return ir.LazyTensor(read, dtype, shape, name=name)
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
+    if not weight.isfinite().all():
+        raise ExportError(
+            f"{name} has values that are not finite in {weight.dtype}: damaged weights or, of float16, values beyond "
+            f"65504; use bf16 or fp32 for these"
+        )
+    return weight

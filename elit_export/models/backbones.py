@@ -140,6 +140,7 @@ class Backbone:
     stages: Callable[[ModelSpec], tuple[Stage, ...]]
     check: Callable[[ModelSpec], None]
     fields: Callable[[int], dict[str, Any]] = field(default=lambda _core_depth: {})
+    takes_text: bool = False
 
 
 BACKBONES = {
@@ -173,9 +174,13 @@ BACKBONES = {
             class_name="ElitMMDiT",
             stages=joint_stages,
             check=_check_joint,
+            takes_text=True,
         ),
     )
 }
+
+
+OF_CLASSES = tuple(backbone.name for backbone in BACKBONES.values() if not backbone.takes_text)
 
 
 def backbone_of(spec: ModelSpec) -> Backbone:

@@ -9,7 +9,7 @@ sums are not counted. They are for one image; multiply by the rows. L is a numbe
 The published costs of ELIT-Qwen-Image (1 for the base model with guidance; 0.688, 0.494, 0.409 and 0.369 at 100, 50, 25
 and 12.5 % of the latents with a cheap weak branch) come out within 1.1 % for 1024 pixels, prompts of 128 tokens in both
 branches and a weak branch at 12.5 %. Weak budget and prompts are our assumption: with 512 tokens the costs are 4 to
-13 % higher; with 256 tokens and a weak branch at 6.25 % they are within 1 % again.
+13 % higher, with 1024 up to 26 %; with 256 tokens and a weak branch at 6.25 % they are within 1 % again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Protocol
 
 from elit_export.errors import InputError
 from elit_export.models.backbones import Stage, backbone_of
-from elit_export.spec import Budget, ModelSpec
+from elit_export.spec import LONGEST_TEXT, Budget, ModelSpec
 
 PARTS = ("head", "core", "tail")
-USUAL_TEXT = 128
+USUAL_TEXT = 128  # the tokens that reports count where no prompt is there
 TIME_FEATURES = 256  # as in `layers`, which needs torch
 
 
@@ -62,6 +62,17 @@ def flops_without_interface(spec: ModelSpec, *, text: int = 0) -> int:
     _check_text(spec, text)
     blocks = _blocks_by_part(spec, _lengths(spec, spec.tokens, text))
     return sum(blocks.values()) + _text_embedder(spec, text) + _embedders(spec) + _final(spec)
+
+
+def guided_shares(spec: ModelSpec, weak: str, text: int) -> dict[str, float]:
+    """FLOPs of a step guided by the budget named `weak`, over those of the backbone alone, guided by itself.
+
+    For each named strong budget. Raises KeyError if the model does not run `weak`.
+    """
+    base = 2 * flops_without_interface(spec, text=text)
+    named = spec.named_budgets
+    cheap = flops(spec, named[weak], text=text).total
+    return {name: (flops(spec, strong, text=text).total + cheap) / base for name, strong in named.items()}
 
 
 def layer_flops(spec: ModelSpec, budget: Budget, *, text: int = 0) -> dict[str, int]:
@@ -142,15 +153,10 @@ def _attention(queries: int, keys: int, width: int) -> int:
     return 2 * 2 * queries * keys * width
 
 
-def usual_text(spec: ModelSpec) -> int:
-    """The text tokens that reports count where no prompt is there: 128, and 0 in models without text."""
-    return USUAL_TEXT if spec.text_width else 0
-
-
 def _check_text(spec: ModelSpec, text: int) -> None:
-    if (text > 0) != (spec.text_width > 0):
-        wanted = "must be at least 1: say how many there are" if spec.text_width else "must be 0, as it takes none"
-        raise InputError(f"the cost of this model with {text} text tokens: {wanted}")
+    if (text > 0) != (spec.text_width > 0) or text > LONGEST_TEXT:
+        wanted = f"1 to {LONGEST_TEXT}: say how many there are" if spec.text_width else "0, as it takes none"
+        raise InputError(f"the cost of this model with {text} text tokens: must be {wanted}")
 
 
 def _lengths(spec: ModelSpec, in_core: int, text: int) -> dict[str, int]:

@@ -21,8 +21,10 @@ PEAK_FLOPS = 989e12  # of an H100 SXM: dense products in bf16, NVIDIA's data she
 ASSUMED_SHARE = 0.4  # of that peak
 ROWS = 2  # one image with guidance
 # Values of a token that are alive at once: the tokens, what a block adds, the inputs of the two, in float32; queries,
-# keys, values and what was attended, and the MLP's hidden ones before and after GELU, in half precision.
-FLOAT32_WIDTHS, HALF_WIDTHS, HALF_HIDDEN = 4, 4, 2
+# keys, values and what was attended, and the MLP's hidden ones before and after GELU, in half precision unless all are
+# float32. Where graphs spell attention out, its scores before and after softmax too, unless an engine fuses them.
+FLOAT32_WIDTHS, PRODUCT_WIDTHS, PRODUCT_HIDDEN, SCORES = 4, 4, 2, 2
+NATIVE_ATTENTION = (Precision.FP16, Precision.BF16)
 ROUNDED_BYTES = {Precision.FP32: 4, Precision.FP16: 2, Precision.BF16: 2, Precision.INT8: 1, Precision.FP8: 1}
 EXACT_BYTES = 4
 
@@ -52,10 +54,14 @@ def parameters(spec: ModelSpec) -> Parameters:
     )
 
 
-def activation_bytes(spec: ModelSpec, rows: int, text: int) -> int:
-    """An estimate of what a plan in half precision needs beside its weights."""
-    values = (4 * FLOAT32_WIDTHS + 2 * HALF_WIDTHS) * spec.hidden_size + 2 * HALF_HIDDEN * spec.mlp_size
-    return rows * (spec.tokens + text) * values
+def activation_bytes(spec: ModelSpec, precision: Precision, rows: int, text: int) -> int:
+    """An estimate of what a plan needs beside its weights."""
+    native = precision in NATIVE_ATTENTION
+    product = 4 if precision is Precision.FP32 else 2
+    length, width = spec.tokens + text, spec.hidden_size
+    of_token = (4 * FLOAT32_WIDTHS + product * PRODUCT_WIDTHS) * width + product * PRODUCT_HIDDEN * spec.mlp_size
+    scores = 0 if native else SCORES * 4 * spec.num_heads * length**2
+    return rows * (length * of_token + scores)
 
 
 def fitting(size_bytes: int) -> tuple[str, ...]:

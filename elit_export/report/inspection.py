@@ -5,13 +5,15 @@ Takes: a path or a name.  Gives: a dict fit for JSON and for the tables.  May to
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from elit_export.bundle import Bundle
+from elit_export.errors import InputError
 from elit_export.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
 from elit_export.models.backbones import NAMES
-from elit_export.models.cost import USUAL_TEXT, flops, flops_without_interface
+from elit_export.models.cost import USUAL_TEXT, flops, flops_without_interface, guided_shares
 from elit_export.models.size import (
     ASSUMED_SHARE,
     PEAK_FLOPS,
@@ -25,6 +27,7 @@ from elit_export.spec import DataFacts, ModelSpec, Precision, Range, default_pro
 from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
+WEAK = "eighth"  # of the branch that guides cheaply
 NAMED_DATA = DataFacts(kind="vae", vae="of the checkpoint")
 
 
@@ -42,10 +45,19 @@ def inspect_path(
     that of a named model, `text` how many tokens prompts have. Raises BundleError, CheckpointError or InputError.
     """
     if path in NAMES and not Path(path).exists():
-        return named_facts(path, ModelSpec.named(path, resolution=resolution), text)
+        _refuse_for_names(path, {"interface": interface, **numbers})
+        return named_facts(
+            path, ModelSpec.named(path, resolution=resolution, head_depth=numbers.get("head_depth")), text
+        )
     if Path(path).is_dir() and interface is None and not _is_of_diffusers(Path(path)):
         return bundle_facts(Bundle.open(path), text)
     return checkpoint_facts(path, interface, text, **numbers)
+
+
+def _refuse_for_names(name: str, given: Mapping[str, object]) -> None:
+    """What a name settles or has no use for; its head alone has no one depth."""
+    if meant := [key for key, value in given.items() if value is not None and key != "head_depth"]:
+        raise InputError(f"{name} is the name of a size, for which there is no {meant[0]}: leave it out")
 
 
 def _is_of_diffusers(folder: Path) -> bool:
@@ -62,7 +74,8 @@ def named_facts(name: str, spec: ModelSpec, text: int) -> Facts:
 
 def deployment_facts(spec: ModelSpec, text: int) -> Facts:
     """Arithmetic, nothing measured: weights, plans, GPUs by precision, and a step's time by budget."""
-    count, activations = parameters(spec), activation_bytes(spec, ROWS, text)
+    count, named = parameters(spec), list(spec.named_budgets)
+    weak = WEAK if WEAK in named else named[-1]
     plans = len(default_profiles(spec.latents, Range(1, 1, 1), step=spec.budget_step))
     return {
         "rows": ROWS,
@@ -71,18 +84,21 @@ def deployment_facts(spec: ModelSpec, text: int) -> Facts:
         "peak_flops": PEAK_FLOPS,
         "rounded_parameters": count.rounded,
         "exact_parameters": count.exact,
-        "activation_bytes": activations,
         "per_profile_plans": plans,
         "precisions": {
             precision.value: {
                 "weight_bytes": weights,
+                "activation_bytes": activations,
                 "per_profile_bytes": plans * weights,
                 "fits_one_plan": fitting(weights + activations),
                 "fits_per_profile": fitting(plans * weights + activations),
             }
             for precision in (Precision.FP32, Precision.BF16, Precision.FP8)
             for weights in (count.size_bytes(precision),)
+            for activations in (activation_bytes(spec, precision, ROWS, text),)
         },
+        "weak": weak,
+        "guided_share": guided_shares(spec, weak, text),
         "step_ms": {name: expected_ms(spec, budget.kept, text) for name, budget in spec.named_budgets.items()},
     }
 

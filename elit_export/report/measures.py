@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from elit_export.models.cost import flops, usual_text
+from elit_export.models.cost import flops
 from elit_export.models.features import JudgeFacts
 from elit_export.report.tables import size, table
 from elit_export.spec import ModelSpec
@@ -23,14 +23,15 @@ from elit_export.verify.soak import SoakResult
 # ---------------------------------------------------------------- bench
 
 
-def cost_table(spec: ModelSpec) -> Table:
-    """Before anything runs: where the FLOPs of one image's forward pass go."""
+def cost_table(spec: ModelSpec, text: int) -> Table:
+    """Before anything runs: where the FLOPs of one image's forward pass go; `text` tokens are 0 without any."""
     parts = ("head", "read", "core", "write", "tail", "other", "total")
     rows = []
     for name, budget in spec.named_budgets.items():
-        cost = flops(spec, budget, text=usual_text(spec))
+        cost = flops(spec, budget, text=text)
         rows.append((f"{name} ({budget})", *(f"{getattr(cost, part) / 1e9:.3g}" for part in parts)))
-    return table("cost in GFLOP (one image, one forward pass)", ("budget", *parts), rows)
+    told = f", {text} tokens of text" if text else ""
+    return table(f"cost in GFLOP (one image, one forward pass{told})", ("budget", *parts), rows)
 
 
 def bench_tables(result: BenchResult) -> Iterator[Table]:

@@ -104,9 +104,20 @@ def test_a_named_size_shows_what_it_asks_of_a_gpu() -> None:
     assert bf16["per_profile_bytes"] == 4 * bf16["weight_bytes"]
     assert len(bf16["fits_one_plan"]) == 4
     assert bf16["fits_per_profile"] == []
+    assert found["weak"] == "eighth"
+    assert found["guided_share"]["full"] == pytest.approx(0.688, rel=0.02)
+    assert bf16["activation_bytes"] < found["precisions"]["fp32"]["activation_bytes"]
     for budget in facts["budgets"]:
         seconds = found["step_ms"][budget["name"]] / 1000
         assert seconds * found["assumed_flops"] == pytest.approx(found["rows"] * budget["flops"])
+
+
+def test_a_name_takes_a_head_and_nothing_else_of_a_checkpoint(tmp_path: Path) -> None:
+    assert only_json("inspect", "ELIT-SiT-S/2", "--head-depth", "2")["shapes"]["split"].startswith("2-")
+    for option, value in (("--num-heads", 3), ("--tail-depth", 1), ("--interface", tmp_path / "i.safetensors")):
+        said = refused("inspect", "ELIT-SiT-S/2", option, str(value))
+        assert f"ELIT-SiT-S/2 is the name of a size, for which there is no {option[2:].replace('-', '_')}" in said
+    assert "must be 1 to 1024" in refused("inspect", "ELIT-Qwen-Image", "--resolution", "1024", "--text", "5000")
 
 
 def test_a_name_needs_no_torch_and_a_wrong_one_is_no_checkpoint() -> None:

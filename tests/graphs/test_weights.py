@@ -3,6 +3,8 @@ written, and what is written is what the rounded model holds, bit for bit."""
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
 import onnx_ir as ir
@@ -12,6 +14,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from elit_export.checkpoint import load_checkpoint, save_checkpoint, stored_checkpoint
+from elit_export.errors import ExportError
 from elit_export.graphs.export import export_graph, graph_model
 from elit_export.graphs.weights import weightless
 from elit_export.models.elit import Elit
@@ -93,3 +96,13 @@ def test_a_twin_has_shapes_alone_and_leaves_its_model(model: Elit) -> None:
     }
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(isinstance(tensor.data, FakeTensor) for tensor in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "value"), [("core.0.mlp.fc1.weight", math.nan), ("core.0.mlp.fc1.weight", 1e6)])
+def test_weights_that_are_not_finite_are_no_graph(name: str, value: float, tmp_path: Path) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter(name)[1, 2] = value
+    with pytest.raises(ExportError, match=f"{re.escape(name)}.* has values that are not finite in torch.float16"):
+        export_graph(model, STEP, tmp_path, Precision.FP16)
+    assert not list(tmp_path.iterdir())

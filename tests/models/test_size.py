@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -44,8 +46,11 @@ def test_what_fits_is_no_larger_than_the_gpu() -> None:
 
 def test_activations_grow_with_rows_and_tokens_and_times_with_the_budget() -> None:
     spec = ModelSpec.named("ELIT-Qwen-Image", resolution=1024)
-    assert activation_bytes(spec, 2, 128) == 2 * activation_bytes(spec, 1, 128)
-    assert activation_bytes(spec, 1, 1128) - activation_bytes(spec, 1, 128) == 1000 * 3072 * (16 + 8 + 16)
+    bf16, fp32 = (partial(activation_bytes, spec, precision) for precision in (Precision.BF16, Precision.FP32))
+    assert bf16(2, 128) == 2 * bf16(1, 128)
+    assert bf16(1, 128 + 4224) == 2 * bf16(1, 128)
+    assert bf16(2, 128) / 1e9 == pytest.approx(1.04, abs=0.01)
+    assert fp32(2, 128) > 2 * 2 * 4 * 24 * 4224**2  # the scores of two rows, before and after softmax
     times = [expected_ms(spec, kept, 128) for kept in (16, 64, 128, 256)]
     assert times == sorted(times)
     assert times[0] > 0.25 * times[-1]
