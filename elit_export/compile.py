@@ -17,7 +17,7 @@ import numpy as np
 from elit_export.backends import BACKENDS
 from elit_export.bundle import Bundle, BundleWriter, writing
 from elit_export.calibrate.quantize import check_tools, quantized_graph
-from elit_export.checkpoint import checkpoint_sha256, load_checkpoint
+from elit_export.checkpoint import checkpoint_sha256, stored_checkpoint
 from elit_export.compile_decoder import DecoderStages
 from elit_export.decoder import DecoderFolder, check_installed, read_decoder
 from elit_export.errors import BundleError, CalibrationError, RecipeError
@@ -37,6 +37,7 @@ from elit_export.manifest import (
     Reference,
 )
 from elit_export.models.elit import Elit
+from elit_export.models.widening import computing_in_float32
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.opening import open_bank, unfit
 from elit_export.samples import Samples, check_covered, load_samples
@@ -204,7 +205,7 @@ class _Build:
     @cached_property
     def model(self) -> Elit:
         self.progress("read checkpoint", STARTS["checkpoint"])
-        return load_checkpoint(self.source, interface=self.interface, **self.recipe.architecture.model_dump())
+        return stored_checkpoint(self.source, interface=self.interface, **self.recipe.architecture.model_dump())
 
     @cached_property
     def sha256(self) -> str:
@@ -327,7 +328,7 @@ class _Build:
         cases = reference_cases(profiles)
         trajectories = reference_trajectories(profiles, model.spec)
         rows = cache_rows(profiles)
-        arrays = reference_arrays(model, cases, rows, trajectories)
+        arrays = reference_arrays(computing_in_float32(model), cases, rows, trajectories)
         with self.writer.staged() as folder:
             np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
             artifact = self.writer.adopt(folder, "reference", "reference")

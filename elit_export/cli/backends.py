@@ -23,14 +23,21 @@ from elit_export.verify.parity import accepted_miss
 
 
 def bench_backends(
-    folder: Path, *, target: str | None, precision: str | None, checkpoint: str | None, rows: int, rounds: int
+    folder: Path,
+    *,
+    target: str | None,
+    precision: str | None,
+    checkpoint: str | None,
+    interface: Path | None,
+    rows: int,
+    rounds: int,
 ) -> tuple[list[Table], dict[str, Any]]:
     """With `checkpoint`, beside PyTorch eager in fp32 and as a share of the matrix-product peak."""
     from elit_export.verify.memory import bank_bytes
 
     bundle = Bundle.open(folder)
     plan_sets, skipped = able_plan_sets(bundle, target, precision)
-    baseline, peaks = _pytorch(bundle, checkpoint) if checkpoint else ({}, {})
+    baseline, peaks = _pytorch(bundle, checkpoint, interface) if checkpoint else ({}, {})
     with ExitStack() as stack, progress_bar() as progress:
         task = progress.add_task("memory", total=len(plan_sets))
         competitors = []
@@ -53,11 +60,14 @@ def bench_backends(
     return list(backends_tables(result)), {"backends": asdict(result)}
 
 
-def _pytorch(bundle: Bundle, checkpoint: str) -> tuple[Mapping[str, Any], Mapping[Precision, float]]:
+def _pytorch(
+    bundle: Bundle, checkpoint: str, interface: Path | None
+) -> tuple[Mapping[str, Any], Mapping[Precision, float]]:
+    from elit_export.models.widening import widened_whole
     from elit_export.verify.check import model_of
     from elit_export.verify.reference import matmul_peaks_gflops, torch_engine
 
-    return {EAGER: torch_engine(model_of(bundle, checkpoint))}, matmul_peaks_gflops()
+    return {EAGER: torch_engine(widened_whole(model_of(bundle, checkpoint, interface)))}, matmul_peaks_gflops()
 
 
 def _without_plans(bundle: Bundle) -> dict[str, str]:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from elit_export.bundle import Bundle
 from elit_export.doctor import TOOLS
-from elit_export.errors import ElitExportError
+from elit_export.errors import ElitExportError, InputError
 from elit_export.files import write_text
 from elit_export.manifest import PlanSet
 from elit_export.verify.parity import accepted_miss
@@ -130,6 +130,12 @@ def architecture_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for name in ("--tail-depth", "--head-depth", "--num-heads"):
         command = click.option(name, type=int, help="Only if the checkpoint does not say it.")(command)
     return command
+
+
+def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
+    """Raise InputError for Read and Write without the checkpoint they belong to."""
+    if interface is not None and checkpoint is None:
+        raise InputError(f"--interface {interface} is of a --checkpoint FOLDER: give that too, or leave both out")
 
 
 INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")

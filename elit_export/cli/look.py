@@ -14,6 +14,7 @@ from elit_export.cli.common import (
     JSON_OPTION,
     architecture_options,
     progress_bar,
+    refuse_alone,
     say,
     show,
     write_json,
@@ -55,6 +56,7 @@ def inspect(
 @click.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--checkpoint", help="Compare with PyTorch live instead of with its stored answers.")
+@INTERFACE_OPTION
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 @click.option("--bisect", is_flag=True, help="After a miss, find where: plan, optimiser, node or graph (needs onnx).")
@@ -62,6 +64,7 @@ def inspect(
 def verify(
     bundle: Path,
     checkpoint: str | None,
+    interface: Path | None,
     target: str | None,
     precision: str | None,
     bisect: bool,
@@ -75,11 +78,18 @@ def verify(
     from elit_export.verify.check import record_success, verify_plan_set
     from elit_export.verify.parity import comparisons_of
 
+    refuse_alone(interface, checkpoint)
     opened = Bundle.open(bundle)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     with progress_bar() as progress:
         task = progress.add_task("verifying", total=comparisons_of(plan_set))
-        found = verify_plan_set(opened, plan_set, checkpoint=checkpoint, on_comparison=lambda _: progress.advance(task))
+        found = verify_plan_set(
+            opened,
+            plan_set,
+            checkpoint=checkpoint,
+            interface=interface,
+            on_comparison=lambda _: progress.advance(task),
+        )
     show(*parity_tables(found), json_to=json_to)
     write_json([asdict(comparison) | {"passed": comparison.passed} for comparison in found], json_to)
     missed = [comparison for comparison in found if not comparison.passed]

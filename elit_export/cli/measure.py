@@ -13,7 +13,18 @@ from rich.table import Table
 
 from elit_export.bundle import Bundle
 from elit_export.cli.backends import bench_backends
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, say_accepted, show, write_json
+from elit_export.cli.common import (
+    FILE,
+    FOLDER,
+    INTERFACE_OPTION,
+    JSON_OPTION,
+    progress_bar,
+    refuse_alone,
+    say,
+    say_accepted,
+    show,
+    write_json,
+)
 from elit_export.cli.quality import bench_quality
 from elit_export.errors import InputError
 from elit_export.manifest import PlanSet
@@ -33,6 +44,7 @@ Runners = Mapping[str, Any]
 @click.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--checkpoint", help="Compare with PyTorch eager and torch.compile, in turn in this process.")
+@INTERFACE_OPTION
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out.")
 @click.option("--rows", type=COUNT, default=8, show_default=True, help="Engine rows per call.")
 @click.option("--rounds", type=COUNT, default=10, show_default=True, help="Measured calls per budget, after warm-up.")
@@ -60,6 +72,7 @@ Runners = Mapping[str, Any]
 def bench(
     bundle: Path,
     checkpoint: str | None,
+    interface: Path | None,
     no_compile: bool,
     rows: int,
     rounds: int,
@@ -88,6 +101,7 @@ def bench(
     instead = {"--samplers": samplers, "--soak": soak, "--cache-sweep": cache_sweep, "--quality": quality}
     more = {"--checkpoint": checkpoint if not backends else None, "--plot": None if cache_sweep else plot}
     refuse_together({**instead, "--backends": backends}, more)
+    refuse_alone(interface, checkpoint)
     bars = load_bars(check) if check else []
     steered = guidance or ("cfg:2" if quality else "none")
     if quality:
@@ -105,7 +119,13 @@ def bench(
         return
     if backends:
         tables, facts = bench_backends(
-            bundle, target=target, precision=precision, checkpoint=checkpoint, rows=rows, rounds=rounds
+            bundle,
+            target=target,
+            precision=precision,
+            checkpoint=checkpoint,
+            interface=interface,
+            rows=rows,
+            rounds=rounds,
         )
         say(f"the fastest, in a recipe:\n{facts['backends']['fastest_recipe']}", json_to=json_to)
         conclude(tables, facts, bars, json_to)
@@ -130,7 +150,7 @@ def bench(
             )
         else:
             show(cost_table(pipeline.spec, tokens_of(pipeline)), json_to=json_to)
-            others = torch_runners(opened, checkpoint, compiled=not no_compile) if checkpoint else {}
+            others = torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
             tables, facts = bench_engines(
                 pipeline, others, opened, plan_set, rows=rows, rounds=rounds, sampling=not no_sampling, plot=plot
             )
@@ -158,11 +178,12 @@ def refuse_together(instead: Mapping[str, object], engines_only: Mapping[str, ob
         raise InputError(f"{' and '.join([*given, *more])} cannot be given together: leave out one of them")
 
 
-def torch_runners(bundle: Bundle, checkpoint: str, *, compiled: bool) -> Runners:
+def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Runners:
+    from elit_export.models.widening import widened_whole
     from elit_export.verify.check import model_of
     from elit_export.verify.reference import torch_engine
 
-    model = model_of(bundle, checkpoint)
+    model = widened_whole(model_of(bundle, checkpoint, interface))
     eager = {"eager": torch_engine(model)}
     return {**eager, "compile": torch_engine(model, compiled=True)} if compiled else eager
 

@@ -15,12 +15,13 @@ from elit_export.errors import ExportError
 from elit_export.files import written_whole
 from elit_export.graphs.export import EXAMPLE_ROWS, Traceable, traceable, traceable_decoder
 from elit_export.models.elit import Elit
+from elit_export.models.widening import widened_whole
 from elit_export.spec import DECODE, DecoderSpec, Precision
 
 
 def export_program(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the program `step`, `probe` or `reuse` into `folder` (made if missing); raises ExportError."""
-    return _written(traceable(model, name, precision), folder / f"{name}.pt2")
+    return _written(traceable(widened_whole(model), name, precision), folder / f"{name}.pt2")
 
 
 def export_decoder_program(decoder: nn.Module, spec: DecoderSpec, most_rows: int, folder: Path) -> Path:

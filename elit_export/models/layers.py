@@ -119,7 +119,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """A norm in its own precision, rounded back to that of x."""
-    return x if isinstance(norm, nn.Identity) else norm(x.to(next(norm.parameters()).dtype)).to(x.dtype)
+    return norm(x.to(norm.weight.dtype)).to(x.dtype) if isinstance(norm, nn.LayerNorm | nn.RMSNorm) else x
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (..., L, D)

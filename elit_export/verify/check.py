@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from elit_export.bundle import Bundle, writing
 from elit_export.errors import BundleError
-from elit_export.files import sha256_of
 from elit_export.manifest import PlanSet
 from elit_export.runtime.opening import open_bank
 from elit_export.verify.cases import Arrays
@@ -27,13 +26,19 @@ def verify_plan_set(
     plan_set: PlanSet,
     *,
     checkpoint: str | Path | None,
+    interface: str | Path | None = None,
     on_comparison: Callable[[Comparison], None],
 ) -> list[Comparison]:
     """Run every comparison, also after a miss; with `checkpoint`, against PyTorch live (needs torch).
 
+    `interface` is the file of Read and Write for a checkpoint that is a folder.
+
     Raises BundleError if the checkpoint is not the one the bundle was built from.
     """
-    arrays = live_reference(bundle, plan_set, checkpoint) if checkpoint else load_reference(bundle, plan_set.reference)
+    if checkpoint:
+        arrays = live_reference(bundle, plan_set, checkpoint, interface)
+    else:
+        arrays = load_reference(bundle, plan_set.reference)
     found = []
     with open_bank(bundle, plan_set) as bank:
         for comparison in compared(bundle, plan_set, bank, arrays):
@@ -42,27 +47,40 @@ def verify_plan_set(
     return found
 
 
-def live_reference(bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path) -> Arrays:
+def live_reference(
+    bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path, interface: str | Path | None = None
+) -> Arrays:
     """The answers of the checkpoint's own model to the bundle's cases."""
-    from elit_export.verify.reference import reference_arrays  # needs torch
+    from elit_export.models.widening import computing_in_float32  # needs torch
+    from elit_export.verify.reference import reference_arrays
 
-    model = model_of(bundle, checkpoint)
+    model = computing_in_float32(model_of(bundle, checkpoint, interface))
     reference = plan_set.reference
     return reference_arrays(model, reference.cases, reference.cache_rows, reference.trajectories)
 
 
-def model_of(bundle: Bundle, checkpoint: str | Path) -> Elit:
-    """The model that the bundle was built from; raises BundleError if the checkpoint is another one's."""
-    from elit_export.checkpoint import checkpoint_path, load_checkpoint  # needs torch
+def model_of(bundle: Bundle, checkpoint: str | Path, interface: str | Path | None = None) -> Elit:
+    """The model that the bundle was built from, its weights as stored; raises BundleError if it is another one's."""
+    from elit_export.checkpoint import checkpoint_sha256, stored_checkpoint  # needs torch
 
     facts = bundle.manifest.model
-    if sha256_of(checkpoint_path(checkpoint)) != facts.checkpoint_sha256:
+    if checkpoint_sha256(checkpoint, interface) != facts.checkpoint_sha256:
         raise BundleError(
-            f"{bundle.folder} was not built from {checkpoint} (sha256 differs); "
+            f"{bundle.folder} was not built from {_named(checkpoint, interface)} (sha256 differs); "
             f"give its own checkpoint, or build again from this one"
         )
     spec = facts.spec
-    return load_checkpoint(checkpoint, num_heads=spec.num_heads, head_depth=spec.head_depth, tail_depth=spec.tail_depth)
+    return stored_checkpoint(
+        checkpoint,
+        interface=interface,
+        num_heads=spec.num_heads,
+        head_depth=spec.head_depth,
+        tail_depth=spec.tail_depth,
+    )
+
+
+def _named(checkpoint: str | Path, interface: str | Path | None) -> str:
+    return f"{checkpoint} with {interface}" if interface else str(checkpoint)
 
 
 def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from elit_export.checkpoint import save_checkpoint
 from elit_export.checkpoint_diffusers import save_interface
@@ -20,6 +21,7 @@ name = "text"
 checkpoint = "base"
 {interface}
 rows = {{ min = 1, opt = 1, max = 2 }}
+text = {{ min = 1, opt = 4, max = 32 }}
 [targets.cpu]
 backend = "onnxruntime"
 device = "cpu"
@@ -84,6 +86,49 @@ def test_build_takes_the_interface_of_the_recipe_or_of_the_command_line(
     options = ["--interface", other] if by_option else []
     said = refused("build", recipe, "--out", tmp_path / "out", *options)
     assert f"does not fit the Read and Write in {other}, of width 128" in said
+
+
+# ---------------------------------------------------------------- a bundle of a folder
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`base` with its weights in bf16, `interface.safetensors`, and `bundle`, built of them. Do not change them."""
+    folder = tmp_path_factory.mktemp("half")
+    model = text_model(input_size=8, group_size=2, core_depth=1, tail_depth=0)
+    written_base(model, folder / "base", torch.bfloat16)
+    save_interface(folder / "interface.safetensors", model)
+    (folder / "r.toml").write_text(RECIPE.format(interface='interface = "interface.safetensors"'))
+    ok("build", folder / "r.toml", "--out", folder / "bundle")
+    return folder
+
+
+def test_a_bundle_of_a_folder_is_verified_live_and_stored(half: Path) -> None:
+    """Stored answers are of weights widened one by one, live ones too; engines hold the same weights in fp32."""
+    live = ("--checkpoint", half / "base", "--interface", half / "interface.safetensors")
+    stored, again = (only_json("verify", half / "bundle", *options) for options in ((), live))
+    assert len(stored) == len(again) > 10
+    assert all(comparison["passed"] for comparison in (*stored, *again))
+    assert [comparison["found"] for comparison in stored] == [comparison["found"] for comparison in again]
+
+
+def test_a_bundle_of_a_folder_is_measured_beside_pytorch(half: Path) -> None:
+    quick = ("--no-compile", "--no-sampling", "--rounds", "1", "--rows", "1")
+    live = ("--checkpoint", half / "base", "--interface", half / "interface.safetensors")
+    facts = only_json("bench", half / "bundle", *live, *quick)
+    assert all(budget["speedups"]["eager"] > 0 for budget in facts["budgets"])
+    side_by_side = only_json("bench", half / "bundle", "--backends", *live, "--rounds", "1", "--rows", "1")
+    assert side_by_side["backends"]
+
+
+def test_read_and_write_of_another_training_are_not_those_of_the_bundle(half: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_interface(other, ElitMMDiT(text_spec(input_size=8, group_size=2, core_depth=1, tail_depth=0)))
+    for command in ("verify", "bench"):
+        said = refused(command, half / "bundle", "--checkpoint", half / "base", "--interface", other)
+        assert f"was not built from {half / 'base'} with {other} (sha256 differs)" in said
+        assert REMEDY in refused(command, half / "bundle", "--checkpoint", half / "base")
+        assert "--checkpoint FOLDER" in refused(command, half / "bundle", "--interface", other)
 
 
 def test_a_folder_that_is_neither_bundle_nor_checkpoint_is_no_bundle(tmp_path: Path) -> None:
