@@ -18,7 +18,7 @@ from elit_export.bundle import Bundle
 from elit_export.calibrate.cache import Trajectories, joined, sampled_pairs
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
-from elit_export.errors import InputError, ParityError, RecipeError
+from elit_export.errors import InputError, RecipeError
 from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.prompts import Embedded, Prompts
@@ -143,10 +143,15 @@ def test_bench_counts_the_text(bundle: Bundle) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
-def test_openvino_misses_and_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """Its sines of the large angles that t in thousandths makes are less exact: 108 dB of the graph `time`."""
-    with pytest.raises(ParityError, match="misses 115 dB"):
-        compile_bundle(recipe_of(checkpoint), "ov", out=tmp_path / "bundle")
+def test_openvino_meets_its_tolerance(checkpoint: Path, tmp_path: Path) -> None:
+    """`time` among its graphs, whose products it would merge, with another rounding: 108 dB."""
+    built = compile_bundle(recipe_of(checkpoint), "ov", out=tmp_path / "bundle")
+    (plan_set,) = built.manifest.plan_sets
+    assert {parity.status for parity in plan_set.parities} == {"passed"}
+    given: Any = {"steps": 3, "guidance": "cfg:4,norm", "time_grid": "shift:2.0", "sampler": "heun"}
+    with Pipeline.load(built.folder) as pipeline:
+        found = pipeline.sample(PROMPTS, **given).latents
+    assert max_relative(found, torch_pipeline(text_model()).sample(PROMPTS, **given).latents) <= 1e-4
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")

@@ -56,7 +56,9 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp((-math.log(MAX_PERIOD) * exponents).double()).float()
         angles = t[:, None] * frequencies  # (B, half)
         if self.units != 1:
-            angles = self.units * angles  # in this order: float32 rounds the features of a thousandth of t by 1e-4
+            # In this order, as float32 rounds the features of a thousandth of t by 1e-4; `abs`, which changes nothing,
+            # keeps engines from turning the two products into one.
+            angles = self.units * angles.abs()
         features: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
         return features  # (B, D)
 
