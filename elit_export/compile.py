@@ -40,7 +40,7 @@ from elit_export.models.elit import Elit
 from elit_export.models.widening import computing_in_float32
 from elit_export.recipe import AnyTarget, Recipe, load_recipe
 from elit_export.runtime.opening import open_bank, unfit
-from elit_export.samples import Samples, check_covered, load_samples
+from elit_export.samples import Samples, check_covered, command_for, load_samples
 from elit_export.spec import (
     CACHE_GRAPHS,
     DECODE,
@@ -108,7 +108,7 @@ def compile_bundle(
     BACKENDS[chosen.backend].builder().check(chosen)  # before anything that takes long
     if chosen.precision in QUANTIZED and not BACKENDS[chosen.backend].rounds:
         check_tools()
-    _check_samples(chosen, target, samples, Path(out))
+    _check_samples(chosen, target, samples, command_for("samples.npz", out, text=recipe.text is not None))
     folder = _decoder_folder(recipe)
     file = Path(samples) if samples else None
     with writing(Path(out)) as writer:
@@ -122,11 +122,11 @@ def _decoder_folder(recipe: Recipe) -> DecoderFolder | None:
     return read_decoder(recipe.decoder.folder)
 
 
-def _check_samples(chosen: AnyTarget, target: str, samples: str | Path | None, out: Path) -> None:
+def _check_samples(chosen: AnyTarget, target: str, samples: str | Path | None, remedy: str) -> None:
     if chosen.precision in QUANTIZED and samples is None:
         raise CalibrationError(
             f"target {target} is {chosen.precision.value}, which is calibrated on real inputs: "
-            f"elit-export calibrate samples {out} --out samples.npz (from a bundle with any other target), "
+            f"{remedy} (from a bundle with any other target), "
             f"then build with --samples samples.npz"
         )
     if chosen.precision not in QUANTIZED and samples is not None:

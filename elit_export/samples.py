@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from elit_export.errors import CalibrationError
 from elit_export.files import written_whole
-from elit_export.spec import LATENTS, ModelSpec, Profile, TensorSpec, listed
+from elit_export.spec import LATENTS, LONGEST_TEXT, ROWS, TEXT, TEXT_MASK, ModelSpec, Profile, TensorSpec, listed
 
 FEWEST = 64  # samples that a calibration may rest on
 FACTS = "facts"  # the entry of the file that holds JSON
@@ -47,7 +47,10 @@ class SampleFacts(BaseModel):
 
 @dataclass(frozen=True)
 class Samples:
-    """n rows that an engine was given: `kept` is how many latents it ran with, the rest are the row's inputs."""
+    """n rows that an engine was given: `kept` is how many latents it ran with, the rest are the row's inputs.
+
+    Texts of different lengths are filled up to the longest with padding that is 0, as where they share a call.
+    """
 
     facts: SampleFacts
     x: npt.NDArray[np.float32]  # (n, C, H, W)
@@ -88,13 +91,18 @@ def save_samples(samples: Samples, path: Path) -> None:
         np.savez(file, **entries)
 
 
+def command_for(out: Path | str, bundle: Path | str = "BUNDLE", *, text: bool) -> str:
+    """What to type for samples of a model, one that takes text or one of classes."""
+    return f"elit-export calibrate samples {bundle}{' --prompts FILE.npz' if text else ''} --out {out}"
+
+
 def check_covered(samples: Samples, profiles: Sequence[Profile]) -> None:
     """Raise CalibrationError if a profile has no sample at any of its budgets."""
     for profile in profiles:
         if not any(int(kept) in profile.latents for kept in np.unique(samples.kept)):
             raise CalibrationError(
                 f"no sample has a budget of profile {profile.name} ({profile.latents} latents): take samples with the "
-                f"budgets of every profile: elit-export calibrate samples BUNDLE --out FILE"
+                f"budgets of every profile: {command_for('FILE', text=profile.text is not None)}"
             )
 
 
@@ -109,7 +117,7 @@ def load_samples(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Samples
         _check_shapes(samples, spec)
         _check_values(samples, spec)
     except CalibrationError as error:
-        raise CalibrationError(f"{path}: {error}: elit-export calibrate samples BUNDLE --out {path}") from error
+        raise CalibrationError(f"{path}: {error}: {command_for(path, text=spec.text_width > 0)}") from error
     return samples
 
 
@@ -154,23 +162,25 @@ def _check_shapes(samples: Samples, spec: ModelSpec) -> None:
         raise CalibrationError(f"conditioned by {found}, this model by {wanted}; take samples of this model")
     kept = TensorSpec("kept", "int64", t.shape)
     checked: list[tuple[TensorSpec, Array]] = [(x, samples.x), (t, samples.t), (kept, samples.kept)]
+    sizes = {ROWS: len(samples)}
     for tensor, values in [*checked, *((tensor, samples.conditioning[tensor.name]) for tensor in conditioning)]:
-        _check_shape(tensor, values, len(samples))
+        _check_shape(tensor, values, sizes)
+    if not 1 <= sizes.get(TEXT, 1) <= LONGEST_TEXT:
+        raise CalibrationError(
+            f"text of {sizes[TEXT]} tokens, this model has positions for {LONGEST_TEXT}; take samples of this model"
+        )
 
 
-def _check_shape(tensor: TensorSpec, values: Array, count: int) -> None:
-    """Sizes of a dimension with a name may be any, but for the first, which is the rows."""
-    wanted = (count, *(found if isinstance(size, str) else size for size, found in _sizes(tensor, values)))
+def _check_shape(tensor: TensorSpec, values: Array, sizes: dict[str, int]) -> None:
+    """`sizes` are those of dimensions with a name; what is not in it may be any, and is noted there."""
+    found = values.shape if values.ndim == len(tensor.shape) else (0,) * len(tensor.shape)
+    pairs = zip(tensor.shape, found, strict=True)
+    wanted = tuple(sizes.setdefault(size, here) if isinstance(size, str) else size for size, here in pairs)
     if values.dtype != tensor.dtype or values.shape != wanted:
         raise CalibrationError(
             f"{tensor.name} is {values.dtype} {values.shape}, this model takes {tensor.dtype} {wanted}; "
             f"take samples of this model"
         )
-
-
-def _sizes(tensor: TensorSpec, values: Array) -> Iterator[tuple[int | str, int]]:
-    found = values.shape[1:] if values.ndim == len(tensor.shape) else (0,) * len(tensor.shape[1:])
-    return zip(tensor.shape[1:], found, strict=True)
 
 
 def _check_values(samples: Samples, spec: ModelSpec) -> None:
@@ -185,13 +195,10 @@ def _check_values(samples: Samples, spec: ModelSpec) -> None:
         raise CalibrationError(
             f"kept is {unknown[0]} in some samples, this model runs {listed(spec.budgets)}; take samples of this model"
         )
-    bounds: dict[str, tuple[Array, int, int]] = {"t": (samples.t, 0, 1)}
-    for name, values in samples.conditioning.items():
-        if np.issubdtype(values.dtype, np.integer):
-            bounds[name] = (values, 0, spec.null_class)
-    for name, (values, low, high) in bounds.items():
-        if values.min() < low or values.max() > high:
+    highest = {"t": 1, TEXT_MASK: 1, **{tensor.name: spec.null_class for tensor in spec.modulating}}
+    for name, values in {"t": samples.t, **samples.conditioning}.items():
+        if name in highest and (values.min() < 0 or values.max() > highest[name]):
             raise CalibrationError(
-                f"{name} runs from {values.min():g} to {values.max():g}, in this model from {low} to {high}; "
+                f"{name} runs from {values.min():g} to {values.max():g}, in this model from 0 to {highest[name]}; "
                 f"take samples of this model"
             )

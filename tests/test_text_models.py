@@ -23,6 +23,7 @@ from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import CACHE_GRAPHS, Range
+from elit_export.verify import cache_sweep
 from elit_export.verify.reference import torch_pipeline
 from tests.conftest import recipe_values
 from tests.helpers import calibrate, fit_of, max_relative, tiny_spec
@@ -135,6 +136,30 @@ def test_teacache_decides_as_with_torch(bundle: Bundle, tmp_path: Path) -> None:
     assert [call.reused for call in found.calls] == [call.reused for call in expected.calls]
     assert 0 < sum(call.reused for call in found.calls) < len(found.calls) - 2
     assert max_relative(found.latents, expected.latents) <= 1e-4
+
+
+def test_a_call_tells_how_long_its_text_is(pipeline: Pipeline) -> None:
+    calls = pipeline.sample(PROMPTS, steps=2, guidance="ccfg:2@1", sampler="euler").calls
+    assert [(call.role, call.text) for call in calls] == [("strong", 7), ("weak", 4)] * 2
+    joined_calls = pipeline.sample(PROMPTS, steps=2, guidance="cfg:2", sampler="euler").calls
+    assert [(call.role, call.text) for call in joined_calls] == [("joined", 7)] * 2
+
+
+def test_caches_are_swept_with_random_prompts(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few ways of few steps; guidance keeps its `norm` where the weak branch is cheaper."""
+    few = {"REFERENCE_STEPS": 8, "EULER_STEPS": (4,), "MULTISTEP_STEPS": (4,), "COMBINED_STEPS": (6,)}
+    for name, value in few.items():
+        monkeypatch.setattr(cache_sweep, name, value)
+    folder = Path(shutil.copytree(bundle.folder, tmp_path / "bundle"))
+    calibrate(folder, fit_of(None))
+    with Pipeline.load(folder) as pipeline:
+        found = cache_sweep.sweep(
+            pipeline, schedule="full", guidance="cfg:3,norm", images=2, rounds=1, fine_steps=6, on_way=lambda _: None
+        )
+    rows = {row.name: row for row in found.rows}
+    assert rows["ab3 14, weak at quarter"].choices["guidance"] == "ccfg:3@4,norm"
+    assert rows["every@2,order=1"].reused == 3
+    assert all(np.isfinite(row.sqnr_db) and row.ms_per_image > 0 and row.over_parts > 0 for row in found.rows)
 
 
 def test_bench_counts_the_text(bundle: Bundle) -> None:
@@ -254,10 +279,7 @@ def test_a_recipe_of_a_model_of_classes_says_nothing_of_text(tiny_checkpoint: Pa
         compile_bundle(recipe_of(tiny_checkpoint), "cpu", out=tmp_path / "bundle")
 
 
-@pytest.mark.parametrize(
-    "command", [["calibrate", "samples", "{}", "--out", "s.npz"], ["bench", "{}", "--cache-sweep"]], ids=str
-)
-def test_what_is_made_for_classes_alone_says_so(bundle: Bundle, command: list[str]) -> None:
-    done = CliRunner().invoke(main, [word.format(bundle.folder) for word in command])
+def test_what_judges_classes_says_so(bundle: Bundle) -> None:
+    done = CliRunner().invoke(main, ["bench", str(bundle.folder), "--quality"])
     assert done.exit_code == 2
-    assert "works with models of classes only" in " ".join(done.output.split())
+    assert "works with models of classes only, this one takes text" in " ".join(done.output.split())

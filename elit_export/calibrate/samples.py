@@ -1,9 +1,9 @@
 """Samples for quantization: what the engines of a bundle are really given along trajectories.
 
-Takes: a pipeline, which trajectories to sample.  Gives: Taken, which holds Samples.  May touch: a recipe (reading).
-Needs the engines of a bundle only: no torch, no checkpoint.
+Takes: a pipeline, which trajectories to sample, prompts for a model with text.  Gives: Taken, which holds Samples.
+May touch: a recipe (reading).  Needs the engines of a bundle only: no torch, no checkpoint.
 
-Every budget is sampled by itself with every guidance, from noise and labels of its own. Of all the rows that
+Every budget is sampled by itself with every guidance, from noise and labels or prompts of its own. Of all the rows that
 engines were given as many as wanted are taken, spread evenly over budgets, and for each budget over t.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
@@ -26,16 +26,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from elit_export.errors import CalibrationError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.engine import Array, Engine, to_host
-from elit_export.runtime.guidance import Kind
+from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.pipeline import Pipeline
-from elit_export.runtime.sampling import Request, calls_needed, sampling_steps
+from elit_export.runtime.pipeline import Pipeline, Subjects
+from elit_export.runtime.prompts import Prompts, joined
+from elit_export.runtime.sampling import Call, Request, calls_needed, sampling_steps
 from elit_export.samples import FEWEST, Inputs, SampleFacts, Samples
 from elit_export.spec import LATENTS, Budget
-from elit_export.verify.subjects import require_classes
 
 T_PARTS = 8  # of [0, 1], each with as many samples as the others
-LABELS, CHOICE = 1, 2  # beside the seed, so that neither depends on the other
+SUBJECTS, CHOICE = 1, 2  # beside the seed, so that neither depends on the other
 
 
 class SampleRecipe(BaseModel):
@@ -88,10 +88,15 @@ def _told(problem: Any) -> str:
 
 @dataclass(frozen=True)
 class Seen:
-    """One row that an engine was given, as inputs of one row; and whether its trajectory was guided."""
+    """One row that an engine was given, as inputs of one row.
+
+    `guided` says whether its trajectory was, `null` whether it is what guidance leads away from: no class, or a
+    negative prompt.
+    """
 
     inputs: Inputs
     guided: bool
+    null: bool
 
     @property
     def kept(self) -> int:
@@ -103,28 +108,28 @@ class Seen:
 
 
 class Watched(Engine):
-    """An engine that remembers what it is given."""
+    """An engine that remembers what it is given, which nothing writes into later."""
 
     def __init__(self, engine: Engine, seen: list[Inputs]) -> None:
         self._engine, self._seen = engine, seen
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        self._seen.append({name: to_host(array).copy() for name, array in inputs.items()})
+        self._seen.append({name: to_host(array) for name, array in inputs.items()})
         return self._engine(inputs)
 
     def close(self) -> None:
         """The engine belongs to the pipeline."""
 
 
-def seen_rows(pipeline: Pipeline, recipe: SampleRecipe) -> Iterator[list[Seen]]:
+def seen_rows(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None = None) -> Iterator[list[Seen]]:
     """What the engines are given in one sampling of `recipe.rows` images after another; `batches` of them.
 
-    Everything is checked before the first; raises CalibrationError, InputError or EngineError.
+    A model with text is shown `prompts`, one of classes its labels. Everything is checked before the first; raises
+    CalibrationError, InputError or EngineError.
     """
-    require_classes(pipeline.spec, "taking samples for 8 bits")
-    noise, labels = _noise(pipeline, recipe), _labels(pipeline, recipe)
+    noise, subjects = _noise(pipeline, recipe), _subjects(pipeline, recipe, prompts)
     requests = [
-        _request(pipeline, recipe, budget, guidance, labels[images], noise[images])
+        _request(pipeline, recipe, budget, guidance, subjects(images), noise[images])
         for images, budget, guidance in _kinds(pipeline, recipe)
     ]
     _check_enough(pipeline, recipe)
@@ -168,10 +173,12 @@ def _noise(pipeline: Pipeline, recipe: SampleRecipe) -> npt.NDArray[np.float64]:
     return SeededNoise(recipe.seed, _images(pipeline, recipe), pipeline.spec.sample_shape)()
 
 
-def _labels(pipeline: Pipeline, recipe: SampleRecipe) -> npt.NDArray[np.int64]:
-    """The label of every image: all classes in an order of their own, over and over."""
-    order = np.random.default_rng((recipe.seed, LABELS)).permutation(pipeline.spec.num_classes)
-    return np.resize(order, _images(pipeline, recipe)).astype(np.int64)
+def _subjects(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> Callable[[slice], Subjects]:
+    """What a slice of all images is to show: all classes or prompts in an order of their own, over and over."""
+    count = pipeline.spec.num_classes if prompts is None else len(prompts)
+    order = np.random.default_rng((recipe.seed, SUBJECTS)).permutation(count)
+    numbers = np.resize(order, _images(pipeline, recipe)).astype(np.int64)
+    return lambda images: numbers[images].tolist() if prompts is None else prompts.at(numbers[images])
 
 
 def _images(pipeline: Pipeline, recipe: SampleRecipe) -> int:
@@ -183,11 +190,11 @@ def _request(
     recipe: SampleRecipe,
     budget: Budget,
     guidance: str,
-    labels: npt.NDArray[np.int64],
+    subjects: Subjects,
     noise: npt.NDArray[np.float64],
 ) -> Request:
     return pipeline.request(
-        labels.tolist(),
+        subjects,
         steps=recipe.steps,
         sampler=recipe.sampler,
         schedule=[budget] * recipe.steps,
@@ -198,12 +205,23 @@ def _request(
 
 
 def _watched(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> list[Seen]:
-    calls: list[Inputs] = []
-    slots = [Slot(slot.profile, Watched(slot.engine, calls)) for slot in bank.slots]
-    for _ in sampling_steps(EngineBank(slots, budgets, bank.precision), request):
-        pass
+    given: list[Inputs] = []
+    slots = [Slot(slot.profile, Watched(slot.engine, given)) for slot in bank.slots]
+    records = list(sampling_steps(EngineBank(slots, budgets, bank.precision), request))
+    calls = [call for record in records for call in record.calls]
     guided = request.guidance.kind is not Kind.NONE
-    return [Seen(_row(inputs, row), guided) for inputs in calls for row in range(len(inputs["x"]))]
+    return [
+        Seen(_row(inputs, row), guided, null)
+        for inputs, call in zip(given, calls, strict=True)
+        for row, null in enumerate(_null_rows(call, request.guidance))
+    ]
+
+
+def _null_rows(call: Call, guidance: Guidance) -> list[bool]:
+    """For each row of a call whether it is of a branch without a class, or of the negative prompt."""
+    strong, weak = False, guidance.needs_null
+    branches = {"strong": [strong], "weak": [weak], "joined": [strong, weak]}[call.role]
+    return [null for null in branches for _ in range(call.rows // len(branches))]
 
 
 def _row(inputs: Inputs, row: int) -> Inputs:
@@ -215,19 +233,18 @@ def _row(inputs: Inputs, row: int) -> Inputs:
 
 @dataclass(frozen=True)
 class Taken:
-    """Samples, and for each whether its trajectory was guided and whether it has no class."""
+    """Samples, and for each what `Seen` says of it."""
 
     samples: Samples
     guided: npt.NDArray[np.bool_]
-    unlabelled: npt.NDArray[np.bool_]
+    null: npt.NDArray[np.bool_]
 
 
 def taken(parts: Sequence[Sequence[Seen]], pipeline: Pipeline, recipe: SampleRecipe, checkpoint_sha256: str) -> Taken:
     """As many of all rows as the recipe wants, in the order in which they were seen."""
-    spec = pipeline.spec
-    label = spec.conditioning[0].name
+    names = [tensor.name for tensor in pipeline.spec.conditioning]
     every = [seen for part in parts for seen in part]
-    kinds = [(seen.guided, int(seen.inputs[label][0]) == spec.null_class) for seen in every]
+    kinds = [(seen.guided, seen.null) for seen in every]
     chosen = _spread(every, kinds, recipe)
     rows = [every[index].inputs for index in chosen]
     facts = SampleFacts(
@@ -246,10 +263,10 @@ def taken(parts: Sequence[Sequence[Seen]], pipeline: Pipeline, recipe: SampleRec
         x=np.concatenate([row["x"] for row in rows]),
         t=np.concatenate([row["t"] for row in rows]),
         kept=np.array([len(row[LATENTS]) for row in rows], np.int64),
-        conditioning={tensor.name: np.concatenate([row[tensor.name] for row in rows]) for tensor in spec.conditioning},
+        conditioning=joined([{name: row[name] for name in names} for row in rows]),
     )
-    guided, unlabelled = (np.array([kinds[index][which] for index in chosen]) for which in (0, 1))
-    return Taken(samples, guided, unlabelled)
+    guided, null = (np.array([kinds[index][which] for index in chosen]) for which in (0, 1))
+    return Taken(samples, guided, null)
 
 
 def _spread(every: Sequence[Seen], kinds: Sequence[tuple[bool, bool]], recipe: SampleRecipe) -> list[int]:

@@ -1,6 +1,7 @@
 """What each kind of layer costs in accuracy in 8 bits.
 
-Takes: a float32 graph, samples.  Gives: Sensitivity, one kind after another.  May touch: temporary folders.
+Takes: a float32 graph, samples, prompts for a model with text.  Gives: Sensitivity, one kind after another.
+May touch: temporary folders.
 Needs what `quantize` needs, and ONNX Runtime.  Knows nothing of: plans.
 """
 
@@ -18,11 +19,12 @@ import numpy as np
 from elit_export.calibrate.quantize import LAYERS_IN, quantized_graph
 from elit_export.calibrate.samples import SampleRecipe, Seen, seen_rows
 from elit_export.models.cost import flops, layer_flops
-from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.bank import EngineBank, Slot, sizes_of
 from elit_export.runtime.engine import Engine, HostArray, to_host
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.prompts import Prompts, joined
 from elit_export.samples import FEWEST, Inputs, Samples
-from elit_export.spec import LATENTS, Budget, DataFacts, ModelSpec, Precision, Profile, Range
+from elit_export.spec import LATENTS, LONGEST_TEXT, Budget, DataFacts, ModelSpec, Precision, Profile, Range
 from elit_export.verify.metrics import Difference, difference
 
 AS_BUILT = "all as built"
@@ -41,14 +43,20 @@ class Sensitivity:
 
 
 def sensitivities(
-    graph: Path, spec: ModelSpec, data: DataFacts, precision: Precision, samples: Samples
+    graph: Path,
+    spec: ModelSpec,
+    data: DataFacts,
+    precision: Precision,
+    samples: Samples,
+    prompts: Prompts | None = None,
 ) -> Iterator[Sensitivity]:
     """`sensitivity_count` of them: each kind of layer alone, then all that are quantized if nothing else is asked for.
 
-    The errors are of rows from trajectories with another seed than that of the samples, at each of their budgets.
+    The errors are of rows from trajectories with another seed than that of the samples, at each of their budgets; of a
+    model with text they show `prompts`.
     """
     with _engine(graph) as exact:
-        held_out = held_out_rows(exact, spec, data, samples)
+        held_out = held_out_rows(exact, spec, data, samples, prompts)
         expected = _answers(exact, held_out)
     for name in [*_layers_of(spec), AS_BUILT]:
         layers = LAYERS_IN[precision] if name == AS_BUILT else (name,)
@@ -58,7 +66,9 @@ def sensitivities(
             found = answers_of(made, held_out)
         yield Sensitivity(
             name,
-            flops_share={kept: flops_share(spec, kept, layers) for kept in held_out},
+            flops_share={
+                kept: flops_share(spec, kept, layers, text=sizes_of(rows)[1]) for kept, rows in held_out.items()
+            },
             velocity={kept: difference(found[kept]["velocity"], expected[kept]["velocity"]) for kept in held_out},
             residual={kept: difference(found[kept]["residual"], expected[kept]["residual"]) for kept in held_out},
         )
@@ -70,17 +80,20 @@ def sensitivity_count(spec: ModelSpec) -> int:
 
 def _layers_of(spec: ModelSpec) -> list[str]:
     """The kinds of layers that a model has; one without tail blocks has none of the tail's."""
-    return [name for name, count in layer_flops(spec, spec.full).items() if count]
+    text = 1 if spec.text_width else 0  # any length tells
+    return [name for name, count in layer_flops(spec, spec.full, text=text).items() if count]
 
 
-def flops_share(spec: ModelSpec, kept: int, layers: Sequence[str]) -> float:
-    """Share of all FLOPs of a step that kinds of layers hold."""
+def flops_share(spec: ModelSpec, kept: int, layers: Sequence[str], *, text: int = 0) -> float:
+    """Share of all FLOPs of a step that kinds of layers hold, with so many tokens of text."""
     budget = Budget(kept, spec.latents)
-    each = layer_flops(spec, budget)
-    return sum(each[name] for name in layers) / flops(spec, budget).total
+    each = layer_flops(spec, budget, text=text)
+    return sum(each[name] for name in layers) / flops(spec, budget, text=text).total
 
 
-def held_out_rows(exact: Engine, spec: ModelSpec, data: DataFacts, samples: Samples) -> dict[int, Inputs]:
+def held_out_rows(
+    exact: Engine, spec: ModelSpec, data: DataFacts, samples: Samples, prompts: Prompts | None = None
+) -> dict[int, Inputs]:
     """By latents kept, HELD_OUT_ROWS rows of trajectories like those of the samples, with another seed.
 
     They lie at the same t for every budget, evenly from the first to the last step, because the error grows towards 0.
@@ -96,17 +109,18 @@ def held_out_rows(exact: Engine, spec: ModelSpec, data: DataFacts, samples: Samp
         seed=facts.seed + 1,
         rows=2,
     )
-    profile = Profile("every", Range(1, spec.latents, spec.latents), Range(1, 1, MOST_ROWS))
+    text = Range(1, 1, LONGEST_TEXT) if spec.text_width else None
+    profile = Profile("every", Range(1, spec.latents, spec.latents), Range(1, 1, MOST_ROWS), text)
     pipeline = Pipeline(EngineBank([Slot(profile, exact)], spec.budgets, Precision.FP32), spec, data)
-    seen = [row for part in seen_rows(pipeline, recipe) for row in part]
+    seen = [row for part in seen_rows(pipeline, recipe, prompts) for row in part]
     return {number: _batch([row for row in seen if row.kept == number]) for number in kept}
 
 
 def _batch(seen: Sequence[Seen]) -> Inputs:
     ordered = sorted(seen, key=lambda row: row.t)
     rows = [ordered[index].inputs for index in np.linspace(0, len(ordered) - 1, HELD_OUT_ROWS).round().astype(int)]
-    joined = {name: np.concatenate([row[name] for row in rows]) for name in rows[0] if name != LATENTS}
-    return {**joined, LATENTS: rows[0][LATENTS]}
+    together = joined([{name: array for name, array in row.items() if name != LATENTS} for row in rows])
+    return {**together, LATENTS: rows[0][LATENTS]}
 
 
 def answers_of(graph: Path, rows: Mapping[int, Inputs]) -> dict[int, dict[str, HostArray]]:

@@ -11,6 +11,7 @@ from elit_export.calibrate.cache import Trajectories, batches, calibrated, joine
 from elit_export.calibrate.samples import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
 from elit_export.calibrate.samples import batches as sample_batches
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.cli.prompt import EMBEDDED, prompts_in
 from elit_export.errors import BundleError
 from elit_export.manifest import CacheCalibration
 from elit_export.report.samples import samples_facts, samples_table, sensitivity_facts, sensitivity_table
@@ -82,20 +83,31 @@ def advised(calibration: CacheCalibration) -> str:
 @calibrate.command("samples")
 @click.argument("bundle", type=FOLDER)
 @click.option("--recipe", type=FILE, help="Which trajectories, and how many samples of them; calibration/ has some.")
+@EMBEDDED
 @click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 @JSON_OPTION
 def calibrate_samples(
-    bundle: Path, recipe: Path | None, out: Path, target: str | None, precision: str | None, json_to: str | None
+    bundle: Path,
+    recipe: Path | None,
+    file: Path | None,
+    out: Path,
+    target: str | None,
+    precision: str | None,
+    json_to: str | None,
 ) -> None:
-    """Take inputs of the engines along trajectories, on which int8 and fp8 builds are calibrated."""
+    """Take inputs of the engines along trajectories, on which int8 and fp8 builds are calibrated.
+
+    A model that takes text is shown the prompts of a file, one after another, as others are their classes.
+    """
     wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
-    checkpoint = Bundle.open(bundle).manifest.model.checkpoint_sha256  # before its engines, as above
+    model = Bundle.open(bundle).manifest.model  # before its engines, as above
+    prompts = prompts_in(file, model.spec)
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
         total = sample_batches(pipeline, wanted)
-        parts = list(progress.track(seen_rows(pipeline, wanted), total=total, description="trajectories"))
-        found = taken(parts, pipeline, wanted, checkpoint)
+        parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
+        found = taken(parts, pipeline, wanted, model.checkpoint_sha256)
     save_samples(found.samples, out)
     show(samples_table(found), json_to=json_to)
     write_json(samples_facts(found), json_to)
@@ -105,17 +117,23 @@ def calibrate_samples(
 @calibrate.command("sensitivity")
 @click.argument("bundle", type=FOLDER)
 @click.option("--samples", "samples_file", type=FILE, required=True, help="Made by `calibrate samples`.")
+@EMBEDDED
 @click.option("--precision", type=click.Choice([precision.value for precision in QUANTIZED]), required=True)
 @JSON_OPTION
-def calibrate_sensitivity(bundle: Path, samples_file: Path, precision: str, json_to: str | None) -> None:
-    """Quantize one kind of layer at a time for TensorRT, and compare with float32 on other trajectories."""
+def calibrate_sensitivity(
+    bundle: Path, samples_file: Path, file: Path | None, precision: str, json_to: str | None
+) -> None:
+    """Quantize one kind of layer at a time for TensorRT, and compare with float32 on other trajectories.
+
+    Those of a model that takes text show the prompts of a file.
+    """
     from elit_export.calibrate.sensitivity import sensitivities, sensitivity_count
 
     opened = Bundle.open(bundle)
     model, graph = opened.manifest.model, stored_graph(opened)
-    samples = load_samples(samples_file, model.spec, model.checkpoint_sha256)
+    prompts, samples = prompts_in(file, model.spec), load_samples(samples_file, model.spec, model.checkpoint_sha256)
     with progress_bar() as progress:
-        found = sensitivities(graph, model.spec, model.data, Precision(precision), samples)
+        found = sensitivities(graph, model.spec, model.data, Precision(precision), samples, prompts)
         total = sensitivity_count(model.spec)
         rows = list(progress.track(found, total=total, description=f"layers in {precision}"))
     show(sensitivity_table(rows, precision), json_to=json_to)

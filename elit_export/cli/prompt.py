@@ -21,6 +21,7 @@ from elit_export.text.folder import read_encoder
 
 PROMPT = click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What an image shows; once per image.")
 NEGATIVE = click.option("--negative", metavar="TEXT", help="What guidance leads all images away from; may be empty.")
+EMBEDDED = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as `embed` writes them.")
 WEIGHTS = click.option(
     "--encoder-weights",
     "weights",
@@ -79,6 +80,17 @@ class Told:
         return prompts_of(encoder, self.texts, self.negatives, longest=longest).checked(spec)
 
 
+def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
+    """Embeddings for a model that takes text, None for one of classes; raises InputError if the file fits neither."""
+    if not spec.text_width:
+        if file is not None:
+            raise InputError(f"--prompts {file}: this model takes no text, it draws classes: leave --prompts out")
+        return None
+    if file is None:
+        raise InputError("--prompts is missing, this model takes text: write some with elit-export embed FOLDER")
+    return load_prompts(file).checked(spec)
+
+
 HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"
 
 
@@ -91,8 +103,7 @@ def told_options(command: Callable[..., Any]) -> Callable[..., Any]:
         return command(told=told, **options)
 
     encoder = click.option("--encoder", type=FOLDER, help="Of --prompt: a folder with text_encoder/ and tokenizer/.")
-    file = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as `embed` writes them.")
-    for option in (WEIGHTS, file, encoder, NEGATIVE, PROMPT):
+    for option in (WEIGHTS, EMBEDDED, encoder, NEGATIVE, PROMPT):
         telling = option(telling)
     return telling
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from elit_export.calibrate.samples import Taken
 from elit_export.report.tables import Facts, table
+from elit_export.spec import TEXT
 
 if TYPE_CHECKING:
     from elit_export.calibrate.sensitivity import Sensitivity
@@ -27,15 +28,15 @@ def samples_facts(taken: Taken) -> Facts:
 
 def _facts_of_budget(taken: Taken, kept: int) -> Facts:
     here = taken.samples.kept == kept
-    t, labelled = taken.samples.t[here], here & ~taken.unlabelled
-    labels = next(iter(taken.samples.conditioning.values()))[labelled]
+    t, told = taken.samples.t[here], here & ~taken.null
+    subjects = next(iter(taken.samples.conditioning.values()))[told]
     return {
         "kept": kept,
         "samples": int(here.sum()),
         "t": [float(t.min()), float(t.max())],
         "guided": int((here & taken.guided).sum()),
-        "unlabelled": int((here & taken.unlabelled).sum()),
-        "labels": len(set(labels.tolist())),
+        "null": int((here & taken.null).sum()),
+        "subjects": len({subject.tobytes() for subject in subjects}),
     }
 
 
@@ -49,15 +50,16 @@ def samples_table(taken: Taken) -> Table:
             "{:.3g}..{:.3g}".format(*budget["t"]),
             str(budget["samples"] - budget["guided"]),
             str(budget["guided"]),
-            str(budget["unlabelled"]),
-            str(budget["labels"]),
+            str(budget["null"]),
+            str(budget["subjects"]),
         )
         for budget in facts["budgets"]
     ]
+    told = ("of these negative", "prompts") if TEXT in taken.samples.conditioning else ("of these no class", "classes")
     made = table(
         f"{facts['samples']} samples of {facts['images']} images at {facts['steps']} steps of {facts['sampler']}, "
         f"guidance {', '.join(facts['guidance'])}",
-        ("latents kept", "samples", "t", "unguided", "guided", "of these no class", "classes"),
+        ("latents kept", "samples", "t", "unguided", "guided", *told),
         rows,
     )
     made.caption = f"checkpoint {facts['checkpoint_sha256'][:12]}, samples {facts['sha256'][:12]}"

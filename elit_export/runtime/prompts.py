@@ -29,7 +29,7 @@ class Embedded:
     mask: HostArray
 
     def checked(self, spec: ModelSpec, what: str) -> Embedded:
-        """As a model takes them; raises InputError naming what does not fit."""
+        """As a model takes them, with padding emptied; raises InputError naming what does not fit."""
         text, mask = np.asarray(self.text), np.asarray(self.mask)
         if text.ndim != 3 or text.shape[2] != spec.text_width or not text.size:
             raise InputError(f"{what}: text has shape {text.shape}, must be (images, tokens, {spec.text_width})")
@@ -41,7 +41,12 @@ class Embedded:
             raise InputError(f"{what}: {text.shape[1]} tokens, the model has positions for {LONGEST_TEXT}: shorten it")
         if not np.isfinite(text[mask.astype(bool)]).all():
             raise InputError(f"{what}: text holds values that are not finite")
-        return Embedded(text.astype(np.float32), mask.astype(np.int64))
+        known = np.where(mask[:, :, None] != 0, text, 0)
+        return Embedded(known.astype(np.float32), mask.astype(np.int64))
+
+    def at(self, images: npt.NDArray[np.int64]) -> Embedded:
+        """The texts of these images, by their numbers; one may come several times."""
+        return Embedded(self.text[images], self.mask[images])
 
     def inputs(self, spec: ModelSpec) -> dict[str, HostArray]:
         """By the names that the model's graphs take them under."""
@@ -67,6 +72,10 @@ class Prompts:
                 f"{len(positive.text)} prompts and {len(negative.text)} negative ones: one for each image, please"
             )
         return Prompts(positive, negative)
+
+    def at(self, images: npt.NDArray[np.int64]) -> Prompts:
+        """As `Embedded.at`, for all that is told."""
+        return Prompts(self.positive.at(images), self.negative.at(images) if self.negative else None)
 
     def __len__(self) -> int:
         """Images."""

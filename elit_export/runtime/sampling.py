@@ -57,6 +57,7 @@ class Call:
 
     `role` is "strong", "weak" or, for both, "joined". `cached` is what the step cache decided: where it
     reused, no block ran. `engine_ms` includes a probe, and waiting for another request's call where a bank is shared.
+    `text` is how many tokens its prompts have with their padding, 0 in models without.
     """
 
     role: str
@@ -65,6 +66,7 @@ class Call:
     profile: str
     engine_ms: float
     cached: Decision = NOT_CACHED
+    text: int = 0
 
     @property
     def reused(self) -> bool:
@@ -138,7 +140,7 @@ class GuidedVelocity:
         started = time.perf_counter()
         outputs, cached = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3
-        self._calls.append(Call(role, budget, size.rows, self._profile(size), engine_ms, cached))
+        self._calls.append(Call(role, budget, size.rows, self._profile(size), engine_ms, cached, size.text))
         return to_host(outputs["velocity"])
 
     def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, Decision]:

@@ -18,11 +18,11 @@ import numpy as np
 
 from elit_export.runtime.choices import Choices
 from elit_export.runtime.engine import HostArray
+from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.runtime.sampling import Call
-from elit_export.spec import Budget
 from elit_export.verify.metrics import difference
-from elit_export.verify.subjects import require_classes
+from elit_export.verify.subjects import conditioning_rows, subjects_of, text_of, tokens_of
 from elit_export.verify.timing import timed_in_turn
 
 REFERENCE_STEPS = 50  # Euler's, of the way that all others are compared with
@@ -102,20 +102,20 @@ def sweep(
     on_way: Callable[[str], None],
 ) -> SweepResult:
     """Sample every way `rounds` times, in turn, from the same noise; raises CalibrationError before anything runs."""
-    labels = [image % pipeline.spec.num_classes for image in range(images)]
+    subjects = subjects_of(pipeline.spec, range(images), text_of(pipeline))
     chosen = list(ways(pipeline, schedule, guidance))
     for way in chosen:
-        pipeline.steps(labels, **way.choices).close()  # checked, not run
+        pipeline.steps(subjects, **way.choices).close()  # checked, not run
     on_way("fine solution")
     fine = Choices(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
-    exact = pipeline.sample(labels, **fine).latents
+    exact = pipeline.sample(subjects, **fine).latents
     taken: dict[str, list[Sample]] = {way.name: [] for way in chosen}
     for _ in range(rounds):
         for way in chosen:
             on_way(way.name)
-            taken[way.name].append(pipeline.sample(labels, **way.choices))
+            taken[way.name].append(pipeline.sample(subjects, **way.choices))
     on_way("parts")
-    parts = Parts(pipeline, labels)
+    parts = Parts(pipeline)
     measured = [_row(way, taken[way.name], taken[REFERENCE], exact, parts) for way in chosen]
     rows = [_with_controls(row, measured) for row in measured]
     first = taken[REFERENCE][0].records[0].calls[0]
@@ -163,17 +163,19 @@ def ways(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[Way]:
             yield way(cache.removeprefix("static:"), CACHED, cache=cache)
     for steps in COMBINED_STEPS:
         yield way(f"ab3 {steps}, every@2", COMBINED, steps=steps, sampler="ab3", cache="static:every@2")
-    if guidance.startswith("cfg:"):
+    chosen = Guidance.parse(guidance, pipeline.spec)
+    if chosen.kind is Kind.CFG:
         for weak in smaller_budgets(pipeline, schedule):
-            cheap: dict[str, str | int] = {"sampler": "ab3", "guidance": f"c{guidance}@{weak}"}
+            cheaper = replace(chosen, kind=Kind.CCFG, weak=pipeline.spec.budget(weak))
+            cheap: dict[str, str | int] = {"sampler": "ab3", "guidance": str(cheaper)}
             yield way(f"ab3 14, weak at {weak}", GUIDED, steps=14, **cheap)
             yield way(f"ab3 30, weak at {weak}, every@2", GUIDED, steps=30, cache="static:every@2", **cheap)
 
 
 def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
     """The named budgets below the least of the schedule."""
-    require_classes(pipeline.spec, "the sweep of caches")
-    budget = min(pipeline.request([0], schedule=schedule).schedule)
+    subjects = subjects_of(pipeline.spec, [0], text_of(pipeline))
+    budget = min(pipeline.request(subjects, schedule=schedule).schedule)
     covered = pipeline.bank.covered
     named = pipeline.spec.named_budgets.items()
     return [name for name, smaller in named if smaller.kept < budget.kept and smaller in covered]
@@ -185,44 +187,45 @@ def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
 class Parts:
     """Times in ms of single engine calls of a pipeline, each measured once."""
 
-    def __init__(self, pipeline: Pipeline, labels: Sequence[int]) -> None:
-        self._pipeline, self._labels = pipeline, labels
-        self._known: dict[tuple[str, int, int], float] = {}
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._known: dict[tuple[str, int, int, int], float] = {}
 
     def of(self, call: Call) -> float:
         """What a call should take."""
         probed = self.graph("probe", call.rows) if call.cached.probed else 0.0
-        return probed + (self.graph("reuse", call.rows) if call.reused else self.step(call.budget, call.rows))
+        return probed + (self.graph("reuse", call.rows) if call.reused else self.step(call))
 
-    def step(self, budget: Budget, rows: int) -> float:
-        bank = self._pipeline.bank
-        return self._timed(("step", budget.kept, rows), lambda: bank(budget, self._inputs(rows)))
+    def step(self, call: Call) -> float:
+        """Of all blocks, at the budget of a call with as many rows and as long a text."""
+        bank, inputs = self._pipeline.bank, self._inputs(call.rows, call.text)
+        return self._timed(("step", call.budget.kept, call.rows, call.text), lambda: bank(call.budget, inputs))
 
     def graph(self, name: str, rows: int) -> float:
         """Of `reuse` or `probe`."""
-        spec, bank, inputs = self._pipeline.spec, self._pipeline.bank, self._inputs(rows)
+        spec, bank = self._pipeline.spec, self._pipeline.bank
+        inputs = self._inputs(rows, tokens_of(self._pipeline))  # which these graphs do not read
         tokens = np.ones((rows, spec.tokens, spec.hidden_size), np.float32)
         run = {
             "probe": lambda: bank.probe(inputs, tokens),
             "reuse": lambda: bank.reuse(inputs, tokens, tokens, 1.0),
         }
-        return self._timed((name, 0, rows), run[name])
+        return self._timed((name, 0, rows, 0), run[name])
 
-    def _timed(self, key: tuple[str, int, int], run: Callable[[], object]) -> float:
+    def _timed(self, key: tuple[str, int, int, int], run: Callable[[], object]) -> float:
         if key not in self._known:
             self._known[key] = timed_in_turn({"it": run}, rounds=PART_ROUNDS)["it"].median_ms
         return self._known[key]
 
-    def _inputs(self, rows: int) -> Mapping[str, HostArray]:
+    def _inputs(self, rows: int, text: int) -> Mapping[str, HostArray]:
         spec = self._pipeline.spec
-        labels = np.resize(np.asarray(self._labels, np.int64), rows)
-        x = np.ones((rows, *spec.sample_shape), np.float32)
-        return {"x": x, "t": np.full(rows, 0.5, np.float32), spec.conditioning[0].name: labels}
+        moment = {"x": np.ones((rows, *spec.sample_shape), np.float32), "t": np.full(rows, 0.5, np.float32)}
+        return moment | conditioning_rows(spec, rows, text, np.random.default_rng(0))
 
 
 def _row(way: Way, samples: Sequence[Sample], reference: Sequence[Sample], exact: HostArray, parts: Parts) -> SweepRow:
     calls = [call for record in samples[0].records for call in record.calls]
-    images = len(samples[0].labels)
+    images = len(samples[0].latents)
     engine_ms = statistics.median(sample.timings.engines_s for sample in samples) * 1e3
     wall_ms = statistics.median(sample.timings.total_s for sample in samples) * 1e3
     reference_ms = statistics.median(sample.timings.total_s for sample in reference) * 1e3

@@ -28,6 +28,7 @@ from elit_export.runtime.sampling import calls_needed
 from elit_export.spec import Budget
 from elit_export.verify.bench import measured_budgets
 from elit_export.verify.metrics import difference
+from elit_export.verify.subjects import require_classes
 
 RESAMPLINGS = 50
 REMEDY = "train one with `elit-export train-classifier DATA --out FILE.safetensors` and give --classifier FILE"
@@ -156,6 +157,7 @@ def evaluations(pipeline: Pipeline, images: int, ways: Iterable[Way]) -> int:
 def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
     """Raises InputError where the classifier cannot judge the pipeline's samples."""
     spec, data, judged = pipeline.spec, pipeline.data, facts.spec
+    require_classes(spec, "judging samples by a classifier")
     if data.kind != "pixels":
         raise InputError(f"the samples are latents of a VAE ({data.vae or 'unknown'}); quality is of pixels only")
     shape = (judged.channels, judged.size, judged.size)

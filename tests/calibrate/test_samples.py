@@ -104,12 +104,12 @@ def test_every_profile_is_there_at_its_corners_and_over_all_of_t(pipeline: Pipel
 
 def test_guided_and_unguided_rows_of_every_class_are_there(pipeline: Pipeline, small: Taken) -> None:
     labels, null = small.samples.conditioning["y"], pipeline.spec.null_class
-    assert np.array_equal(labels == null, small.unlabelled)
+    assert np.array_equal(labels == null, small.null)
     assert set(labels.tolist()) == {0, 1, 2, null}
-    assert not (small.unlabelled & ~small.guided).any()
+    assert not (small.null & ~small.guided).any()
     for kept in (1, 2, 3, 4):
         here = small.samples.kept == kept
-        kinds = Counter(zip(small.guided[here].tolist(), small.unlabelled[here].tolist(), strict=True))
+        kinds = Counter(zip(small.guided[here].tolist(), small.null[here].tolist(), strict=True))
         assert min(kinds[kind] for kind in ((False, False), (True, False), (True, True))) >= 4
 
 
@@ -140,7 +140,7 @@ def test_budgets_may_be_named(pipeline: Pipeline) -> None:
 def test_the_weak_budget_of_guidance_is_seen_too(pipeline: Pipeline) -> None:
     found = sampled(pipeline, budgets=("full",), guidance=("ccfg:2@1",), images=12, sampler="heun")
     assert set(found.samples.kept.tolist()) == {1, 4}
-    assert np.array_equal(found.unlabelled, found.samples.kept == 1)
+    assert np.array_equal(found.null, found.samples.kept == 1)
 
 
 def test_a_batch_at_a_time(pipeline: Pipeline) -> None:
