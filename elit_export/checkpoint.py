@@ -74,12 +74,19 @@ def load_checkpoint(
     ).float()
 
 
-def stored_checkpoint(path: str | Path, *, interface: str | Path | None = None, **asked: int | None) -> Elit:
+def stored_checkpoint(
+    path: str | Path,
+    *,
+    interface: str | Path | None = None,
+    num_heads: int | None = None,
+    head_depth: int | None = None,
+    tail_depth: int | None = None,
+) -> Elit:
     """As load_checkpoint, with every weight in the type it is stored in, mapped onto its file.
 
     Such a model takes no memory until weights are read. It is there to be exported and looked at, not to be run.
     """
-    asked = {name: asked.pop(name, None) for name in ("num_heads", "head_depth", "tail_depth")} | asked
+    asked = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
     if Path(path).is_dir():
         return load_diffusers(transformer_folder(Path(path)), interface_file(interface, path), asked)
     file = checkpoint_path(path)

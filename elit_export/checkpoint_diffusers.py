@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from elit_export.errors import CheckpointError, first_line
-from elit_export.files import json_table
+from elit_export.files import json_table, shards_of
 from elit_export.models.elit import Elit
 from elit_export.spec import ModelSpec
 from elit_export.weights import (
@@ -132,14 +132,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _files(folder: Path) -> list[Path]:
     """Those that the index names or, without one, all there are."""
     if (folder / INDEX).is_file():
-        names = json_table(folder / INDEX).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError(f"{folder / INDEX}: has no weight_map from tensors to files; download it again")
-        files = [folder / Path(name).name for name in sorted(set(names.values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{folder}: lacks {', '.join(missing)}, which its index names; download them again")
+        return shards_of(folder / INDEX)
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if not files:
         others = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
         raise CheckpointError(
@@ -153,7 +147,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
-    config = json_table(folder / CONFIG)
+    config = DEFAULTS | json_table(folder / CONFIG)
     if config.get("_class_name") != CLASS_NAME:
         raise CheckpointError(
             f"{folder}: is a {config.get('_class_name')}, not a {CLASS_NAME}, the only class that {BACKBONE} is made of"
@@ -162,9 +156,9 @@ def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
     if options:
         raise CheckpointError(f"{folder}: its {CONFIG} sets {', '.join(options)}, which {BACKBONE} does not have")
     wrong = [
-        f"{name} is {config.get(name)}, they need {value}"
+        f"{name} is {config[name]!r}, they need {value!r}"
         for name, value in config_of(spec).items()
-        if config.get(name) != value
+        if config[name] != value
     ]
     if wrong:
         raise CheckpointError(
@@ -173,7 +167,19 @@ def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
         )
 
 
-OPTIONS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+# What is not done here, among it weights that are packed into fewer bits.
+OPTIONS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "quantization_config")
+# What diffusers takes where a config says nothing.
+DEFAULTS = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": [16, 56, 56],
+}
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:

@@ -133,3 +133,17 @@ def json_table(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: no table of names and values; copy the folder again")
     return values
+
+
+def shards_of(index: Path) -> list[Path]:
+    """The safetensors files that an index beside them names, in order; raises CheckpointError."""
+    names = json_table(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files; copy the folder again")
+    found = sorted(set(names.values()))
+    for name in found:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: names {name!r}, no safetensors file of its own folder")
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index.parent}: lacks {name}, which its index names; copy the folder again")
+    return [index.parent / name for name in found]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from elit_export.checkpoint import checkpoint_sha256, load_checkpoint, save_checkpoint, stored_checkpoint
-from elit_export.checkpoint_diffusers import CONFIG, INDEX, OPTIONS, config_of, diffusers_name, save_interface
+from elit_export.checkpoint_diffusers import CONFIG, DEFAULTS, INDEX, OPTIONS, config_of, diffusers_name, save_interface
 from elit_export.errors import CheckpointError
 from elit_export.models.mmdit import ElitMMDiT
 from elit_export.spec import STEP, DataFacts, ModelSpec
@@ -273,6 +274,25 @@ def test_tensors_that_do_not_fit_are_named_as_published(base: Path, interface: P
     refused(base, interface, "unexpected lora")
 
 
+def test_weights_in_one_byte_are_refused(base: Path, interface: Path) -> None:
+    packed = torch.ones(64, dtype=torch.float8_e4m3fn)
+    edited_weights(base, lambda weights: weights.update({"img_in.bias": packed}))
+    refused(base, interface, "img_in.bias holds torch.float8_e4m3fn, not floating-point numbers of 2 bytes or more")
+
+
+def test_what_a_config_leaves_out_is_what_diffusers_takes(base: Path, interface: Path) -> None:
+    config = json.loads((base / CONFIG).read_text())
+    assert config.pop("patch_size") == 2
+    (base / CONFIG).write_text(json.dumps(config))
+    assert load_checkpoint(base, interface=interface).spec == text_spec()
+    pytest.importorskip("diffusers")
+    from diffusers import QwenImageTransformer2DModel
+
+    known = inspect.signature(QwenImageTransformer2DModel.__init__).parameters
+    for name, value in DEFAULTS.items():
+        assert known[name].default == (tuple(value) if isinstance(value, list) else value)
+
+
 def test_a_tensor_in_two_files_is_refused(base: Path, interface: Path) -> None:
     shutil.copy(base / WEIGHTS, base / "diffusion_pytorch_model.fp16.safetensors")
     refused(base, interface, "is in diffusion_pytorch_model.safetensors and in another file; keep one variant")
@@ -280,7 +300,9 @@ def test_a_tensor_in_two_files_is_refused(base: Path, interface: Path) -> None:
 
 def test_damaged_files_are_named(base: Path, interface: Path) -> None:
     (base / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, "b": "../lost.safetensors"}}))
-    refused(base, interface, "lacks lost.safetensors, which its index names; download")
+    refused(base, interface, "no safetensors file of its own folder")
+    (base / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, "b": "lost.safetensors"}}))
+    refused(base, interface, "lacks lost.safetensors, which its index names; copy")
     (base / INDEX).write_text("{}")
     refused(base, interface, f"{re.escape(INDEX)}: has no weight_map")
     (base / INDEX).unlink()

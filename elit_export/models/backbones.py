@@ -118,6 +118,8 @@ def _check_joint(spec: ModelSpec) -> None:
             f"{spec.backbone}: has rotary positions and RMS norms on queries and keys, so needs rope, qk_norm and "
             f"qk_norm_kind 'rms', not {spec.rope}, {spec.qk_norm} and {spec.qk_norm_kind!r}"
         )
+    if not spec.depth:
+        raise InputError(f"{spec.backbone}: has no blocks; text and image meet in them alone")
     if (spec.hidden_size // spec.num_heads) % HEAD_PARTS:
         raise InputError(
             f"{spec.backbone}: heads of {spec.hidden_size // spec.num_heads} channels (hidden_size {spec.hidden_size}, "

@@ -120,8 +120,8 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm in its own precision, rounded back to that of x."""
-    return norm(x.to(norm.weight.dtype)).to(x.dtype) if isinstance(norm, nn.LayerNorm | nn.RMSNorm) else x
+    """A norm in float32 or what is more exact, as it is in every precision, rounded to that of x."""
+    return x if isinstance(norm, nn.Identity) else norm(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:  # (..., L, D)

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elit_export.errors import InputError
 from elit_export.models.elit import Elit, expected_residual, signal_distance
 from elit_export.models.interface import Read, Write, group, keep
 from elit_export.models.layers import (
@@ -67,6 +68,7 @@ class ElitMMDiT(Elit):
     def step(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """As `Elit.step`; text (B, T, text_width), text_mask (B, T) int64, 1 for a token and 0 for padding."""
         self.check_kept(latents)
+        check_text(self.spec, text, text_mask)
         embedded, c = self.embed(x), self.t_embedder(t)  # (B, N, D), (B, D)
         spatial, latent = self.places(text_mask, latents)
         words = self.embed_text(text, text_mask)
@@ -117,6 +119,14 @@ class ElitMMDiT(Elit):
         n, p, channels = self.spec.grid, self.spec.patch_size, self.spec.in_channels
         values = values.unflatten(2, (channels, p, p)).unflatten(1, (n, n))  # (B, n, n, C, p, p)
         return values.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
+
+
+def check_text(spec: ModelSpec, text: Tensor, text_mask: Tensor) -> None:
+    """Raise InputError for text (B, T, text_width) and a mask (B, T) that are not of one another or of the model."""
+    if text.ndim != 3 or text.shape[2] != spec.text_width or text.shape[1] > LONGEST_TEXT:
+        raise InputError(f"text has shape {tuple(text.shape)}, must be (B, 1 to {LONGEST_TEXT}, {spec.text_width})")
+    if text_mask.shape != text.shape[:2]:
+        raise InputError(f"text_mask has shape {tuple(text_mask.shape)}, the text {tuple(text.shape[:2])} tokens")
 
 
 # ---------------------------------------------------------------- positions and padding

@@ -61,6 +61,7 @@ def _refuse_for_names(name: str, given: Mapping[str, object]) -> None:
 
 
 def _is_of_diffusers(folder: Path) -> bool:
+    """As `checkpoint_diffusers.transformer_folder`, which needs torch."""
     return any((folder / part / "config.json").is_file() for part in ("", "transformer"))
 
 

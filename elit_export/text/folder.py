@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from elit_export.errors import CheckpointError, InputError
-from elit_export.files import json_table
+from elit_export.files import json_table, shards_of
 from elit_export.spec import ModelSpec
 
 CONFIG = "config.json"
@@ -134,7 +134,7 @@ def _check_weights(path: Path, kind: Kind) -> None:
     if (path / WEIGHTS).is_file():
         return
     if (path / INDEX).is_file():
-        _check_shards(path)
+        shards_of(path / INDEX)
         return
     others = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", *PICKLED))
     remedy = f"save it again with transformers: {kind.class_name}.from_pretrained(…).save_pretrained(FOLDER)"
@@ -142,17 +142,6 @@ def _check_weights(path: Path, kind: Kind) -> None:
         remedy = f"{remedy}; pickled weights are not read, as they can run any code"
     has = f" (it has {', '.join(others)})" if others else ""
     raise CheckpointError(f"{path}: no weights, {WEIGHTS} is missing{has}; {remedy}")
-
-
-def _check_shards(path: Path) -> None:
-    names = json_table(path / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{path / INDEX}: has no weight_map from tensors to files; copy the folder again")
-    for name in sorted(set(names.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{path / INDEX}: names {name!r}, no safetensors file of its own folder")
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: lacks {name}, which its index names; copy the folder again")
 
 
 def _tokenizer_path(encoder: Path) -> Path:

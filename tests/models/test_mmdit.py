@@ -201,6 +201,22 @@ def test_the_core_sees_the_first_latents_and_nothing_of_the_rest(kept: int) -> N
     assert not torch.allclose(plain, disturbed)  # Write attends to the dropped ones too
 
 
+@pytest.mark.parametrize(
+    ("text", "mask", "told"),
+    [
+        ((2, 3, 23), (2, 3), r"text has shape \(2, 3, 23\), must be \(B, 1 to 1024, 24\)"),
+        ((2, 1025, 24), (2, 1025), r"text has shape \(2, 1025, 24\)"),
+        ((2, 3), (2, 3), r"text has shape \(2, 3\)"),
+        ((2, 3, 24), (2, 4), r"text_mask has shape \(2, 4\), the text \(2, 3\) tokens"),
+        ((2, 3, 24), (1, 3), r"text_mask has shape \(1, 3\)"),
+    ],
+)
+def test_text_that_does_not_fit_is_refused(text: tuple[int, ...], mask: tuple[int, ...], told: str) -> None:
+    x, t, kept = torch.zeros(2, 4, 16, 16), torch.zeros(2), torch.arange(4)
+    with pytest.raises(InputError, match=told):
+        text_model()(x, t, torch.zeros(text), torch.ones(mask, dtype=torch.int64), kept)
+
+
 # ---------------------------------------------------------------- step caching
 
 
