@@ -18,7 +18,7 @@ from elit_export.recipe import (
     recipe_from_values,
     shipped_recipe,
 )
-from elit_export.spec import Precision, Profile, Range, default_profiles
+from elit_export.spec import LONGEST_TEXT, ModelSpec, Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
 
 ROOT = Path(__file__).parent.parent
@@ -93,6 +93,19 @@ def test_the_shipped_recipe_serves_every_budget() -> None:
     spec = tiny_spec(input_size=32, group_size=4)
     profiles = load_recipe(shipped_recipe()).profiles_for(spec)
     assert all(any(budget.kept in profile.latents for profile in profiles) for budget in spec.budgets)
+
+
+def test_the_recipe_of_qwen_image_serves_every_budget_beside_its_folder() -> None:
+    recipe, spec = (
+        load_recipe(ENGINES / "elit-qwen-image-1024.toml"),
+        ModelSpec.named("ELIT-Qwen-Image", resolution=1024),
+    )
+    profiles = recipe.profiles_for(spec)
+    assert all(any(budget.kept in profile.latents for profile in profiles) for budget in spec.budgets)
+    assert {profile.text for profile in profiles} == {Range(1, 128, LONGEST_TEXT)}
+    assert recipe.checkpoint == str(ENGINES / "Qwen-Image")
+    assert recipe.decoder
+    assert recipe.decoder.folder == recipe.checkpoint
 
 
 def test_a_recipe_is_read_whole(tmp_path: Path) -> None:
