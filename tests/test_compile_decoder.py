@@ -24,7 +24,8 @@ from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.compile import NOTHING_CHANGED
-from elit_export.decoder import VaeDecoder, load_decoder, read_decoder
+from elit_export.decoder import VaeDecoder, load_decoder
+from elit_export.decoder_folder import read_decoder
 from elit_export.demo import demo_rows, demo_ways
 from elit_export.errors import BundleError, CheckpointError, ParityError, RecipeError
 from elit_export.graphs.export import export_decoder
@@ -33,6 +34,7 @@ from elit_export.manifest import DecoderFacts, Parity
 from elit_export.recipe import Recipe, TensorRTTarget, recipe_from_values
 from elit_export.report.tables import _parity_row
 from elit_export.runtime.bank import EngineBank
+from elit_export.runtime.decoding import decoder_input
 from elit_export.runtime.engine import FunctionEngine
 from elit_export.runtime.images import grid
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
@@ -44,13 +46,9 @@ from elit_export.verify.parity import compared, comparisons_of, load_reference, 
 from elit_export.verify.timing import resident_bytes
 from tests.conftest import recipe_values
 from tests.helpers import max_relative, tiny_model
-from tests.vae import MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder
+from tests.vae import LATENTS, MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder
 
 ROWS = {"min": 1, "opt": 2, "max": 4}
-LATENTS = {  # as the decoders here have them, by channels
-    4: DataFacts(kind="vae", scale=0.18215, vae="small"),
-    16: DataFacts(kind="vae", scale=0.3611, shift=0.1159, vae="small"),
-}
 DECODE = ["build decode", "verify"]
 
 
@@ -84,7 +82,7 @@ def exported_once(exported_once: None, base: Path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoints(base: Path) -> dict[int, Path]:
     """Models of 8 × 8 latents, by channels."""
-    found = {channels: base / f"c{channels}.safetensors" for channels in (4, 16)}
+    found = {channels: base / f"c{channels}.safetensors" for channels in LATENTS}
     for channels, path in found.items():
         model = tiny_model(in_channels=channels)
         model.data = LATENTS[channels]
@@ -132,7 +130,7 @@ def facts_of(bundle: Bundle, target: str = "cpu") -> DecoderFacts:
 @pytest.fixture(scope="module", params=MAKERS)
 def built(request: pytest.FixtureRequest, base: Path, checkpoints: dict[int, Path], folders: dict[str, Path]) -> Built:
     name: str = request.param
-    return Built(base, name, checkpoints[16 if name.endswith("16") else 4], folders[name])
+    return Built(base, name, checkpoints[read_decoder(folders[name]).channels], folders[name])
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +154,10 @@ def elit(*arguments: object) -> Result:
 @pytest.mark.parametrize("target", ["cpu", "ov"])
 def test_engines_say_what_diffusers_says(built: Built, target: str) -> None:
     with Pipeline.load(built.bundle.folder, target=target) as pipeline:
-        config = built.vae.config
+        spec = built.facts(target).spec
         for images in (1, 2, 3, 4):
             latents = built.latents(images)
-            z = (latents / config.scaling_factor + (config.shift_factor or 0)).astype(np.float32)
+            z = decoder_input(latents, spec)
             assert max_relative(pipeline.bank.decode(z), decoded(built.vae, latents)) <= 1e-4
 
 
@@ -533,7 +531,7 @@ def test_another_scale_asks_diffusers_again(folders: dict[str, Path], tmp_path: 
     compile_bundle(recipe_of(tmp_path / "c4.safetensors", folders["kl4"]), "cpu", out=tmp_path / "made")
     folder = with_scale(folders["kl4"], tmp_path / "kl4", 0.5)
     assert "decoder reference" in stages_of(tmp_path / "made", recipe_of(tmp_path / "c4.safetensors", folder))
-    assert facts_of(Bundle.open(tmp_path / "made")).scale == 0.5
+    assert facts_of(Bundle.open(tmp_path / "made")).scale == (0.5,) * 4
 
 
 def test_another_scale_than_the_model_is_refused_and_nothing_is_built(
@@ -546,7 +544,7 @@ def test_another_scale_than_the_model_is_refused_and_nothing_is_built(
     assert Bundle.open(copied).manifest == before
 
 
-@pytest.mark.parametrize("file", ["compile_decoder.py", "decoder.py"])
+@pytest.mark.parametrize("file", ["compile_decoder.py", "decoder.py", "decoder_folder.py"])
 def test_changed_code_makes_its_graph_and_answers_again(
     copied: Path, checkpoints: dict[int, Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -669,7 +667,7 @@ def test_tensorrt_for_rtx_builds_a_plan(folders: dict[str, Path], name: str, tmp
     assert (tmp_path / "plan" / plan.file).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["kl16", "tiny4"])
+@pytest.mark.parametrize("name", ["kl16", "tiny4", "qwen8"])
 def test_torch_tensorrt_gets_a_program(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     """What that backend would read, run by torch; the backend itself cannot be imported without a GPU."""
     folder = read_decoder(folders[name])

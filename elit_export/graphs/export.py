@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elit_export.errors import ExportError
 from elit_export.graphs.check import check_graph
+from elit_export.graphs.frames import of_one_frame
 from elit_export.graphs.fused import fused
 from elit_export.graphs.weights import give_weights, weightless
 from elit_export.models.elit import Elit
@@ -242,6 +243,7 @@ def _latents_dim(spec: ModelSpec) -> Any:
 
 def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, most_rows: int | None = None) -> Traceable:
     rows = torch.export.Dim(ROWS, min=1, max=most_rows)
+    decoder = of_one_frame(decoder)
     module = GraphModule(decoder, decoder.forward).eval()
     return Traceable(module, spec.inputs, {ROWS: rows}, {ROWS: EXAMPLE_ROWS})
 
