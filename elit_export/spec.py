@@ -234,8 +234,9 @@ class DataFacts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of to_dict, as JSON gives it back."""
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return cls(**{**values, **lists, "class_names": tuple(values.get("class_names", ()))})
+        told: dict[str, Any] = {**values, "class_names": tuple(values.get("class_names", ()))}
+        lists = {name: tuple(value) for name, value in told.items() if isinstance(value, list)}
+        return cls(**(told | lists))
 
 
 def _numbers(value: ByChannel) -> tuple[float, ...]:

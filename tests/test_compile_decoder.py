@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from elit_export.runtime.engine import FunctionEngine
 from elit_export.runtime.images import grid
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.runtime.opening import check_verified, open_bank
-from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range
+from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range, by_channel_text
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.memory import held_bytes
 from elit_export.verify.parity import compared, comparisons_of, load_reference, require
@@ -315,26 +316,39 @@ def test_the_demo_draws_with_it(kl4: Bundle, tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(found), np.asarray(grid([row.images for row in rows], zoom=3)))
 
 
-@pytest.mark.parametrize("damage", [{"scale": 0.0}, {"scale": -1.0}, {"rows": [4, 2, 1]}, {"rows": [0, 1, 1]}])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"scale": [1.0, 1.0, 0.0, 1.0]}, r"\.scale\.2"),
+        ({"scale": [-1.0] * 4}, r"\.scale\.0"),
+        ({"scale": 1.0}, r"\.scale"),
+        ({"scale": [1.0] * 3}, r": Value error, 3 scales and 4 shifts of a decoder of 4 channels"),
+        ({"shift": [0.0] * 5}, r": Value error, 4 scales and 5 shifts of a decoder of 4 channels"),
+        ({"rows": [4, 2, 1]}, r"\.rows"),
+        ({"rows": [0, 1, 1]}, r"\.rows"),
+    ],
+)
 def test_facts_that_cannot_be_are_found_before_anything_is_opened(
-    copied: Path, opened: list[str], damage: dict[str, Any]
+    copied: Path, opened: list[str], damage: dict[str, Any], told: str
 ) -> None:
     values = json.loads((copied / MANIFEST).read_text())
     del values[OWN_HASH]
     values["plan_sets"][0]["decoder"] |= damage
     (copied / MANIFEST).write_text(manifest_text(values))
-    with pytest.raises(BundleError, match=rf"damaged: plan_sets\.0\.decoder\.{next(iter(damage))}: "):
+    with pytest.raises(BundleError, match=rf"damaged: plan_sets\.0\.decoder{told}"):
         Pipeline.load(copied)
     assert not opened
 
 
 def test_inspect_shows_the_decoder(built: Built) -> None:
-    said = " ".join(elit("inspect", built.bundle.folder).output.split())
+    said = " ".join(re.sub(r"[│\s]+", " ", elit("inspect", built.bundle.folder).output).split())
     facts = built.facts("cpu")
-    for told in (facts.class_name, f"latents / {facts.scale:g} + {facts.shift:g}, {facts.channels} channels"):
+    scale, shift = by_channel_text(facts.scale), by_channel_text(facts.shift)
+    for told in (facts.class_name, f"latents / {scale} + {shift}, {facts.channels} channels"):
         assert told in said
     listed = json.loads(elit("inspect", built.bundle.folder, "--json", "-").stdout)["plan_sets"][0]["decoder"]
     assert (listed["channels"], listed["side"], listed["factor"]) == (facts.channels, 8, facts.factor)
+    assert (listed["scale"], listed["shift"]) == (list(facts.scale), list(facts.shift))
 
 
 def test_verify_has_a_row_of_it(built: Built) -> None:

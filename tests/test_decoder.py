@@ -67,7 +67,7 @@ def test_the_module_says_what_diffusers_says(folders: dict[str, Path], name: str
     z = Z[:, : folder.channels]
     found, expected = load_decoder(folder)(z), pixels_of(load_vae(folders[name]), z)
     assert torch.equal(found, expected)
-    assert expected.std() > 0.2  # no dead decoder
+    assert expected.std() > 0.1  # no dead decoder
 
 
 def test_the_vae_of_a_pipeline_is_found(kl4: Path, tmp_path: Path) -> None:

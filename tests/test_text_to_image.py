@@ -60,13 +60,12 @@ def encoder(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(base: Path, encoder: Path) -> Path:
-    folder = base
     model = text_model(in_channels=8)
     model.data = LATENTS[8]
-    save_checkpoint(folder / "model.safetensors", model)
-    (folder / "text.toml").write_text(RECIPE)
-    elit("build", folder / "text.toml", "--out", folder / "bundle")
-    return folder / "bundle"
+    save_checkpoint(base / "model.safetensors", model)
+    (base / "text.toml").write_text(RECIPE)
+    elit("build", base / "text.toml", "--out", base / "bundle")
+    return base / "bundle"
 
 
 def drawn(bundle: Path, out: Path, *options: object) -> tuple[np.ndarray, np.ndarray]:

@@ -70,6 +70,8 @@ def save_vae(name: str, folder: Path, *, seed: int = 11, **changes: Any) -> Path
     vae = maker(**(facts | changes))
     shapes = {key: tuple(tensor.shape) for key, tensor in vae.state_dict().items()}
     weights = weights_by_name(shapes, seed=seed)
+    if maker is AutoencoderKLQwenImage:  # `decode` cuts off pixels beyond 1, an engine leaves that to pictures
+        weights["decoder.conv_out.weight"] /= 2
     norms = [key for key in weights if re.search(r"norm(\d|_out)?\.(weight|gamma)$", key)]
     vae.load_state_dict(weights | {key: 1 + weights[key] for key in norms})
     vae.save_pretrained(folder)

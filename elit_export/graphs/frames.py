@@ -1,6 +1,6 @@
 """A decoder of videos → the same for a single frame, without what other frames alone need.
 
-Takes: a module.  Gives: one that shares its other weights.  May touch: nothing.
+Takes: a module, later its graph.  Gives: a module that shares its other weights.  May touch: nothing.
 
 A causal convolution looks at its own frame and at those before it. Before the first there are only zeros, so that of
 its kernel only the last slice in time counts: a convolution in two dimensions, with a third of the multiplications
@@ -10,7 +10,11 @@ where a kernel spans three frames.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import onnx_ir as ir
+from onnx_ir.passes.common import IdentityEliminationPass
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 from torch import Tensor, nn
 
 
@@ -51,3 +55,17 @@ def _simplify(upsample: nn.Upsample) -> None:
     factors = upsample.scale_factor if isinstance(upsample.scale_factor, tuple) else (upsample.scale_factor,)
     if upsample.mode == "nearest-exact" and all(factor and float(factor).is_integer() for factor in factors):
         upsample.mode = "nearest"
+
+
+def join_frames(made: ir.Model) -> None:
+    """Take out of a graph the axes of time that are added only to be dropped: OpenVINO loses names of inputs there."""
+    RewriteRuleSet([RewriteRule(_added_and_dropped, _as_it_was)]).apply_to_model(made)
+    IdentityEliminationPass()(made)
+
+
+def _added_and_dropped(op: Any, x: Any, axes: Any) -> Any:
+    return op.Squeeze(op.Unsqueeze(x, axes), axes)
+
+
+def _as_it_was(op: Any, x: Any, **_: Any) -> Any:
+    return op.Identity(x)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -96,7 +97,10 @@ def test_upsampling_to_a_size_stays(size: Any) -> None:
 
 
 def test_where_nothing_is_left_to_normalise_the_graph_says_what_diffusers_says(tmp_path: Path) -> None:
-    """The first norm is of zeros alone in one image, and of a value near the least that counts in the other."""
+    """The first norm is of zeros alone in one image, and of a value near the least that counts in the other.
+
+    Nor does the graph add an axis of time only to drop it.
+    """
     decoder, _ = saved(tmp_path)
     z = z_of(8, 8)
     z[0], z[1] = 0, z[1] * 3e-13
@@ -107,6 +111,10 @@ def test_where_nothing_is_left_to_normalise_the_graph_says_what_diffusers_says(t
     graph = export_decoder(decoder, read_decoder(tmp_path / "qwen8").spec(8), tmp_path / "graph")
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     (found,) = session.run(["pixels"], {"z": z.numpy()})
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    added = {name for node in nodes if node.op_type == "Unsqueeze" for name in node.output}
+    assert added
+    assert not [node for node in nodes if node.op_type == "Squeeze" and node.input[0] in added]
     assert expected.isfinite().all()
     assert (expected[0] - expected[1]).abs().max() > 1e-3  # the second is not cut off
     assert max_relative(found, expected.numpy()) <= 1e-5
