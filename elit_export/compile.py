@@ -19,7 +19,8 @@ from elit_export.bundle import Bundle, BundleWriter, writing
 from elit_export.calibrate.quantize import check_tools, quantized_graph
 from elit_export.checkpoint import checkpoint_sha256, stored_checkpoint
 from elit_export.compile_decoder import DecoderStages
-from elit_export.decoder import DecoderFolder, check_installed, read_decoder
+from elit_export.decoder import check_installed
+from elit_export.decoder_folder import DecoderFolder, read_decoder
 from elit_export.errors import BundleError, CalibrationError, RecipeError
 from elit_export.graphs.export import export_graph
 from elit_export.graphs.program import export_program

@@ -15,7 +15,8 @@ import numpy as np
 
 from elit_export.backends import BACKENDS
 from elit_export.bundle import BundleWriter
-from elit_export.decoder import DecoderFolder, VaeDecoder, load_decoder
+from elit_export.decoder import VaeDecoder, load_decoder
+from elit_export.decoder_folder import DecoderFolder
 from elit_export.graphs.export import export_decoder
 from elit_export.graphs.program import export_decoder_program
 from elit_export.keys import DECODER_LIBRARY, GRAPH_LIBRARIES, Keys, versions_of

@@ -21,6 +21,7 @@ from elit_export.spec import EXACT_GRAPHS, QUANTIZED, STEP, DecoderSpec, Precisi
 
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 DECODER_LIBRARY = "diffusers"
+DECODER_SOURCES = ("decoder_folder.py", "decoder.py", "compile_decoder.py", "spec.py")
 QUANTIZING_LIBRARY = "nvidia-modelopt"
 
 
@@ -76,12 +77,12 @@ class Keys:
         is_program = BACKENDS[self.chosen.backend].reads == "program"
         most_rows = self.recipe.decoder.rows.max if self.recipe.decoder and is_program else None
         libraries = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
-        source = code("decoder.py", "compile_decoder.py", "spec.py", "graphs")
+        source = code(*DECODER_SOURCES, "graphs")
         return key_of(sha256, str(spec), most_rows, source, libraries)
 
     def decoder_answers(self, sha256: str, spec: DecoderSpec, rows: tuple[int, ...]) -> str:
         libraries = versions_of(("torch", DECODER_LIBRARY))
-        source = code("decoder.py", "compile_decoder.py", "spec.py", "verify")
+        source = code(*DECODER_SOURCES, "verify", "runtime/decoding.py")
         return key_of(sha256, str(spec), rows, source, libraries)
 
     def plan(self, name: str, graph: Graph, profiles: tuple[Profile, ...]) -> str:

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainSerializer,
+    model_validator,
+)
 
 from elit_export.samples import SampleFacts
 from elit_export.spec import (
@@ -23,7 +32,7 @@ from elit_export.spec import (
     Range,
 )
 
-SCHEMA = 5
+SCHEMA = 6
 KINDS = ("graphs", "plans", "reference")
 
 
@@ -158,14 +167,22 @@ class DecoderFacts(_Facts):
     sha256: str
     channels: int = Field(ge=1)
     image_channels: int = Field(ge=1)
-    scale: float = Field(gt=0, allow_inf_nan=False)
-    shift: FiniteFloat
+    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+    shift: tuple[FiniteFloat, ...]
     factor: int = Field(ge=1)
     side: int = Field(ge=1)
     rows: Corners
     plan: Plan
     parity: Parity
     answers: DecoderAnswers
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if not len(self.scale) == len(self.shift) == self.channels:
+            raise ValueError(
+                f"{len(self.scale)} scales and {len(self.shift)} shifts of a decoder of {self.channels} channels"
+            )
+        return self
 
     @property
     def spec(self) -> DecoderSpec:

@@ -97,6 +97,7 @@ def told_by(path: Path, metadata: Mapping[str, str]) -> tuple[ModelSpec, DataFac
     try:
         spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
         data = DataFacts.from_dict(json.loads(metadata["data"]))
+        data.of_channels(spec.in_channels)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: unreadable metadata: {error}") from error
     return spec, data

@@ -32,7 +32,8 @@ ROOMS: dict[str, set[str]] = {
     "weights": {"spec", "models"},
     "checkpoint_diffusers": {"spec", "models", "weights"},
     "checkpoint": {"spec", "models", "weights", "checkpoint_diffusers"},
-    "decoder": {"spec"},
+    "decoder_folder": {"spec"},
+    "decoder": {"decoder_folder"},
     "judge": {"models", "checkpoint", "weights"},
     "models": {"spec"},
     "training": {"spec", "models", "checkpoint"},
@@ -43,7 +44,9 @@ ROOMS: dict[str, set[str]] = {
     "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
     "calibrate": {"backends", "spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
     "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
-    "compile_decoder": {"spec", "bundle", "manifest", "backends", "decoder", "graphs", "keys", "verify"},
+    "compile_decoder": {
+        *("spec", "bundle", "manifest", "backends", "decoder", "decoder_folder", "graphs", "keys", "verify"),
+    },
     "compile": {
         *(
             "spec",
@@ -54,6 +57,7 @@ ROOMS: dict[str, set[str]] = {
             "checkpoint",
             "compile_decoder",
             "decoder",
+            "decoder_folder",
             "models",
             "graphs",
             "build",

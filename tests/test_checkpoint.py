@@ -540,6 +540,17 @@ def test_own_format_returns_everything_bit_for_bit(tmp_path: Path, model: ElitSi
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
 
 
+def test_numbers_of_each_channel_are_kept_and_held_against_the_model(tmp_path: Path) -> None:
+    model = tiny_model(in_channels=2)
+    model.data = DataFacts(kind="vae", scale=(0.5, 0.25), shift=(0.0, -1.0), vae="small")
+    save_checkpoint(tmp_path / "m.safetensors", model)
+    assert load_checkpoint(tmp_path / "m.safetensors").data == model.data
+    model.data = DataFacts(kind="vae", scale=(0.5, 0.25, 1.0), vae="small")
+    save_checkpoint(tmp_path / "m.safetensors", model)
+    with pytest.raises(CheckpointError, match="metadata: data scale has 3 numbers, samples have 2 channels"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
 def test_a_released_model_survives_the_own_format(qknorm: Golden, tmp_path: Path) -> None:
     model = qknorm.load(tmp_path)
     save_checkpoint(tmp_path / "m.safetensors", model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,8 @@ from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.compile import NOTHING_CHANGED
-from elit_export.decoder import VaeDecoder, load_decoder, read_decoder
+from elit_export.decoder import VaeDecoder, load_decoder
+from elit_export.decoder_folder import read_decoder
 from elit_export.demo import demo_rows, demo_ways
 from elit_export.errors import BundleError, CheckpointError, ParityError, RecipeError
 from elit_export.graphs.export import export_decoder
@@ -33,24 +35,21 @@ from elit_export.manifest import DecoderFacts, Parity
 from elit_export.recipe import Recipe, TensorRTTarget, recipe_from_values
 from elit_export.report.tables import _parity_row
 from elit_export.runtime.bank import EngineBank
+from elit_export.runtime.decoding import decoder_input
 from elit_export.runtime.engine import FunctionEngine
 from elit_export.runtime.images import grid
 from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.runtime.opening import check_verified, open_bank
-from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range
+from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range, by_channel_text
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.memory import held_bytes
 from elit_export.verify.parity import compared, comparisons_of, load_reference, require
 from elit_export.verify.timing import resident_bytes
 from tests.conftest import recipe_values
 from tests.helpers import max_relative, tiny_model
-from tests.vae import MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder
+from tests.vae import LATENTS, MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder
 
 ROWS = {"min": 1, "opt": 2, "max": 4}
-LATENTS = {  # as the decoders here have them, by channels
-    4: DataFacts(kind="vae", scale=0.18215, vae="small"),
-    16: DataFacts(kind="vae", scale=0.3611, shift=0.1159, vae="small"),
-}
 DECODE = ["build decode", "verify"]
 
 
@@ -84,7 +83,7 @@ def exported_once(exported_once: None, base: Path) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def checkpoints(base: Path) -> dict[int, Path]:
     """Models of 8 × 8 latents, by channels."""
-    found = {channels: base / f"c{channels}.safetensors" for channels in (4, 16)}
+    found = {channels: base / f"c{channels}.safetensors" for channels in LATENTS}
     for channels, path in found.items():
         model = tiny_model(in_channels=channels)
         model.data = LATENTS[channels]
@@ -132,7 +131,7 @@ def facts_of(bundle: Bundle, target: str = "cpu") -> DecoderFacts:
 @pytest.fixture(scope="module", params=MAKERS)
 def built(request: pytest.FixtureRequest, base: Path, checkpoints: dict[int, Path], folders: dict[str, Path]) -> Built:
     name: str = request.param
-    return Built(base, name, checkpoints[16 if name.endswith("16") else 4], folders[name])
+    return Built(base, name, checkpoints[read_decoder(folders[name]).channels], folders[name])
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +155,10 @@ def elit(*arguments: object) -> Result:
 @pytest.mark.parametrize("target", ["cpu", "ov"])
 def test_engines_say_what_diffusers_says(built: Built, target: str) -> None:
     with Pipeline.load(built.bundle.folder, target=target) as pipeline:
-        config = built.vae.config
+        spec = built.facts(target).spec
         for images in (1, 2, 3, 4):
             latents = built.latents(images)
-            z = (latents / config.scaling_factor + (config.shift_factor or 0)).astype(np.float32)
+            z = decoder_input(latents, spec)
             assert max_relative(pipeline.bank.decode(z), decoded(built.vae, latents)) <= 1e-4
 
 
@@ -317,26 +316,39 @@ def test_the_demo_draws_with_it(kl4: Bundle, tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(found), np.asarray(grid([row.images for row in rows], zoom=3)))
 
 
-@pytest.mark.parametrize("damage", [{"scale": 0.0}, {"scale": -1.0}, {"rows": [4, 2, 1]}, {"rows": [0, 1, 1]}])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        ({"scale": [1.0, 1.0, 0.0, 1.0]}, r"\.scale\.2"),
+        ({"scale": [-1.0] * 4}, r"\.scale\.0"),
+        ({"scale": 1.0}, r"\.scale"),
+        ({"scale": [1.0] * 3}, r": Value error, 3 scales and 4 shifts of a decoder of 4 channels"),
+        ({"shift": [0.0] * 5}, r": Value error, 4 scales and 5 shifts of a decoder of 4 channels"),
+        ({"rows": [4, 2, 1]}, r"\.rows"),
+        ({"rows": [0, 1, 1]}, r"\.rows"),
+    ],
+)
 def test_facts_that_cannot_be_are_found_before_anything_is_opened(
-    copied: Path, opened: list[str], damage: dict[str, Any]
+    copied: Path, opened: list[str], damage: dict[str, Any], told: str
 ) -> None:
     values = json.loads((copied / MANIFEST).read_text())
     del values[OWN_HASH]
     values["plan_sets"][0]["decoder"] |= damage
     (copied / MANIFEST).write_text(manifest_text(values))
-    with pytest.raises(BundleError, match=rf"damaged: plan_sets\.0\.decoder\.{next(iter(damage))}: "):
+    with pytest.raises(BundleError, match=rf"damaged: plan_sets\.0\.decoder{told}"):
         Pipeline.load(copied)
     assert not opened
 
 
 def test_inspect_shows_the_decoder(built: Built) -> None:
-    said = " ".join(elit("inspect", built.bundle.folder).output.split())
+    said = " ".join(re.sub(r"[│\s]+", " ", elit("inspect", built.bundle.folder).output).split())
     facts = built.facts("cpu")
-    for told in (facts.class_name, f"latents / {facts.scale:g} + {facts.shift:g}, {facts.channels} channels"):
+    scale, shift = by_channel_text(facts.scale), by_channel_text(facts.shift)
+    for told in (facts.class_name, f"latents / {scale} + {shift}, {facts.channels} channels"):
         assert told in said
     listed = json.loads(elit("inspect", built.bundle.folder, "--json", "-").stdout)["plan_sets"][0]["decoder"]
     assert (listed["channels"], listed["side"], listed["factor"]) == (facts.channels, 8, facts.factor)
+    assert (listed["scale"], listed["shift"]) == (list(facts.scale), list(facts.shift))
 
 
 def test_verify_has_a_row_of_it(built: Built) -> None:
@@ -533,7 +545,7 @@ def test_another_scale_asks_diffusers_again(folders: dict[str, Path], tmp_path: 
     compile_bundle(recipe_of(tmp_path / "c4.safetensors", folders["kl4"]), "cpu", out=tmp_path / "made")
     folder = with_scale(folders["kl4"], tmp_path / "kl4", 0.5)
     assert "decoder reference" in stages_of(tmp_path / "made", recipe_of(tmp_path / "c4.safetensors", folder))
-    assert facts_of(Bundle.open(tmp_path / "made")).scale == 0.5
+    assert facts_of(Bundle.open(tmp_path / "made")).scale == (0.5,) * 4
 
 
 def test_another_scale_than_the_model_is_refused_and_nothing_is_built(
@@ -546,7 +558,7 @@ def test_another_scale_than_the_model_is_refused_and_nothing_is_built(
     assert Bundle.open(copied).manifest == before
 
 
-@pytest.mark.parametrize("file", ["compile_decoder.py", "decoder.py"])
+@pytest.mark.parametrize("file", ["compile_decoder.py", "decoder.py", "decoder_folder.py"])
 def test_changed_code_makes_its_graph_and_answers_again(
     copied: Path, checkpoints: dict[int, Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
@@ -669,7 +681,7 @@ def test_tensorrt_for_rtx_builds_a_plan(folders: dict[str, Path], name: str, tmp
     assert (tmp_path / "plan" / plan.file).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("name", ["kl16", "tiny4"])
+@pytest.mark.parametrize("name", ["kl16", "tiny4", "qwen8"])
 def test_torch_tensorrt_gets_a_program(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     """What that backend would read, run by torch; the backend itself cannot be imported without a GPU."""
     folder = read_decoder(folders[name])

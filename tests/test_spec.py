@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from typing import Any
 
@@ -22,6 +23,7 @@ from elit_export.spec import (
     DataFacts,
     ModelSpec,
     Range,
+    by_channel_text,
     default_profiles,
     listed,
 )
@@ -395,6 +397,53 @@ def test_a_stored_spec_is_checked_again() -> None:
         ModelSpec.from_dict(tiny_spec().to_dict() | {"group_size": 3})
 
 
-@pytest.mark.parametrize("facts", [PIXELS, SD_VAE, dataclasses.replace(PIXELS, class_names=("shirt", "bag"))])
+BY_CHANNEL = DataFacts(kind="vae", scale=(0.5, 0.25), shift=(-1.0, 0.1), vae="small")
+
+
+@pytest.mark.parametrize(
+    "facts", [PIXELS, SD_VAE, BY_CHANNEL, dataclasses.replace(PIXELS, class_names=("shirt", "bag"))]
+)
 def test_data_facts_survive_json(facts: DataFacts) -> None:
     assert DataFacts.from_dict(json.loads(json.dumps(facts.to_dict()))) == facts
+
+
+def test_data_facts_of_older_files_are_read() -> None:
+    stored = '{"kind": "vae", "low": -1.0, "high": 1.0, "scale": 0.18215, "shift": 0.0, "vae": "x", "class_names": []}'
+    assert DataFacts.from_dict(json.loads(stored)) == dataclasses.replace(SD_VAE, vae="x")
+    assert DataFacts.from_dict({"kind": "pixels"}) == PIXELS
+
+
+def test_one_number_is_that_of_every_channel() -> None:
+    assert SD_VAE.of_channels(4) == ((0.18215,) * 4, (0.0,) * 4)
+    assert BY_CHANNEL.of_channels(2) == ((0.5, 0.25), (-1.0, 0.1))
+    assert dataclasses.replace(BY_CHANNEL, shift=0.5).of_channels(2) == ((0.5, 0.25), (0.5, 0.5))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_numbers_of_other_channels_are_refused(channels: int) -> None:
+    with pytest.raises(InputError, match=f"data scale has 2 numbers, samples have {channels} channels"):
+        BY_CHANNEL.of_channels(channels)
+    with pytest.raises(InputError, match=f"data shift has 2 numbers, samples have {channels} channels"):
+        dataclasses.replace(BY_CHANNEL, scale=1.0).of_channels(channels)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"scale": 0.0}, r"data scale 0\.0 is not positive; latents are divided by it"),
+        ({"scale": (1.0, -1.0)}, r"data scale \(1\.0, -1\.0\) is not positive"),
+        ({"scale": ()}, r"data scale \(\) is not positive"),
+        ({"scale": math.nan}, "data scale nan is no finite number, nor one of each channel"),
+        ({"shift": (0.0, math.inf)}, r"data shift \(0\.0, inf\) is no finite number"),
+        ({"shift": "0"}, "data shift '0' is no finite number"),
+        ({"shift": None}, "data shift None is no finite number"),
+        ({"scale": True}, "data scale True is no finite number"),
+    ],
+)
+def test_numbers_that_scale_nothing_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        DataFacts(kind="vae", **changes)
+
+
+def test_numbers_of_channels_are_told_once_where_they_are_the_same() -> None:
+    assert [by_channel_text(value) for value in (0.18215, (0.5, 0.5), (0.5, 0.25))] == ["0.18215", "0.5", "[0.5, 0.25]"]

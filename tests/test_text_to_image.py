@@ -7,18 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
-from elit_export.spec import DataFacts
+from elit_export.runtime.images import grid
 from tests.text.encoders import save_encoder
 from tests.text_models import text_model
-from tests.vae import save_vae
+from tests.vae import LATENTS, decoded, load_vae, pictures, pixels_of, save_vae
 
 STEPS = 4
-SIDE = 2 * 16  # of 16 latents a side in the decoder `kl4`
+SIDE = 2 * 16  # of 16 latents a side in the decoder `qwen8`
 SHEET = 2 * (SIDE + 2 * 2)  # one small image, twice as large, with a gap around it
 GUIDED = ["--steps", STEPS, "--guidance", "cfg:3"]
 FOX = ["--prompt", "a red fox in the snow", "--negative", "blurry"]
@@ -29,7 +30,7 @@ rows = { min = 1, opt = 2, max = 4 }
 text = { min = 1, opt = 16, max = 256 }
 
 [decoder]
-folder = "kl4"
+folder = "pipeline"
 
 [targets.cpu]
 backend = "onnxruntime"
@@ -46,20 +47,25 @@ def elit(*arguments: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_encoder(tmp_path_factory.mktemp("encoder") / "pipeline")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("text")
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("text")
-    model = text_model()
-    model.data = DataFacts(kind="vae", scale=0.18215, vae="small")
-    save_checkpoint(folder / "model.safetensors", model)
-    save_vae("kl4", folder / "kl4")
-    (folder / "text.toml").write_text(RECIPE)
-    elit("build", folder / "text.toml", "--out", folder / "bundle")
-    return folder / "bundle"
+def encoder(base: Path) -> Path:
+    """Of a pipeline with a VAE."""
+    save_vae("qwen8", base / "pipeline" / "vae")
+    return save_encoder(base / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path, encoder: Path) -> Path:
+    model = text_model(in_channels=8)
+    model.data = LATENTS[8]
+    save_checkpoint(base / "model.safetensors", model)
+    (base / "text.toml").write_text(RECIPE)
+    elit("build", base / "text.toml", "--out", base / "bundle")
+    return base / "bundle"
 
 
 def drawn(bundle: Path, out: Path, *options: object) -> tuple[np.ndarray, np.ndarray]:
@@ -72,9 +78,25 @@ def drawn(bundle: Path, out: Path, *options: object) -> tuple[np.ndarray, np.nda
 
 def test_a_prompt_becomes_a_picture(bundle: Path, encoder: Path, tmp_path: Path) -> None:
     picture, latents = drawn(bundle, tmp_path / "fox.png", *FOX, "--encoder", encoder, *GUIDED)
-    assert latents.shape == (1, 4, 16, 16)
+    assert latents.shape == (1, 8, 16, 16)
     assert picture.shape == (SHEET, SHEET, 3)
     assert picture.std() > 5  # not one colour
+
+
+def test_every_channel_is_scaled_and_shifted_as_diffusers_does(
+    bundle: Path, encoder: Path, base: Path, tmp_path: Path
+) -> None:
+    picture, latents = drawn(bundle, tmp_path / "fox.png", *FOX, "--encoder", encoder, *GUIDED)
+    vae = load_vae(save_vae("qwen8", base / "qwen8"))
+
+    def off_by(pixels: np.ndarray) -> int:
+        expected = np.asarray(grid([pictures(pixels)], zoom=2))
+        return int(np.abs(picture.astype(int) - expected).max())
+
+    assert off_by(decoded(vae, latents)) <= 1  # a half may round either way
+    assert off_by(pixels_of(vae, torch.from_numpy(latents.astype(np.float32))).numpy()) > 10
+    vae.register_to_config(latents_std=vae.config.latents_std[::-1])
+    assert off_by(decoded(vae, latents)) > 10
 
 
 def test_what_is_told_decides_the_picture(bundle: Path, encoder: Path, tmp_path: Path) -> None:

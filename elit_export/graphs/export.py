@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elit_export.errors import ExportError
 from elit_export.graphs.check import check_graph
+from elit_export.graphs.frames import join_frames, of_one_frame
 from elit_export.graphs.fused import fused
 from elit_export.graphs.weights import give_weights, weightless
 from elit_export.models.elit import Elit
@@ -81,7 +82,9 @@ def export_decoder(decoder: nn.Module, spec: DecoderSpec, folder: Path) -> Path:
 
     def made() -> ir.Model:
         program = _traced(traceable_decoder(decoder, spec), spec.outputs, DECODE, Precision.FP32)
-        return _folded(program, spec.inputs)
+        graph = _folded(program, spec.inputs)
+        join_frames(graph)
+        return graph
 
     return _written(made, DECODE, spec.inputs, spec.outputs, folder, Precision.FP32)
 
@@ -243,6 +246,7 @@ def _latents_dim(spec: ModelSpec) -> Any:
 
 def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, most_rows: int | None = None) -> Traceable:
     rows = torch.export.Dim(ROWS, min=1, max=most_rows)
+    decoder = of_one_frame(decoder)
     module = GraphModule(decoder, decoder.forward).eval()
     return Traceable(module, spec.inputs, {ROWS: rows}, {ROWS: EXAMPLE_ROWS})
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elit_export.manifest import CacheCalibration
+from elit_export.spec import by_channel_text
 from elit_export.verify.parity import Comparison
 
 Facts = dict[str, Any]
@@ -96,12 +97,13 @@ def _plan_set_table(plan_set: Facts) -> Table:
 
 def _decoder_table(target: str, decoder: Facts) -> Table:
     side, pixels = decoder["side"], decoder["side"] * decoder["factor"]
+    scale, shift = (by_channel_text(tuple(decoder[name])) for name in ("scale", "shift"))
     return table(
         f"decoder of target {target}",
         ("fact", "value"),
         [
             ("class", decoder["class_name"]),
-            ("takes", f"latents / {decoder['scale']:g} + {decoder['shift']:g}, {decoder['channels']} channels"),
+            ("takes", f"latents / {scale} + {shift}, {decoder['channels']} channels"),
             ("one call", f"{side}×{side} latents → {pixels}×{pixels} pixels, rows {decoder['rows']}"),
             ("parity with diffusers", parity_text(decoder["parity"])),
             ("sha256", decoder["sha256"]),

@@ -59,11 +59,8 @@ class Decoder:
         is_tiled = max(latents.shape[2:]) > self.spec.side
         each = 1 if is_tiled else self.rows.max
         for start in range(0, len(latents), each):
-            z = self._z(latents[start : start + each])
+            z = decoder_input(latents[start : start + each], self.spec)
             yield self._tiled(z[0])[None] if is_tiled else self._on_rows(z)
-
-    def _z(self, latents: Float64) -> Float32:
-        return (latents / self.spec.scale + self.spec.shift).astype(np.float32)
 
     def _on_rows(self, z: Float32) -> Float32:  # (M, C, s, s) → (M, C, s·f, s·f)
         """As many squares as there are, in calls that the engine takes."""
@@ -103,6 +100,12 @@ class Decoder:
         share = (np.arange(count, dtype=np.float32) / count)[:, None]
         new, old = np.moveaxis(tile, axis, 1), np.moveaxis(before, axis, 1)
         new[:, :count] = old[:, offset : offset + count] * (1 - share) + new[:, :count] * share
+
+
+def decoder_input(latents: Float64, spec: DecoderSpec) -> Float32:  # (B, C, H, W) → the same
+    """z, what a decoder takes, of latents as a model makes them."""
+    scale, shift = (np.array(numbers, np.float64).reshape(-1, 1, 1) for numbers in (spec.scale, spec.shift))
+    return (latents / scale + shift).astype(np.float32)
 
 
 def tile_starts(length: int, side: int) -> list[int]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from elit_export.errors import InputError
-from elit_export.spec import DataFacts
+from elit_export.spec import DataFacts, by_channel_text
 
 Pixels = npt.NDArray[np.uint8]
 LARGE_PIXELS = 128  # pictures of so many a side are not made larger
@@ -26,7 +26,7 @@ def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (
         raise InputError(
             f"these samples are latents of a VAE ({data.vae or 'unknown'}), of which a decoder makes pictures: where "
             f"the bundle has one, pipeline.decode(sample.latents); where it has none, {DECODER_REMEDY}, or save them "
-            f"as .npz and feed a decoder with latents / {data.scale:g} + {data.shift:g}"
+            f"as .npz and feed a decoder with latents / {by_channel_text(data.scale)} + {by_channel_text(data.shift)}"
         )
     if samples.shape[1] not in (1, 3):
         raise InputError(f"samples of {samples.shape[1]} channels are no pictures; save them as .npz")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from elit_export.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.choices import Choices
+from elit_export.runtime.decoding import decoder_input
 from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.sampling import StepRecord, calls_needed
 from elit_export.spec import FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Profile, Range
@@ -140,7 +141,7 @@ def decoder_inputs(rows: int, spec: DecoderSpec) -> Arrays:
     """What a decoder takes of latents that are standard normal, about as a model makes them."""
     generator = np.random.default_rng((INPUT_SEED, rows))
     latents = generator.standard_normal((rows, spec.channels, spec.side, spec.side))
-    return {"z": (latents / spec.scale + spec.shift).astype(np.float32)}
+    return {"z": decoder_input(latents, spec)}
 
 
 # ---------------------------------------------------------------- trajectories

@@ -7,23 +7,22 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import torch
 
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.decoding import Decoder, Float32, tile_starts
+from elit_export.runtime.decoding import Decoder, Float32, decoder_input, tile_starts
 from elit_export.runtime.engine import FunctionEngine, LateEngine
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import PIXELS, SD_VAE, DataFacts, DecoderSpec, Precision, Profile, Range
 from tests.helpers import max_relative, tiny_spec
-from tests.vae import load_vae, pictures, save_vae, torch_decoder
+from tests.vae import decoded, load_vae, pictures, save_vae, torch_decoder
 
 ONE_TO_FOUR = Range(1, 1, 4)
 
@@ -53,7 +52,14 @@ class Watched:
 
 
 def spec(side: int, *, channels: int = 4, factor: int = 2, scale: float = 0.5, shift: float = 0.25) -> DecoderSpec:
-    return DecoderSpec(channels=channels, image_channels=3, scale=scale, shift=shift, factor=factor, side=side)
+    return DecoderSpec(
+        channels=channels,
+        image_channels=3,
+        scale=(scale,) * channels,
+        shift=(shift,) * channels,
+        factor=factor,
+        side=side,
+    )
 
 
 # ---------------------------------------------------------------- calls
@@ -78,6 +84,15 @@ def test_a_batch_is_split_into_calls_that_the_engine_takes(
     found = Decoder(run, spec(8), Range(*rows))(latents)
     assert run.rows == calls
     assert np.array_equal(found, pictures(repeated((latents / 0.5 + 0.25).astype(np.float32))))
+
+
+def test_every_channel_has_its_own_scale_and_shift() -> None:
+    scale, shift = (0.5, 2.0, 0.25, 1.0), (0.0, 1.0, -2.0, 0.5)
+    latents = latents_of(2, 4, 8, 8)
+    z = decoder_input(latents, replace(spec(8), scale=scale, shift=shift))
+    for channel in range(4):
+        wanted = (latents[:, channel] / scale[channel] + shift[channel]).astype(np.float32)
+        assert np.array_equal(z[:, channel], wanted)
 
 
 def test_values_beyond_the_range_are_clipped() -> None:
@@ -161,10 +176,10 @@ def test_what_the_engine_returned_is_not_written() -> None:
 # ---------------------------------------------------------------- tiles of real decoders
 
 
-@pytest.fixture(scope="module")
-def kl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["kl4", "qwen8"])
+def deep(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Attention over a whole tile: its pixels depend on the tile that they are decoded in."""
-    return save_vae("kl4", tmp_path_factory.mktemp("decoders") / "kl4")
+    return save_vae(request.param, tmp_path_factory.mktemp("decoders") / request.param)
 
 
 @pytest.fixture(scope="module")
@@ -175,19 +190,22 @@ def shallow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def by_diffusers(folder: Path, latents: npt.NDArray[np.float64], side: int) -> Float32:
     """Its own tiling."""
-    vae = load_vae(folder)
+    vae, pixels = load_vae(folder), side * 2
     vae.enable_tiling()
-    vae.tile_latent_min_size, vae.tile_sample_min_size = side, side * 2
-    z = torch.from_numpy(latents.astype(np.float32)) / vae.config.scaling_factor
-    with torch.no_grad():
-        return vae.decode(z).sample.numpy()
+    vae.tile_latent_min_size = side
+    for name in ("size", "height", "width"):
+        setattr(vae, f"tile_sample_min_{name}", pixels)
+    for name in ("height", "width"):
+        setattr(vae, f"tile_sample_stride_{name}", pixels * 3 // 4)
+    return decoded(vae, latents)
 
 
 @pytest.mark.parametrize("size", [(14, 14), (20, 14), (20, 26)])
-def test_whole_tiles_are_joined_as_diffusers_joins_them(kl: Path, size: tuple[int, int]) -> None:
+def test_whole_tiles_are_joined_as_diffusers_joins_them(deep: Path, size: tuple[int, int]) -> None:
     """Up to where it begins its last, smaller tiles, three quarters of a tile after the last whole one."""
-    decoder, latents = torch_decoder(kl, 8), latents_of(1, 4, *size)
-    found, expected = decoder._tiled(decoder._z(latents)[0]), by_diffusers(kl, latents, 8)[0]
+    decoder = torch_decoder(deep, 8)
+    latents = latents_of(1, decoder.spec.channels, *size)
+    found, expected = decoder._tiled(decoder_input(latents, decoder.spec)[0]), by_diffusers(deep, latents, 8)[0]
     height, width = ((length - 2) * 2 for length in size)
     assert found.shape == expected.shape
     assert max_relative(found[:, :height, :width], expected[:, :height, :width]) <= 1e-4
@@ -195,10 +213,11 @@ def test_whole_tiles_are_joined_as_diffusers_joins_them(kl: Path, size: tuple[in
 
 
 @pytest.mark.parametrize("size", [(9, 14), (11, 12), (13, 17)])
-def test_every_pixel_is_what_its_tiles_say(kl: Path, size: tuple[int, int]) -> None:
+def test_every_pixel_is_what_its_tiles_say(deep: Path, size: tuple[int, int]) -> None:
     """The same fading written pixel by pixel, in whatever places tiles lie."""
-    decoder, latents = torch_decoder(kl, 8), latents_of(1, 4, *size)
-    z = decoder._z(latents)
+    decoder = torch_decoder(deep, 8)
+    latents = latents_of(1, decoder.spec.channels, *size)
+    z = decoder_input(latents, decoder.spec)
     found = decoder._tiled(z[0])
     assert max_relative(found, faded_pixel_by_pixel(decoder.run, z, side=8, factor=2)) <= 1e-5
     untiled = decoder.run(z)[0]
@@ -236,7 +255,7 @@ def faded_pixel_by_pixel(run: Callable[[Float32], Float32], z: Float32, *, side:
 def test_far_from_seams_a_shallow_decoder_says_what_it_says_untiled(shallow: Path) -> None:
     """Its pixels see 8 latents around; two tiles of 24, of which the second fades in over latents 18 to 24."""
     decoder, latents = torch_decoder(shallow, 24), latents_of(1, 4, 24, 42)
-    z = decoder._z(latents)
+    z = decoder_input(latents, decoder.spec)
     tiled, whole = decoder._tiled(z[0]), decoder.run(z)[0]
     alone = [*range((18 - 2) * 4), *range((24 + 2) * 4, 42 * 4)]
     assert max_relative(tiled[:, :, : (18 - 2) * 4], whole[:, :, : (18 - 2) * 4]) <= 1e-4
