@@ -1,4 +1,4 @@
-"""From a prompt to a PNG, all real but small: encoder, ELIT-MM-DiT in ONNX Runtime, decoder of a VAE."""
+"""From a prompt to a PNG, all real but small: a pipeline of Qwen-Image's classes, its folder built for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,33 +11,16 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from elit_export.checkpoint import save_checkpoint
 from elit_export.cli import main
 from elit_export.runtime.images import grid
-from tests.text.encoders import save_encoder
-from tests.text_models import text_model
-from tests.vae import LATENTS, decoded, load_vae, pictures, pixels_of, save_vae
+from tests.small_pipeline import save_pipeline
+from tests.vae import decoded, load_vae, pictures, pixels_of, save_vae
 
 STEPS = 4
 SIDE = 2 * 16  # of 16 latents a side in the decoder `qwen8`
 SHEET = 2 * (SIDE + 2 * 2)  # one small image, twice as large, with a gap around it
 GUIDED = ["--steps", STEPS, "--guidance", "cfg:3"]
 FOX = ["--prompt", "a red fox in the snow", "--negative", "blurry"]
-RECIPE = """
-name = "text"
-checkpoint = "model.safetensors"
-rows = { min = 1, opt = 2, max = 4 }
-text = { min = 1, opt = 16, max = 256 }
-
-[decoder]
-folder = "pipeline"
-
-[targets.cpu]
-backend = "onnxruntime"
-device = "cpu"
-precision = "fp32"
-threads = 1
-"""
 
 
 def elit(*arguments: object) -> str:
@@ -48,23 +31,20 @@ def elit(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("text")
+    folder = tmp_path_factory.mktemp("text")
+    save_pipeline(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def encoder(base: Path) -> Path:
-    """Of a pipeline with a VAE."""
-    save_vae("qwen8", base / "pipeline" / "vae")
-    return save_encoder(base / "pipeline")
+    """The pipeline, which has a transformer and a VAE too."""
+    return base / "pipeline"
 
 
 @pytest.fixture(scope="module")
-def bundle(base: Path, encoder: Path) -> Path:
-    model = text_model(in_channels=8)
-    model.data = LATENTS[8]
-    save_checkpoint(base / "model.safetensors", model)
-    (base / "text.toml").write_text(RECIPE)
-    elit("build", base / "text.toml", "--out", base / "bundle")
+def bundle(base: Path) -> Path:
+    elit("build", base / "recipe.toml", "--out", base / "bundle")
     return base / "bundle"
 
 
