@@ -29,7 +29,7 @@ from elit_export.manifest import PlanSet, ProfileFacts, ReferenceCase
 from elit_export.recipe import target_of
 from elit_export.runtime.engine import to_host
 from elit_export.spec import LATENTS, QUANTIZED, STEP
-from elit_export.verify.cases import Arrays
+from elit_export.verify.cases import Arrays, point_of
 from elit_export.verify.metrics import Difference, difference
 from elit_export.verify.parity import load_reference
 from elit_export.verify.tolerances import TOLERANCES
@@ -190,7 +190,7 @@ class _Trial:
     # ------------------------------------------------------------ words
 
     def verdict(self, cause: Cause, measured: str) -> Verdict:
-        where = f"profile {self.case.profile}, K={self.case.kept} rows={self.case.rows}"
+        where = f"profile {self.case.profile}, {point_of(self.case)}"
         return Verdict(cause, f"{where}, where {self.least_db:g} dB are needed: {cause}: {measured}")
 
     @property

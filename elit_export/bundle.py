@@ -109,7 +109,9 @@ def _read_manifest(path: Path, content: bytes) -> Manifest:
     if values.pop(OWN_HASH, None) != _own_hash(values):
         raise BundleError(f"{path}: damaged: altered since the build (sha256); {_rebuild(path.parent)}")
     try:
-        return Manifest.model_validate(values)
+        manifest = Manifest.model_validate(values)
+        _check_text(manifest)
+        return manifest
     except ValidationError as error:
         first, *others = error.errors()
         problem = f"{'.'.join(str(key) for key in first['loc'])}: {first['msg']}"
@@ -117,6 +119,16 @@ def _read_manifest(path: Path, content: bytes) -> Manifest:
         raise BundleError(f"{path}: damaged: {problem}{more}; {_rebuild(path.parent)}") from error
     except (InputError, TypeError) as error:
         raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+
+
+def _check_text(manifest: Manifest) -> None:
+    """Raise InputError if a profile does not say how much text its engine takes, or says it of a model without."""
+    takes = bool(manifest.model.spec.text_width)
+    for plan_set in manifest.plan_sets:
+        for facts in plan_set.profiles:
+            if (facts.text is not None) != takes:
+                what = "has no range of text, which the model takes" if takes else "has text, which the model does not"
+                raise InputError(f"profile {facts.name} of target {plan_set.target} {what}")
 
 
 def manifest_text(values: dict[str, Any]) -> str:

@@ -52,6 +52,8 @@ from elit_export.spec import (
     Precision,
     Profile,
     Range,
+    covered_text,
+    covering,
 )
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.parity import (
@@ -329,7 +331,7 @@ class _Build:
         cases = reference_cases(profiles)
         trajectories = reference_trajectories(profiles, model.spec)
         rows = cache_rows(profiles)
-        arrays = reference_arrays(computing_in_float32(model), cases, rows, trajectories)
+        arrays = reference_arrays(computing_in_float32(model), cases, rows, trajectories, covered_text(profiles))
         with self.writer.staged() as folder:
             np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
             artifact = self.writer.adopt(folder, "reference", "reference")
@@ -386,12 +388,15 @@ class _Build:
         return plan_set
 
     def _whole(self, graph: str, profiles: Profiles) -> Profiles:
-        """One profile over all of them, for a graph that serves every budget."""
+        """One profile over all of them, for a graph that serves every budget; only `fused` takes text too."""
         if graph == DECODE:
             assert self.decoder
             return (Profile(graph, ANY_BUDGET, self.decoder.rows),)
-        latents = ANY_BUDGET if graph in CACHE_GRAPHS else _covering([profile.latents for profile in profiles])
-        return (Profile(graph, latents, _covering([profile.rows for profile in profiles])),)
+        rows = covering([profile.rows for profile in profiles])
+        if graph in CACHE_GRAPHS:
+            return (Profile(graph, ANY_BUDGET, rows),)
+        latents, text = covering([profile.latents for profile in profiles]), covered_text(profiles)
+        return (Profile(graph, latents, rows, text),)
 
     def _plan(self, name: str, graph: Graph, profiles: Profiles, shared: Path, part: tuple[float, float]) -> Plan:
         """One plan, built in a folder of its own inside the one that the plans of the set share.
@@ -454,11 +459,6 @@ class _Build:
 
 
 # ---------------------------------------------------------------- facts
-
-
-def _covering(ranges: Sequence[Range]) -> Range:
-    """The range from the least to the most of several; its opt is the largest."""
-    return Range(min(rows.min for rows in ranges), max(rows.opt for rows in ranges), max(rows.max for rows in ranges))
 
 
 def _still_used(graphs: Mapping[str, Graph], plan_sets: Sequence[PlanSet]) -> dict[str, Graph]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elit_export.bundle import Bundle
 from elit_export.errors import InputError
 from elit_export.files import written_whole
 from elit_export.models.cost import flops_per_image
@@ -63,7 +64,12 @@ def build_demo(folder: Path, progress: Progress) -> Pipeline:
 
 
 def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pipeline:
-    """Open a bundle that is already built; raises InputError if no pictures can be made of its samples."""
+    """Open a bundle that is already built; raises InputError if it takes text, or no pictures can be made of it."""
+    if Bundle.open(bundle).manifest.model.spec.text_width:
+        raise InputError(
+            f"the demo draws classes, and {bundle} takes text: elit-export sample {bundle} --prompt TEXT "
+            f"--encoder FOLDER, or --prompts FILE.npz"
+        )
     pipeline = Pipeline.load(bundle, target=target, precision=precision)
     if not pipeline.makes_pictures:
         pipeline.close()

@@ -1,6 +1,6 @@
-"""Writing files whole or not at all.
+"""Writing files whole or not at all, reading what others wrote.
 
-Takes: paths.  Gives: files that appear complete under their name.  May touch: the disk.
+Takes: paths.  Gives: files that appear complete under their name, the content of plain ones.  May touch: the disk.
 Knows nothing of: what the files hold.
 """
 
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import re
+import struct
 import sys
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from elit_export.errors import CheckpointError, first_line
 
@@ -147,3 +154,28 @@ def shards_of(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent}: lacks {name}, which its index names; copy the folder again")
     return [index.parent / name for name in found]
+
+
+class PlainArraysError(ValueError):
+    """A file is no `.npz` of plain arrays, or damaged."""
+
+
+# What NumPy and the libraries below it raise of files that are damaged, encrypted, pickled or of another kind.
+DAMAGED = (
+    *(ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, SyntaxError, OverflowError),
+    *(RuntimeError, MemoryError, struct.error, tokenize.TokenError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+)
+
+
+def plain_arrays(path: Path) -> dict[str, Any]:
+    """The arrays of a `.npz` file by name, without unpickling anything.
+
+    Raises PlainArraysError, or OSError if the file is missing or cannot be read.
+    """
+    with path.open("rb") as opened:
+        try:
+            with np.load(opened, allow_pickle=False) as file:
+                return dict(file)
+        except DAMAGED as error:
+            raise PlainArraysError(f"{path}: no .npz of plain arrays, or damaged") from error

@@ -7,8 +7,6 @@ samples were chosen, what quantizes with them.
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from elit_export.errors import CalibrationError
-from elit_export.files import written_whole
+from elit_export.files import PlainArraysError, plain_arrays, written_whole
 from elit_export.spec import LATENTS, LONGEST_TEXT, ROWS, TEXT, TEXT_MASK, ModelSpec, Profile, TensorSpec, listed
 
 FEWEST = 64  # samples that a calibration may rest on
@@ -125,11 +123,10 @@ def _read(path: Path) -> Samples:
     if not path.exists():
         raise CalibrationError("no calibration samples there; take some")
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = plain_arrays(path)
     except OSError as error:
         raise CalibrationError(f"cannot be read ({error.strerror or error}); take samples anew") from error
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except PlainArraysError as error:
         raise CalibrationError("not a file of calibration samples, or damaged; take samples anew") from error
     return _samples_of(arrays)
 

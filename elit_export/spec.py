@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from enum import StrEnum
 from typing import Any, Self
@@ -134,6 +134,17 @@ class Profile:
     latents: Range
     rows: Range
     text: Range | None = None
+
+
+def covering(ranges: Sequence[Range]) -> Range:
+    """The range from the least to the most of several; its opt is the largest."""
+    return Range(min(each.min for each in ranges), max(each.opt for each in ranges), max(each.max for each in ranges))
+
+
+def covered_text(profiles: Sequence[Profile]) -> Range | None:
+    """The tokens of text that some profile takes; None in models without."""
+    texts = [profile.text for profile in profiles if profile.text]
+    return covering(texts) if texts else None
 
 
 def default_profiles(of: int, rows: Range, *, step: int = 1, text: Range | None = None) -> tuple[Profile, ...]:

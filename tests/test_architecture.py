@@ -68,7 +68,7 @@ ROOMS: dict[str, set[str]] = {
             "calibrate",
         ),
     },
-    "demo": {"spec", "recipe", "compile", "models", "runtime"},
+    "demo": {"spec", "recipe", "bundle", "compile", "models", "runtime"},
     "doctor": {"backends"},
     "bisect": {"backends", "bundle", "manifest", "recipe", "runtime", "spec", "verify"},
     "cli": {"*"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,20 @@ def test_embeddings_made_before_draw_the_same(bundle: Path, encoder: Path, tmp_p
     assert np.array_equal(first[0], second[0])
     single = drawn(bundle, tmp_path / "c.png", *FOX, "--encoder", encoder, *GUIDED)[1]
     assert np.abs(single[0] - first[1][0]).max() < 1e-3  # its own prompt and noise, whatever is beside it
+
+
+def test_guidance_and_time_grid_of_large_models_draw(bundle: Path, encoder: Path, tmp_path: Path) -> None:
+    """What the README shows: each option changes the picture, and all together draw one."""
+
+    def latents_of(*options: str) -> np.ndarray:
+        return drawn(bundle, tmp_path / "s.png", *FOX, "--encoder", encoder, "--steps", STEPS, *options)[1]
+
+    ways = [
+        ["--guidance", "cfg:4"],
+        ["--guidance", "cfg:4,norm"],
+        ["--guidance", "ccfg:4@quarter,norm"],
+        ["--guidance", "ccfg:4@quarter,norm", "--time-grid", "shift:2.0"],
+    ]
+    made = [latents_of(*way) for way in ways]
+    assert all(np.isfinite(latents).all() for latents in made)
+    assert all(np.abs(one - other).max() > 1e-3 for one, other in itertools.combinations(made, 2))

@@ -18,7 +18,7 @@ from elit_export.build.plan import BuiltPlan, OnShare
 from elit_export.errors import BuildError
 from elit_export.recipe import TorchTensorRTTarget
 from elit_export.samples import Samples
-from elit_export.spec import LATENTS, ROWS, STEP, Profile
+from elit_export.spec import LATENTS, ROWS, STEP, Profile, Range
 
 
 def check(target: TorchTensorRTTarget) -> None:
@@ -68,18 +68,22 @@ def build_plan(
 
 
 def _inputs(program: Any, profile: Profile, *, elastic: bool) -> list[Any]:
-    """Ranges of the profile's rows for every input, but for the last of an elastic graph, which is `latents`."""
+    """Ranges of the profile for every input: its first dimension is the rows, another that is dynamic that of text.
+
+    The last input of an elastic graph is `latents`, which has a dimension of its own.
+    """
     tensors = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and _is_input(node)]
-    ranges = [(profile.rows.corners(), ROWS)] * len(tensors)
+    first = [(profile.rows, ROWS)] * len(tensors)
     if elastic:
-        ranges[-1] = (profile.latents.corners(), LATENTS)
-    return [_range(tensor, corners, name) for tensor, (corners, name) in zip(tensors, ranges, strict=True)]
+        first[-1] = (profile.latents, LATENTS)
+    return [_range(tensor, ranges, profile.text, name) for tensor, (ranges, name) in zip(tensors, first, strict=True)]
 
 
 def _is_input(node: Any) -> bool:
     return not str(node.target).startswith(("p_", "b_", "c_"))
 
 
-def _range(tensor: Any, corners: tuple[int, int, int], name: str) -> Any:
-    smallest, usual, largest = ((corner, *tensor.shape[1:]) for corner in corners)
+def _range(tensor: Any, first: Range, text: Range | None, name: str) -> Any:
+    others = [(size,) * 3 if isinstance(size, int) or not text else text.corners() for size in tensor.shape[1:]]
+    smallest, usual, largest = zip(first.corners(), *others, strict=True)
     return torch_tensorrt.Input(min_shape=smallest, opt_shape=usual, max_shape=largest, dtype=tensor.dtype, name=name)

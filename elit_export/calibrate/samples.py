@@ -219,7 +219,7 @@ def _watched(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> l
 
 def _null_rows(call: Call, guidance: Guidance) -> list[bool]:
     """For each row of a call whether it is of a branch without a class, or of the negative prompt."""
-    strong, weak = False, guidance.needs_null
+    strong, weak = False, guidance.weak_branch(call.budget).null_class
     branches = {"strong": [strong], "weak": [weak], "joined": [strong, weak]}[call.role]
     return [null for null in branches for _ in range(call.rows // len(branches))]
 

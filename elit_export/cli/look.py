@@ -24,6 +24,7 @@ from elit_export.errors import ElitExportError
 from elit_export.manifest import PlanSet
 from elit_export.report.tables import inspection_tables, parity_tables, table
 from elit_export.runtime.opening import chosen_plan_set
+from elit_export.verify.cases import point_of
 from elit_export.verify.parity import Comparison
 
 
@@ -31,11 +32,11 @@ from elit_export.verify.parity import Comparison
 @click.argument("path")
 @INTERFACE_OPTION
 @click.option("--resolution", type=int, default=256, show_default=True, help="Pixels along a side, of a named model.")
-@click.option("--text", type=int, default=128, show_default=True, help="Tokens of a prompt, for FLOPs.")
+@click.option("--text", type=int, help="Tokens of a prompt, for FLOPs.  [default: a bundle's usual ones, else 128]")
 @architecture_options
 @JSON_OPTION
 def inspect(
-    path: str, interface: Path | None, resolution: int, text: int, json_to: str | None, **numbers: int | None
+    path: str, interface: Path | None, resolution: int, text: int | None, json_to: str | None, **numbers: int | None
 ) -> None:
     """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.
 
@@ -107,7 +108,7 @@ def verify(
 
 def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -> None:
     """Bisect at the case that missed; for a trajectory, at the first case. A miss stays one if that fails."""
-    points = [(f"profile {case.profile}", f"K={case.kept} rows={case.rows} ") for case in plan_set.reference.cases]
+    points = [(f"profile {case.profile}", f"{point_of(case)} ") for case in plan_set.reference.cases]
     case = next(
         (i for i, (part, point) in enumerate(points) if missed.part == part and missed.point.startswith(point)), 0
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -12,23 +12,21 @@ import click
 
 from elit_export.cli.common import FILE, FOLDER, say
 from elit_export.errors import InputError
-from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.choices import Chosen
 from elit_export.runtime.prompts import Prompts
-from elit_export.spec import ModelSpec
-from elit_export.text.encoder import Weights, load_encoder, prompts_of
+from elit_export.spec import LONGEST_TEXT, ModelSpec
+from elit_export.text.encoder import Weights, embedded_by
 from elit_export.text.files import load_prompts, save_prompts
-from elit_export.text.folder import read_encoder
+from elit_export.text.folder import EncoderFolder, read_encoder
 
-PROMPT = click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What an image shows; once per image.")
+PROMPT = click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What an image shows; may be repeated.")
 NEGATIVE = click.option("--negative", metavar="TEXT", help="What guidance leads all images away from; may be empty.")
 EMBEDDED = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as `embed` writes them.")
 WEIGHTS = click.option(
     "--encoder-weights",
     "weights",
     type=click.Choice([choice.value for choice in Weights]),
-    default=Weights.FLOAT32.value,
-    show_default=True,
-    help="stored: as in its files, half the memory for bfloat16 ones.",
+    help="stored: as in its files, half the memory for bfloat16 ones.  [default: float32]",
 )
 
 
@@ -40,25 +38,26 @@ class Told:
     negative: str | None
     encoder: Path | None
     file: Path | None
-    weights: str
+    weights: str | None
 
     @property
     def given(self) -> list[str]:
         """The options that were."""
         options = {"--prompts": self.file, "--prompt": self.texts or None, "--negative": self.negative}
-        options |= {"--encoder": self.encoder}
+        options |= {"--encoder": self.encoder, "--encoder-weights": self.weights}
         return [name for name, value in options.items() if value is not None]
 
-    @property
-    def negatives(self) -> tuple[str, ...]:
-        return () if self.negative is None else (self.negative,)
+    def refuse_to_overwrite(self, out: Path, arrays: Path) -> None:
+        """Raise InputError if latents were to be written into the file of embeddings."""
+        if self.file is not None and self.file.resolve() == arrays.resolve():
+            raise InputError(f"--out {out} would overwrite {self.file} with latents: choose another name")
 
     def refuse_for_classes(self) -> None:
         """Raise InputError if anything is told to a model that draws classes."""
         if self.given:
             raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
 
-    def prompts(self, spec: ModelSpec, labels: str, guidance: Guidance, longest: int) -> Prompts:
+    def prompts(self, spec: ModelSpec, labels: str, chosen: Chosen, longest: int) -> Prompts:
         """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError.
 
         An encoder is asked last, when all else is known to be right. Engines take `longest` tokens at most.
@@ -72,12 +71,13 @@ class Told:
         if not self.texts or self.encoder is None:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{wanted}, this model takes text: {HOW}")
-        if guidance.needs_null and self.negative is None:
-            raise InputError(f"guidance {guidance} leads away from a negative prompt: give --negative TEXT, or ''")
+        if chosen.needs_null and self.negative is None:
+            raise InputError(
+                f"guidance {chosen.guidance} leads away from a negative prompt: give --negative TEXT, or ''"
+            )
         folder = read_encoder(self.encoder)
         folder.check_fits(spec)
-        encoder = load_encoder(folder, weights=Weights(self.weights))
-        return prompts_of(encoder, self.texts, self.negatives, longest=longest).checked(spec)
+        return embedded(folder, self.texts, self.negative, self.weights, longest).checked(spec)
 
 
 def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
@@ -92,6 +92,22 @@ def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
 
 
 HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"
+
+
+def embedded(
+    folder: Path | EncoderFolder,
+    texts: Sequence[str],
+    negative: str | None,
+    weights: str | None,
+    longest: int = LONGEST_TEXT,
+) -> Prompts:
+    """As the options say it; raises InputError, CheckpointError or BackendUnavailable."""
+    how = Weights(weights) if weights else Weights.FLOAT32
+    return embedded_by(folder, texts, negatives_of(negative), weights=how, longest=longest)
+
+
+def negatives_of(negative: str | None) -> tuple[str, ...]:
+    return () if negative is None else (negative,)
 
 
 def told_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,17 +130,17 @@ def told_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @NEGATIVE
 @WEIGHTS
 @click.option("--out", type=FILE, default=Path("prompts.npz"), show_default=True)
-def embed(folder: Path, texts: tuple[str, ...], negative: str | None, weights: str, out: Path) -> None:
+def embed(folder: Path, texts: tuple[str, ...], negative: str | None, weights: str | None, out: Path) -> None:
     """Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it."""
     if not texts:
         raise InputError("--prompt is missing: say what to show, once per image")
     if out.suffix != ".npz":
         raise InputError(f"--out {out}: embeddings are written as .npz")
-    negatives = () if negative is None else (negative,)
-    prompts = prompts_of(load_encoder(folder, weights=Weights(weights)), texts, negatives)
-    save_prompts(out, prompts, texts=texts, negatives=negatives)
+    prompts = embedded(folder, texts, negative, weights)
+    save_prompts(out, prompts, texts=texts, negatives=negatives_of(negative))
     _, tokens, width = prompts.positive.text.shape
+    away = f" and a negative one of {prompts.negative.text.shape[1]}" if prompts.negative else ""
     say(
-        f"wrote {out}: {len(prompts)} prompts of up to {tokens} tokens, {width} numbers each; draw them with "
+        f"wrote {out}: {len(prompts)} prompts of up to {tokens} tokens{away}, {width} numbers each; draw them with "
         f"elit-export sample BUNDLE --prompts {out}"
     )

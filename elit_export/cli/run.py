@@ -103,6 +103,9 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
 @click.option("--out", type=FILE, default=Path("samples.png"), show_default=True, help="A .npz is written beside it.")
 @click.option("--labels", default="", help="E.g. 3,3,7 or 0-9 or class names.  [default: the first ten classes]")
 @told_options
+@click.option(
+    "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Of each prompt or label, all different."
+)
 @click.option("--seed", default=DEFAULTS["seed"], show_default=True)
 @click.option("--steps", default=DEFAULTS["steps"], show_default=True)
 @click.option("--schedule", default="full", show_default=True, help="full, 4, 0-9:quarter,10-19:full, 0.0-0.5:full,…")
@@ -114,16 +117,24 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 def sample(
-    bundle: Path, out: Path, labels: str, told: Told, target: str | None, precision: str | None, **choices: Any
+    bundle: Path,
+    out: Path,
+    labels: str,
+    told: Told,
+    images: int,
+    target: str | None,
+    precision: str | None,
+    **choices: Any,
 ) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
     if out.suffix not in ("", ".png", ".npz"):
         raise InputError(f"--out {out}: pictures are written as .png")
     arrays = out.with_suffix(".npz")
+    told.refuse_to_overwrite(out, arrays)
     opened = Bundle.open(bundle)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     model = opened.manifest.model
-    subjects = wanted(model, plan_set, labels, told, checked_choices(model.spec, **choices))
+    subjects = repeated(wanted(model, plan_set, labels, told, checked_choices(model.spec, **choices)), images)
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=choices["steps"])
@@ -133,15 +144,15 @@ def sample(
         with written_whole(arrays) as temporary:  # before they are decoded, which may fail
             shown: dict[str, Any] = {} if isinstance(subjects, Prompts) else {"labels": made.labels}
             np.savez(temporary, latents=made.latents, **shown)
-        images = pipeline.decode(made.latents) if pipeline.makes_pictures else None
+        pictures = pipeline.decode(made.latents) if pipeline.makes_pictures else None
     say_accepted(opened, plan_set)
     say(made.summary())
     if choices["cache"] != "none":
         say(f"cache {choices['cache']}: {made.cache_summary()}")
-    if images is None:
+    if pictures is None:
         say(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): for a PNG, {DECODER_REMEDY}")
         return
-    save_grid(images, out.with_suffix(".png"))
+    save_grid(pictures, out.with_suffix(".png"))
     say(f"wrote {out.with_suffix('.png')} and {arrays}")
 
 
@@ -151,9 +162,16 @@ def wanted(model: ModelFacts, plan_set: PlanSet, labels: str, told: Told, chosen
     Called before engines are opened: an encoder may take as much memory as they do.
     """
     if model.spec.text_width:
-        return told.prompts(model.spec, labels, chosen.guidance, plan_set.longest_text)
+        return told.prompts(model.spec, labels, chosen, plan_set.longest_text)
     told.refuse_for_classes()
     return parse_labels(labels, model.spec, model.data)
+
+
+def repeated(subjects: Subjects, times: int) -> Subjects:
+    """Each so many times in a row."""
+    if isinstance(subjects, Prompts):
+        return subjects.repeated(times)
+    return [label for label in subjects for _ in range(times)]
 
 
 def save_grid(images: Pixels, path: Path) -> None:

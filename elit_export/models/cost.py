@@ -108,6 +108,8 @@ class Call(Protocol):
     @property
     def rows(self) -> int: ...
     @property
+    def text(self) -> int: ...
+    @property
     def reused(self) -> bool: ...
 
 
@@ -125,15 +127,15 @@ class Sampling(Protocol):
     def records(self) -> Sequence[Step]: ...
 
 
-def flops_per_image(sampling: Sampling, spec: ModelSpec, *, text: int = 0) -> float:
+def flops_per_image(sampling: Sampling, spec: ModelSpec) -> float:
     """FLOPs of every engine call of a sampling, per image."""
     calls = [call for step in sampling.records for call in step.calls]
-    return sum(call.rows * _of_call(call, spec, text) for call in calls) / len(sampling.latents)
+    return sum(call.rows * _of_call(call, spec) for call in calls) / len(sampling.latents)
 
 
-def _of_call(call: Call, spec: ModelSpec, text: int) -> int:
+def _of_call(call: Call, spec: ModelSpec) -> int:
     """A call that reuses a residual runs the embedders of image and time and the final layer only."""
-    cost = flops(spec, call.budget, text=text)
+    cost = flops(spec, call.budget, text=call.text)
     return cost.other if call.reused else cost.total
 
 

@@ -23,7 +23,7 @@ from elit_export.models.size import (
     fitting,
     parameters,
 )
-from elit_export.spec import DataFacts, ModelSpec, Precision, Range, default_profiles, listed
+from elit_export.spec import DataFacts, ModelSpec, Precision, Range, covered_text, default_profiles, listed
 from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
@@ -36,22 +36,24 @@ def inspect_path(
     *,
     interface: str | Path | None = None,
     resolution: int = 256,
-    text: int = USUAL_TEXT,
+    text: int | None = None,
     **numbers: int | None,
 ) -> Facts:
     """Facts of a bundle, a checkpoint, or, where there is no such file, a model of that name.
 
     A folder with a `config.json`, or for which there is an `interface`, is a checkpoint of diffusers. `resolution` is
-    that of a named model, `text` how many tokens prompts have. Raises BundleError, CheckpointError or InputError.
+    that of a named model, `text` how many tokens prompts have: without it as many as a bundle is tuned for, else
+    USUAL_TEXT. Raises BundleError, CheckpointError or InputError.
     """
+    tokens = USUAL_TEXT if text is None else text
     if path in NAMES and not Path(path).exists():
         _refuse_for_names(path, {"interface": interface, **numbers})
         return named_facts(
-            path, ModelSpec.named(path, resolution=resolution, head_depth=numbers.get("head_depth")), text
+            path, ModelSpec.named(path, resolution=resolution, head_depth=numbers.get("head_depth")), tokens
         )
     if Path(path).is_dir() and interface is None and not _is_of_diffusers(Path(path)):
         return bundle_facts(Bundle.open(path), text)
-    return checkpoint_facts(path, interface, text, **numbers)
+    return checkpoint_facts(path, interface, tokens, **numbers)
 
 
 def _refuse_for_names(name: str, given: Mapping[str, object]) -> None:
@@ -118,15 +120,17 @@ def checkpoint_facts(path: str, interface: str | Path | None = None, text: int =
     return own | model_facts(model.spec, model.data, text)
 
 
-def bundle_facts(bundle: Bundle, text: int = USUAL_TEXT) -> Facts:
+def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
     manifest, calibration = bundle.manifest, bundle.manifest.cache_calibration
+    tuned = covered_text([facts.profile for plan_set in manifest.plan_sets for facts in plan_set.profiles])
+    tokens = tuned.opt if text is None and tuned else text or 0
     return {
         "kind": "bundle",
         "name": manifest.model.name,
         "schema_version": manifest.schema_version,
         "package_version": manifest.package_version,
         "checkpoint_sha256": manifest.model.checkpoint_sha256,
-        **model_facts(manifest.model.spec, manifest.model.data, text),
+        **model_facts(manifest.model.spec, manifest.model.data, tokens),
         "graphs": {
             name: {"size_bytes": graph.artifact.size_bytes, "sqnr_db": graph.sqnr_db}
             for name, graph in manifest.graphs.items()
@@ -191,6 +195,7 @@ def _plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
                 "name": facts.name,
                 "latents": str(facts.profile.latents),
                 "rows": str(facts.profile.rows),
+                "text": str(facts.profile.text) if facts.profile.text else None,
                 "plan": facts.plan.artifact.name,
                 "parity": facts.parity.model_dump(),
             }

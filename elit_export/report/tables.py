@@ -80,12 +80,13 @@ def _plan_set_table(plan_set: Facts) -> Table:
     built = plan_set["plans"].values()
     libraries = sorted({f"{name} {version}" for plan in built for name, version in plan["versions"].items()})
     plans = ", ".join(f"{name} {size(plan['size_bytes'])}" for name, plan in plan_set["plans"].items())
+    ranges = ("latents", "rows", *(["text"] if any(profile["text"] for profile in plan_set["profiles"]) else []))
     made = table(
         f"target {plan_set['target']}: {plan_set['backend']} on {plan_set['device']}, {plan_set['precision']}, "
         f"budgets {plan_set['covered']}",
-        ("profile", "latents", "rows", "parity with PyTorch"),
+        ("profile", *ranges, "parity with PyTorch"),
         [
-            (profile["name"], profile["latents"], profile["rows"], parity_text(profile["parity"]))
+            (profile["name"], *(profile[name] for name in ranges), parity_text(profile["parity"]))
             for profile in plan_set["profiles"]
         ],
     )

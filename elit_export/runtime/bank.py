@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.engine import Array, Engine, HostArray, to_host
+from elit_export.runtime.prompts import filled
 from elit_export.spec import DECODE, LATENTS, TEXT, TEXT_MASK, Budget, Precision, Profile, listed
 
 
@@ -26,6 +27,10 @@ class Slot:
 
     profile: Profile
     engine: Engine
+
+    def tokens(self, text: int) -> int:
+        """How many tokens the engine runs on where it is given so many: what is shorter is filled up with padding."""
+        return max(text, self.profile.text.min) if self.profile.text else text
 
 
 class EngineBank:
@@ -64,7 +69,10 @@ class EngineBank:
         return tuple(budget for budget in self._budgets if not self._serving(budget))
 
     def slot_for(self, budget: Budget, rows: int, text: int = 0) -> Slot:
-        """The slot whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError."""
+        """The slot whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError.
+
+        Where text is shorter than any takes it, the one that needs the least padding.
+        """
         serving = self._serving(budget)
         if not serving:
             raise InputError(
@@ -78,14 +86,14 @@ class EngineBank:
                 f"{rows} rows at budget {budget}: profile {limits} (min..opt..max). "
                 f"Sample fewer images at once (guidance may need two rows an image) or build with other `rows`"
             )
-        reading = [slot for slot in fitting if slot.profile.text is None or text in slot.profile.text]
+        reading = [slot for slot in fitting if slot.profile.text is None or slot.tokens(text) in slot.profile.text]
         if not reading:
             limits = ", ".join(f"{slot.profile.name} takes {slot.profile.text}" for slot in fitting)
             raise InputError(
                 f"prompts of {text} tokens: profile {limits} (min..opt..max). "
                 f"Choose other prompts or build with another `text`"
             )
-        return min(reading, key=lambda slot: abs(slot.profile.latents.opt - budget.kept))
+        return min(reading, key=lambda slot: (slot.tokens(text), abs(slot.profile.latents.opt - budget.kept)))
 
     def _serving(self, budget: Budget) -> list[Slot]:
         if budget not in self._known:
@@ -93,12 +101,14 @@ class EngineBank:
         return [slot for slot in self.slots if budget.kept in slot.profile.latents]
 
     def __call__(self, budget: Budget, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run one step at `budget`; `inputs` are the step's without `latents`.
+        """Run one step at `budget`; `inputs` are the step's without `latents`, with text of any length up to the most.
 
         Raises EngineError if the velocity is not finite, naming profile and precision.
         """
-        slot = self.slot_for(budget, *sizes_of(inputs))
-        outputs = self._run(slot.engine, {**inputs, LATENTS: np.arange(budget.kept, dtype=np.int64)})
+        rows, text = sizes_of(inputs)
+        slot = self.slot_for(budget, rows, text)
+        latents = np.arange(budget.kept, dtype=np.int64)
+        outputs = self._run(slot.engine, {**filled(inputs, slot.tokens(text)), LATENTS: latents})
         _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
         return outputs
 

@@ -6,6 +6,7 @@ Knows nothing of: engines, what the images show.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from elit_export.errors import InputError
 from elit_export.runtime.cache import CachePolicy
-from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.noise import Float64
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.samplers.base import Sampler
@@ -60,6 +61,22 @@ class Chosen:
     guidance: Guidance
     cache: CachePolicy | None
     seed: int
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether any evaluation has a branch without a class, or of another prompt."""
+        needed = branches_needed(self.sampler, self.times, self.schedule, self.guidance)
+        return any(branch.null_class for branches in needed for branch in branches)
+
+
+def branches_needed(
+    sampler: Sampler, times: Float64, schedule: Sequence[Budget], guidance: Guidance
+) -> Iterator[tuple[Branch, ...]]:
+    """The branches of guidance in every evaluation of a sampling, in their order."""
+    for step, budget in enumerate(schedule):
+        yield guidance.branches(budget, float(times[step]))
+        if sampler.evaluates_end(step, len(schedule)):
+            yield guidance.branches(budget, float(times[step + 1]))
 
 
 def checked_choices(spec: ModelSpec, **choices: Unpack[Choices]) -> Chosen:

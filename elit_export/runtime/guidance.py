@@ -92,11 +92,6 @@ class Guidance:
     def weak_branch(self, strong: Budget) -> Branch:
         return Branch(self.weak or strong, null_class=self.kind is not Kind.AUTOGUIDANCE)
 
-    @property
-    def needs_null(self) -> bool:
-        """Whether the weak branch is without a class, or of another prompt."""
-        return self.kind in (Kind.CFG, Kind.CCFG)
-
     def combined(self, strong: HostArray, weak: HostArray, *, patch: int) -> Float64:  # (B, C, H, W) float32
         """The guided velocity; a token is a square of `patch` × `patch` places in all channels."""
         velocity: Float64 = np.subtract(strong, weak, dtype=np.float64)  # weak + scale · (strong − weak), in place

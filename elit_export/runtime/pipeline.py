@@ -19,9 +19,8 @@ from elit_export.bundle import Bundle
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
-from elit_export.runtime.choices import Choices, checked_choices
+from elit_export.runtime.choices import Choices, Chosen, checked_choices
 from elit_export.runtime.decoding import Decoder
-from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.images import Pixels, to_images
 from elit_export.runtime.noise import Float64, SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
@@ -188,7 +187,7 @@ class Pipeline:
     def request(self, labels: Subjects, **choices: Unpack[Choices]) -> Request:
         """Check the choices of one sampling against the model; raises InputError."""
         chosen = checked_choices(self.spec, **choices)
-        conditioning, null_conditioning = self._conditioning(labels, chosen.guidance)
+        conditioning, null_conditioning = self._conditioning(labels, chosen)
         seeded = SeededNoise(chosen.seed, len(labels), self.spec.sample_shape)
         start, noise = seeded(), seeded.__call__
         if "noise" in choices:
@@ -234,22 +233,24 @@ class Pipeline:
         changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
         return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]
 
-    def _conditioning(self, subjects: Subjects, guidance: Guidance) -> tuple[Conditioning, Conditioning]:
+    def _conditioning(self, subjects: Subjects, chosen: Chosen) -> tuple[Conditioning, Conditioning]:
         """Inputs of the strong branch and of one without a class; raises InputError."""
         if isinstance(subjects, Prompts):
-            return self._told(subjects, guidance)
+            return self._told(subjects, chosen)
         if self.spec.text_width:
             raise InputError(f"this model takes prompts, not {subjects!r}: give Prompts, embedded by a text encoder")
         y = self._checked_labels(subjects)
         name = self.spec.conditioning[0].name
         return {name: y}, {name: np.full_like(y, self.spec.null_class)}
 
-    def _told(self, prompts: Prompts, guidance: Guidance) -> tuple[Conditioning, Conditioning]:
+    def _told(self, prompts: Prompts, chosen: Chosen) -> tuple[Conditioning, Conditioning]:
         if not self.spec.text_width:
             raise InputError(f"this model takes labels 0 to {self.spec.null_class}, not prompts")
         checked = prompts.checked(self.spec)
-        if guidance.needs_null and checked.negative is None:
-            raise InputError(f"guidance {guidance} leads away from negative prompts, and there are none: give some")
+        if chosen.needs_null and checked.negative is None:
+            raise InputError(
+                f"guidance {chosen.guidance} leads away from negative prompts, and there are none: give some"
+            )
         negative = checked.negative or checked.positive  # which no branch asks for
         return checked.positive.inputs(self.spec), negative.inputs(self.spec)
 

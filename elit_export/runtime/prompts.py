@@ -1,6 +1,6 @@
 """What a text-to-image model is told: text as an encoder embedded it.
 
-Takes: arrays.  Gives: Prompts, checked against a model.  May touch: nothing.
+Takes: arrays.  Gives: Prompts, checked against a model; inputs of engines, filled up.  May touch: nothing.
 Knows nothing of: words, encoders.
 
 L is the number of tokens of the longest prompt, W the width of the text's embedding.
@@ -15,38 +15,51 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.errors import InputError
-from elit_export.spec import LONGEST_TEXT, ModelSpec
+from elit_export.errors import InputError, first_line
+from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec
 
 HostArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Texts of B images: `text` (B, L, W) float32 and `mask` (B, L), 1 for a token, 0 for padding."""
+    """Texts of B images: `text` (B, L, W) and `mask` (B, L), 1 for a token, 0 for padding."""
 
     text: HostArray
     mask: HostArray
 
     def checked(self, spec: ModelSpec, what: str) -> Embedded:
-        """As a model takes them, with padding emptied; raises InputError naming what does not fit."""
-        text, mask = np.asarray(self.text), np.asarray(self.mask)
+        """As a model takes them, float32 and int64, as long as the longest and empty behind each text.
+
+        Raises InputError naming what is wrong.
+        """
+        text, mask = _numbers(self.text, f"{what}: text", "fiu"), _numbers(self.mask, f"{what}: mask", "biuf")
         if text.ndim != 3 or text.shape[2] != spec.text_width or not text.size:
             raise InputError(f"{what}: text has shape {text.shape}, must be (images, tokens, {spec.text_width})")
         if mask.shape != text.shape[:2]:
             raise InputError(f"{what}: mask has shape {mask.shape}, the text {text.shape[:2]} tokens")
         if not np.isin(mask, (0, 1)).all():
             raise InputError(f"{what}: mask must hold 1 (a token) and 0 (padding) only")
-        if text.shape[1] > LONGEST_TEXT:
-            raise InputError(f"{what}: {text.shape[1]} tokens, the model has positions for {LONGEST_TEXT}: shorten it")
-        if not np.isfinite(text[mask.astype(bool)]).all():
-            raise InputError(f"{what}: text holds values that are not finite")
-        known = np.where(mask[:, :, None] != 0, text, 0)
-        return Embedded(known.astype(np.float32), mask.astype(np.int64))
+        cut = Embedded(as_float32(text), mask.astype(np.int64)).without_padding()
+        if (tokens := cut.text.shape[1]) > LONGEST_TEXT:
+            raise InputError(f"{what}: {tokens} tokens, the model has positions for {LONGEST_TEXT}: shorten it")
+        if not np.isfinite(cut.text[cut.mask.astype(bool)]).all():
+            raise InputError(f"{what}: text holds values that are not finite in float32")
+        return Embedded(np.where(cut.mask[:, :, None] != 0, cut.text, np.float32(0)), cut.mask)
+
+    def without_padding(self) -> Embedded:
+        """As long as the longest text: padding that ends every row changes nothing and takes time."""
+        used = np.flatnonzero(self.mask.any(axis=0))
+        length = int(used[-1]) + 1 if used.size else 1
+        return Embedded(self.text[:, :length], self.mask[:, :length])
 
     def at(self, images: npt.NDArray[np.int64]) -> Embedded:
         """The texts of these images, by their numbers; one may come several times."""
         return Embedded(self.text[images], self.mask[images])
+
+    def repeated(self, times: int) -> Embedded:
+        """Each text so many times in a row."""
+        return self.at(np.arange(len(self.text)).repeat(times))
 
     def inputs(self, spec: ModelSpec) -> dict[str, HostArray]:
         """By the names that the model's graphs take them under."""
@@ -65,6 +78,12 @@ class Prompts:
 
     def checked(self, spec: ModelSpec) -> Prompts:
         """Raises InputError for what the model cannot take."""
+        for name, told, types in (
+            ("positive", self.positive, Embedded),
+            ("negative", self.negative, Embedded | None),
+        ):
+            if not isinstance(told, types):
+                raise InputError(f"prompts: {name} is {told!r}, must be Embedded(text, mask)")
         positive = self.positive.checked(spec, "prompts")
         negative = self.negative.checked(spec, "negative prompts") if self.negative else None
         if negative and len(negative.text) != len(positive.text):
@@ -77,9 +96,38 @@ class Prompts:
         """As `Embedded.at`, for all that is told."""
         return Prompts(self.positive.at(images), self.negative.at(images) if self.negative else None)
 
+    def repeated(self, times: int) -> Prompts:
+        """Each prompt so many times in a row, with its negative one: for several images of it."""
+        return Prompts(self.positive.repeated(times), self.negative.repeated(times) if self.negative else None)
+
     def __len__(self) -> int:
         """Images."""
         return len(self.positive.text)
+
+
+def _numbers(values: object, what: str, kinds: str) -> HostArray:
+    """An array of one of NumPy's `kinds` of numbers; raises InputError."""
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors of other libraries
+        raise InputError(
+            f"{what} is no array of numbers ({first_line(error)}); give one of NumPy, e.g. {OF_TORCH}"
+        ) from (error)
+    if array.dtype.kind not in kinds:
+        raise InputError(f"{what} holds {array.dtype}, must be numbers; e.g. {OF_TORCH}")
+    return array
+
+
+OF_TORCH = "tensor.detach().float().cpu().numpy()"
+
+
+def as_float32(values: HostArray) -> HostArray:
+    """What is larger than float32 can say becomes infinite, in silence: who takes it asks whether it is finite."""
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+# ---------------------------------------------------------------- inputs of engines
 
 
 def joined(parts: list[Mapping[str, HostArray]]) -> dict[str, HostArray]:
@@ -90,6 +138,19 @@ def joined(parts: list[Mapping[str, HostArray]]) -> dict[str, HostArray]:
         longest = np.max([array.shape[1:] for array in arrays], axis=0)
         found[name] = np.concatenate([_filled(array, longest) for array in arrays])
     return found
+
+
+def filled(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+    """The inputs with text of at least so many tokens, padding where there are fewer."""
+    if TEXT not in inputs:
+        return dict(inputs)
+    text, mask = inputs[TEXT], inputs[TEXT_MASK]
+    longest = max(tokens, text.shape[1])
+    return {
+        **inputs,
+        TEXT: _filled(text, np.array([longest, text.shape[2]])),
+        TEXT_MASK: _filled(mask, np.array([longest])),
+    }
 
 
 def _filled(array: HostArray, shape: npt.NDArray[np.int64]) -> HostArray:

@@ -70,7 +70,7 @@ class Memory:
     def forecast(self, t: float, order: int) -> tuple[Array, Array, float]:
         """(latest residual, the one before, weight w): the residual at t is latest + w · (latest − before)."""
         latest, before = self.computed[0], self.computed[-1]
-        span = latest.t - before.t  # 0 too where a time grid has equal steps
+        span = latest.t - before.t  # 0 where only one was computed
         if order == 0 or not span:
             return latest.residual, latest.residual, 0.0
         return latest.residual, before.residual, (t - latest.t) / span

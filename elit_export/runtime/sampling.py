@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from elit_export.errors import EngineError
-from elit_export.runtime.bank import EngineBank, sizes_of
+from elit_export.runtime.bank import EngineBank, Slot, sizes_of
 from elit_export.runtime.cache import StepCache
+from elit_export.runtime.choices import branches_needed
 from elit_export.runtime.engine import Array, HostArray, to_host
 from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.prompts import joined
@@ -55,18 +56,18 @@ NOT_CACHED = Decision(reused=False)
 class Call:
     """One evaluation of a branch of guidance. Two branches at one budget share a call with twice the rows.
 
-    `role` is "strong", "weak" or, for both, "joined". `cached` is what the step cache decided: where it
-    reused, no block ran. `engine_ms` includes a probe, and waiting for another request's call where a bank is shared.
-    `text` is how many tokens its prompts have with their padding, 0 in models without.
+    `role` is "strong", "weak" or, for both, "joined". `text` is how many tokens every row has, padding among them, 0 in
+    models without. `cached` is what the step cache decided: where it reused, no block ran. `engine_ms` includes a
+    probe, and waiting for another request's call where a bank is shared.
     """
 
     role: str
     budget: Budget
     rows: int
+    text: int
     profile: str
     engine_ms: float
     cached: Decision = NOT_CACHED
-    text: int = 0
 
     @property
     def reused(self) -> bool:
@@ -104,7 +105,7 @@ class GuidedVelocity:
         self._cache = RequestCache(request.cache) if request.cache else None
         self._step, self._evaluation = -1, 0  # which evaluation of the step this is; Heun has two
         self._calls: list[Call] = []
-        self._profiles: dict[CallSize, str] = {}
+        self._slots: dict[CallSize, Slot] = {}
         self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
 
     def take_calls(self) -> tuple[Call, ...]:
@@ -140,7 +141,9 @@ class GuidedVelocity:
         started = time.perf_counter()
         outputs, cached = self._run(budget, inputs, t, role)
         engine_ms = (time.perf_counter() - started) * 1e3
-        self._calls.append(Call(role, budget, size.rows, self._profile(size), engine_ms, cached, size.text))
+        slot = self._slot(size)
+        text = slot.tokens(size.text)
+        self._calls.append(Call(role, budget, size.rows, text, slot.profile.name, engine_ms, cached))
         return to_host(outputs["velocity"])
 
     def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, Decision]:
@@ -158,11 +161,11 @@ class GuidedVelocity:
         memory.note_computed(Computed(t, outputs["residual"]))
         return outputs, decision
 
-    def _profile(self, size: CallSize) -> str:
-        """The profile that served, looked up once per size of a sampling."""
-        if size not in self._profiles:
-            self._profiles[size] = self._bank.slot_for(*size).profile.name
-        return self._profiles[size]
+    def _slot(self, size: CallSize) -> Slot:
+        """What served, looked up once per size of a sampling."""
+        if size not in self._slots:
+            self._slots[size] = self._bank.slot_for(*size)
+        return self._slots[size]
 
     def _inputs(self, x: Float64, t: float, branches: Sequence[Branch]) -> dict[str, HostArray]:
         x = x.astype(np.float32)
@@ -181,7 +184,7 @@ class GuidedVelocity:
 
 
 class CallSize(NamedTuple):
-    """What an engine must hold for a call: K, rows, tokens of text (0 in models without)."""
+    """What an engine is given in a call: K, rows, tokens of text (0 in models without) before it is filled up."""
 
     budget: Budget
     rows: int
@@ -189,15 +192,11 @@ class CallSize(NamedTuple):
 
 
 def calls_needed(request: Request) -> Iterator[CallSize]:
-    """Every size of call that a request may need, so that it can be refused before the first step."""
-    steps = len(request.schedule)
-    evaluates_next = request.sampler.calls(steps) > steps
-    for budget, t, t_next in zip(request.schedule, request.times[:-1], request.times[1:], strict=True):
-        for moment in (t, t_next) if evaluates_next else (t,):
-            branches = request.guidance.branches(budget, float(moment))
-            shared = len({branch.budget for branch in branches}) == 1
-            for together in [branches] if shared else [(branch,) for branch in branches]:
-                yield _size_of(request, together)
+    """The size of every call that a request needs, so that it can be refused before the first step."""
+    for branches in branches_needed(request.sampler, request.times, request.schedule, request.guidance):
+        shared = len({branch.budget for branch in branches}) == 1
+        for together in [branches] if shared else [(branch,) for branch in branches]:
+            yield _size_of(request, together)
 
 
 def _size_of(request: Request, branches: Sequence[Branch]) -> CallSize:

@@ -13,10 +13,22 @@ import numpy.typing as npt
 from elit_export.errors import InputError
 
 Times = npt.NDArray[np.float64]
+CLOSEST = 1e-12  # between times that are two; multistep samplers divide by it, and engines' t is far coarser
 
 
 def warp(times: Times, grid: str) -> Times:
-    """`linear` leaves t as it is; `shift:S` gives S·t / (1 + (S − 1)·t), more steps near noise for S > 1."""
+    """`linear` leaves t as it is; `shift:S` gives S·t / (1 + (S − 1)·t), more steps near noise for S > 1.
+
+    Raises InputError for another grid, and for one so steep that times come to coincide.
+    """
+    warped = _warped(times, grid)
+    changes = np.diff(warped)
+    if not ((changes <= -CLOSEST).all() or (changes >= CLOSEST).all()):
+        raise InputError(f"time grid {grid!r} makes times coincide in {len(changes)} steps: choose S nearer to 1")
+    return warped
+
+
+def _warped(times: Times, grid: str) -> Times:
     if grid == "linear":
         return times
     kind, _, number = grid.partition(":")

@@ -9,6 +9,7 @@ and nothing is asked of the network. Every prompt runs by itself, so that its em
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -35,46 +36,36 @@ class Weights(StrEnum):
     STORED = "stored"
 
 
-class TextEncoder:
-    """An encoder with its weights, on the CPU."""
+class Template:
+    """A prompt's tokens as its encoder is fed them; needs no weights."""
 
-    def __init__(self, folder: EncoderFolder, tokenizer: Any, model: Any) -> None:
-        """Raises CheckpointError if tokenizer and model are not of one another."""
+    def __init__(self, folder: EncoderFolder, tokenizer: Any) -> None:
+        """Raises CheckpointError for the tokenizer of another kind of encoder."""
         self.folder = folder
-        self._tokenizer, self._model = tokenizer, model
-        self._check_tokens()
-        self._dropped = len(self._ids(folder.kind.before))
-
-    def _check_tokens(self) -> None:
-        known = self._tokenizer.get_vocab()
-        if missing := [mark for mark in self.folder.kind.marks if mark not in known]:
+        self._tokenizer = tokenizer
+        known = tokenizer.get_vocab()
+        if missing := [mark for mark in folder.kind.marks if mark not in known]:
             raise CheckpointError(
-                f"{self.folder.tokenizer}: has no token {missing[0]}: not the tokenizer of a "
-                f"{self.folder.kind.class_name}; copy that of the same pipeline"
+                f"{folder.tokenizer}: has no token {missing[0]}: not the tokenizer of a "
+                f"{folder.kind.class_name}; copy that of the same pipeline"
             )
-        largest, rows = max(known.values()), self._model.get_input_embeddings().num_embeddings
-        if largest >= rows:
-            raise CheckpointError(
-                f"{self.folder.tokenizer}: has {largest + 1} tokens, {self.folder.path} knows {rows}; "
-                f"copy both from the same pipeline"
-            )
+        self.known = max(known.values()) + 1
+        self.dropped = len(self._ids(folder.kind.before))  # tokens, which the model is not told
 
-    def embed(self, prompts: Sequence[str], *, longest: int = LONGEST_TEXT) -> Embedded:
-        """What a model is told of each prompt: the last hidden states, without those of the template's beginning.
+    def tokens(self, prompts: Sequence[str], *, longest: int) -> list[list[int]]:
+        """Token numbers of each prompt in its template.
 
         Raises InputError for a prompt of more than `longest` tokens, the template's end among them: none is cut.
         """
         if isinstance(prompts, str) or not prompts:
             raise InputError(f"prompts must be a list of at least one text, not {prompts!r}")
-        tokens = [self._checked_ids(number, prompt, longest) for number, prompt in enumerate(prompts, 1)]
-        return _padded([self._embedded(ids) for ids in tokens])
+        return [self._checked_ids(number, prompt, longest) for number, prompt in enumerate(prompts, 1)]
 
     def _checked_ids(self, number: int, prompt: str, longest: int) -> list[int]:
-        """Token numbers of a prompt in its template."""
         _check_text(number, prompt)
         kind = self.folder.kind
         ids = self._ids(f"{kind.before}{prompt}{kind.after}")
-        if (count := len(ids) - self._dropped) > longest:
+        if (count := len(ids) - self.dropped) > longest:
             raise InputError(
                 f"prompt {number} ({prompt[:20]!r}…) is {count} tokens long, {longest} are the most: shorten it"
             )
@@ -83,17 +74,43 @@ class TextEncoder:
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, verbose=False)["input_ids"])
 
-    def _embedded(self, ids: list[int]) -> Float32:  # (L, W)
-        import torch
 
-        with torch.inference_mode():
-            hidden = self._model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
-        values: Float32 = hidden[0, self._dropped :].float().numpy()
+class TextEncoder:
+    """An encoder with its weights, on the CPU."""
+
+    def __init__(self, template: Template, model: Any) -> None:
+        """Raises CheckpointError if tokenizer and model are not of one another, or the model does not run."""
+        self.template, self.folder = template, template.folder
+        self._model = model
+        if template.known > (rows := model.get_input_embeddings().num_embeddings):
+            raise CheckpointError(
+                f"{self.folder.tokenizer}: has {template.known} tokens, {self.folder.path} knows {rows}; "
+                f"copy both from the same pipeline"
+            )
+        self._hidden([0])
+
+    def embed(self, prompts: Sequence[str], *, longest: int = LONGEST_TEXT) -> Embedded:
+        """What a model is told of each prompt: the last hidden states, without those of the template's beginning.
+
+        Raises InputError as `Template.tokens`.
+        """
+        return _padded([self._embedded(ids) for ids in self.template.tokens(prompts, longest=longest)])
+
+    def _embedded(self, ids: list[int]) -> Float32:  # (L, W)
+        values = self._hidden(ids)[self.template.dropped :]
         if not np.isfinite(values).all():
             raise CheckpointError(
                 f"{self.folder.path}: its weights give embeddings that are not finite; copy them again, and run "
                 f"float16 ones as float32"
             )
+        return values
+
+    def _hidden(self, ids: list[int]) -> Float32:  # (len(ids), W)
+        import torch
+
+        with _asking(self.folder.path, "run"), torch.inference_mode():
+            hidden = self._model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+        values: Float32 = hidden[0].float().numpy()
         return values
 
 
@@ -119,16 +136,35 @@ def prompts_of(
     encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = (), *, longest: int = LONGEST_TEXT
 ) -> Prompts:
     """Embed what images are to show and, for guidance, what it leads away from: one text for each or one for all."""
-    if isinstance(negatives, str) or len(negatives) not in (0, 1, len(prompts)):
-        raise InputError(
-            f"{len(prompts)} prompts and {len(negatives)} negative ones: give none, one for all or one for each"
-        )
+    _check_numbers(prompts, negatives)
     positive = encoder.embed(prompts, longest=longest)
     if not negatives:
         return Prompts(positive)
     negative = encoder.embed(negatives, longest=longest)
-    times = len(prompts) // len(negatives)
-    return Prompts(positive, Embedded(negative.text.repeat(times, axis=0), negative.mask.repeat(times, axis=0)))
+    return Prompts(positive, negative.repeated(len(prompts) // len(negatives)))
+
+
+def embedded_by(
+    folder: str | Path | EncoderFolder,
+    prompts: Sequence[str],
+    negatives: Sequence[str] = (),
+    *,
+    weights: Weights = Weights.FLOAT32,
+    longest: int = LONGEST_TEXT,
+) -> Prompts:
+    """As prompts_of, by an encoder that is loaded once all texts are known to be right: it may take minutes."""
+    template = load_template(folder)
+    _check_numbers(prompts, negatives)
+    for texts in (prompts, negatives) if negatives else (prompts,):
+        template.tokens(texts, longest=longest)
+    return prompts_of(load_encoder(template, weights=weights), prompts, negatives, longest=longest)
+
+
+def _check_numbers(prompts: Sequence[str], negatives: Sequence[str]) -> None:
+    if isinstance(negatives, str) or len(negatives) not in (0, 1, len(prompts)):
+        raise InputError(
+            f"{len(prompts)} prompts and {len(negatives)} negative ones: give none, one for all or one for each"
+        )
 
 
 # ---------------------------------------------------------------- loading
@@ -143,18 +179,24 @@ def check_installed() -> None:
         )
 
 
-def load_encoder(folder: str | Path | EncoderFolder, *, weights: Weights = Weights.FLOAT32) -> TextEncoder:
-    """The encoder with its weights; raises CheckpointError if they are damaged or not those of the configuration."""
+def load_template(folder: str | Path | EncoderFolder) -> Template:
+    """The tokenizer alone; raises CheckpointError if it is damaged or another encoder's."""
     found = folder if isinstance(folder, EncoderFolder) else read_encoder(folder)
     check_installed()
-    return TextEncoder(found, _tokenizer(found), _model(found, weights))
-
-
-def _tokenizer(folder: EncoderFolder) -> Any:
     from transformers import AutoTokenizer  # seconds
 
-    with _reading(folder.tokenizer):
-        return AutoTokenizer.from_pretrained(folder.tokenizer, **OPTIONS)
+    with _asking(found.tokenizer, "read"):
+        tokenizer = AutoTokenizer.from_pretrained(found.tokenizer, **OPTIONS)
+    return Template(found, tokenizer)
+
+
+def load_encoder(folder: str | Path | Template, *, weights: Weights = Weights.FLOAT32) -> TextEncoder:
+    """The encoder with its weights; raises CheckpointError if they are damaged or not those of the configuration.
+
+    Raises BackendUnavailable where they do not fit into memory.
+    """
+    template = folder if isinstance(folder, Template) else load_template(folder)
+    return TextEncoder(template, _model(template.folder, weights))
 
 
 def _model(folder: EncoderFolder, weights: Weights) -> Any:
@@ -163,7 +205,7 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
     import transformers
 
     kind = folder.kind
-    with _reading(folder.path):
+    with _asking(folder.path, "read"):
         model, found = getattr(transformers, kind.text_class).from_pretrained(
             folder.path,
             config=getattr(transformers, kind.config_class).from_pretrained(folder.path, **OPTIONS).text_config,
@@ -186,7 +228,7 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _asking(path: Path, to: str) -> Iterator[None]:
     """What transformers raises of a folder is of no one class, and it tells at length of weights not needed here."""
     import transformers.utils.logging
 
@@ -197,11 +239,27 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise CheckpointError(f"{path}: transformers cannot read it: {_said(error)}; copy the folder again") from error
+        if _is_of_memory(error):
+            raise BackendUnavailable(
+                f"{path}: not enough memory ({_said(error)}): take half with --encoder-weights stored, or run "
+                f"elit-export embed on a larger machine and give its file: elit-export sample BUNDLE --prompts FILE.npz"
+            ) from error
+        raise CheckpointError(f"{path}: transformers cannot {to} it: {_said(error)}; copy the folder again") from error
     finally:
         logging.set_verbosity(verbosity)
         if had_bars:
             logging.enable_progress_bar()
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Of Python, of the system, or of torch, whose allocator on the CPU has no class of its own."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or f"(os error {errno.ENOMEM})" in str(error)  # as safetensors tells it
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def _said(error: BaseException) -> str:

@@ -9,8 +9,6 @@ embeds text can write one with NumPy. `prompts` and `negative_prompts`, the text
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from elit_export.errors import InputError
-from elit_export.files import written_whole
-from elit_export.runtime.prompts import Embedded, HostArray, Prompts
+from elit_export.files import PlainArraysError, plain_arrays, written_whole
+from elit_export.runtime.prompts import Embedded, HostArray, Prompts, as_float32
 
 NEGATIVE = "negative_"
 TEXTS = ("prompts", "negative_prompts")
@@ -52,11 +50,10 @@ def _read(path: Path) -> dict[str, HostArray]:
     if not path.is_file():
         raise InputError(f"no embeddings at {path}; {REMEDY}")
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            return dict(file)
+        return plain_arrays(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+    except PlainArraysError as error:
         raise InputError(f"{path}: not a .npz of plain arrays, or damaged; {REMEDY}") from error
 
 
@@ -71,4 +68,4 @@ def _embedded(path: Path, arrays: Mapping[str, HostArray], prefix: str) -> Embed
         )
     if mask.dtype.kind not in "biu" or mask.shape != text.shape[:2]:
         raise InputError(f"{path}: {names[1]} is {mask.dtype} {mask.shape}, must be whole numbers {text.shape[:2]}")
-    return Embedded(text.astype(np.float32), mask.astype(np.int64))
+    return Embedded(as_float32(text), mask.astype(np.int64))

@@ -334,7 +334,7 @@ def sampling_results(
             name=name,
             choices={key: value for key, value in choices.items() if isinstance(value, str | int)},
             ms_per_image=sample.ms_per_image,
-            flops_per_image=flops_per_image(sample, pipeline.spec, text=tokens_of(pipeline)),
+            flops_per_image=flops_per_image(sample, pipeline.spec),
             outside_engines=outside_s / sample.timings.total_s,
             outside_ms_per_step=outside_s * 1e3 / len(sample.records),
             speedup=first_ms / sample.ms_per_image,

@@ -50,6 +50,12 @@ def corners(profile: Profile) -> Iterator[tuple[int, int, int]]:
     yield latents.max, rows.min, text[0]
 
 
+def point_of(case: ReferenceCase) -> str:
+    """Where in its profile a case is, as messages tell it."""
+    text = f" text={case.text}" if case.text else ""
+    return f"K={case.kept} rows={case.rows}{text}"
+
+
 def trajectory_rows(pipeline: Pipeline, text: Range | None) -> Arrays:
     """Inputs of every step of one sampling, by name: images of all classes and none, times from 1 to 1 / POOL_STEPS.
 

@@ -14,6 +14,7 @@ from elit_export.bundle import Bundle, writing
 from elit_export.errors import BundleError
 from elit_export.manifest import PlanSet
 from elit_export.runtime.opening import open_bank
+from elit_export.spec import covered_text
 from elit_export.verify.cases import Arrays
 from elit_export.verify.parity import Comparison, compared, decoder_parity_of, load_reference, parity_of
 
@@ -56,7 +57,8 @@ def live_reference(
 
     model = computing_in_float32(model_of(bundle, checkpoint, interface))
     reference = plan_set.reference
-    return reference_arrays(model, reference.cases, reference.cache_rows, reference.trajectories)
+    text = covered_text([facts.profile for facts in plan_set.profiles])
+    return reference_arrays(model, reference.cases, reference.cache_rows, reference.trajectories, text)
 
 
 def model_of(bundle: Bundle, checkpoint: str | Path, interface: str | Path | None = None) -> Elit:

@@ -28,6 +28,7 @@ from elit_export.verify.cases import (
     cache_inputs,
     decoder_inputs,
     fused_inputs,
+    point_of,
     trajectory_profiles,
     trajectory_steps,
 )
@@ -246,7 +247,7 @@ def _compared_case(
     outputs, problem = _answers(engine, inputs)
     for tensor in spec.outputs_of(STEP):
         found = _found(outputs, tensor.name, arrays[f"{index}/{tensor.name}"])
-        point = f"K={case.kept} rows={case.rows} {tensor.name}"
+        point = f"{point_of(case)} {tensor.name}"
         yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem)
 
 
@@ -268,7 +269,7 @@ def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: Mod
         outputs, problem = _answers(engine, fused_inputs(given, force=True, rows=case.rows, spec=spec))
         for name, wanted in (("velocity", "velocity"), ("residual_next", "residual")):
             found = _found(outputs, name, arrays[f"{index}/{wanted}"])
-            point = f"K={case.kept} rows={case.rows} computed {wanted}"
+            point = f"{point_of(case)} computed {wanted}"
             yield Comparison(f"graph {FUSED}", point, found, least_db, problem=problem)
     for rows in plan_set.reference.cache_rows:
         given = {LATENTS: np.arange(plan_set.profiles[0].latents[1]), **_reused(rows, spec)}

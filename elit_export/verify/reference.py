@@ -75,14 +75,16 @@ def reference_arrays(
     cases: Sequence[ReferenceCase],
     rows: Sequence[int],
     trajectories: Sequence[ReferenceTrajectory],
+    text: Range | None,
 ) -> Arrays:
     """Inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`.
 
     Inputs of cases are rows of real trajectories: engines in 8 bits are calibrated on these, and need not be good
-    at anything else. Outputs of `probe` and `reuse` at each of `rows` as `GRAPH/ROWS/NAME`.
+    at anything else; `text` is how long their prompts may be. Outputs of `probe` and `reuse` at each of `rows` as
+    `GRAPH/ROWS/NAME`.
     """
     engine, pipeline = torch_engine(model), torch_pipeline(model)
-    pool = trajectory_rows(pipeline, _text_of(trajectories))
+    pool = trajectory_rows(pipeline, text)
     arrays: Arrays = {}
     for index, case in enumerate(cases):
         inputs = case_rows(case, index, pool, model.spec)
@@ -95,10 +97,6 @@ def reference_arrays(
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
     return arrays
-
-
-def _text_of(trajectories: Sequence[ReferenceTrajectory]) -> Range | None:
-    return next((Range(*trajectory.text) for trajectory in trajectories if trajectory.text), None)
 
 
 def decoder_answers(decoder: nn.Module, spec: DecoderSpec, rows: Sequence[int]) -> Arrays:

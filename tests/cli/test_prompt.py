@@ -10,14 +10,15 @@ from typing import Any, Self
 
 import numpy as np
 import pytest
+import torch
 
 from elit_export.bundle import Bundle, writing
 from elit_export.cli import run as commands
 from elit_export.runtime.prompts import Prompts
-from elit_export.text.encoder import TextEncoder, load_encoder, prompts_of
+from elit_export.text.encoder import TextEncoder, Weights, load_encoder, prompts_of
 from elit_export.text.files import load_prompts
 from tests.cli.test_cli import ok, refused, run
-from tests.text.encoders import WIDTH, save_encoder
+from tests.text.encoders import WIDTH, encoder, save_encoder
 from tests.text_models import text_spec
 
 FOX = "a red fox"
@@ -96,15 +97,35 @@ def test_embed_writes_what_sample_takes(folder: Path, loaded: TextEncoder, tmp_p
     expected = prompts_of(loaded, [FOX, "an owl, at night"], [""])
     assert_same(load_prompts(out), expected)
     tokens = expected.positive.text.shape[1]
-    assert f"wrote {out}: 2 prompts of up to {tokens} tokens, {WIDTH} numbers each; draw them with" in said
+    assert (
+        f"wrote {out}: 2 prompts of up to {tokens} tokens and a negative one of 5, {WIDTH} numbers each; draw" in said
+    )
     with np.load(out) as file:
         assert file["prompts"].tolist() == [FOX, "an owl, at night"]
         assert file["negative_prompts"].tolist() == [""]
 
 
-def test_embed_takes_weights_as_stored(folder: Path, loaded: TextEncoder, tmp_path: Path) -> None:
-    ok("embed", folder, "--prompt", FOX, "--encoder-weights", "stored", "--out", tmp_path / "p.npz")
-    assert np.array_equal(load_prompts(tmp_path / "p.npz").positive.text, loaded.embed([FOX]).text)  # float32 here
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The encoder with bfloat16 weights."""
+    path = save_encoder(tmp_path_factory.mktemp("half") / "pipeline")
+    encoder().to(torch.bfloat16).save_pretrained(path / "text_encoder")
+    return path
+
+
+def test_embed_takes_weights_as_stored(half: Path, tmp_path: Path) -> None:
+    ok("embed", half, "--prompt", FOX, "--encoder-weights", "stored", "--out", tmp_path / "p.npz")
+    ok("embed", half, "--prompt", FOX, "--out", tmp_path / "wide.npz")
+    found, wide = (load_prompts(tmp_path / name).positive.text for name in ("p.npz", "wide.npz"))
+    assert np.array_equal(found, load_encoder(half, weights=Weights.STORED).embed([FOX]).text)
+    assert 0 < np.abs(found - wide).max() < 0.2
+
+
+def test_sample_takes_weights_as_stored(text_bundle: Path, half: Path, told: type[Drawing], tmp_path: Path) -> None:
+    options = ["--prompt", FOX, "--encoder", half, "--encoder-weights", "stored", "--out", tmp_path / "s.png"]
+    ok("sample", text_bundle, *options)
+    assert np.array_equal(told.told.positive.text, load_encoder(half, weights=Weights.STORED).embed([FOX]).text)
+    assert not np.array_equal(told.told.positive.text, load_encoder(half).embed([FOX]).text)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +178,7 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, told: type[Dra
         (["--prompts", "p.npz", "--prompt", "x"], "--prompts holds all that is told: leave --prompt out"),
         (["--prompts", "p.npz", "--negative", ""], "--prompts holds all that is told: leave --negative out"),
         (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds all that is told: leave --encoder out"),
+        (["--prompts", "p.npz", "--encoder-weights", "stored"], "holds all that is told: leave --encoder-weights out"),
         (["--prompts", "nowhere.npz"], "no embeddings at nowhere.npz; write it with elit-export embed"),
         (["--prompt", "x", "--encoder", "nowhere"], "no text encoder at nowhere"),
         (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cgf:4"], "guidance 'cgf:4'"),
@@ -187,9 +209,55 @@ def test_sample_refuses_embeddings_of_another_width(text_bundle: Path, tmp_path:
     assert "prompts: text has shape (1, 3, 32), must be (images, tokens, 24)" in said
 
 
-@pytest.mark.parametrize("option", ["--prompt", "--negative", "--encoder", "--prompts"])
+@pytest.mark.parametrize("out", ["fox.png", "fox", "fox.npz", "here/../fox.png"])
+def test_sample_never_overwrites_the_embeddings(
+    text_bundle: Path, folder: Path, told: type[Drawing], tmp_path: Path, out: str
+) -> None:
+    file = tmp_path / "fox.npz"
+    (tmp_path / "here").mkdir()
+    ok("embed", folder, "--prompt", FOX, "--out", file)
+    before = file.read_bytes()
+    said = refused("sample", text_bundle, "--prompts", file, "--out", tmp_path / out)
+    assert f"--out {tmp_path / out} would overwrite {file} with latents: choose another name" in said
+    assert file.read_bytes() == before
+    assert told.told is None
+
+
+def test_sample_draws_several_images_of_a_prompt(
+    text_bundle: Path, folder: Path, loaded: TextEncoder, told: type[Drawing], tmp_path: Path
+) -> None:
+    ok("sample", text_bundle, *TOLD, "--encoder", folder, "--images", "3", "--out", tmp_path / "s.png")
+    assert_same(told.told, prompts_of(loaded, [FOX, "an owl, at night"], [""]).repeated(3))
+
+
+def test_sample_draws_several_different_images_of_a_label(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    ok("sample", tiny_bundle.folder, "--labels", "2,0", "--images", "2", "--steps", "2", "--out", tmp_path / "s.png")
+    with np.load(tmp_path / "s.npz") as file:
+        assert file["labels"].tolist() == [2, 2, 0, 0]
+        assert len(np.unique(file["latents"], axis=0)) == 4
+    assert "--images" in refused("sample", tiny_bundle.folder, "--images", "0")
+
+
+@pytest.mark.parametrize("guidance", [["cfg:1"], ["cfg:4", "--guidance-interval", "0.5001", "0.5002"]], ids=str)
+def test_guidance_that_no_step_uses_needs_no_negative_prompt(
+    text_bundle: Path, folder: Path, told: type[Drawing], tmp_path: Path, guidance: list[str]
+) -> None:
+    options = ["--encoder", folder, "--steps", "7", "--guidance", *guidance, "--out", tmp_path / "s.png"]
+    ok("sample", text_bundle, "--prompt", FOX, *options)
+    assert told.told.negative is None
+
+
+def test_sample_refuses_a_long_prompt_before_the_weights_are_read(
+    text_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("elit_export.text.encoder._model", None)
+    said = refused("sample", text_bundle, "--prompt", "x", "--negative", "fox " * 100, "--encoder", folder)
+    assert f"{LIMITS[2]} are the most" in said
+
+
+@pytest.mark.parametrize("option", ["--prompt", "--negative", "--encoder", "--prompts", "--encoder-weights"])
 def test_sample_of_a_class_model_refuses_text(tiny_bundle: Bundle, option: str) -> None:
-    said = refused("sample", tiny_bundle.folder, option, "x")
+    said = refused("sample", tiny_bundle.folder, option, "stored")
     assert f"{option}: this model takes no text, it draws classes: choose them with --labels" in said
 
 

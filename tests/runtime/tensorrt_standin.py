@@ -563,7 +563,7 @@ class Machine:
             "function": "function",
             "inputs": tensors.inputs,
             "outputs": tensors.outputs,
-            "profiles": [{"rows": each.rows.corners(), "latents": each.latents.corners()} for each in profiles],
+            "profiles": [_ranges(each) for each in profiles],
             "host_code": self.host_code,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -583,6 +583,7 @@ class Machine:
                     name=profile.name,
                     latents=profile.latents.corners(),
                     rows=profile.rows.corners(),
+                    text=profile.text.corners() if profile.text else None,
                     plan=_plan(self.plans[profile.name].parent.name, {backend: version}),
                     parity=Parity(status="passed"),
                 )
@@ -604,6 +605,11 @@ class Machine:
     def left(self) -> list[str]:
         """What is not freed."""
         return self.cuda.left() + self.trt.left()
+
+
+def _ranges(profile: Profile) -> dict[str, tuple[int, int, int]]:
+    ranges = {"rows": profile.rows.corners(), "latents": profile.latents.corners()}
+    return ranges | ({"text": profile.text.corners()} if profile.text else {})
 
 
 def _artifact(kind: str, name: str) -> Artifact:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,25 @@ def test_default_profiles_serve_every_budget_from_its_range() -> None:
     bank = bank_of(*default_profiles(16, ROWS))
     names = [bank.slot_for(budget, 1).profile.name for budget in BUDGETS]
     assert names == ["sixteenth"] * 2 + ["quarter"] * 2 + ["half"] * 8 + ["full"] * 4
+
+
+def test_short_text_is_filled_up_to_what_takes_the_least() -> None:
+    seen = []
+
+    def note(inputs: Arrays) -> Arrays:
+        seen.append(inputs["text_mask"].tolist())
+        return halved(inputs)
+
+    wide, narrow = (replace(profile("p", (1, 16, 16)), text=Range(least, 8, 9)) for least in (4, 3))
+    bank = bank_of(wide, narrow, function=note)
+    for tokens, run in ((1, 3), (3, 3), (5, 5)):
+        slot = bank.slot_for(BUDGETS[-1], 2, tokens)
+        assert slot.tokens(tokens) == run
+        text = {"text": np.ones((2, tokens, 4), np.float32), "text_mask": np.ones((2, tokens), np.int64)}
+        bank(BUDGETS[-1], inputs() | text)
+        assert seen.pop() == [[1] * tokens + [0] * (run - tokens)] * 2
+    with pytest.raises(InputError, match=r"prompts of 10 tokens: profile p takes 4\.\.8\.\.9, p takes 3\.\.8\.\.9"):
+        bank.slot_for(BUDGETS[-1], 2, 10)
 
 
 def test_of_two_ranges_the_one_with_the_nearer_opt_serves() -> None:

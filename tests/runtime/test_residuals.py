@@ -274,14 +274,6 @@ def test_what_is_idle_is_let_go_at_the_next_step() -> None:
     assert not idle()
 
 
-def test_steps_of_no_length_are_forecast_flat() -> None:
-    """A grid so steep that neighbouring times are equal."""
-    choices: dict[str, Any] = {"time_grid": "shift:1e18", "cache": "static:mask@1100000001"}
-    sample = carrying().pipeline.sample([0], steps=10, sampler="euler", **choices)
-    assert np.isfinite(sample.latents).all()
-    assert reuses(sample) == "0011111110"
-
-
 def test_what_a_branch_knew_before_it_was_idle_is_gone() -> None:
     """Strong and weak share calls for a while, apart and together again."""
     made = carrying()

@@ -236,6 +236,16 @@ def test_a_run_costs_what_the_table_says(name: str, steps: int) -> None:
     assert sum(map(len, evaluations)) == SAMPLERS[name].calls(steps)
 
 
+@pytest.mark.parametrize("steps", [2, 5])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_table_says_which_steps_evaluate_their_end(name: str, steps: int) -> None:
+    _, evaluations = run_recording(SAMPLERS[name], steps)
+    times = SAMPLERS[name].times(steps)
+    for step, made in enumerate(evaluations):
+        ends = [times[step + 1]] if SAMPLERS[name].evaluates_end(step, steps) else []
+        assert [t for t, _ in made] == [times[step], *ends]
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

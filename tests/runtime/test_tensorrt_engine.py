@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,46 @@ def test_every_shape_of_every_profile_in_turn(
     for seed, (kept, rows) in enumerate(shapes):
         check(engines["low"], step_inputs(kept, rows, seed))
         check(engines["high"], step_inputs(kept + 8, rows, seed))
+
+
+TEXT = Range(2, 5, 9)
+WITH_TEXT = Tensors(
+    {**STEP.inputs, "text": ["float32", ["rows", "text", 3]], "text_mask": ["int64", ["rows", "text"]]}, STEP.outputs
+)
+
+
+def told(inputs: Arrays) -> dict[str, HostArray]:
+    """A step that depends on the text, its length and its mask."""
+    words = (inputs["text"].sum(axis=2) * inputs["text_mask"]).sum(axis=1)
+    velocity = inputs["x"] + (words + inputs["text"].shape[1])[:, None, None, None].astype(np.float32)
+    return {"velocity": velocity, "residual": np.repeat(velocity.reshape(len(velocity), -1)[:, :16, None], 16, axis=2)}
+
+
+def with_text(tokens: int, rows: int, seed: int) -> dict[str, HostArray]:
+    generator = np.random.default_rng(seed)
+    text = generator.standard_normal((rows, tokens, 3), np.float32)
+    return {**step_inputs(4, rows, seed), "text": text, "text_mask": generator.integers(0, 2, (rows, tokens))}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_text_of_every_length_in_turn(tmp_path: Path, closing: ExitStack, backend: str, layout: str) -> None:
+    """The shapes change, come back and stay for as long as a graph is captured and replayed."""
+    profiles = [replace(profile, text=TEXT) for profile in (LOW, HIGH)]
+    engines = opened(Machine(tmp_path, told, WITH_TEXT, profiles, backend=backend, layout=layout), closing)
+    shapes = [(9, 1), (2, 4), (5, 2), (5, 2), (5, 2), (5, 2), (7, 2), (5, 2), (9, 4)]
+    for seed, (tokens, rows) in enumerate(shapes):
+        inputs = with_text(tokens, rows, seed)
+        found = engines["low"](inputs)
+        for name, expected in told(inputs).items():
+            np.testing.assert_array_equal(to_host(found[name]), expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 10])
+def test_text_outside_of_the_profile_is_refused(tmp_path: Path, closing: ExitStack, tokens: int) -> None:
+    engine = opened(Machine(tmp_path, told, WITH_TEXT, [replace(LOW, text=TEXT)]), closing)["low"]
+    with pytest.raises(EngineError, match="set_input_shape text"):
+        engine(with_text(tokens, 1, 0))
 
 
 def test_graphs_change_no_bit(machine_with: MachineMaker, closing: ExitStack) -> None:

@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elit_export.errors import InputError
+from elit_export.runtime.choices import checked_choices
+from elit_export.runtime.samplers.adams_bashforth import step_weights
 from elit_export.runtime.samplers.base import even_times
 from elit_export.runtime.timegrid import warp
+from tests.helpers import tiny_spec
 
 
 @pytest.mark.parametrize("steps", [1, 3, 10, 20, 50, 250])
@@ -56,3 +59,23 @@ def test_the_inverse_shift_undoes_a_shift(shift: float) -> None:
 def test_an_unknown_grid_names_the_known_ones(grid: str) -> None:
     with pytest.raises(InputError, match=re.escape(repr(grid)) + r".*linear nor shift:S with S > 0, e\.g\. shift:2\.0"):
         warp(even_times(4), grid)
+
+
+@pytest.mark.parametrize("shift", ["1e13", "1e17", "1e18", "1e300", "1e-13", "1e-155", "1e-320"])
+@pytest.mark.parametrize("sampler", ["euler", "ab3"])
+def test_a_grid_whose_times_coincide_is_refused(shift: str, sampler: str) -> None:
+    with pytest.raises(InputError, match=rf"time grid 'shift:{shift}' makes times coincide in 14 steps: choose S near"):
+        checked_choices(tiny_spec(), sampler=sampler, time_grid=f"shift:{shift}")
+
+
+@pytest.mark.parametrize("shift", ["1e10", "1e-10"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_steep_grid_whose_times_differ_has_weights(shift: str, order: int) -> None:
+    times = checked_choices(tiny_spec(), time_grid=f"shift:{shift}").times
+    assert all(np.isfinite(weights).all() for weights in step_weights(times, order=order))
+
+
+def test_an_upward_grid_is_one_too() -> None:
+    assert np.array_equal(warp(even_times(5)[::-1], "linear"), even_times(5)[::-1])
+    with pytest.raises(InputError, match="coincide"):
+        warp(np.array([0.0, 0.5, 0.5, 1.0]), "linear")

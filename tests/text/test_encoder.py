@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import socket
@@ -14,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from elit_export.errors import BackendUnavailable, CheckpointError, InputError
-from elit_export.text.encoder import TextEncoder, Weights, check_installed, load_encoder, prompts_of
+from elit_export.text.encoder import TextEncoder, Weights, check_installed, embedded_by, load_encoder, prompts_of
 from elit_export.text.folder import CONFIG, INDEX, KINDS, WEIGHTS, read_encoder
 from tests.text.encoders import AFTER, DROPPED, TEMPLATE, WIDTH, by_hand, encoder, save_encoder, tokenizer
 from tests.text_models import text_spec
@@ -357,6 +359,63 @@ def test_a_configuration_of_no_model_is_refused(copied: Path, change: dict[str, 
     change_config(copied, lambda config: config["text_config"].update(change))
     with pytest.raises(CheckpointError, match=r"text_encoder: .*copy the folder again"):
         load_encoder(copied)
+
+
+def test_a_configuration_that_does_not_run_is_refused_when_it_is_loaded(copied: Path) -> None:
+    """Its weights fit: the places of rotation are not those of a head."""
+
+    def change(config: dict[str, Any]) -> None:
+        config["text_config"]["rope_parameters"]["mrope_section"] = [2, 2, 20]
+
+    change_config(copied, change)
+    with pytest.raises(CheckpointError, match=r"text_encoder: transformers cannot run it: .*; copy the folder again"):
+        load_encoder(copied)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        OSError("Cannot allocate memory (os error 12)"),
+    ],
+    ids=["Python", "torch", "torch on the CPU", "the system", "safetensors"],
+)
+def test_too_little_memory_is_told_apart_from_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.Qwen2_5_VLTextModel, "from_pretrained", fail)
+    told = (
+        r"not enough memory \(.*\): take half with --encoder-weights stored, or run elit-export embed on a larger mac"
+    )
+    with pytest.raises(BackendUnavailable, match=told) as found:
+        load_encoder(folder)
+    assert "copy the folder again" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("texts", "told"),
+    [
+        ((["@ " * 1024], [""]), r"prompt 1 \(.*tokens long, 1024 are the most"),
+        ((["x"], ["@ " * 1024]), r"prompt 1 \(.*tokens long, 1024 are the most"),
+        ((["x", "y"], ["a", "b", "c"]), "2 prompts and 3 negative ones"),
+        (([], []), "at least one text"),
+    ],
+)
+def test_texts_are_checked_before_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, texts: tuple[list[str], list[str]], told: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(transformers.Qwen2_5_VLTextModel, "from_pretrained", fail)
+    with pytest.raises(InputError, match=told):
+        embedded_by(folder, *texts)
 
 
 def test_a_missing_tokenizer_is_refused(copied: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,61 @@ def test_arrays_that_are_no_embeddings_are_named(tmp_path: Path, arrays: dict[st
     np.savez(tmp_path / "p.npz", **arrays)
     with pytest.raises(InputError, match=rf"p\.npz: {told}"):
         load_prompts(tmp_path / "p.npz")
+
+
+def zipped(path: Path, content: bytes, method: int = zipfile.ZIP_STORED) -> bytes:
+    """A `.npz` whose array `text` is such bytes."""
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("text.npy", content)
+    return path.read_bytes()
+
+
+def array_bytes(header: str) -> bytes:
+    """A `.npy` without any numbers."""
+    made = header.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(made)) + made
+
+
+def saved() -> bytes:
+    made = io.BytesIO()
+    np.save(made, TEXT)
+    return made.getvalue()
+
+
+def marked(path: Path, place: int, value: int) -> bytes:
+    """With another number in the header before the array (at `place`) and in the list of arrays (two behind that)."""
+    content = bytearray(zipped(path, saved()))
+    for mark, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+        content[content.index(mark) + place + shift] = value
+    return bytes(content)
+
+
+def cut_lzma(path: Path) -> bytes:
+    content = bytearray(zipped(path, saved(), zipfile.ZIP_LZMA))
+    content[60:120] = b"\xff" * 60
+    return bytes(content)
+
+
+FOREIGN = {
+    "a header that is no table": lambda path: zipped(path, array_bytes("{'descr': (")),
+    "an array larger than any memory": lambda path: zipped(
+        path, array_bytes("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,)}")
+    ),
+    "encrypted": lambda path: marked(path, 6, 1),
+    "damaged lzma": cut_lzma,
+    "another kind of compression": lambda path: marked(path, 8, 99),
+}
+
+
+@pytest.mark.parametrize("what", list(FOREIGN))
+def test_foreign_and_damaged_files_are_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "p.npz"
+    path.write_bytes(FOREIGN[what](path))
+    with pytest.raises(InputError, match=r"p\.npz: not a \.npz of plain arrays, or damaged; write it with"):
+        load_prompts(path)
+
+
+def test_numbers_too_large_for_float32_are_told_when_they_are_checked(tmp_path: Path) -> None:
+    np.savez(tmp_path / "p.npz", text=np.full((1, 2, 24), 1e300), mask=np.ones((1, 2), int))
+    with pytest.raises(InputError, match="prompts: text holds values that are not finite in float32"):
+        load_prompts(tmp_path / "p.npz").checked(text_spec())

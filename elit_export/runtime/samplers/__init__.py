@@ -13,9 +13,9 @@ SAMPLERS = {
     sampler.name: sampler
     for sampler in (
         Sampler("euler", euler),
-        Sampler("heun", heun, calls=lambda steps: 2 * steps - 1),
+        Sampler("heun", heun, evaluates_end=lambda step, steps: step < steps - 1),
         Sampler("ab2", ab2),
-        Sampler("ab3", ab3, calls=lambda steps: steps + 1),
+        Sampler("ab3", ab3, evaluates_end=lambda step, _steps: step == 0),
         Sampler("euler-maruyama", euler_maruyama, min_steps=2, uses_noise=True, times=sde_times),
     )
 }

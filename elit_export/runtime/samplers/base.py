@@ -23,17 +23,24 @@ def even_times(steps: int) -> Float64:
     return np.arange(steps, -1, -1) / steps  # correctly rounded, unlike linspace: 0.3 is 0.3
 
 
-def one_call_each(steps: int) -> int:
-    return steps
+def never(_step: int, _steps: int) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table. `calls` gives the velocity evaluations of a run of so many steps."""
+    """A row of the table. Every step evaluates the velocity where it begins.
+
+    `evaluates_end` says of a step, of so many, whether it does so too where it ends.
+    """
 
     name: str
     run: Run
-    calls: Callable[[int], int] = one_call_each
+    evaluates_end: Callable[[int, int], bool] = never
     min_steps: int = 1
     uses_noise: bool = False
     times: Callable[[int], Float64] = even_times
+
+    def calls(self, steps: int) -> int:
+        """The velocity evaluations of a run of so many steps."""
+        return steps + sum(self.evaluates_end(step, steps) for step in range(steps))
