@@ -30,6 +30,7 @@ if sys.platform != "win32":
     import fcntl
 
 CHUNK_BYTES = 1 << 20
+NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]*$"  # names that become folders: not hidden, no way out
 MARK = "elit-"  # in temporary names, so that no file of a user is taken for one
 
 

@@ -21,7 +21,7 @@ from elit_export.spec import EXACT_GRAPHS, QUANTIZED, STEP, DecoderSpec, Precisi
 
 GRAPH_LIBRARIES = ("torch", "onnx", "onnx-ir", "onnxscript")
 DECODER_LIBRARY = "diffusers"
-DECODER_SOURCES = ("decoder_folder.py", "decoder.py", "compile_decoder.py", "spec.py")
+DECODER_SOURCES = ("decoder_folder.py", "decoder.py", "compile_decoder.py", "spec")
 QUANTIZING_LIBRARY = "nvidia-modelopt"
 
 
@@ -37,7 +37,7 @@ class Keys:
     @property
     def model(self) -> str:
         architecture = self.recipe.architecture.model_dump()
-        source = code("checkpoint.py", "checkpoint_diffusers.py", "weights.py", "spec.py", "models")
+        source = code("checkpoint.py", "checkpoint_diffusers.py", "weights.py", "spec", "models")
         return key_of(self.checkpoint_sha256, architecture, self.recipe.name, source)
 
     # names

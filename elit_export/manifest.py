@@ -19,10 +19,10 @@ from pydantic import (
     model_validator,
 )
 
+from elit_export.files import NAME_PATTERN
 from elit_export.samples import SampleFacts
 from elit_export.spec import (
     COEFFICIENTS,
-    NAME_PATTERN,
     Budget,
     DataFacts,
     DecoderSpec,

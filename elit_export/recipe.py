@@ -16,9 +16,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 
 from elit_export.backends import BACKENDS
 from elit_export.errors import RecipeError
+from elit_export.files import NAME_PATTERN
 from elit_export.spec import (
     LONGEST_TEXT,
-    NAME_PATTERN,
     QUANTIZED,
     Budget,
     ModelSpec,

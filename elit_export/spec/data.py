@@ -1,0 +1,102 @@
+"""What the numbers in samples mean, and how a decoder takes them.
+
+Takes: numbers.  Gives: DataFacts, DecoderSpec.  May touch: nothing.  Knows nothing of: budgets, models.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from elit_export.errors import InputError
+from elit_export.spec.tensors import ROWS, TensorSpec
+
+ByChannel = float | tuple[float, ...]  # one number that all channels share, or one of each
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the numbers in a model's samples mean.
+
+    `kind` is "pixels" (values in [low, high]) or "vae" (latents of a VAE: decoder input =
+    sample / scale + shift, channel by channel). `class_names` may be empty.
+    """
+
+    kind: str
+    low: float = -1.0
+    high: float = 1.0
+    scale: ByChannel = 1.0
+    shift: ByChannel = 0.0
+    vae: str = ""
+    class_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("pixels", "vae"):
+            raise InputError(f"data kind {self.kind!r} is neither 'pixels' nor 'vae'")
+        for name, value in (("scale", self.scale), ("shift", self.shift)):
+            if not all(map(_is_finite, _numbers(value))):
+                raise InputError(f"data {name} {value!r} is no finite number, nor one of each channel")
+        if min(_numbers(self.scale), default=0.0) <= 0:
+            raise InputError(f"data scale {self.scale!r} is not positive; latents are divided by it")
+
+    def of_channels(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Scale and shift of each channel; raises InputError if they are of another number of channels."""
+        scale, shift = (_numbers(value) for value in (self.scale, self.shift))
+        for name, numbers in (("scale", scale), ("shift", shift)):
+            if len(numbers) not in (1, channels):
+                raise InputError(f"data {name} has {len(numbers)} numbers, samples have {channels} channels")
+        return scale * (channels // len(scale)), shift * (channels // len(shift))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Inverse of to_dict, as JSON gives it back."""
+        told: dict[str, Any] = {**values, "class_names": tuple(values.get("class_names", ()))}
+        lists = {name: tuple(value) for name, value in told.items() if isinstance(value, list)}
+        return cls(**(told | lists))
+
+
+def _numbers(value: ByChannel) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def by_channel_text(value: ByChannel) -> str:
+    """One number where all are the same, else all of them in brackets."""
+    numbers = [f"{number:g}" for number in _numbers(value)]
+    return numbers[0] if len(set(numbers)) == 1 else f"[{', '.join(numbers)}]"
+
+
+PIXELS = DataFacts(kind="pixels")
+SD_VAE = DataFacts(kind="vae", scale=0.18215, vae="stabilityai/sd-vae-ft-ema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """How a VAE decoder is fed: z = latents / scale + shift, in squares of `side` latents.
+
+    Each becomes a square of side · `factor` pixels with values in [−1, 1]. Scale and shift have one number a channel.
+    """
+
+    channels: int
+    image_channels: int
+    scale: tuple[float, ...]
+    shift: tuple[float, ...]
+    factor: int
+    side: int
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return (TensorSpec("z", "float32", (ROWS, self.channels, self.side, self.side)),)
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        pixels = self.side * self.factor
+        return (TensorSpec("pixels", "float32", (ROWS, self.image_channels, pixels, pixels)),)
