@@ -1,10 +1,12 @@
-"""Memory and time of exporting a large text-to-image model whose weights no process ever holds.
+"""Memory and time of exporting a large text-to-image model, or asking PyTorch, without ever holding its weights twice.
 
     python benchmarks/export_size.py --billions 2 --precision bf16
+    python benchmarks/export_size.py --billions 2 --what answer
 
 Makes random bf16 weights of an ELIT-MM-DiT of Qwen-Image's form with about so many parameters: a folder as diffusers
-writes it, shard by shard, and a file with Read and Write. Exports `step` from them in a process of its own, and holds
-that process's peak of resident memory, mapped files included, against the weights as stored. Removes all it wrote.
+writes it, shard by shard, and a file with Read and Write. Exports `step` from them in a process of its own, or has
+PyTorch answer one call of it in float32 there, as a build does for its reference, and holds that process's peak of
+resident memory, mapped files included, against the weights as stored. Removes all it wrote.
 """
 
 from __future__ import annotations
@@ -35,10 +37,13 @@ from elit_export.checkpoint_diffusers import (
 )
 from elit_export.graphs.export import export_graph
 from elit_export.models.elit import Elit
+from elit_export.models.widening import computing_in_float32
 from elit_export.spec import STEP, DataFacts, ModelSpec, Precision
 from elit_export.weights import facts_of, meta_model
 
 NAME = "ELIT-Qwen-Image"
+SIDE = 1024  # pixels
+TEXT = 128  # tokens of the call that PyTorch answers
 MOST_RATIO = 1.3
 HEAD_SIZE = 128
 SCALE = 0.02
@@ -51,6 +56,8 @@ def main() -> None:
     match sys.argv[1:]:
         case ["export", base, interface, out, precision]:
             export(Path(base), Path(interface), Path(out), Precision(precision))
+        case ["answer", base, interface, *_]:
+            answer(Path(base), Path(interface))
         case _:
             compare()
 
@@ -58,12 +65,13 @@ def main() -> None:
 def compare() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--billions", type=float, default=2, help="parameters, about; far fewer miss the bar")
+    parser.add_argument("--what", choices=["export", "answer"], default="export")
     parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], default="bf16")
     parser.add_argument("--folder", type=Path, help="where weights and graph lie meanwhile (twice the weights)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as JSON too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        measured = measure(spec_of(arguments.billions * 1e9), Path(folder), arguments.precision)
+        measured = measure(spec_of(arguments.billions * 1e9), Path(folder), arguments.precision, arguments.what)
     print(measured)
     if arguments.json:
         facts = asdict(measured) | {"ratio": measured.ratio, "anonymous_ratio": measured.anonymous_ratio}
@@ -83,7 +91,7 @@ def spec_of(parameters: float) -> ModelSpec:
     depth = max(12, round(parameters / (36 * (heads * HEAD_SIZE) ** 2)))
     ends = max(1, round(depth * 2 / 15))
     return replace(
-        ModelSpec.named(NAME, resolution=1024),
+        ModelSpec.named(NAME, resolution=SIDE),
         hidden_size=heads * HEAD_SIZE,
         num_heads=heads,
         head_depth=ends,
@@ -155,10 +163,14 @@ class Measured:
     def anonymous_ratio(self) -> float:
         return (self.peak_anonymous_bytes - self.baseline_anonymous_bytes) / self.stored_bytes
 
+    @property
+    def _made(self) -> str:
+        return f", graph in {self.precision} {self.graph_bytes / GIGABYTE:.2f} GB" if self.graph_bytes else ""
+
     def __str__(self) -> str:
         return (
             f"{self.parameters / 1e9:.2f} B parameters (width {self.width}, {self.depth} blocks), stored in "
-            f"{self.stored_bytes / GIGABYTE:.2f} GB, graph in {self.precision} {self.graph_bytes / GIGABYTE:.2f} GB\n"
+            f"{self.stored_bytes / GIGABYTE:.2f} GB{self._made}\n"
             f"resident: baseline {self.baseline_bytes / GIGABYTE:.2f} GB, peak {self.peak_bytes / GIGABYTE:.2f} GB, "
             f"{self.ratio:.2f} of the stored weights above the baseline (at most {MOST_RATIO})\n"
             f"without mapped files: baseline {self.baseline_anonymous_bytes / GIGABYTE:.2f} GB, peak "
@@ -167,11 +179,11 @@ class Measured:
         )
 
 
-def measure(spec: ModelSpec, folder: Path, precision: str) -> Measured:
+def measure(spec: ModelSpec, folder: Path, precision: str, what: str) -> Measured:
     base, interface, parameters = write_weights(spec, folder)
     out = folder / "graph"
     started = time.perf_counter()
-    command = [sys.executable, __file__, "export", str(base), str(interface), str(out), precision]
+    command = [sys.executable, __file__, what, str(base), str(interface), str(out), precision]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin
         assert child.stdout
@@ -181,14 +193,14 @@ def measure(spec: ModelSpec, folder: Path, precision: str) -> Measured:
         child.stdin.flush()
         most, most_anonymous = watched(child)
     if child.returncode:
-        sys.exit(f"the export failed with status {child.returncode}")
+        sys.exit(f"the {what} failed with status {child.returncode}")
     return Measured(
         width=spec.hidden_size,
         depth=spec.depth,
         parameters=parameters,
         precision=precision,
         stored_bytes=sum(file.stat().st_size for file in (interface, *base.glob("*.safetensors"))),
-        graph_bytes=(out / f"{STEP}.onnx.data").stat().st_size,
+        graph_bytes=(out / f"{STEP}.onnx.data").stat().st_size if what == "export" else 0,
         baseline_bytes=before["VmRSS"],
         peak_bytes=most,
         baseline_anonymous_bytes=anonymous_of(before),
@@ -222,6 +234,17 @@ def export(base: Path, interface: Path, out: Path, precision: Precision) -> None
     print("ready", flush=True)
     sys.stdin.readline()
     export_graph(stored_checkpoint(base, interface=interface), STEP, out, precision)
+
+
+def answer(base: Path, interface: Path) -> None:
+    """The same, at the smallest budget: all weights are read once, as for any."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+    model = computing_in_float32(stored_checkpoint(base, interface=interface))
+    spec = model.spec
+    inputs = (torch.zeros(1, *spec.sample_shape), torch.zeros(1), torch.ones(1, TEXT, spec.text_width))
+    with torch.inference_mode():
+        model.step(*inputs, torch.ones(1, TEXT, dtype=torch.int64), torch.arange(1))
 
 
 if __name__ == "__main__":
