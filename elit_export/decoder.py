@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from elit_export.decoder_folder import CONFIG, WEIGHTS, DecoderFolder
-from elit_export.errors import BackendUnavailable, CheckpointError
+from elit_export.errors import BackendUnavailable, CheckpointError, first_lines
 
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
 # What diffusers raises of files that it cannot read or that do not fit, and what of values that no model has.
@@ -95,19 +95,13 @@ def _named(folder: DecoderFolder) -> Iterator[None]:
         yield
     except OF_FILES as error:
         raise CheckpointError(
-            f"{folder.path}: diffusers cannot read it: {_said(error)}; copy the folder again"
+            f"{folder.path}: diffusers cannot read it: {first_lines(error)}; copy the folder again"
         ) from error
     except OF_VALUES as error:
         raise CheckpointError(
             f"{folder.path / CONFIG}: diffusers makes no {folder.class_name} of it: {type(error).__name__}: "
-            f"{_said(error)}; copy the folder again"
+            f"{first_lines(error)}; copy the folder again"
         ) from error
-
-
-def _said(error: BaseException) -> str:
-    """Its first two lines: of weights in another shape, the second names them."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[:2]).rstrip(".")
 
 
 @contextmanager

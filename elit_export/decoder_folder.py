@@ -95,7 +95,7 @@ def read_decoder(folder: str | Path) -> DecoderFolder:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise CheckpointError(f"{path}: its class is {name!r}; known: {', '.join(KINDS)}")
-    _check_weights(path)
+    _check_weights(path, name)
     return _described(path, name, _Config(path / CONFIG, {**KINDS[name].defaults, **config}))
 
 
@@ -108,11 +108,11 @@ def _decoder_path(folder: Path) -> Path:
     raise CheckpointError(f"{folder}: no {CONFIG} in it or in its `{OF_PIPELINE}`; give a folder that diffusers saved")
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path, class_name: str) -> None:
     if (path / WEIGHTS).is_file():
         return
     others = sorted(file.name for file in path.glob("*") if file.suffix in (".bin", ".safetensors", ".pt", ".ckpt"))
-    remedy = "save it again with diffusers: AutoencoderKL.from_pretrained(…).save_pretrained(FOLDER)"
+    remedy = f"save it again with diffusers: {class_name}.from_pretrained(…).save_pretrained(FOLDER)"
     if any(name.endswith((".bin", ".pt", ".ckpt")) for name in others):
         remedy = f"{remedy}; pickled weights are not read, as they can run any code"
     has = f" (it has {', '.join(others)})" if others else ""

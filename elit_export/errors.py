@@ -68,6 +68,12 @@ def first_line(error: BaseException) -> str:
     return said.splitlines()[0] if said else type(error).__name__
 
 
+def first_lines(error: BaseException) -> str:
+    """The first two: of weights in another shape, the second names them."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2]).rstrip(".")
+
+
 def last_line(error: BaseException) -> str:
     """The same of a library that says first where it failed, and last why."""
     said = str(error).strip()

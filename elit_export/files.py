@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import os
 import re
 import struct
@@ -25,6 +24,11 @@ from typing import Any
 import numpy as np
 
 from elit_export.errors import CheckpointError, first_line
+
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python without it, which reads no such files either
+    LZMAError = zlib.error  # type: ignore[assignment, misc]
 
 if sys.platform != "win32":
     import fcntl
@@ -165,7 +169,7 @@ class PlainArraysError(ValueError):
 DAMAGED = (
     *(ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, SyntaxError, OverflowError),
     *(RuntimeError, MemoryError, struct.error, tokenize.TokenError),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError),
+    *(zipfile.BadZipFile, zlib.error, LZMAError),
 )
 
 

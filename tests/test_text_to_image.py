@@ -117,3 +117,21 @@ def test_guidance_and_time_grid_of_large_models_draw(bundle: Path, encoder: Path
     made = [latents_of(*way) for way in ways]
     assert all(np.isfinite(latents).all() for latents in made)
     assert all(np.abs(one - other).max() > 1e-3 for one, other in itertools.combinations(made, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--images", "9"], "9 rows at budget"),
+        (["--cache", "teacache:0.1"], "teacache needs a calibration"),
+        (["--cache", "static:mask@11", "--steps", "3"], "mask"),
+        (["--seed", "-1"], "seed -1 must lie in"),
+    ],
+)
+def test_an_encoder_is_asked_only_for_what_can_be_drawn(
+    bundle: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], told: str
+) -> None:
+    monkeypatch.setattr("elit_export.text.encoder.load_encoder", None)  # whoever calls it fails
+    done = CliRunner().invoke(main, ["sample", str(bundle), "--prompt", "x", "--encoder", str(encoder), *options])
+    assert done.exit_code == 2, done.output
+    assert told in " ".join(done.output.split())

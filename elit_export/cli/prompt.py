@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from elit_export.cli.common import FILE, FOLDER, say
 from elit_export.errors import InputError
 from elit_export.runtime.choices import Chosen
-from elit_export.runtime.prompts import Prompts
+from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import LONGEST_TEXT, ModelSpec
 from elit_export.text.encoder import Weights, embedded_by
 from elit_export.text.files import load_prompts, save_prompts
@@ -57,17 +58,22 @@ class Told:
         if self.given:
             raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
 
-    def prompts(self, spec: ModelSpec, labels: str, chosen: Chosen, longest: int) -> Prompts:
+    def prompts(
+        self, spec: ModelSpec, labels: str, chosen: Chosen, longest: int, rehearse: Callable[[Prompts], object]
+    ) -> Prompts:
         """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError.
 
-        An encoder is asked last, when all else is known to be right. Engines take `longest` tokens at most.
+        `rehearse` raises what a sampling would that is to show them. An encoder is asked last, when all else is known
+        to be right, and before engines are opened: it may take as much memory. Engines take `longest` tokens at most.
         """
         if labels:
             raise InputError(f"--labels {labels}: this model takes text: {HOW}")
         if self.file is not None:
             if len(self.given) > 1:
                 raise InputError(f"--prompts holds all that is told: leave {self.given[1]} out")
-            return load_prompts(self.file).checked(spec)
+            prompts = load_prompts(self.file).checked(spec)
+            rehearse(prompts)
+            return prompts
         if not self.texts or self.encoder is None:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{wanted}, this model takes text: {HOW}")
@@ -75,9 +81,17 @@ class Told:
             raise InputError(
                 f"guidance {chosen.guidance} leads away from a negative prompt: give --negative TEXT, or ''"
             )
+        if self.negative is not None and not chosen.needs_null:
+            raise InputError(f"guidance {chosen.guidance} leads away from no --negative: leave it out, or add cfg:4")
         folder = read_encoder(self.encoder)
         folder.check_fits(spec)
+        rehearse(self._of_one_token(spec))
         return embedded(folder, self.texts, self.negative, self.weights, longest).checked(spec)
+
+    def _of_one_token(self, spec: ModelSpec) -> Prompts:
+        """As many prompts as are told, for whoever asks nothing else of them."""
+        told = Embedded(np.zeros((len(self.texts), 1, spec.text_width), np.float32), np.ones((len(self.texts), 1), int))
+        return Prompts(told, told if self.negative is not None else None)
 
 
 def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:

@@ -25,9 +25,8 @@ from elit_export.demo import DemoRow, build_demo, demo_rows, demo_ways, open_dem
 from elit_export.doctor import TOOLS
 from elit_export.errors import BackendUnavailable, InputError
 from elit_export.files import written_whole
-from elit_export.manifest import ModelFacts, PlanSet
 from elit_export.report.tables import table
-from elit_export.runtime.choices import DEFAULTS, Chosen, checked_choices
+from elit_export.runtime.choices import DEFAULTS, checked_choices
 from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline, Subjects
@@ -134,7 +133,20 @@ def sample(
     opened = Bundle.open(bundle)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     model = opened.manifest.model
-    subjects = repeated(wanted(model, plan_set, labels, told, checked_choices(model.spec, **choices)), images)
+    chosen = checked_choices(model.spec, **choices)
+    unopened = Pipeline.unopened(opened, plan_set)
+
+    def rehearse(subjects: Subjects) -> Subjects:
+        """As many images as are wanted; raises what the sampling itself would before its first step."""
+        every = repeated(subjects, images)
+        unopened.steps(every, **choices)
+        return every
+
+    if model.spec.text_width:
+        subjects = repeated(told.prompts(model.spec, labels, chosen, plan_set.longest_text, rehearse), images)
+    else:
+        told.refuse_for_classes()
+        subjects = rehearse(parse_labels(labels, model.spec, model.data))
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline:
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=choices["steps"])
@@ -154,17 +166,6 @@ def sample(
         return
     save_grid(pictures, out.with_suffix(".png"))
     say(f"wrote {out.with_suffix('.png')} and {arrays}")
-
-
-def wanted(model: ModelFacts, plan_set: PlanSet, labels: str, told: Told, chosen: Chosen) -> Subjects:
-    """Labels, or Prompts for a model that takes text; raises InputError or CheckpointError.
-
-    Called before engines are opened: an encoder may take as much memory as they do.
-    """
-    if model.spec.text_width:
-        return told.prompts(model.spec, labels, chosen, plan_set.longest_text)
-    told.refuse_for_classes()
-    return parse_labels(labels, model.spec, model.data)
 
 
 def repeated(subjects: Subjects, times: int) -> Subjects:

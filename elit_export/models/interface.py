@@ -21,6 +21,7 @@ from elit_export.models.layers import (
     normed,
     over_tokens,
     plain_norm,
+    precision_of,
     split_heads,
 )
 
@@ -86,7 +87,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def queries(self, x: Tensor) -> Tensor:  # (..., Q, D)
-        q = normed(self.q_norm, linear(self.q_proj, x)).to(self.kv_proj.weight.dtype)
+        q = normed(self.q_norm, linear(self.q_proj, x)).to(precision_of(self.kv_proj))
         return split_heads(q, self.num_heads)  # (..., h, Q, D/h)
 
     def attend(self, queries: Tensor, context: Tensor) -> Tensor:  # (B, G, h, Q, D/h), (B, G, J, D)

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from elit_export.spec import ModelSpec
 
@@ -115,8 +116,13 @@ def rotation_of(angles: Tensor) -> Rotation:
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """The layer in its own precision."""
-    product: Tensor = layer(x.to(layer.weight.dtype))
+    product: Tensor = layer(x.to(precision_of(layer)))
     return product
+
+
+def precision_of(layer: nn.Linear) -> torch.dtype:
+    """That which its weight has when asked; of one that is widened then (`models.widening`), without asking."""
+    return torch.float32 if is_parametrized(layer) else layer.weight.dtype
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:

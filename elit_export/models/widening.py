@@ -31,18 +31,29 @@ def computing_in_float32(model: Elit) -> Elit:
         return model
     widened = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for module in list(widened.modules()):
-        for name in [name for name, tensor in _own_tensors(module) if tensor.dtype is not torch.float32]:
+        for name in [name for name, tensor in _own_tensors(module) if _is_narrow(tensor)]:
             parametrize.register_parametrization(module, name, Widened(), unsafe=True)  # of another type, on purpose
     return widened
 
 
 def widened_whole(model: Elit) -> Elit:
     """The model itself if it is all float32, else a copy that holds its weights in float32, for what asks for speed."""
-    return model if _is_float32(model) else copy.deepcopy(model).float()
+    if _is_float32(model):
+        return model
+    held = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
+    exact = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in held.items()}
+    parameters = {id(parameter) for parameter in model.parameters()}
+    return copy.deepcopy(
+        model, {key: nn.Parameter(t, requires_grad=False) if key in parameters else t for key, t in exact.items()}
+    )
 
 
 def _is_float32(model: Elit) -> bool:
-    return all(tensor.dtype is torch.float32 for tensor in (*model.parameters(), *model.buffers()))
+    return not any(_is_narrow(tensor) for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.dtype is not torch.float32
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """What a sampling may choose, checked against a model before anything runs.
 
-Takes: choices as an application or a command line makes them.  Gives: Plan.  May touch: a file that a cache names.
+Takes: choices as an application or a command line makes them.  Gives: Chosen.  May touch: a file that a cache names.
 Knows nothing of: engines, what the images show.
 """
 
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from elit_export.errors import InputError
 from elit_export.runtime.cache import CachePolicy
 from elit_export.runtime.guidance import Branch, Guidance
-from elit_export.runtime.noise import Float64
+from elit_export.runtime.noise import Float64, check_seed
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.samplers.base import Sampler
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
@@ -85,6 +85,7 @@ def checked_choices(spec: ModelSpec, **choices: Unpack[Choices]) -> Chosen:
         raise InputError(f"unknown choice {unknown[0]!r}; known: {', '.join(Choices.__annotations__)}")
     given = Choices(**{**DEFAULTS, **choices})
     _check_types(given)
+    check_seed(given["seed"])
     sampler = sampler_named(given["sampler"])
     if given["steps"] < sampler.min_steps:
         raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {given['steps']}")
@@ -119,11 +120,11 @@ CHOICE_TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
 }
 
 
-def _check_types(chosen: Choices) -> None:
+def _check_types(given: Choices) -> None:
     for name, (wanted, types) in CHOICE_TYPES.items():
-        value = chosen.get(name)
+        value = given.get(name)
         if not isinstance(value, types) or isinstance(value, bool):
             raise InputError(f"{name} must be {wanted}, not {value!r}")
-    interval = chosen["guidance_interval"]
+    interval = given["guidance_interval"]
     if len(interval) != 2 or not all(isinstance(t, int | float | np.floating) for t in interval):
         raise InputError(f"guidance_interval must be a pair of numbers, not {interval!r}")

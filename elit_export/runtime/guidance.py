@@ -106,7 +106,8 @@ class Guidance:
         if self.kind is Kind.NONE:
             return "none"
         weak, norm = f"@{self.weak.kept}" if self.weak else "", ",norm" if self.norm else ""
-        return f"{self.kind.value}:{self.scale:g}{weak}{norm}"
+        scale = repr(float(self.scale)).removesuffix(".0")
+        return f"{self.kind.value}:{scale}{weak}{norm}"
 
 
 def _lengths(velocity: npt.NDArray[Any], patch: int) -> Float64:

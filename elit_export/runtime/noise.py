@@ -17,8 +17,7 @@ class SeededNoise:
     """Streams of standard normal numbers, one per sample: first the start noise, then SDE noise in order."""
 
     def __init__(self, seed: int, samples: int, shape: tuple[int, ...]) -> None:
-        if not 0 <= seed < 1 << 64:
-            raise InputError(f"seed {seed} must lie in 0 to 2**64 - 1")
+        check_seed(seed)
         keys = [np.array([seed, sample], np.uint64) for sample in range(samples)]  # a tuple would pass through float64
         self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         self._shape = shape
@@ -26,3 +25,9 @@ class SeededNoise:
     def __call__(self) -> Float64:
         """The next noise of every sample, (B, C, H, W)."""
         return np.stack([stream.standard_normal(self._shape) for stream in self._streams])
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for one that noise cannot be made of."""
+    if not 0 <= seed < 1 << 64:
+        raise InputError(f"seed {seed} must lie in 0 to 2**64 - 1")

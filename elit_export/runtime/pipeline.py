@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from elit_export.bundle import Bundle
 from elit_export.errors import CalibrationError, InputError
-from elit_export.runtime.bank import EngineBank
+from elit_export.manifest import PlanSet
+from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
 from elit_export.runtime.choices import Choices, Chosen, checked_choices
 from elit_export.runtime.decoding import Decoder
+from elit_export.runtime.engine import FunctionEngine
 from elit_export.runtime.images import Pixels, to_images
 from elit_export.runtime.noise import Float64, SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
@@ -80,6 +82,10 @@ class Sample:
         )
 
 
+# Asked for embeddings of t alone, by a cache that goes by how they change: no value of theirs is an error.
+NO_ENGINE = FunctionEngine(lambda inputs: {"embedding": np.ones((len(inputs["t"]), 1), np.float32)})
+
+
 def ignore(_record: StepRecord) -> None:
     """Listen to no step."""
 
@@ -131,6 +137,20 @@ class Pipeline:
         bank = open_bank(opened, plan_set)
         decoder = open_decoder(bank, plan_set)
         return cls(bank, model.spec, model.data, fits=fits, uncalibrated=problem, decoder=decoder)
+
+    @classmethod
+    def unopened(cls, bundle: Bundle, plan_set: PlanSet) -> Self:
+        """One without engines, whose `steps` checks a request as that of the real one does, before plans are opened.
+
+        Raises BundleError for plans never run on their device.
+        """
+        check_verified(plan_set, bundle.folder)
+        model = bundle.manifest.model
+        slots = [Slot(facts.profile, NO_ENGINE) for facts in plan_set.profiles]
+        cache = dict.fromkeys(plan_set.cache, NO_ENGINE)
+        fits, problem = cache_fits(bundle)
+        bank = EngineBank(slots, model.spec.budgets, plan_set.precision, cache)
+        return cls(bank, model.spec, model.data, fits=fits, uncalibrated=problem)
 
     @property
     def makes_pictures(self) -> bool:

@@ -112,7 +112,7 @@ def _numbers(values: object, what: str, kinds: str) -> HostArray:
     except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors of other libraries
         raise InputError(
             f"{what} is no array of numbers ({first_line(error)}); give one of NumPy, e.g. {OF_TORCH}"
-        ) from (error)
+        ) from error
     if array.dtype.kind not in kinds:
         raise InputError(f"{what} holds {array.dtype}, must be numbers; e.g. {OF_TORCH}")
     return array

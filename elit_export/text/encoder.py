@@ -10,6 +10,7 @@ and nothing is asked of the network. Every prompt runs by itself, so that its em
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -20,11 +21,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.errors import BackendUnavailable, CheckpointError, InputError
+from elit_export.errors import BackendUnavailable, CheckpointError, InputError, first_lines
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import LONGEST_TEXT
 from elit_export.text.folder import CONFIG, EncoderFolder, read_encoder
 
+LOADING = threading.Lock()
 Float32 = npt.NDArray[np.float32]
 OPTIONS = {"local_files_only": True, "trust_remote_code": False}
 
@@ -108,7 +110,7 @@ class TextEncoder:
     def _hidden(self, ids: list[int]) -> Float32:  # (len(ids), W)
         import torch
 
-        with _asking(self.folder.path, "run"), torch.inference_mode():
+        with _told(self.folder.path, "run"), torch.inference_mode():
             hidden = self._model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
         values: Float32 = hidden[0].float().numpy()
         return values
@@ -185,7 +187,7 @@ def load_template(folder: str | Path | EncoderFolder) -> Template:
     check_installed()
     from transformers import AutoTokenizer  # seconds
 
-    with _asking(found.tokenizer, "read"):
+    with _quiet(), _told(found.tokenizer, "read"):
         tokenizer = AutoTokenizer.from_pretrained(found.tokenizer, **OPTIONS)
     return Template(found, tokenizer)
 
@@ -205,7 +207,7 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
     import transformers
 
     kind = folder.kind
-    with _asking(folder.path, "read"):
+    with _quiet(), _told(folder.path, "read"):
         model, found = getattr(transformers, kind.text_class).from_pretrained(
             folder.path,
             config=getattr(transformers, kind.config_class).from_pretrained(folder.path, **OPTIONS).text_config,
@@ -228,27 +230,37 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
 
 
 @contextmanager
-def _asking(path: Path, to: str) -> Iterator[None]:
-    """What transformers raises of a folder is of no one class, and it tells at length of weights not needed here."""
+def _quiet() -> Iterator[None]:
+    """transformers tells at length of weights not needed here. One at a time: all of the process share what it says."""
     import transformers.utils.logging
 
     logging: Any = transformers.utils.logging
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with LOADING:
+        verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if had_bars:
+                logging.enable_progress_bar()
+
+
+@contextmanager
+def _told(path: Path, to: str) -> Iterator[None]:
+    """What transformers raises of a folder is of no one class."""
     try:
         yield
     except Exception as error:
         if _is_of_memory(error):
             raise BackendUnavailable(
-                f"{path}: not enough memory ({_said(error)}): take half with --encoder-weights stored, or run "
+                f"{path}: not enough memory ({first_lines(error)}): take half with --encoder-weights stored, or run "
                 f"elit-export embed on a larger machine and give its file: elit-export sample BUNDLE --prompts FILE.npz"
             ) from error
-        raise CheckpointError(f"{path}: transformers cannot {to} it: {_said(error)}; copy the folder again") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
+        raise CheckpointError(
+            f"{path}: transformers cannot {to} it: {first_lines(error)}; copy the folder again"
+        ) from error
 
 
 def _is_of_memory(error: BaseException) -> bool:
@@ -260,9 +272,3 @@ def _is_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM or f"(os error {errno.ENOMEM})" in str(error)  # as safetensors tells it
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-def _said(error: BaseException) -> str:
-    """Its first two lines: of weights in another shape, the second names them."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[:2]).rstrip(".")

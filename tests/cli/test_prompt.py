@@ -22,6 +22,7 @@ from tests.text.encoders import WIDTH, encoder, save_encoder
 from tests.text_models import text_spec
 
 FOX = "a red fox"
+GUIDED = ["--guidance", "cfg:3"]
 LIMITS = (1, 8, 64)  # tokens of text
 TOLD = ["--prompt", FOX, "--prompt", "an owl, at night", "--negative", ""]
 
@@ -62,6 +63,12 @@ class Drawing:
     @classmethod
     def load(cls, *_: object, **__: object) -> Self:
         return cls()
+
+    @classmethod
+    def unopened(cls, *_: object) -> Self:
+        return cls()
+
+    def steps(self, *_: object, **__: object) -> None: ...
 
     def sample(self, told: Any, **_: object) -> SimpleNamespace:
         Drawing.told = told
@@ -154,7 +161,7 @@ def test_embed_of_a_missing_folder_says_which_is_wanted(tmp_path: Path) -> None:
 def test_sample_embeds_prompts(
     text_bundle: Path, folder: Path, loaded: TextEncoder, told: type[Drawing], tmp_path: Path
 ) -> None:
-    said = ok("sample", text_bundle, *TOLD, "--encoder", folder, "--out", tmp_path / "s.png")
+    said = ok("sample", text_bundle, *TOLD, *GUIDED, "--encoder", folder, "--out", tmp_path / "s.png")
     assert_same(told.told, prompts_of(loaded, [FOX, "an owl, at night"], [""]))
     assert "drawn" in said
     with np.load(tmp_path / "s.npz") as file:
@@ -185,12 +192,15 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, told: type[Dra
         (["--prompt", "x", "--encoder", "nowhere", "--schedule", "0-3:full"], "schedule"),
         (["--prompt", "x", "--encoder", "nowhere", "--cache", "teacake:1"], "cache"),
         (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "a negative prompt: give --negative TEXT"),
+        (["--prompt", "x", "--encoder", "nowhere", "--negative", ""], "guidance none leads away from no --negative"),
+        (["--prompt", "x", "--encoder", "nowhere", "--seed", "-1"], "seed -1 must lie in 0 to 2**64 - 1"),
     ],
 )
 def test_sample_of_a_text_model_refuses_what_is_wrong(text_bundle: Path, options: list[str], said: str) -> None:
     assert said in refused("sample", text_bundle, *options)
 
 
+@pytest.mark.usefixtures("told")
 def test_sample_refuses_a_prompt_that_is_too_long_for_the_engines(text_bundle: Path, folder: Path) -> None:
     said = refused("sample", text_bundle, "--prompt", "fox " * 100, "--encoder", folder)
     assert "prompt 1 ('fox fox fox fox fox ')" in said.replace("…", "")
@@ -226,7 +236,7 @@ def test_sample_never_overwrites_the_embeddings(
 def test_sample_draws_several_images_of_a_prompt(
     text_bundle: Path, folder: Path, loaded: TextEncoder, told: type[Drawing], tmp_path: Path
 ) -> None:
-    ok("sample", text_bundle, *TOLD, "--encoder", folder, "--images", "3", "--out", tmp_path / "s.png")
+    ok("sample", text_bundle, *TOLD, *GUIDED, "--encoder", folder, "--images", "3", "--out", tmp_path / "s.png")
     assert_same(told.told, prompts_of(loaded, [FOX, "an owl, at night"], [""]).repeated(3))
 
 
@@ -247,11 +257,12 @@ def test_guidance_that_no_step_uses_needs_no_negative_prompt(
     assert told.told.negative is None
 
 
+@pytest.mark.usefixtures("told")
 def test_sample_refuses_a_long_prompt_before_the_weights_are_read(
     text_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elit_export.text.encoder._model", None)
-    said = refused("sample", text_bundle, "--prompt", "x", "--negative", "fox " * 100, "--encoder", folder)
+    said = refused("sample", text_bundle, "--prompt", "x", "--negative", "fox " * 100, "--encoder", folder, *GUIDED)
     assert f"{LIMITS[2]} are the most" in said
 
 
@@ -261,6 +272,7 @@ def test_sample_of_a_class_model_refuses_text(tiny_bundle: Bundle, option: str) 
     assert f"{option}: this model takes no text, it draws classes: choose them with --labels" in said
 
 
+@pytest.mark.usefixtures("told")
 def test_sample_without_transformers_names_the_extra(
     text_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
