@@ -18,15 +18,15 @@ from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from torch import Tensor
 
 from elit_export.backends import BACKENDS
-from elit_export.compile import ANY_BUDGET
-from elit_export.decoder import VaeDecoder, load_decoder
-from elit_export.decoder_folder import read_decoder
+from elit_export.backends.onnxruntime.options import OnnxRuntimeTarget
+from elit_export.bench.timing import timed_in_turn
+from elit_export.checkpoints.vae import read_decoder
+from elit_export.checkpoints.vae_decoder import VaeDecoder, load_decoder
+from elit_export.compiler.build import ANY_BUDGET
 from elit_export.graphs.export import export_decoder
-from elit_export.recipe import OnnxRuntimeTarget
 from elit_export.spec import DECODE, DecoderSpec, Precision, Profile, Range
 from elit_export.verify.cases import decoder_inputs
 from elit_export.verify.metrics import difference
-from elit_export.verify.timing import timed_in_turn
 
 SIDES = (32, 64)
 ONE = Range(1, 1, 1)
@@ -68,7 +68,7 @@ def measure(decode: Decode, decoder: VaeDecoder, spec: DecoderSpec, folder: Path
     z = torch.from_numpy(inputs["z"])
     with (
         torch.inference_mode(),
-        backend.engines().OnnxRuntimeEngine(folder / "plan" / built.file, device="cpu", threads=0) as engine,
+        backend.loader().OnnxRuntimeEngine(folder / "plan" / built.file, device="cpu", threads=0) as engine,
     ):
         found = difference(engine(inputs)["pixels"], decode(z).numpy())
         timing = timed_in_turn({"engine": lambda: engine(inputs), "": lambda: decode(z)}, rounds=rounds, warmup=0)

@@ -25,8 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from elit_export.checkpoint import stored_checkpoint
-from elit_export.checkpoint_diffusers import (
+from elit_export.checkpoints.diffusers import (
     CLASS_NAME,
     CONFIG,
     INDEX,
@@ -35,11 +34,13 @@ from elit_export.checkpoint_diffusers import (
     config_of,
     diffusers_name,
 )
+from elit_export.checkpoints.native import stored_checkpoint
+from elit_export.checkpoints.weights import facts_of, meta_model
 from elit_export.graphs.export import export_graph
 from elit_export.models.elit import Elit
-from elit_export.models.widening import computing_in_float32
+from elit_export.models.registry import named_spec
+from elit_export.models.upcast import upcast_on_use
 from elit_export.spec import STEP, DataFacts, ModelSpec, Precision
-from elit_export.weights import facts_of, meta_model
 
 NAME = "ELIT-Qwen-Image"
 SIDE = 1024  # pixels
@@ -91,7 +92,7 @@ def spec_of(parameters: float) -> ModelSpec:
     depth = max(12, round(parameters / (36 * (heads * HEAD_SIZE) ** 2)))
     ends = max(1, round(depth * 2 / 15))
     return replace(
-        ModelSpec.named(NAME, resolution=SIDE),
+        named_spec(NAME, resolution=SIDE),
         hidden_size=heads * HEAD_SIZE,
         num_heads=heads,
         head_depth=ends,
@@ -240,7 +241,7 @@ def answer(base: Path, interface: Path) -> None:
     """The same, at the smallest budget: all weights are read once, as for any."""
     print("ready", flush=True)
     sys.stdin.readline()
-    model = computing_in_float32(stored_checkpoint(base, interface=interface))
+    model = upcast_on_use(stored_checkpoint(base, interface=interface))
     spec = model.spec
     inputs = (torch.zeros(1, *spec.sample_shape), torch.zeros(1), torch.ones(1, TEXT, spec.text_width))
     with torch.inference_mode():

@@ -21,16 +21,16 @@ from rich.console import Console
 from rich.table import Table
 
 from elit_export.backends import BACKENDS
-from elit_export.checkpoint import load_checkpoint
-from elit_export.compile import compile_bundle
-from elit_export.models.cost import flops
+from elit_export.bench.engines import bench_inputs, engine_runner
+from elit_export.bench.timing import timed_in_turn
+from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.checkpoints.native import load_checkpoint
+from elit_export.compiler.build import compile_bundle
+from elit_export.cost.flops import flops
 from elit_export.models.precision import in_precision
 from elit_export.models.sit import ElitSiT
-from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import Budget, Precision
-from elit_export.verify.bench import bench_inputs, engine_runner
-from elit_export.verify.timing import timed_in_turn
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 LAYOUTS = ("per-profile", "multi-profile")
@@ -75,7 +75,7 @@ def recipe(checkpoint: str, backend: str, precision: str, layout: str, graphs: b
         "precision": precision,
         "layout": layout,
         "cuda_graphs": graphs,
-        "compute_capabilities": [BACKENDS[backend].engines().compute_capability()],
+        "compute_capabilities": [BACKENDS[backend].loader().compute_capability()],
     }
     ranges = {"min": 1, "opt": min(rows), "max": max(rows)}
     values = {"name": "gpu", "checkpoint": checkpoint, "rows": ranges, "targets": {"gpu": target}}

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from elit_export.checkpoint import save_checkpoint
-from elit_export.models.backbones import BACKBONES, NAMES, new_model
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.models.elit import Elit
+from elit_export.models.registry import BACKBONES, NAMES, named_spec, new_model
 from elit_export.spec import SD_VAE, DataFacts, ModelSpec
 
 
 def spec_of(name: str, resolution: int, split: str | None) -> ModelSpec:
-    spec = ModelSpec.named(name, resolution=resolution)
+    spec = named_spec(name, resolution=resolution)
     if split is None:
         return spec
     head, core, tail = (int(part) for part in split.split("-"))

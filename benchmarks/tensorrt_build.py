@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 from elit_export.backends import BACKENDS
-from elit_export.checkpoint import load_checkpoint
+from elit_export.backends.tensorrt.options import TensorRTTarget
+from elit_export.bundle.recipe import load_recipe
+from elit_export.checkpoints.native import load_checkpoint
+from elit_export.cost.flops import flops
 from elit_export.graphs.export import export_graph
-from elit_export.models.cost import flops
-from elit_export.recipe import TensorRTTarget, load_recipe
 from elit_export.spec import ModelSpec, default_profiles
 
 LAYOUTS = ("per-profile", "multi-profile")

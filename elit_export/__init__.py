@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elit_export.checkpoint import load_checkpoint
-    from elit_export.compile import compile_bundle
+    from elit_export.checkpoints.native import load_checkpoint
+    from elit_export.compiler.build import compile_bundle
     from elit_export.errors import ElitExportError
     from elit_export.runtime.pipeline import Pipeline
     from elit_export.spec import Budget, ModelSpec
@@ -24,8 +24,8 @@ _HOMES = {
     "ElitExportError": "elit_export.errors",
     "ModelSpec": "elit_export.spec",
     "Pipeline": "elit_export.runtime.pipeline",
-    "compile_bundle": "elit_export.compile",
-    "load_checkpoint": "elit_export.checkpoint",
+    "compile_bundle": "elit_export.compiler.build",
+    "load_checkpoint": "elit_export.checkpoints.native",
 }
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until an application listens

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,75 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from elit_export import Pipeline, compile
-from elit_export.bundle import Bundle
-from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
-from elit_export.checkpoint import load_checkpoint, save_checkpoint
-from elit_export.compile import compile_bundle
-from elit_export.graphs.export import export_graph
-from elit_export.models.sit import ElitSiT
-from elit_export.recipe import Recipe, recipe_from_values, shipped_recipe
-from elit_export.samples import save_samples
+from elit_export.graphs import export
+from elit_export.models.elit import Elit
 from elit_export.spec import Precision
-from tests.helpers import Golden, golden, tiny_model
+
+# ---------------------------------------------------------------- exports that the whole run shares
+
+EXPORTS = "ELIT_EXPORT_TEST_EXPORTS"  # the folder that holds them, for all workers of a run
+Export = Callable[[Elit, str, Path, Precision], Path]
+
+
+def remembering(export_graph: Export) -> Export:
+    """Real exports, each made once: torch takes seconds for one, and most here are of the same few models."""
+
+    @functools.wraps(export_graph)
+    def remembered(model: Elit, name: str, target: Path, precision: Precision = Precision.FP32) -> Path:
+        folder = os.environ.get(EXPORTS)
+        if folder is None:
+            return export_graph(model, name, target, precision)
+        made = Path(folder) / f"{fingerprint(model)}-{name}-{precision.value}"
+        with FileLock(f"{made}.lock"):
+            if not made.is_dir():
+                export_graph(model, name, made.with_suffix(".part"), precision)
+                made.with_suffix(".part").rename(made)
+        for file in (f"{name}.onnx.data", f"{name}.onnx"):
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(made / file, target / file)
+        return target / f"{name}.onnx"
+
+    return remembered
+
+
+def registry_made_once() -> None:
+    """torch parses some 500 functions of its library anew at every export; here each export gets a copy."""
+    make = ONNXRegistry.from_torchlib
+    registries = functools.cache(make)
+
+    def from_torchlib(*arguments: Any, **named: Any) -> ONNXRegistry:
+        made = copy.copy(registries(*arguments, **named))
+        made.functions = {name: list(overloads) for name, overloads in made.functions.items()}
+        return made
+
+    ONNXRegistry.from_torchlib = from_torchlib
+
+
+# Before the modules of tests and of the package import it by name.
+unremembered_export = export.export_graph
+export.export_graph = remembering(export.export_graph)  # type: ignore[assignment]
+registry_made_once()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of a run inherit the folder from the process that starts them."""
+    if EXPORTS not in os.environ:
+        base = Path(os.environ.get("TMPDIR", "/tmp")) / f"elit-export-exports-{os.getpid()}"
+        base.mkdir(parents=True, exist_ok=True)
+        os.environ[EXPORTS] = str(base)
+        config.add_cleanup(lambda: shutil.rmtree(base, ignore_errors=True))
+
+
+from elit_export import Pipeline, compile_bundle  # noqa: E402
+from elit_export.bundle.calibration_inputs import save_inputs  # noqa: E402
+from elit_export.bundle.reading import Bundle  # noqa: E402
+from elit_export.bundle.recipe import Recipe, recipe_from_values, shipped_recipe  # noqa: E402
+from elit_export.calibrate.inputs import SampleRecipe, seen_rows, taken  # noqa: E402
+from elit_export.checkpoints.native import load_checkpoint, save_checkpoint  # noqa: E402
+from elit_export.models.sit import ElitSiT  # noqa: E402
+from tests.helpers import Golden, golden, tiny_model  # noqa: E402
 
 torch.set_num_threads(1)  # the models here are tiny; a second thread only waits for the first
 # Fuzzing anew at every run and for longer than `make test` does:
@@ -33,28 +92,7 @@ torch.set_num_threads(1)  # the models here are tiny; a second thread only waits
 settings.register_profile("long", max_examples=5000)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Builds share real exports: torch takes seconds for one, and most builds here are of the same few models."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"  # shared by a run's workers
-
-    def remembered(model: ElitSiT, name: str, target: Path, precision: Precision) -> Path:
-        made = folder / f"{fingerprint(model)}-{name}-{precision.value}"
-        folder.mkdir(exist_ok=True)
-        with FileLock(f"{made}.lock"):
-            if not made.is_dir():
-                export_graph(model, name, made.with_suffix(".part"), precision)
-                made.with_suffix(".part").rename(made)
-        shutil.copytree(made, target, dirs_exist_ok=True)
-        return target / f"{name}.onnx"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compile, "export_graph", remembered)
-        yield
-
-
-def fingerprint(model: ElitSiT) -> str:
+def fingerprint(model: Elit) -> str:
     """Of the spec and every weight, whatever it is stored in: the graph is the same."""
     digest = hashlib.sha256(str(model.spec).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -132,7 +170,7 @@ def tiny_samples(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) 
         checkpoint = tiny_bundle.manifest.model.checkpoint_sha256
         found = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, checkpoint)
     path = tmp_path_factory.mktemp("samples") / "samples.npz"
-    save_samples(found.samples, path)
+    save_inputs(found.samples, path)
     return path
 
 
@@ -182,6 +220,6 @@ def fashion_model() -> ElitSiT:
 def fashion_graphs(fashion_model: ElitSiT, tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
     """The shipped model's graphs in half precision."""
     return {
-        precision: compile.export_graph(fashion_model, "step", tmp_path_factory.mktemp(precision.value), precision)
+        precision: export.export_graph(fashion_model, "step", tmp_path_factory.mktemp(precision.value), precision)
         for precision in (Precision.FP16, Precision.BF16)
     }

@@ -17,11 +17,12 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from elit_export.bundle import Bundle, writing
-from elit_export.checkpoint import load_checkpoint
-from elit_export.manifest import CacheCalibration, CacheFit
-from elit_export.models.backbones import new_model
+from elit_export.bundle.manifest import CacheCalibration, CacheFit
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.store import writing
+from elit_export.checkpoints.native import load_checkpoint
 from elit_export.models.elit import Elit
+from elit_export.models.registry import new_model
 from elit_export.spec import ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"

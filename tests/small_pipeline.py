@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from elit_export.checkpoint_diffusers import save_interface
-from tests.test_checkpoint_diffusers import written_base
+from elit_export.checkpoints.diffusers import save_interface
+from tests.checkpoints.test_diffusers import written_base
 from tests.text.encoders import save_encoder
 from tests.text_models import text_model
 from tests.vae import LATENTS, save_vae

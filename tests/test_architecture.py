@@ -11,94 +11,81 @@ from pathlib import Path
 
 import pytest
 
-from elit_export.models.backbones import BACKBONES, FAMILIES
+from elit_export.backends import BACKENDS
+from elit_export.models.registry import BACKBONES, FAMILIES
 from elit_export.spec import RELEASED_BACKBONE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "elit_export"
 
-# room → what it may import beside itself, `errors` and `files`. A file belongs to the longest name that fits.
+# room → what it may import beside itself, `errors`, `arrays`, and the files of `bundle` that know no bundle.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
-    "files": set(),
-    "spec": {"models"},  # for `ModelSpec.named` alone, which reads the table of backbones
-    "backends": set(),
-    "machine": set(),
-    "keys": {"spec", "recipe", "backends", "manifest", "samples"},
-    "manifest": {"spec", "samples"},
-    "recipe": {"spec", "backends"},
-    "bundle": {"spec", "manifest"},
-    "samples": {"spec"},
-    "weights": {"spec", "models"},
-    "checkpoint_diffusers": {"spec", "models", "weights"},
-    "checkpoint": {"spec", "models", "weights", "checkpoint_diffusers"},
-    "decoder_folder": {"spec"},
-    "decoder": {"decoder_folder"},
-    "judge": {"models", "checkpoint", "weights"},
-    "models": {"spec"},
-    "training": {"spec", "models", "checkpoint"},
-    "graphs": {"spec", "models"},
-    "build": {"spec", "recipe", "bundle", "manifest", "backends", "samples", "machine"},
-    "runtime": {"spec", "bundle", "manifest", "backends", "machine"},
-    "text": {"spec", "runtime"},
-    "verify": {"spec", "bundle", "manifest", "runtime", "models", "checkpoint"},
-    "calibrate": {"backends", "spec", "manifest", "bundle", "runtime", "samples", "models", "verify"},
-    "report": {"calibrate", "spec", "bundle", "manifest", "verify", "models", "checkpoint"},
-    "compile_decoder": {
-        *("spec", "bundle", "manifest", "backends", "decoder", "decoder_folder", "graphs", "keys", "verify"),
+    "arrays": set(),
+    "spec": set(),
+    "backends": {"spec"},
+    "bundle": {"spec", "backends"},
+    "models": {"spec", "cost"},  # `cost.layers` says which layers a lower precision casts
+    "cost": {"spec", "models"},  # `models.registry`, which needs no torch
+    "checkpoints": {"spec", "models"},
+    "training": {"spec", "models", "checkpoints", "evaluate"},
+    "graphs": {"spec", "models", "cost", "bundle", "backends"},
+    "runtime": {"spec", "bundle", "backends"},
+    "text": {"spec", "runtime", "checkpoints"},
+    "verify": {"spec", "bundle", "backends", "runtime", "models", "checkpoints"},
+    "calibrate": {"spec", "bundle", "backends", "runtime", "models", "cost", "graphs", "verify"},
+    "bench": {"spec", "bundle", "backends", "runtime", "cost", "verify"},
+    "evaluate": {"spec", "bundle", "runtime", "checkpoints", "verify", "bench"},
+    "report": {
+        "spec",
+        "bundle",
+        "backends",
+        "runtime",
+        "models",
+        "cost",
+        "checkpoints",
+        "calibrate",
+        "verify",
+        "bench",
     },
-    "compile": {
-        *(
-            "spec",
-            "recipe",
-            "bundle",
-            "manifest",
-            "backends",
-            "checkpoint",
-            "compile_decoder",
-            "decoder",
-            "decoder_folder",
-            "models",
-            "graphs",
-            "build",
-            "runtime",
-            "verify",
-            "samples",
-            "keys",
-            "calibrate",
-        ),
+    "compiler": {
+        *("spec", "bundle", "backends", "models", "cost", "checkpoints", "graphs", "runtime", "verify"),
     },
-    "demo": {"spec", "recipe", "bundle", "compile", "models", "runtime"},
-    "doctor": {"backends"},
-    "bisect": {"backends", "bundle", "manifest", "recipe", "runtime", "spec", "verify"},
     "cli": {"*"},
     "__main__": {"cli"},
-    "__init__": {"*"},
+    "__init__": {"arrays", "backends", "spec", "bundle", "checkpoints", "compiler", "runtime"},
+}
+ANYWHERE = {"errors", "arrays", "bundle.atomic", "bundle.readers"}
+# What each kind of file of a backend may import beside its own folder.
+BACKEND_FILES: dict[str, set[str]] = {
+    "options": {"spec", "backends.target"},
+    "build": {"spec", "errors", "backends.protocols", "backends.versions"},
+    "engine": {"spec", "errors", "arrays", "backends.protocols", "backends.versions"},
 }
 # library → the only places that may name it
 LIBRARIES: dict[str, set[str]] = {
-    "onnxruntime": {"build/onnxruntime.py", "runtime/onnxruntime_engine.py"},
-    "cuda": {"runtime/cuda.py"},
-    "tensorrt": set(),  # imported under the name that the table of backends gives, as they share their modules
+    "onnxruntime": {"backends/onnxruntime/"},
+    "cuda": {"backends/tensorrt/cuda.py"},
+    "tensorrt": set(),  # imported under the name that its flavour gives, as the two share their modules
     "tensorrt_rtx": set(),
-    "openvino": {"build/openvino.py", "runtime/openvino_engine.py"},
-    "nncf": {"build/openvino.py"},
-    "onnx": {"graphs/", "bisect.py", "calibrate/quantize.py"},
-    "modelopt": {"calibrate/quantize.py"},
+    "openvino": {"backends/openvino/"},
+    "nncf": {"backends/openvino/build.py"},
+    "onnx": {"graphs/", "verify/bisect.py"},
+    "modelopt": {"graphs/quantize.py"},
     "onnx_ir": {"graphs/"},
     "onnxscript": {"graphs/"},
     # Torch-TensorRT engines are torch modules: with that backend alone, torch runs.
     "torch": {
-        *("models/", "training/", "graphs/", "checkpoint.py", "checkpoint_diffusers.py", "weights.py"),
-        *("decoder.py", "verify/reference.py", "cli/train.py", "text/encoder.py"),
-        *("build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"),
+        *("models/", "training/", "graphs/", "checkpoints/", "evaluate/classifier.py"),
+        *("bench/peaks.py", "verify/reference.py", "cli/train.py", "text/encoder.py", "backends/torch_tensorrt/"),
     },
-    "torch_tensorrt": {"build/torch_tensorrt.py", "runtime/torch_tensorrt_engine.py"},
-    "safetensors": {"weights.py", "checkpoint_diffusers.py"},
-    "diffusers": {"decoder.py"},
+    "torch_tensorrt": {"backends/torch_tensorrt/"},
+    "safetensors": {"checkpoints/"},
+    "diffusers": {"checkpoints/vae_decoder.py"},
     "transformers": {"text/encoder.py"},
     "click": {"cli/"},
-    "filelock": {"bundle.py"},
+    "rich": {"cli/"},
+    "filelock": {"bundle/store.py"},
     "matplotlib": {"report/plots.py"},
 }
 BACKBONE_MODULES = [row.module.removeprefix("elit_export.") for row in BACKBONES.values()]
@@ -119,22 +106,88 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_file_imports_only_what_its_room_may(path: Path) -> None:
-    room = room_of(path)
-    allowed = ROOMS[room] | {room, "errors", "files"}
+def own_imports(path: Path) -> set[str]:
+    """What a file imports of the package, without the package's name."""
     names = set(imports(path))
-    used = {name.split(".")[1] for name in names if name.startswith("elit_export.")}
-    assert "elit_export" not in names, "import from the modules themselves"
-    assert "*" in allowed or used <= allowed
+    assert "elit_export" not in names, f"{path}: import from the modules themselves"
+    return {name.removeprefix("elit_export.") for name in names if name.startswith("elit_export.")}
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
-def test_library_is_named_only_where_it_belongs(library: str) -> None:
-    users = {
-        str(path.relative_to(PACKAGE)) for path in FILES if any(name.split(".")[0] == library for name in imports(path))
-    }
-    assert all(any(user.startswith(place) for place in LIBRARIES[library]) for user in users), users
+def is_below(name: str, allowed: set[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in allowed)
+
+
+def test_rooms_are_few_and_are_those_of_the_package() -> None:
+    assert len(ROOMS) <= 24
+    rooms = {room_of(path) for path in FILES}
+    assert rooms == set(ROOMS)
+    assert [room for room, allowed in ROOMS.items() if "*" in allowed] == ["cli"]
+
+
+def test_files_import_only_what_their_rooms_may() -> None:
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in FILES
+        for name in own_imports(path)
+        if "*" not in ROOMS[room_of(path)] and not is_below(name, ROOMS[room_of(path)] | ANYWHERE | {room_of(path)})
+    ]
+    assert wrong == []
+
+
+def test_files_of_a_backend_meet_in_values_alone() -> None:
+    """Neither names a manifest, and what builds and what runs never import each other."""
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in (PACKAGE / "backends").glob("*/*.py")
+        if path.stem in BACKEND_FILES
+        for name in own_imports(path)
+        if not is_below(name, BACKEND_FILES[path.stem] | {"bundle.atomic"})
+        and not (name.startswith(f"backends.{path.parent.name}") and not name.endswith((".build", ".engine")))
+    ]
+    assert wrong == []
+
+
+def test_libraries_are_named_only_where_they_belong() -> None:
+    users = {(name.split(".")[0], str(path.relative_to(PACKAGE))) for path in FILES for name in imports(path)}
+    wrong = [
+        f"{user} imports {library}"
+        for library, user in sorted(users)
+        if library in LIBRARIES and not any(user.startswith(place) for place in LIBRARIES[library])
+    ]
+    assert wrong == []
+
+
+FOLDERS_OF_BACKENDS = {backend.folder for backend in BACKENDS.values()}
+
+
+def test_no_backend_is_asked_for_by_name_outside_its_folder() -> None:
+    """What a backend needs, its facts say; ONNX Runtime alone serves as a tool, to try 8-bit graphs."""
+    names = "|".join(re.escape(name) for name in BACKENDS if name != "onnxruntime")
+    pattern = re.compile(rf"""(==|!=|\bin\b)\s*[\[("']*({names})["']""")
+    found = [
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in FILES
+        if not any(folder in path.parts for folder in FOLDERS_OF_BACKENDS)
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if pattern.search(line)
+    ]
+    assert found == []
+
+
+def test_files_and_functions_are_short() -> None:
+    """350 lines a file and 60 a function; options of a command count, as they are its interface."""
+    long = [f"{path.relative_to(PACKAGE)}: {lines}" for path in FILES if (lines := lines_of(path)) > 350]
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno:
+                length = node.end_lineno - node.lineno + 1
+                if length > 60:
+                    long.append(f"{path.relative_to(PACKAGE)}: {node.name} has {length} lines")
+    assert long == []
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 # What only `models/` and what reads checkpoints may say, and the one place more: what a spec is that names no backbone.
@@ -154,7 +207,7 @@ def test_no_backbone_is_named_outside_its_rooms() -> None:
     found = {
         (str(path.relative_to(PACKAGE)), line.split("  #")[0])
         for path in FILES
-        if room_of(path) not in ("models", "checkpoint", "checkpoint_diffusers")
+        if room_of(path) not in ("models", "checkpoints")
         for line in path.read_text(encoding="utf-8").splitlines()
         if BACKBONE_WORDS.search(line)
     }
@@ -216,19 +269,42 @@ def test_importing_loads_no_heavy_library(code: str) -> None:
     assert modules_after(code).isdisjoint(HEAVY)
 
 
-def test_every_module_has_a_docstring() -> None:
-    empty_packages = [path for path in FILES if path.name == "__init__.py" and not path.read_text().strip()]
-    silent = [path for path in FILES if ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) is None]
-    assert set(silent) == set(empty_packages)
+def test_every_module_has_a_docstring_and_packages_have_cards() -> None:
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) for path in FILES}
+    silent = {path for path, docstring in docstrings.items() if not docstring}
+    assert silent == set((PACKAGE / "backends").glob("*/__init__.py"))
+    rooms = [PACKAGE / room / "__init__.py" for room in ROOMS if (PACKAGE / room).is_dir()]
+    assert [path for path in rooms if "May touch:" not in str(docstrings[path])] == []
 
 
-def test_readme_tree_names_every_file_of_the_package() -> None:
-    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("<!-- tree -->")[1]
-    named = set(re.findall(r"[\w/-]+\.(?:py|toml|safetensors|md)\b", tree))
-    present = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*")
-        if path.is_file() and path.suffix in {".py", ".safetensors", ".md"} and path.read_bytes().strip()
-    }
-    present |= {f"engines/{path.name}" for path in (ROOT / "engines").glob("*.toml")}
-    assert named == present
+def test_the_tree_in_the_docs_names_every_file_of_the_package() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("<!-- tree -->")[1]
+    assert tree.strip() == f"```\n{package_tree()}\n```"
+
+
+def package_tree() -> str:
+    """Every file with the first line of its docstring; `python -m tests.test_architecture` prints it."""
+    lines = []
+    for folder in [PACKAGE, *sorted(path for path in PACKAGE.rglob("*") if path.is_dir())]:
+        if "__pycache__" in folder.parts:
+            continue
+        own = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES)
+        name = folder.relative_to(PACKAGE)
+        lines.append(f"{'elit_export' if folder == PACKAGE else name}/{_said(folder / '__init__.py')}")
+        lines += [f"    {path.name}{_said(path)}" for path in own if path.name != "__init__.py"]
+    return "\n".join(lines)
+
+
+SUFFIXES = (".py", ".safetensors", ".md")
+
+
+def _said(path: Path) -> str:
+    if path.suffix != ".py" or not path.is_file():
+        return ""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    first = " ".join(docstring.split("\n\n")[0].split())
+    return f"  — {first}" if first else ""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{package_tree()}\n")

@@ -20,20 +20,21 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from elit_export import Pipeline, compile, compile_bundle, load_checkpoint
-from elit_export.bundle import Bundle
-from elit_export.calibrate.quantize import PRODUCTS, quantized_graph
-from elit_export.calibrate.samples import SampleRecipe, seen_rows, taken
+from elit_export import Pipeline, compile_bundle, load_checkpoint
+from elit_export.backends.onnxruntime.engine import OnnxRuntimeEngine
+from elit_export.backends.protocols import to_host
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.calibrate.inputs import SampleRecipe, seen_rows, taken
 from elit_export.calibrate.sensitivity import answers_of
-from elit_export.checkpoint import save_checkpoint
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
+from elit_export.cost.flops import layer_flops
 from elit_export.errors import CheckpointError, InputError, RecipeError
+from elit_export.graphs import formats
 from elit_export.graphs.program import export_program
-from elit_export.models.cost import layer_flops
+from elit_export.graphs.quantize import PRODUCTS, quantized_graph
 from elit_export.models.elit import Elit
-from elit_export.recipe import Recipe, recipe_from_values
-from elit_export.runtime.engine import to_host
-from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.spec import CACHE_GRAPHS, PIXELS, STEP, Budget, Precision
 from elit_export.training.data import load_images
 from elit_export.training.evaluate import held_out_errors
@@ -112,8 +113,8 @@ def inputs_of(model: Elit, graph: str, rows: int, kept: int) -> dict[str, np.nda
     generator = np.random.default_rng((rows, kept))
     sizes = {"rows": rows, "latents": kept}
     found = {}
-    for tensor in model.spec.inputs_of(graph):
-        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+    for tensor in model.spec.graph(graph).inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.dims]
         found[tensor.name] = generator.standard_normal(shape).astype(np.float32)
     classes = generator.integers(0, model.spec.null_class + 1, rows)
     own = {"t": generator.uniform(0.02, 1, rows).astype(np.float32), "y": classes, "latents": np.arange(kept)}
@@ -124,7 +125,7 @@ def inputs_of(model: Elit, graph: str, rows: int, kept: int) -> dict[str, np.nda
 @each_variant
 def test_a_graph_equals_torch(variant: str, graph: str, tmp_path: Path) -> None:
     model = model_of(variant)
-    path = compile.export_graph(model, graph, tmp_path, Precision.FP32)
+    path = formats.export_graph(model, graph, tmp_path, Precision.FP32)
     reference = torch_engine(model, graph)
     with OnnxRuntimeEngine(path, device="cpu", threads=1) as engine:
         for budget in model.spec.budgets if graph == STEP else [model.spec.full]:
@@ -142,7 +143,7 @@ def test_a_graph_in_half_precision_is_near_torch_but_rounded(
 ) -> None:
     """Measured 66 to 74 dB in fp16 and 44 to 53 dB in bf16, which ONNX Runtime rounds in place of computing."""
     model = model_of(variant)
-    path = compile.export_graph(model, STEP, tmp_path, precision)
+    path = formats.export_graph(model, STEP, tmp_path, precision)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     if precision is Precision.BF16:
@@ -164,7 +165,7 @@ def test_a_program_for_torch_tensorrt_equals_torch(variant: str, tmp_path: Path)
     program = torch.export.load(export_program(model, STEP, tmp_path)).module()
     for budget in model.spec.budgets:
         inputs = inputs_of(model, STEP, 2, budget.kept)
-        tensors = [torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.inputs_of(STEP)]
+        tensors = [torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.graph(STEP).inputs]
         with torch.inference_mode():
             torch.testing.assert_close(program(*tensors)[0], model(*tensors), rtol=1e-4, atol=1e-5)
 
@@ -185,7 +186,7 @@ def test_verify_passes_and_needs_no_checkpoint(built: Built) -> None:
 
 def test_bench_has_a_row_for_each_budget_that_has_a_name(built: Built) -> None:
     arguments = ["--target", "cpu", "--rows", "2", "--rounds", "1", "--no-sampling", "--json", "-"]
-    done = CliRunner().invoke(main, ["bench", str(built.bundle.folder), *arguments])
+    done = CliRunner().invoke(main, ["bench", "engines", str(built.bundle.folder), *arguments])
     assert done.exit_code == 0, done.output
     rows = json.loads(done.stdout)["budgets"]
     assert [row["name"] for row in rows] == list(model_of(built.variant).spec.named_budgets)
@@ -257,7 +258,7 @@ def test_a_graph_in_int8_is_quantized_in_every_kind_of_layer(built: Built, pipel
     wanted = [name for name in layers if name != PRODUCTS]
     assert ("joins" in wanted) == (built.variant == "ELIT-U-ViT")
     assert ("merging" in wanted) == (built.variant == "ELIT-HDiT")
-    rounded = quantized_graph(source, tmp_path, Precision.INT8, found, wanted)
+    rounded = quantized_graph(source, tmp_path, Precision.INT8, found, pipeline.spec, wanted)
     rows = {budget.kept: inputs_of(model_of(built.variant), STEP, 4, budget.kept) for budget in pipeline.spec.budgets}
     exact, eight_bits = answers_of(source, rows), answers_of(rounded, rows)
     for kept in rows:

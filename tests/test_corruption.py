@@ -21,11 +21,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from elit_export import Pipeline
-from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
-from elit_export.checkpoint import load_checkpoint, save_checkpoint
+from elit_export.bundle.manifest import Artifact
+from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
+from elit_export.bundle.recipe import recipe_from_values
+from elit_export.checkpoints.native import load_checkpoint, save_checkpoint
 from elit_export.errors import BundleError, CheckpointError, ElitExportError, RecipeError
-from elit_export.manifest import Artifact
-from elit_export.recipe import recipe_from_values
 from elit_export.runtime.cache import CachePolicy
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.schedule import resolve_schedule

@@ -29,17 +29,20 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from elit_export import Pipeline, bundle, compile, compile_bundle, files
-from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle, BundleWriter
-from elit_export.calibrate.cache import Watched
-from elit_export.checkpoint import save_checkpoint
+from elit_export import Pipeline, compile_bundle
+from elit_export.bundle import atomic as files
+from elit_export.bundle import store as bundle
+from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.manifest import KINDS
+from elit_export.bundle.reading import MANIFEST, Bundle
+from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.bundle.store import LOCK, STAGING, Progress, Store, no_progress
+from elit_export.calibrate.step_cache import Watched
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
-from elit_export.compile import Progress
 from elit_export.errors import BundleError
-from elit_export.files import written_whole
-from elit_export.manifest import KINDS
+from elit_export.graphs import formats
 from elit_export.models.sit import ElitSiT
-from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.spec import PIXELS, ModelSpec, Precision
 from elit_export.training.data import LabelledImages, load_images
 from elit_export.training.trainer import TrainConfig, Trainer
@@ -110,7 +113,7 @@ def ready_graphs(tiny: Built, other: Built, monkeypatch: pytest.MonkeyPatch) -> 
             shutil.copy(path, folder)
         return folder / graph.file
 
-    monkeypatch.setattr(compile, "export_graph", copy)
+    monkeypatch.setattr(formats, "export_graph", copy)
 
 
 # ---------------------------------------------------------------- children
@@ -168,15 +171,15 @@ def wait_to_be_killed(*_: object) -> NoReturn:
 
 def die_at_flush(number: int, of: str = "") -> None:
     """In a child: die when it has flushed a file, this many others before it, that does not have its name yet."""
-    real, flushes = files.flush_to_disk, count()
+    real, flushes = files.fsync, count()
 
     def flush(path: Path) -> None:
         real(path)
         if path.name.startswith(of) and next(flushes) == number:
             die()
 
-    files.flush_to_disk = flush  # type: ignore[assignment]
-    bundle.flush_to_disk = flush  # type: ignore[attr-defined]
+    files.fsync = flush  # type: ignore[assignment]
+    bundle.fsync = flush  # type: ignore[attr-defined]
 
 
 class Watch:
@@ -275,7 +278,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 Build = Callable[..., object]  # (folder, progress) → never returns
 
 
-def builds_without_end(first: Built, second: Built, folder: Path, progress: Progress = compile.no_progress) -> None:
+def builds_without_end(first: Built, second: Built, folder: Path, progress: Progress = no_progress) -> None:
     """The two in turn, neither equal to a bundle of more than 8 rows."""
     for number in count():
         recipe = (first, second)[number % 2].recipe(3 + number % 5)
@@ -292,7 +295,7 @@ def kill_before_the_commit(stage: str, folder: Path, build: Build) -> None:
             reached.touch()
 
     def work() -> None:
-        BundleWriter.commit = wait_to_be_killed  # type: ignore[assignment,method-assign]
+        Store.commit = wait_to_be_killed  # type: ignore[assignment,method-assign]
         build(folder, progress=note)
 
     kill_when(lambda: watch() > 0 and watch.has_staged and reached.exists(), work)
@@ -366,7 +369,7 @@ def test_a_kill_during_the_export_leaves_no_bundle(tiny: Built, tmp_path: Path, 
     folder = tmp_path / "new"
 
     def work() -> None:
-        BundleWriter.commit = wait_to_be_killed  # type: ignore[assignment,method-assign]
+        Store.commit = wait_to_be_killed  # type: ignore[assignment,method-assign]
         compile_bundle(tiny.recipe(8), "cpu", out=folder)
 
     kill_when(lambda: is_seen(folder, seen), work)
@@ -413,7 +416,7 @@ def test_a_kill_right_after_the_commit_leaves_the_new_bundle(
     folder = tmp_path / "new" if is_first else copied
 
     def build() -> None:
-        BundleWriter.clean = die  # type: ignore[assignment,method-assign]
+        Store.clean = die  # type: ignore[assignment,method-assign]
         compile_bundle(other.recipe(5), "cpu", out=folder)
 
     assert died_of_kill(forked(build))
@@ -438,7 +441,7 @@ def test_a_killed_calibration_leaves_the_old_manifest_or_the_new(copied: Path, t
         if moment == "before its name":
             die_at_flush(0, of=f".{Path(MANIFEST).stem}.")
         elif moment == "after the commit":
-            BundleWriter.clean = die  # type: ignore[assignment,method-assign]
+            Store.clean = die  # type: ignore[assignment,method-assign]
         else:
             Watched.__call__ = die  # type: ignore[assignment,method-assign]
         CliRunner().invoke(main, command)
@@ -599,13 +602,13 @@ def test_only_what_a_dead_process_was_writing_is_removed(tmp_path: Path) -> None
     lookalike.write_text("mine")
 
     def write() -> None:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("unfinished")  # what tells that it is held
             wait_to_be_killed()
 
     child = forked(write)
     wait_until(lambda: b"unfinished" in contents(tmp_path).values(), child)
-    with written_whole(path) as mine, written_whole(path) as at_the_same_time:
+    with atomic_write(path) as mine, atomic_write(path) as at_the_same_time:
         assert len(contents(tmp_path)) == 4, "a living process lost its file"
         mine.write_text("mine")
         at_the_same_time.write_text("at the same time")
@@ -632,7 +635,7 @@ def test_a_file_that_was_taken_for_abandoned_is_made_again(
         return hold(descriptor) if moment == "before it is held" else False
 
     monkeypatch.setattr(files, "_hold", taken)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         assert temporary.exists()
         temporary.write_text("whole")
     assert contents(tmp_path) == {"s.npz": b"whole"}

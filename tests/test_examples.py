@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from elit_export import Pipeline
-from elit_export.bundle import Bundle, writing
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.store import writing
 from tests.helpers import calibrate, fit_of, max_relative
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -15,25 +15,26 @@ import pytest
 from click.testing import CliRunner
 from onnx import numpy_helper
 
-from elit_export import Pipeline, compile, compile_bundle
+from elit_export import Pipeline, compile_bundle
 from elit_export.backends import BACKENDS
-from elit_export.build.plan import BuiltPlan
-from elit_export.bundle import LOCK, MANIFEST, STAGING, Bundle
+from elit_export.backends.protocols import BuiltPlan, GraphFile
+from elit_export.bundle.calibration_inputs import CalibrationInputs, load_inputs, save_inputs
+from elit_export.bundle.reading import MANIFEST, Bundle
+from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.bundle.store import LOCK, STAGING
 from elit_export.cli import main
-from elit_export.compile import NOTHING_CHANGED
+from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.errors import BackendUnavailable, BundleError, CalibrationError, ParityError
-from elit_export.recipe import Recipe, recipe_from_values
-from elit_export.samples import Samples, load_samples, save_samples
-from elit_export.spec import CACHE_GRAPHS, Precision
+from elit_export.spec import CACHE_GRAPHS, ModelSpec, Precision
 from tests.conftest import openvino_recipe, recipe_values
 
-Change = Callable[[Samples], Samples]
+Change = Callable[[CalibrationInputs], CalibrationInputs]
 
 
 @pytest.fixture
-def samples(tiny_bundle: Bundle, tiny_samples: Path) -> Samples:
+def samples(tiny_bundle: Bundle, tiny_samples: Path) -> CalibrationInputs:
     model = tiny_bundle.manifest.model
-    return load_samples(tiny_samples, model.spec, model.checkpoint_sha256)
+    return load_inputs(tiny_samples, model.spec, model.checkpoint_sha256)
 
 
 @pytest.fixture
@@ -74,20 +75,20 @@ def test_a_target_that_rounds_nothing_takes_no_samples(
     assert not list(tmp_path.iterdir())
 
 
-def of_another_checkpoint(samples: Samples) -> Samples:
+def of_another_checkpoint(samples: CalibrationInputs) -> CalibrationInputs:
     return replace(samples, facts=samples.facts.model_copy(update={"checkpoint_sha256": "b" * 64}))
 
 
-def with_nan(samples: Samples) -> Samples:
+def with_nan(samples: CalibrationInputs) -> CalibrationInputs:
     x = samples.x.copy()
     x[5, 0, 0, 0] = np.nan
     return replace(samples, x=x)
 
 
-def too_few(samples: Samples) -> Samples:
+def too_few(samples: CalibrationInputs) -> CalibrationInputs:
     facts = samples.facts.model_copy(update={"samples": 9})
     rows = {name: values[:9] for name, values in samples.conditioning.items()}
-    return Samples(facts, samples.x[:9], samples.t[:9], samples.kept[:9], rows)
+    return CalibrationInputs(facts, samples.x[:9], samples.t[:9], samples.kept[:9], rows)
 
 
 @pytest.mark.parametrize(
@@ -100,11 +101,11 @@ def too_few(samples: Samples) -> Samples:
     ],
 )
 def test_unfit_samples_leave_what_was_there(
-    copied: Path, tiny_checkpoint: Path, samples: Samples, tmp_path: Path, change: Change | None, problem: str
+    copied: Path, tiny_checkpoint: Path, samples: CalibrationInputs, tmp_path: Path, change: Change | None, problem: str
 ) -> None:
     path, before = tmp_path / "bad.npz", (copied / MANIFEST).read_bytes()
     if change:
-        save_samples(change(samples), path)
+        save_inputs(change(samples), path)
     recipe = openvino_recipe(tiny_checkpoint)
     for out in (copied, tmp_path / "fresh"):
         with pytest.raises(CalibrationError, match=f"{problem}.*elit-export calibrate samples BUNDLE --out {path}"):
@@ -117,11 +118,11 @@ def test_unfit_samples_leave_what_was_there(
 
 
 def test_the_same_samples_do_nothing_and_other_ones_build_again(
-    copied: Path, tiny_checkpoint: Path, tiny_samples: Path, samples: Samples, tmp_path: Path
+    copied: Path, tiny_checkpoint: Path, tiny_samples: Path, samples: CalibrationInputs, tmp_path: Path
 ) -> None:
     recipe, other = openvino_recipe(tiny_checkpoint), tmp_path / "other.npz"
     assert stages_of(recipe, "ov-int8", copied, samples=tiny_samples) == [NOTHING_CHANGED]
-    save_samples(replace(samples, x=samples.x * np.float32(0.9)), other)
+    save_inputs(replace(samples, x=samples.x * np.float32(0.9)), other)
     before = {plan_set.target: plan_set for plan_set in Bundle.open(copied).manifest.plan_sets}
     stages = stages_of(recipe, "ov-int8", copied, samples=other)
     assert stages[0] == "build step, full, half, quarter"
@@ -135,8 +136,8 @@ def test_another_cpu_builds_again(
     copied: Path, tiny_checkpoint: Path, tiny_samples: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the refusal of its plans says."""
-    for module in (BACKENDS["openvino"].builder(), BACKENDS["openvino"].engines()):
-        monkeypatch.setattr(module, "cpu_features", lambda: "avx1024")
+    for file in ("build", "engine"):
+        monkeypatch.setattr(f"elit_export.backends.openvino.{file}.cpu_features", lambda: "avx1024")
     with pytest.raises(BundleError, match="--target ov-int8 --out BUNDLE --samples FILE"):
         Pipeline.load(copied, target="ov-int8")
     assert "verify" in stages_of(openvino_recipe(tiny_checkpoint), "ov-int8", copied, samples=tiny_samples)
@@ -144,24 +145,24 @@ def test_another_cpu_builds_again(
 
 
 def test_samples_of_every_profile_are_needed(
-    copied: Path, tiny_checkpoint: Path, samples: Samples, tmp_path: Path
+    copied: Path, tiny_checkpoint: Path, samples: CalibrationInputs, tmp_path: Path
 ) -> None:
     full = samples.kept.max()
-    save_samples(replace(samples, kept=np.full_like(samples.kept, full)), tmp_path / "full.npz")
+    save_inputs(replace(samples, kept=np.full_like(samples.kept, full)), tmp_path / "full.npz")
     before = (copied / MANIFEST).read_bytes()
     with pytest.raises(CalibrationError, match=r"no sample has a budget of profile half .*calibrate samples"):
         stages_of(openvino_recipe(tiny_checkpoint), "ov-int8", copied, samples=tmp_path / "full.npz")
     assert_untouched(copied, before)
 
 
-def test_the_manifest_keeps_where_the_samples_are_from(copied: Path, samples: Samples) -> None:
+def test_the_manifest_keeps_where_the_samples_are_from(copied: Path, samples: CalibrationInputs) -> None:
     kept = {plan_set.target: plan_set.samples for plan_set in Bundle.open(copied).manifest.plan_sets}
     assert kept.pop("ov-int8") == samples.facts
     assert not any(kept.values())
 
 
 def test_an_interrupted_quantization_leaves_the_old_bundle(
-    copied: Path, tiny_checkpoint: Path, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied: Path, tiny_checkpoint: Path, samples: CalibrationInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import nncf
 
@@ -169,7 +170,7 @@ def test_an_interrupted_quantization_leaves_the_old_bundle(
         raise KeyboardInterrupt
 
     before, other = (copied / MANIFEST).read_bytes(), tmp_path / "other.npz"
-    save_samples(replace(samples, x=samples.x * np.float32(0.9)), other)
+    save_inputs(replace(samples, x=samples.x * np.float32(0.9)), other)
     monkeypatch.setattr(nncf, "quantize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compile_bundle(openvino_recipe(tiny_checkpoint), "ov-int8", out=copied, samples=other)
@@ -200,12 +201,12 @@ def rtx(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-python")
     asked: list[Path] = []
 
-    def named(graph: Path, folder: Path, *_: object) -> BuiltPlan:
-        asked.append(graph)
+    def named(_builder: object, graph: GraphFile, folder: Path, *_: object) -> BuiltPlan:
+        asked.append(graph.path)
         (folder / "plan").write_text(str(len(asked)))
         return BuiltPlan("plan", "named", {"tensorrt-rtx": "1"}, {"compute_capabilities": "8.9"})
 
-    monkeypatch.setattr(BACKENDS["tensorrt-rtx"].builder(), "build_plan", named)
+    monkeypatch.setattr(type(BACKENDS["tensorrt-rtx"].builder()), "build_plan", named)
     return asked
 
 
@@ -219,7 +220,9 @@ def rtx_recipe(checkpoint: Path, **changes: Any) -> Recipe:
 def quantizer(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """In place of the library: one weight is off by `error`."""
 
-    def changed(graph: Path, folder: Path, _precision: Precision, _samples: Samples) -> Path:
+    def changed(
+        graph: Path, folder: Path, _precision: Precision, _samples: CalibrationInputs, _spec: ModelSpec
+    ) -> Path:
         model = onnx.load(graph)
         weight = next(one for one in model.graph.initializer if one.name == "model.core.1.modulation.linear.weight")
         values = numpy_helper.to_array(weight) + np.float32(error)
@@ -227,7 +230,7 @@ def quantizer(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
         onnx.save(model, folder / graph.name, save_as_external_data=True, location=f"{graph.name}.data")
         return folder / graph.name
 
-    monkeypatch.setattr(compile, "quantized_graph", changed)
+    monkeypatch.setattr("elit_export.compiler.stages.quantized_graph", changed)
 
 
 @pytest.fixture
@@ -261,7 +264,7 @@ def test_other_samples_quantize_again(
     tiny_copy: Path,
     tiny_checkpoint: Path,
     tiny_samples: Path,
-    samples: Samples,
+    samples: CalibrationInputs,
     rtx: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -270,7 +273,7 @@ def test_other_samples_quantize_again(
     recipe = rtx_recipe(tiny_checkpoint)
     stages_of(recipe, "rtx", tiny_copy, samples=tiny_samples)
     assert stages_of(recipe, "rtx", tiny_copy, samples=tiny_samples) == [NOTHING_CHANGED]
-    save_samples(replace(samples, x=samples.x * np.float32(0.9)), tmp_path / "other.npz")
+    save_inputs(replace(samples, x=samples.x * np.float32(0.9)), tmp_path / "other.npz")
     stages = stages_of(recipe, "rtx", tiny_copy, samples=tmp_path / "other.npz")
     assert "quantize graph step" in stages
     assert not [stage for stage in stages if stage.startswith("build") and "step" not in stage]  # the cache's stay
@@ -282,13 +285,13 @@ def test_targets_with_samples_of_their_own_do_not_disturb_each_other(
     tiny_copy: Path,
     tiny_checkpoint: Path,
     tiny_samples: Path,
-    samples: Samples,
+    samples: CalibrationInputs,
     rtx: list[Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quantizer(0.0, monkeypatch)
-    save_samples(replace(samples, x=samples.x * np.float32(0.9)), tmp_path / "other.npz")
+    save_inputs(replace(samples, x=samples.x * np.float32(0.9)), tmp_path / "other.npz")
     values: Any = rtx_recipe(tiny_checkpoint).model_dump(mode="json", exclude_none=True)
     values["targets"]["second"] = values["targets"]["rtx"]
     recipe = recipe_from_values(values, "test")
@@ -367,7 +370,7 @@ def test_an_interrupted_quantizer_leaves_the_old_bundle(
         raise KeyboardInterrupt
 
     before = (tiny_copy / MANIFEST).read_bytes()
-    monkeypatch.setattr(compile, "quantized_graph", interrupted)
+    monkeypatch.setattr("elit_export.compiler.stages.quantized_graph", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compile_bundle(rtx_recipe(tiny_checkpoint), "rtx", out=tiny_copy, samples=tiny_samples)
     assert not rtx

@@ -15,17 +15,18 @@ import pytest
 from click.testing import CliRunner
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.bundle import Bundle, writing
-from elit_export.calibrate.cache import Trajectories, joined, sampled_pairs
-from elit_export.checkpoint import save_checkpoint
+from elit_export.bench import cache as cache_sweep
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.bundle.store import writing
+from elit_export.calibrate.step_cache import Trajectories, joined, sampled_pairs
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
+from elit_export.cost.flops import flops, flops_per_image
 from elit_export.errors import BundleError, InputError, RecipeError
-from elit_export.models.cost import flops, flops_per_image
-from elit_export.recipe import Recipe, recipe_from_values
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import CACHE_GRAPHS, Range
-from elit_export.verify import cache_sweep
 from elit_export.verify.reference import torch_pipeline
 from tests.conftest import recipe_values
 from tests.helpers import calibrate, fit_of, max_relative, tiny_spec
@@ -428,6 +429,6 @@ def test_a_manifest_that_does_not_fit_its_model_is_refused(
 
 
 def test_what_judges_classes_says_so(bundle: Bundle) -> None:
-    done = CliRunner().invoke(main, ["bench", str(bundle.folder), "--quality"])
+    done = CliRunner().invoke(main, ["evaluate", str(bundle.folder)])
     assert done.exit_code == 2
     assert "works with models of classes only, this one takes text" in " ".join(done.output.split())

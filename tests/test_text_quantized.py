@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,21 @@ import pytest
 from click.testing import CliRunner, Result
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.backends import BACKENDS
-from elit_export.bundle import MANIFEST, Bundle
+from elit_export.bundle.calibration_inputs import CalibrationInputs, load_inputs, save_inputs
+from elit_export.bundle.reading import MANIFEST, Bundle
+from elit_export.bundle.recipe import Recipe
 from elit_export.calibrate import sensitivity
-from elit_export.calibrate.quantize import LAYERS, LAYERS_IN, LINEAR, PRODUCTS
-from elit_export.calibrate.samples import SampleRecipe, Taken, seen_rows, taken
+from elit_export.calibrate.inputs import SampleRecipe, Taken, seen_rows, taken
 from elit_export.calibrate.sensitivity import flops_share, sensitivity_count
-from elit_export.checkpoint import save_checkpoint
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
 from elit_export.cli.calibrate import stored_graph
-from elit_export.compile import NOTHING_CHANGED
+from elit_export.compiler.build import NOTHING_CHANGED
+from elit_export.cost.flops import layer_flops
+from elit_export.cost.layers import layers_of, modules_kept_exact
 from elit_export.errors import CalibrationError, InputError
-from elit_export.models.cost import layer_flops
-from elit_export.recipe import Recipe
+from elit_export.graphs.quantize import LAYERS_IN, LINEAR, PRODUCTS
 from elit_export.runtime.prompts import Embedded, Prompts
-from elit_export.samples import Samples, load_samples, save_samples
 from elit_export.spec import Precision
 from elit_export.text.files import save_prompts
 from tests.conftest import recipe_values
@@ -77,7 +76,7 @@ def small(pipeline: Pipeline, bundle: Bundle) -> Taken:
 
 @pytest.fixture(scope="module")
 def samples_file(small: Taken, checkpoint: Path) -> Path:
-    save_samples(small.samples, checkpoint.parent / "samples.npz")
+    save_inputs(small.samples, checkpoint.parent / "samples.npz")
     return checkpoint.parent / "samples.npz"
 
 
@@ -169,7 +168,7 @@ def test_the_command_writes_samples_that_load(
         assert words in done.output
     model = bundle.manifest.model
     said = json.loads(facts.read_text())
-    assert said["sha256"] == load_samples(out, model.spec, model.checkpoint_sha256).sha256
+    assert said["sha256"] == load_inputs(out, model.spec, model.checkpoint_sha256).sha256
     assert {budget["subjects"] for budget in said["budgets"]} == {3}
 
 
@@ -215,8 +214,8 @@ def test_neither_takes_the_other_from_python(pipeline: Pipeline, tiny_bundle: Bu
 # ---------------------------------------------------------------- files of them
 
 
-def with_text(change: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[Samples], Samples]:
-    def changed(samples: Samples) -> Samples:
+def with_text(change: Callable[[Any, Any], tuple[Any, Any]]) -> Callable[[CalibrationInputs], CalibrationInputs]:
+    def changed(samples: CalibrationInputs) -> CalibrationInputs:
         text, mask = change(*(samples.conditioning[name].copy() for name in ("text", "text_mask")))
         return replace(samples, conditioning={"text": text, "text_mask": mask})
 
@@ -228,11 +227,11 @@ def with_nan(text: Any, mask: Any) -> tuple[Any, Any]:
     return text, mask
 
 
-def of_classes(samples: Samples) -> Samples:
+def of_classes(samples: CalibrationInputs) -> CalibrationInputs:
     return replace(samples, conditioning={"y": np.zeros(len(samples), np.int64)})
 
 
-def of_another_checkpoint(samples: Samples) -> Samples:
+def of_another_checkpoint(samples: CalibrationInputs) -> CalibrationInputs:
     return replace(samples, facts=samples.facts.model_copy(update={"checkpoint_sha256": "b" * 64}))
 
 
@@ -249,12 +248,16 @@ def of_another_checkpoint(samples: Samples) -> Samples:
     ],
 )
 def test_unfit_samples_are_refused_before_anything_is_built(
-    checkpoint: Path, small: Taken, tmp_path: Path, change: Callable[[Samples], Samples], problem: str
+    checkpoint: Path,
+    small: Taken,
+    tmp_path: Path,
+    change: Callable[[CalibrationInputs], CalibrationInputs],
+    problem: str,
 ) -> None:
     pytest.importorskip("modelopt.onnx.quantization", reason="needs the extra quantize")
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")
     path = tmp_path / "bad.npz"
-    save_samples(change(small.samples), path)
+    save_inputs(change(small.samples), path)
     remedy = f"elit-export calibrate samples BUNDLE --prompts FILE.npz --out {path}"
     with pytest.raises(CalibrationError, match=f"{problem}.*{remedy}"):
         compile_bundle(recipe(checkpoint), "rtx", out=tmp_path / "bundle", samples=path)
@@ -269,8 +272,17 @@ def products(bundle: Bundle) -> list[str]:
     return [node.name.rpartition("/")[0] for node in graph.node if node.op_type == "MatMul"]
 
 
+def groups_of(bundle: Bundle, product: str) -> list[str]:
+    """The kinds of layers that a product counts as; one that stays in floating point has none."""
+    return [layer.group for layer in layers_of(bundle.manifest.model.spec) if layer.path == product and layer.group]
+
+
+def products_of(bundle: Bundle, groups: Sequence[str]) -> list[str]:
+    return [name for name in products(bundle) for group in groups_of(bundle, name) if group in groups]
+
+
 def test_every_product_of_both_streams_belongs_to_one_kind_of_layer(bundle: Bundle) -> None:
-    kinds = {name: [layer for layer, names in LAYERS.items() if re.fullmatch(names, name)] for name in products(bundle)}
+    kinds = {name: groups_of(bundle, name) for name in products(bundle)}
     assert {name for name, found in kinds.items() if not found} == {"img_in", "txt_in", "final.linear"}
     assert max(map(len, kinds.values())) == 1
     assert kinds["core.1.text.attn.k"] == ["core attention"]
@@ -299,8 +311,7 @@ def test_an_int8_plan_is_built_of_a_graph_that_keeps_its_decibels(
     nodes = list(onnx.load(made.verified(graph.artifact) / graph.file, load_external_data=False).graph.node)
     made_by = {name: node.op_type for node in nodes for name in node.output}
     rounded = {node.name for node in nodes if "DequantizeLinear" in [made_by.get(name) for name in node.input]}
-    kinds = [LAYERS[layer] for layer in LAYERS_IN[Precision.INT8]]
-    wanted = [name for name in products(bundle) for kind in kinds if re.fullmatch(kind, name)]
+    wanted = products_of(bundle, LAYERS_IN[Precision.INT8])
     assert sorted(name.rpartition("/")[0] for name in rounded) == sorted(wanted)
     stages: list[str] = []
     compile_bundle(
@@ -313,13 +324,16 @@ def test_openvino_rounds_the_same_linear_layers_and_the_tails(bundle: Bundle, sm
     """Embedders of image and text stay out, as those of models of classes do."""
     ov = pytest.importorskip("openvino")
     pytest.importorskip("nncf")
-    model = BACKENDS["openvino"].builder()._quantized(ov.Core().read_model(stored_graph(bundle)), small.samples)
+    from elit_export.backends.openvino import build
+
+    kept_exact = modules_kept_exact(bundle.manifest.model.spec)
+    model = build._quantized(ov.Core().read_model(stored_graph(bundle)), small.samples, kept_exact)
     rounded = set()
     for node in model.get_ordered_ops():
         sources = [node.input_value(index).get_node().get_type_name() for index in range(node.get_input_size())]
         if node.get_type_name() == "MatMul" and sources == ["FakeQuantize", "Multiply"]:  # a weight behind its scale
             rounded.add(node.get_friendly_name().rpartition("/")[0])
-    assert rounded == {name for name in products(bundle) for kind in LINEAR if re.fullmatch(LAYERS[kind], name)}
+    assert rounded == set(products_of(bundle, LINEAR))
 
 
 def test_a_build_without_samples_says_that_they_need_prompts(checkpoint: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from elit_export import Pipeline
-from elit_export.bundle import Bundle
+from elit_export.bundle.reading import Bundle
 
 ROOT = Path(__file__).parent.parent
 NEEDED = ("elit_export", "engines", "tests", "pyproject.toml", "README.md", "LICENSE", "constraints.txt")
@@ -205,9 +205,9 @@ def test_the_demo_builds_the_shipped_model_and_draws_it(building_scripts: Path, 
         (("export", "shipped:fashion", "--out", "graph"), "export"),
         (("train", ROOT / "tests" / "data" / "fashion", "--out", "run"), "export"),
         (("inspect", "shipped:fashion"), "export"),
-        (("bench", "BUNDLE", "--quality"), "export"),
+        (("evaluate", "BUNDLE"), "export"),
         (("train-classifier", ROOT / "tests" / "data" / "fashion", "--out", "c.safetensors"), "export"),
-        (("bench", "BUNDLE", "--rows", "2", "--rounds", "1", "--plot", "p.png"), "report"),
+        (("bench", "engines", "BUNDLE", "--rows", "2", "--rounds", "1", "--plot", "p.png"), "report"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else value,
 )

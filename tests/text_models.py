@@ -57,15 +57,15 @@ def inputs_of(spec: ModelSpec, graph: str, *, rows: int, text: int, kept: int) -
     return {
         tensor.name: exact[tensor.name]
         if tensor.name in exact
-        else torch.randn([sizes[size] if isinstance(size, str) else size for size in tensor.shape], generator=generator)
-        for tensor in spec.inputs_of(graph)
+        else torch.randn([sizes[size] if isinstance(size, str) else size for size in tensor.dims], generator=generator)
+        for tensor in spec.graph(graph).inputs
     }
 
 
 def without_interface(model: ElitMMDiT, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
     """The velocity of the base model: every block on all spatial tokens, neither Read nor Write."""
     c = model.t_embedder(t)
-    spatial, _ = model.places(text_mask, torch.arange(1))
+    spatial, _ = model.positions(text_mask, torch.arange(1))
     blocks = [*model.head, *model.core, *model.tail]
     _, tokens = run_joint(blocks, model.embed_text(text, text_mask), model.embed(x), c, spatial)
     return model.unpatchify(model.final(tokens, c))

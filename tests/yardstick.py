@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.calibrate.quantize import quantized_graph
-from elit_export.checkpoint import save_checkpoint
-from elit_export.decoder import load_decoder
-from elit_export.decoder_folder import read_decoder
+from elit_export.backends.openvino.cpu import cpu_features
+from elit_export.bundle.calibration_inputs import CalibrationFacts, CalibrationInputs
+from elit_export.bundle.recipe import recipe_from_values
+from elit_export.checkpoints.native import save_checkpoint
+from elit_export.checkpoints.vae import read_decoder
+from elit_export.checkpoints.vae_decoder import load_decoder
 from elit_export.graphs.export import export_decoder, export_graph
-from elit_export.machine import cpu_features
+from elit_export.graphs.quantize import quantized_graph
 from elit_export.models.elit import Elit
-from elit_export.recipe import recipe_from_values
 from elit_export.runtime.prompts import Embedded, Prompts
-from elit_export.samples import SampleFacts, Samples
 from elit_export.spec import CACHE_GRAPHS, FUSED, LONGEST_TEXT, STEP, ModelSpec, Precision
 from tests.helpers import VARIANTS, calibrate, fit_of, tiny_model
 from tests.text_models import text_model
@@ -87,7 +87,7 @@ def graph_of(backbone: str, name: str, precision: Precision, folder: Path) -> Pa
     if precision not in EIGHT_BITS:
         return export_graph(model, name, folder, precision)
     exact = export_graph(model, name, folder / "exact")
-    return quantized_graph(exact, folder / "quantized", precision, random_samples(model.spec))
+    return quantized_graph(exact, folder / "quantized", precision, random_inputs(model.spec), model.spec)
 
 
 def decoder_graph(folder: Path) -> Path:
@@ -95,18 +95,18 @@ def decoder_graph(folder: Path) -> Path:
     return export_decoder(load_decoder(read), read.spec(8), folder)
 
 
-def random_samples(spec: ModelSpec) -> Samples:
+def random_inputs(spec: ModelSpec) -> CalibrationInputs:
     """What 8 bits are calibrated on here: noise, which needs no engine."""
     count, generator = 64, np.random.default_rng(11)
     sizes = {"rows": count, "text": 5}
     values: dict[str, Any] = {}
     for tensor in spec.conditioning:
-        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.dims]
         values[tensor.name] = generator.standard_normal(shape).astype(np.float32)
     values = {name: np.ones(array.shape, np.int64) if name == "text_mask" else array for name, array in values.items()}
     if "y" in values:
         values["y"] = generator.integers(0, spec.null_class + 1, count)
-    facts = SampleFacts(
+    facts = CalibrationFacts(
         package_version="0",
         checkpoint_sha256="0" * 64,
         seed=11,
@@ -119,15 +119,16 @@ def random_samples(spec: ModelSpec) -> Samples:
     )
     kept = np.array([spec.budgets[row % len(spec.budgets)].kept for row in range(count)], np.int64)
     x = generator.standard_normal((count, *spec.sample_shape)).astype(np.float32)
-    return Samples(facts, x, generator.uniform(0.02, 1, count).astype(np.float32), kept, values)
+    return CalibrationInputs(facts, x, generator.uniform(0.02, 1, count).astype(np.float32), kept, values)
 
 
 def all_hashes() -> Iterator[tuple[str, dict[str, str]]]:
     for backbone in BACKBONES:
         for name, precision in NAMES:
             with tempfile.TemporaryDirectory() as folder:
-                yield f"{backbone} {name} {precision.value}", hashes_of(
-                    graph_of(backbone, name, precision, Path(folder))
+                yield (
+                    f"{backbone} {name} {precision.value}",
+                    hashes_of(graph_of(backbone, name, precision, Path(folder))),
                 )
     with tempfile.TemporaryDirectory() as folder:
         yield "decode", hashes_of(decoder_graph(Path(folder)))

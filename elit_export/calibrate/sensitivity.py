@@ -1,9 +1,4 @@
-"""What each kind of layer costs in accuracy in 8 bits.
-
-Takes: a float32 graph, samples, prompts for a model with text.  Gives: Sensitivity, one kind after another.
-May touch: temporary folders.
-Needs what `quantize` needs, and ONNX Runtime.  Knows nothing of: plans.
-"""
+"""What each kind of layer costs in accuracy in 8 bits."""
 
 from __future__ import annotations
 
@@ -12,18 +7,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from elit_export.calibrate.quantize import LAYERS_IN, quantized_graph
-from elit_export.calibrate.samples import SampleRecipe, Seen, seen_rows
-from elit_export.models.cost import flops, layer_flops
+from elit_export.arrays import Arrays, HostArray
+from elit_export.backends.protocols import Engine, to_host
+from elit_export.bundle.calibration_inputs import FEWEST, CalibrationInputs
+from elit_export.calibrate.inputs import SampleRecipe, Seen, seen_rows
+from elit_export.cost.flops import flops, layer_flops
+from elit_export.graphs.quantize import LAYERS_IN, quantized_graph
 from elit_export.runtime.bank import EngineBank, Slot, sizes_of
-from elit_export.runtime.engine import Engine, HostArray, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.prompts import Prompts, joined
-from elit_export.samples import FEWEST, Inputs, Samples
 from elit_export.spec import LATENTS, LONGEST_TEXT, Budget, DataFacts, ModelSpec, Precision, Profile, Range
 from elit_export.verify.metrics import Difference, difference
 
@@ -47,7 +42,7 @@ def sensitivities(
     spec: ModelSpec,
     data: DataFacts,
     precision: Precision,
-    samples: Samples,
+    samples: CalibrationInputs,
     prompts: Prompts | None = None,
 ) -> Iterator[Sensitivity]:
     """`sensitivity_count` of them: each kind of layer alone, then all that are quantized if nothing else is asked for.
@@ -62,7 +57,7 @@ def sensitivities(
         layers = LAYERS_IN[precision] if name == AS_BUILT else (name,)
         with tempfile.TemporaryDirectory(prefix="elit-export-") as folder:
             rest = Precision.FP16 if name == AS_BUILT else Precision.FP32
-            made = quantized_graph(graph, Path(folder), precision, samples, layers, rest=rest)
+            made = quantized_graph(graph, Path(folder), precision, samples, spec, layers, rest=rest)
             found = answers_of(made, held_out)
         yield Sensitivity(
             name,
@@ -92,8 +87,8 @@ def flops_share(spec: ModelSpec, kept: int, layers: Sequence[str], *, text: int 
 
 
 def held_out_rows(
-    exact: Engine, spec: ModelSpec, data: DataFacts, samples: Samples, prompts: Prompts | None = None
-) -> dict[int, Inputs]:
+    exact: Engine, spec: ModelSpec, data: DataFacts, samples: CalibrationInputs, prompts: Prompts | None = None
+) -> dict[int, Arrays]:
     """By latents kept, HELD_OUT_ROWS rows of trajectories like those of the samples, with another seed.
 
     They lie at the same t for every budget, evenly from the first to the last step, because the error grows towards 0.
@@ -116,24 +111,24 @@ def held_out_rows(
     return {number: _batch([row for row in seen if row.kept == number]) for number in kept}
 
 
-def _batch(seen: Sequence[Seen]) -> Inputs:
+def _batch(seen: Sequence[Seen]) -> Arrays:
     ordered = sorted(seen, key=lambda row: row.t)
     rows = [ordered[index].inputs for index in np.linspace(0, len(ordered) - 1, HELD_OUT_ROWS).round().astype(int)]
     together = joined([{name: array for name, array in row.items() if name != LATENTS} for row in rows])
     return {**together, LATENTS: rows[0][LATENTS]}
 
 
-def answers_of(graph: Path, rows: Mapping[int, Inputs]) -> dict[int, dict[str, HostArray]]:
+def answers_of(graph: Path, rows: Mapping[int, Arrays]) -> dict[int, dict[str, HostArray]]:
     """What a graph gives to each of the batches, node by node as it is written."""
     with _engine(graph) as engine:
         return _answers(engine, rows)
 
 
-def _answers(engine: Engine, rows: Mapping[int, Inputs]) -> dict[int, dict[str, HostArray]]:
+def _answers(engine: Engine, rows: Mapping[int, Arrays]) -> dict[int, dict[str, HostArray]]:
     return {kept: {name: to_host(array) for name, array in engine(inputs).items()} for kept, inputs in rows.items()}
 
 
-def _engine(graph: Path) -> Any:
-    from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
+def _engine(graph: Path) -> Engine:
+    from elit_export.backends.onnxruntime.engine import open_as_written
 
-    return OnnxRuntimeEngine(graph, device="cpu", threads=0, as_written=True)
+    return open_as_written(graph)

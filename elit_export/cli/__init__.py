@@ -1,4 +1,8 @@
-"""The command line. This folder is the only place that prints or exits."""
+"""The command line, one file a command.
+
+Takes: arguments.  Gives: text on standard output and error, files, an exit status.  May touch: what is named.
+This folder is the only place that prints or exits.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,25 @@ import logging
 import click
 from rich.logging import RichHandler
 
+from elit_export.cli.bench import bench
+from elit_export.cli.build import build
 from elit_export.cli.calibrate import calibrate
 from elit_export.cli.common import Commands
-from elit_export.cli.look import doctor, inspect, verify
-from elit_export.cli.make import build, export
-from elit_export.cli.measure import bench
-from elit_export.cli.prompt import embed
-from elit_export.cli.run import demo, sample
-from elit_export.cli.train import train, train_classifier
+from elit_export.cli.demo import demo
+from elit_export.cli.doctor import doctor
+from elit_export.cli.embed import embed
+from elit_export.cli.evaluate import evaluate
+from elit_export.cli.export import export
+from elit_export.cli.inspect import inspect
+from elit_export.cli.sample import sample
+from elit_export.cli.train import train
+from elit_export.cli.train_classifier import train_classifier
+from elit_export.cli.verify import verify
+
+COMMANDS = (
+    *(demo, train, train_classifier, export, build, calibrate, embed, sample),
+    *(verify, bench, evaluate, inspect, doctor),
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,5 +41,5 @@ def main() -> None:
     )
 
 
-for command in (demo, train, train_classifier, export, build, calibrate, embed, sample, verify, bench, inspect, doctor):
+for command in COMMANDS:
     main.add_command(command)

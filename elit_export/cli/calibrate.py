@@ -6,19 +6,19 @@ from pathlib import Path
 
 import click
 
-from elit_export.bundle import Bundle
-from elit_export.calibrate.cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
-from elit_export.calibrate.samples import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
-from elit_export.calibrate.samples import batches as sample_batches
+from elit_export.bundle.calibration_inputs import load_inputs, save_inputs
+from elit_export.bundle.manifest import CacheCalibration
+from elit_export.bundle.reading import Bundle
+from elit_export.calibrate.inputs import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
+from elit_export.calibrate.inputs import batches as sample_batches
+from elit_export.calibrate.step_cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
-from elit_export.cli.prompt import EMBEDDED, prompts_in
+from elit_export.cli.prompts import EMBEDDED, prompts_in
+from elit_export.cli.tables.calibration import samples_facts, samples_table, sensitivity_facts, sensitivity_table
+from elit_export.cli.tables.inspect import calibration_table
 from elit_export.errors import BundleError
-from elit_export.manifest import CacheCalibration
-from elit_export.report.samples import samples_facts, samples_table, sensitivity_facts, sensitivity_table
-from elit_export.report.tables import calibration_table
 from elit_export.runtime.choices import DEFAULTS
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.samples import load_samples, save_samples
 from elit_export.spec import QUANTIZED, STEP, Precision
 
 COUNT = click.IntRange(min=1)
@@ -108,7 +108,7 @@ def calibrate_samples(
         total = sample_batches(pipeline, wanted)
         parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
         found = taken(parts, pipeline, wanted, model.checkpoint_sha256)
-    save_samples(found.samples, out)
+    save_inputs(found.samples, out)
     show(samples_table(found), json_to=json_to)
     write_json(samples_facts(found), json_to)
     say(f"wrote {out}; next: elit-export build RECIPE --target TARGET --samples {out}", json_to=json_to)
@@ -131,7 +131,7 @@ def calibrate_sensitivity(
 
     opened = Bundle.open(bundle)
     model, graph = opened.manifest.model, stored_graph(opened)
-    prompts, samples = prompts_in(file, model.spec), load_samples(samples_file, model.spec, model.checkpoint_sha256)
+    prompts, samples = prompts_in(file, model.spec), load_inputs(samples_file, model.spec, model.checkpoint_sha256)
     with progress_bar() as progress:
         found = sensitivities(graph, model.spec, model.data, Precision(precision), samples, prompts)
         total = sensitivity_count(model.spec)

@@ -1,14 +1,11 @@
-"""What the commands share: console, progress bars, errors, JSON.
-
-This folder is the only place that prints or exits.
-"""
+"""What the commands share: console, progress bars, errors, JSON, options."""
 
 from __future__ import annotations
 
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from elit_export.bundle import Bundle
-from elit_export.doctor import TOOLS
+from elit_export.bench.limits import Limit, misses
+from elit_export.bundle.atomic import write_text
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.cli.tools import TOOLS
 from elit_export.errors import ElitExportError, InputError
-from elit_export.files import write_text
-from elit_export.manifest import PlanSet
 from elit_export.verify.parity import accepted_miss
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
@@ -140,3 +138,21 @@ def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
 
 INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")
 JSON_OPTION = click.option("--json", "json_to", metavar="FILE|-", help="Write the facts as JSON too.")
+CHECK_OPTION = click.option("--check", type=FILE, help="JSON file of limits; status 1 if one does not hold.")
+
+
+def TARGET_OPTIONS(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 (used as the options beside it are)
+    """Which plan set of a bundle."""
+    command = click.option("--precision", help="Needed if the target has several.")(command)
+    return click.option("--target", help="Needed if the bundle has several.")(command)
+
+
+def conclude(tables: Sequence[Table], facts: Any, limits: Sequence[Limit], json_to: str | None) -> None:
+    """Show, write, and end with status 1 where a limit does not hold."""
+    show(*tables, json_to=json_to)
+    write_json(facts, json_to)
+    missed = misses(limits, facts)
+    for line in missed:
+        click.echo(line, err=True)
+    if missed:
+        raise SystemExit(1)

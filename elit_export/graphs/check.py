@@ -1,7 +1,4 @@
-"""What every graph must be, whatever wrote it.
-
-Takes: a graph file.  Gives: nothing, or ExportError.  May touch: nothing.
-"""
+"""What every graph must be, whatever wrote it."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import onnx
 from onnx import checker, helper
 
 from elit_export.errors import ExportError
-from elit_export.spec import LATENTS, TensorSpec
+from elit_export.spec import LATENTS, GraphSpec, TensorSpec
 
 # Each would keep a compiler from planning shapes ahead, or hide a loop over the batch.
 FORBIDDEN = {"NonZero", "Loop", "Scan", "ScatterND", "ScatterElements"}
@@ -20,13 +17,11 @@ CHOICE = "If"
 WEIGHT = "DequantizeLinear"
 
 
-def check_graph(
-    path: Path, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], *, opset: int, choices: int = 0
-) -> None:
-    """Check names, types and symbolic dimensions, forbidden nodes, folded queries, and ONNX's own rules.
+def check_graph(path: Path, graph: GraphSpec, *, opset: int) -> None:
+    """Check names, types and dynamic dimensions, forbidden nodes, folded queries, and ONNX's own rules.
 
-    `choices` is how many `If` there must be, each of which counts with both its branches. Raises
-    ExportError with every problem found.
+    A graph that chooses inside has one `If`, which counts with both its branches. Raises ExportError with every
+    problem found.
     """
     try:
         checker.check_model(path)
@@ -37,11 +32,11 @@ def check_graph(
     nodes = [node for graph in graphs for node in graph.node]
     problems = [
         *_form_problems(model, opset),
-        *_signature_problems(model.graph.input, inputs, "input"),
-        *_signature_problems(model.graph.output, outputs, "output"),
-        *_forbidden_nodes(nodes, choices),
+        *_signature_problems(model.graph.input, graph.inputs, "input"),
+        *_signature_problems(model.graph.output, graph.outputs, "output"),
+        *_forbidden_nodes(nodes, choices=int(graph.has_if)),
         *_unfolded_nodes(graphs, nodes),
-        *_latents_problems(nodes, inputs),
+        *(_latents_problems(nodes) if graph.elastic else []),
     ]
     if problems:
         raise ExportError(f"{path}: {'; '.join(problems)}")
@@ -56,16 +51,14 @@ def _form_problems(model: onnx.ModelProto, opset: int) -> list[str]:
 
 
 def _signature_problems(found: Sequence[onnx.ValueInfoProto], wanted: Sequence[TensorSpec], what: str) -> list[str]:
-    theirs = [_tensor_spec(value) for value in found]
-    if theirs == list(wanted):
-        return []
-    return [f"{what}s are {theirs}, wanted {list(wanted)}"]
+    theirs, ours = [_signature(value) for value in found], [tensor.signature for tensor in wanted]
+    return [] if theirs == ours else [f"{what}s are {theirs}, wanted {ours}"]
 
 
-def _tensor_spec(value: onnx.ValueInfoProto) -> TensorSpec:
+def _signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
     tensor = value.type.tensor_type
-    shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
-    return TensorSpec(value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape)
+    dims = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+    return value.name, helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, dims
 
 
 def _with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -76,7 +69,7 @@ def _with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
                 yield from _with_branches(attribute.g)
 
 
-def _forbidden_nodes(nodes: Sequence[onnx.NodeProto], choices: int) -> list[str]:
+def _forbidden_nodes(nodes: Sequence[onnx.NodeProto], *, choices: int) -> list[str]:
     problems = [f"forbidden node {node.op_type} ({node.name})" for node in nodes if node.op_type in FORBIDDEN]
     found = sum(node.op_type == CHOICE for node in nodes)
     return problems if found == choices else [*problems, f"{found} nodes {CHOICE}, wanted {choices}"]
@@ -96,10 +89,8 @@ def _unfolded_nodes(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.Node
     ]
 
 
-def _latents_problems(nodes: Sequence[onnx.NodeProto], inputs: Sequence[TensorSpec]) -> list[str]:
+def _latents_problems(nodes: Sequence[onnx.NodeProto]) -> list[str]:
     """The length of `latents` is the budget: it selects by Gather, its values decide no shape."""
-    if all(tensor.name != LATENTS for tensor in inputs):
-        return []
     # index_select flattens its index first; that is the same vector.
     same = {LATENTS} | {node.output[0] for node in nodes if node.op_type == "Reshape" and node.input[0] == LATENTS}
     users = {node.op_type for node in nodes if same & set(node.input)}

@@ -1,18 +1,13 @@
-"""Model, or the decoder of a VAE → ONNX.
-
-Takes: a model, a folder.  Gives: `step.onnx` with its weights beside it.  May touch: that folder.
-Knows nothing of: backends, budgets other than as a dynamic dimension.
-"""
+"""Model, or the decoder of a VAE → ONNX."""
 
 from __future__ import annotations
 
 import ast
 import logging
-import math
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,33 +21,31 @@ from onnx_ir.passes.common import (
     LiftSubgraphInitializersToMainGraphPass,
     RemoveUnusedNodesPass,
 )
-from onnxscript import opset20 as op
-from onnxscript import opset23
 from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elit_export.errors import ExportError
+from elit_export.graphs.attention import attention_table
 from elit_export.graphs.check import check_graph
-from elit_export.graphs.frames import join_frames, of_one_frame
 from elit_export.graphs.fused import fused
+from elit_export.graphs.vae_frames import join_frames, of_one_frame
 from elit_export.graphs.weights import give_weights, weightless
 from elit_export.models.elit import Elit
 from elit_export.models.precision import in_precision
 from elit_export.spec import (
-    DECODE,
-    FUSED,
     LATENTS,
     LONGEST_TEXT,
     ROWS,
     TEXT,
     DecoderSpec,
+    GraphSpec,
     ModelSpec,
     Precision,
+    Role,
     TensorSpec,
 )
 
-OPSETS = {Precision.FP32: 20, Precision.FP16: 23, Precision.BF16: 23}
 HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
 # Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
 # latent positions) becomes a constant of the graph, and nothing large can appear from it.
@@ -73,36 +66,28 @@ def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Pr
     Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)
-    inputs, outputs = model.spec.inputs_of(name), model.spec.outputs_of(name)
-    return _written(lambda: graph_model(model, name, precision), name, inputs, outputs, folder, precision)
+    return _written(lambda: graph_model(model, name, precision), model.spec.graph(name), folder, precision)
 
 
 def export_decoder(decoder: nn.Module, spec: DecoderSpec, folder: Path) -> Path:
     """Write the graph `decode` in fp32, as export_graph does."""
 
     def made() -> ir.Model:
-        program = _traced(traceable_decoder(decoder, spec), spec.outputs, DECODE, Precision.FP32)
-        graph = _folded(program, spec.inputs)
+        program = _traced(traceable_decoder(decoder, spec), Precision.FP32)
+        graph = _folded(program, spec.graph)
         join_frames(graph)
         return graph
 
-    return _written(made, DECODE, spec.inputs, spec.outputs, folder, Precision.FP32)
+    return _written(made, spec.graph, folder, Precision.FP32)
 
 
-def _written(
-    make: Callable[[], ir.Model],
-    name: str,
-    inputs: Sequence[TensorSpec],
-    outputs: Sequence[TensorSpec],
-    folder: Path,
-    precision: Precision,
-) -> Path:
+def _written(make: Callable[[], ir.Model], graph: GraphSpec, folder: Path, precision: Precision) -> Path:
     """The path of a graph that was made, checked, and only then given its name."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
-        path = Path(private) / f"{name}.onnx"
+        path = Path(private) / f"{graph.name}.onnx"
         ir.save(make(), path, external_data=f"{path.name}.data")
-        check_graph(path, inputs, outputs, opset=OPSETS[precision], choices=int(name == FUSED))
+        check_graph(path, graph, opset=precision.opset)
         (folder / path.name).unlink(missing_ok=True)  # an old graph would read the new weights
         for file in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
             (Path(private) / file).replace(folder / file)
@@ -126,26 +111,24 @@ def graph_model(model: Elit, name: str, precision: Precision) -> ir.Model:
     mode = FakeTensorMode()
     traced = traceable(weightless(model, mode), name, precision)
     with mode:
-        program = _traced(traced, model.spec.outputs_of(name), name, precision)
+        program = _traced(traced, precision)
     weights = {f"{MODEL}.{own}": tensor for own, tensor in model.state_dict(keep_vars=True).items()}
     give_weights(program.model, weights)
-    return _folded(program, traced.inputs)
+    return _folded(program, traced.graph)
 
 
-def _traced(
-    traced: Traceable, outputs: Sequence[TensorSpec], name: str, precision: Precision
-) -> torch.onnx.ONNXProgram:
+def _traced(traced: Traceable, precision: Precision) -> torch.onnx.ONNXProgram:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 traced.module,
                 traced.examples,
                 dynamo=True,
-                opset_version=OPSETS[precision],
-                input_names=[tensor.name for tensor in traced.inputs],
-                output_names=[tensor.name for tensor in outputs],
+                opset_version=precision.opset,
+                input_names=[tensor.name for tensor in traced.graph.inputs],
+                output_names=[tensor.name for tensor in traced.graph.outputs],
                 dynamic_shapes=traced.dynamic_shapes,
-                custom_translation_table={SDPA: _in_place_of_sdpa(_attention_of(name, precision))},
+                custom_translation_table=attention_table(traced.graph, precision),
                 verbose=False,
                 optimize=False,  # weights come first
             )
@@ -156,11 +139,11 @@ def _traced(
     return program
 
 
-def _folded(program: torch.onnx.ONNXProgram, inputs: Sequence[TensorSpec]) -> ir.Model:
+def _folded(program: torch.onnx.ONNXProgram, graph: GraphSpec) -> ir.Model:
     """Without what can be computed now, once the weights are there."""
     program.optimize()
     made: ir.Model = program.model
-    _name_dimensions(made, inputs)
+    _name_dimensions(made, graph)
     fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
     RemoveUnusedNodesPass()(made)
     LiftSubgraphInitializersToMainGraphPass()(made)  # ONNX Runtime writes those of branches twice
@@ -169,10 +152,10 @@ def _folded(program: torch.onnx.ONNXProgram, inputs: Sequence[TensorSpec]) -> ir
     return made
 
 
-def _name_dimensions(made: ir.Model, inputs: Sequence[TensorSpec]) -> None:
+def _name_dimensions(made: ir.Model, graph: GraphSpec) -> None:
     """Dynamic dimensions of inputs as in the spec, where the exporter calls one `4*multiples`."""
-    for value, tensor in zip(made.graph.inputs, inputs, strict=True):
-        value.shape = ir.Shape(tensor.shape)
+    for value, tensor in zip(made.graph.inputs, graph.inputs, strict=True):
+        value.shape = ir.Shape(tensor.dims)
 
 
 def name_nodes(made: ir.Model) -> None:
@@ -204,36 +187,36 @@ class GraphModule(nn.Module):
 
 @dataclass(frozen=True)
 class Traceable:
-    """A module to trace, its inputs, what each of their named dimensions may be, and is while it is traced."""
+    """A module to trace, its graph, what each dynamic dimension may be, and is while it is traced."""
 
     module: nn.Module
-    inputs: tuple[TensorSpec, ...]
+    graph: GraphSpec
     dims: Mapping[str, Any]
     sizes: Mapping[str, int]
 
     @property
     def examples(self) -> tuple[Tensor, ...]:
-        return tuple(_example(tensor, self.sizes) for tensor in self.inputs)
+        return tuple(_example(tensor, self.sizes) for tensor in self.graph.inputs)
 
     @property
     def dynamic_shapes(self) -> dict[str, tuple[dict[int, Any], ...]]:
         dims = self.dims
         shapes = [
-            {axis: dims[size] for axis, size in enumerate(tensor.shape) if isinstance(size, str)}
-            for tensor in self.inputs
+            {axis: dims[size] for axis, size in enumerate(tensor.dims) if isinstance(size, str)}
+            for tensor in self.graph.inputs
         ]
         return {"inputs": tuple(shapes)}
 
 
 def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
-    """A graph of the model: `fused`, or its method of that name."""
-    rounded = in_precision(model, precision)
-    run = partial(fused, rounded) if name == FUSED else getattr(rounded, name)
+    """A graph of the model: one that chooses inside, or its method of that name."""
+    rounded, graph = in_precision(model, precision), model.spec.graph(name)
+    run = partial(fused, rounded) if graph.has_if else getattr(rounded, name)
     spec = model.spec
     dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: _latents_dim(spec)}
     dims[TEXT] = torch.export.Dim(TEXT, min=1, max=LONGEST_TEXT)
     sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.budget_step, TEXT: EXAMPLE_TEXT}
-    return Traceable(GraphModule(rounded, run).eval(), spec.inputs_of(name), dims, sizes)
+    return Traceable(GraphModule(rounded, run).eval(), graph, dims, sizes)
 
 
 def _latents_dim(spec: ModelSpec) -> Any:
@@ -248,12 +231,12 @@ def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, most_rows: int | No
     rows = torch.export.Dim(ROWS, min=1, max=most_rows)
     decoder = of_one_frame(decoder)
     module = GraphModule(decoder, decoder.forward).eval()
-    return Traceable(module, spec.inputs, {ROWS: rows}, {ROWS: EXAMPLE_ROWS})
+    return Traceable(module, spec.graph, {ROWS: rows}, {ROWS: EXAMPLE_ROWS})
 
 
 def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
-    shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
-    if tensor.name == LATENTS:
+    shape = [sizes[size] if isinstance(size, str) else size for size in tensor.dims]
+    if tensor.role is Role.LATENTS:
         return torch.arange(shape[0])
     return torch.ones(shape, dtype=getattr(torch, tensor.dtype))
 
@@ -270,82 +253,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         registration.setLevel(level)
-
-
-# ---------------------------------------------------------------- attention
-
-
-# Queries, keys and values are (B, h, L, D/h) each. `bias` is None, or what is added to the scores.
-
-
-def _spelled_out(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
-    """softmax(q · kᵀ / √d + bias) · v in six nodes, or seven.
-
-    The exporter's own form takes k apart and together again through its runtime shape, which
-    keeps backends from recognising attention.
-    """
-    scaled = op.Mul(query, op.Constant(value_float=scale))
-    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
-    return op.MatMul(op.Softmax(_biased(scores, bias), axis=-1), value)
-
-
-def _biased(scores: Any, bias: Any) -> Any:
-    return scores if bias is None else op.Add(scores, bias)
-
-
-def _native(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
-    """ONNX's Attention: nothing stands between scale, softmax and the two products."""
-    attended, *_ = opset23.Attention(query, key, value, _for_each_query(query, bias), scale=scale)
-    return attended
-
-
-def _for_each_query(query: Any, bias: Any) -> Any:
-    """(B, 1, L, L) from (B, 1, 1, L): ONNX Runtime 1.24 does not broadcast it itself, though the operator should."""
-    if bias is None:
-        return None
-    queries: Any = opset23.Shape(query, start=2, end=3)
-    one: Any = opset23.Constant(value_ints=[1])
-    shape: Any = opset23.Concat(one, one, queries, one, axis=0)
-    return opset23.Expand(bias, shape)
-
-
-def _half_spelled_out(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
-    """As _spelled_out, with both products in half precision; scale, bias and softmax are float32."""
-    half, exact = query.dtype, ir.DataType.FLOAT
-    query_exact: Any = op.Cast(query, to=exact)
-    scaled: Any = op.Mul(query_exact, op.Constant(value_float=scale))
-    scores: Any = op.MatMul(op.Cast(scaled, to=half), op.Transpose(key, perm=[0, 1, 3, 2]))
-    scores_exact: Any = op.Cast(scores, to=exact)
-    bias_exact: Any = None if bias is None else op.Cast(bias, to=exact)
-    weights: Any = op.Softmax(_biased(scores_exact, bias_exact), axis=-1)
-    return op.MatMul(op.Cast(weights, to=half), value)
-
-
-def _attention_of(name: str, precision: Precision) -> Callable[..., Any]:
-    """TensorRT has no native attention in fp32, and (TensorRT for RTX 1.7) none inside an If."""
-    if precision is Precision.FP32:
-        return _spelled_out
-    return _half_spelled_out if name == FUSED else _native
-
-
-def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """What the exporter calls for scaled_dot_product_attention; a mask must be an additive bias."""
-
-    def translated(
-        query: Any,
-        key: Any,
-        value: Any,
-        attn_mask: Any = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Any:
-        assert (dropout_p, is_causal, enable_gqa) == (0.0, False, False)
-        assert attn_mask is None or attn_mask.dtype == query.dtype
-        return attention(query, key, value, attn_mask, scale or 1 / math.sqrt(query.shape[-1]))
-
-    return translated
-
-
-SDPA: Callable[..., Any] = torch.ops.aten.scaled_dot_product_attention.default

@@ -1,9 +1,5 @@
 """A whole cached step as one function: the choice between computing and reusing inside, as ONNX `If`.
 
-Takes: a model, a step's inputs, what the step before left, the host's choices.  Gives: the velocity and
-what the next step needs.  May touch: nothing.  Knows nothing of: calibrations, which are inputs, and of what
-conditions the model.
-
 It decides as `runtime/residuals.py` does, in the same float32 arithmetic.
 """
 
@@ -15,24 +11,24 @@ import torch
 from torch import Tensor
 
 from elit_export.models.elit import Elit
-from elit_export.spec import FUSED, STEP
+from elit_export.spec import FUSED, PROBE, REUSE, STEP
 
 
 def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Takes what `spec.inputs_of("fused")` names and gives what `spec.outputs_of("fused")` does.
+    """Takes and gives what `spec.graph("fused")` says.
 
     `reused` counts the reuses in a row, −1 before anything was computed. Until two steps were computed the two
     `t_computed` are equal, and the residual is taken as it is.
     """
-    given = {tensor.name: value for tensor, value in zip(model.spec.inputs_of(FUSED), inputs, strict=True)}
+    given = {tensor.name: value for tensor, value in zip(model.spec.graph(FUSED).inputs, inputs, strict=True)}
 
     def run(graph: str, **more: Tensor) -> Any:
         named = given | more
-        return getattr(model, graph)(*(named[tensor.name] for tensor in model.spec.inputs_of(graph)))
+        return getattr(model, graph)(*(named[tensor.name] for tensor in model.spec.graph(graph).inputs))
 
     t, t_computed, t_computed_prev = (given[name] for name in ("t", "t_computed", "t_computed_prev"))
     residual, residual_prev, reused = (given[name] for name in ("residual", "residual_prev", "reused"))
-    signal_next, distance = run("probe", signal_prev=given["signal"])
+    signal_next, distance = run(PROBE, signal_prev=given["signal"])
     accumulated = given["accumulated"] + polynomial(given["coefficients"], distance).clamp_min(0)
     is_covered = (distance >= given["low"]) & (distance <= given["high"])  # not so for NaN
     over = (~is_covered | ~(accumulated < given["threshold"])).any()  # computes too where the threshold is NaN
@@ -50,7 +46,7 @@ def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
         return velocity, found, torch.where(is_first, found, residual)
 
     def forecast() -> tuple[Tensor, Tensor, Tensor]:
-        return run("reuse", forecast=weight), residual.clone(), residual_prev.clone()
+        return run(REUSE, forecast=weight), residual.clone(), residual_prev.clone()
 
     velocity, *residuals = torch.cond(compute, computed, forecast)
     times = (

@@ -1,8 +1,4 @@
-"""Model → a saved torch.export program, for backends that read it in place of ONNX.
-
-Takes: a model, a folder.  Gives: `NAME.pt2`.  May touch: that folder.
-Knows nothing of: backends, budgets other than as a dynamic dimension.
-"""
+"""Model → a saved torch.export program, for backends that read it in place of ONNX."""
 
 from __future__ import annotations
 
@@ -11,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from elit_export.bundle.atomic import atomic_write
 from elit_export.errors import ExportError
-from elit_export.files import written_whole
 from elit_export.graphs.export import EXAMPLE_ROWS, Traceable, traceable, traceable_decoder
 from elit_export.models.elit import Elit
-from elit_export.models.widening import widened_whole
+from elit_export.models.upcast import upcast_whole
 from elit_export.spec import DECODE, DecoderSpec, Precision
 
 
 def export_program(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
     """Write the program `step`, `probe` or `reuse` into `folder` (made if missing); raises ExportError."""
-    return _written(traceable(widened_whole(model), name, precision), folder / f"{name}.pt2")
+    return _written(traceable(upcast_whole(model), name, precision), folder / f"{name}.pt2")
 
 
 def export_decoder_program(decoder: nn.Module, spec: DecoderSpec, most_rows: int, folder: Path) -> Path:
@@ -44,7 +40,7 @@ def _written(traced: Traceable, path: Path) -> Path:
         raise ExportError(f"torch.export failed: {error}") from error
     _drop_assertions(program)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.export.save(program, temporary)
     return path
 

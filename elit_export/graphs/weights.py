@@ -1,8 +1,5 @@
 """A model traced without its weights, and the weights given to the graph afterwards, read one by one as it is written.
 
-Takes: a model with weights in any floating-point type, mapped onto its file or not; a graph of its weightless twin.
-Gives: the twin; the graph with its weights.  May touch: nothing.  Knows nothing of: files, precisions.
-
 So no weight is ever in memory twice, nor in another type than it is stored in, but for the one that is being written.
 """
 

@@ -1,7 +1,5 @@
 """What every class-conditional ELIT model is around its blocks: embedders, final layer, and what graphs are made of.
 
-Takes: a ModelSpec.  Gives: an abstract nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
-
 Follows the released ELIT-SiT checkpoints (arXiv 2603.12245); shapes as in `spec`.
 """
 
@@ -17,13 +15,12 @@ from elit_export.models.layers import (
     Block,
     FinalLayer,
     PatchEmbed,
-    Rotation,
     TimestepEmbedder,
-    position_code,
-    rotation_angles,
-    rotation_of,
+    of_kind,
+    sincos_position_embedding,
 )
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.models.rope import RotaryEmbedding, rope_angles, rope_from_angles
+from elit_export.spec import DataFacts, LayerKind, ModelSpec
 
 
 class ClassConditional(Elit):
@@ -37,9 +34,9 @@ class ClassConditional(Elit):
         width, heads = spec.hidden_size, spec.num_heads
         self.patch_embed = PatchEmbed(spec.in_channels, spec.patch_size, width)
         self.pos_embed: Tensor
-        self.register_buffer("pos_embed", position_code(spec.grid, width))
+        self.register_buffer("pos_embed", sincos_position_embedding(spec.grid, width))
         self.t_embedder = TimestepEmbedder(width)
-        self.y_embedder = nn.Embedding(spec.num_classes + 1, width)
+        self.y_embedder = of_kind(LayerKind.TABLE, nn.Embedding(spec.num_classes + 1, width))
         self.head = blocks(spec, spec.head_depth)
         self.read = Read(width, heads, spec.grid, spec.group_size)
         self.core = core
@@ -83,13 +80,15 @@ class ClassConditional(Elit):
         assert isinstance(block, Block)
         return block
 
-    def rotations(self, kept: Tensor) -> tuple[Rotation | None, Rotation | None]:
+    def rotations(self, kept: Tensor) -> tuple[RotaryEmbedding | None, RotaryEmbedding | None]:
         """Positions of spatial tokens and of kept latents: a latent has that of the token at its slot."""
         spec = self.spec
         if not spec.rope:
             return None, None
-        angles = rotation_angles(spec.grid, spec.hidden_size // spec.num_heads, kept.device)
-        return rotation_of(angles), rotation_of(keep(group(angles[None], spec.grid, spec.group_size), kept)[0])
+        angles = rope_angles(spec.grid, spec.hidden_size // spec.num_heads, kept.device)
+        return rope_from_angles(angles), rope_from_angles(
+            keep(group(angles[None], spec.grid, spec.group_size), kept)[0]
+        )
 
     def unpatchify(self, values: Tensor) -> Tensor:  # (B, N, p·p·C)
         n, p, channels = self.spec.grid, self.spec.patch_size, self.spec.in_channels

@@ -1,8 +1,6 @@
 """What every ELIT model is to graphs, verification and training, whatever conditions it; and how a new one is filled.
 
-Takes: a ModelSpec.  Gives: an abstract nn.Module.  May touch: nothing.  Knows nothing of: files, samplers, blocks.
-
-Shapes as in `spec`. A method that is a graph takes what `spec.inputs_of` names, in that order.
+Shapes as in `spec`. A method that is a graph takes the inputs of `spec.graph`, in that order.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from elit_export.errors import InputError
 from elit_export.models.interface import Read, Write, keep, restore
-from elit_export.models.layers import FinalLayer, Modulation, Split, TimestepEmbedder
+from elit_export.models.layers import FinalLayer, Modulation, TimestepEmbedder, TokenSplit
 from elit_export.spec import DataFacts, ModelSpec, listed
 
 INIT_STD = 0.02
@@ -112,7 +110,7 @@ def expected_residual(residual: Tensor, residual_prev: Tensor, forecast: Tensor)
 def initialise(model: Elit, generator: torch.Generator) -> Elit:
     """Fill a new model as the ELIT authors do, from `generator` alone.
 
-    Every adaLN, the final projection and what Write and Split add start at zero, so a fresh model hides
+    Every adaLN, the final projection and what Write and TokenSplit add start at zero, so a fresh model hides
     most mistakes: never test parity with it.
     """
     for module in model.modules():
@@ -137,5 +135,5 @@ def initialise(model: Elit, generator: torch.Generator) -> Elit:
 def _zero_layers(model: Elit) -> Iterable[nn.Module]:
     adaptive = (module.linear for module in model.modules() if isinstance(module, Modulation))
     written = (model.write.attn.proj, model.write.mlp.fc2)
-    splitting = (module.linear for module in model.modules() if isinstance(module, Split))
+    splitting = (module.linear for module in model.modules() if isinstance(module, TokenSplit))
     return *adaptive, model.final.linear, *written, *splitting

@@ -1,7 +1,5 @@
 """ELIT-HDiT: an hourglass whose middle blocks run on a quarter of the latents, twice as wide.
 
-Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
-
 Our reading of the paper (arXiv 2603.12245), whose HDiT is unpublished. Without an interface, a 2×2 of spatial tokens
 is merged after block 8 of 28 and split again after block 20 (HDiT, Crowson et al. 2024). In ELIT that lies in the
 core, where there are no pixels to stay next to: four latents of a group that follow each other, so of like
@@ -14,9 +12,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from elit_export.models.backbones import merging_stages
 from elit_export.models.class_conditional import ClassConditional, blocks
-from elit_export.models.layers import Merge, Split, run_blocks
+from elit_export.models.layers import TokenMerge, TokenSplit, run_blocks
+from elit_export.models.registry import merging_stages
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
 
 
@@ -29,8 +27,8 @@ class ElitHDiT(ClassConditional):
         core = nn.ModuleList([*blocks(spec, fine.depth), *middle, *blocks(spec, fine.depth)])
         super().__init__(spec, data, core=core)
         self.fine_depth = fine.depth
-        self.merge = Merge(spec.hidden_size, coarse.widened * spec.hidden_size, coarse.merged)
-        self.split = Split(coarse.widened * spec.hidden_size, spec.hidden_size, coarse.merged)
+        self.merge = TokenMerge(spec.hidden_size, coarse.widened * spec.hidden_size, coarse.merged)
+        self.split = TokenSplit(coarse.widened * spec.hidden_size, spec.hidden_size, coarse.merged)
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
         latents, patches, processed = self.read_kept(run_blocks(self.head, tokens, c), c, kept)

@@ -1,8 +1,5 @@
 """The elastic latent interface: group, Read, keep, restore, Write.
 
-Takes: spatial tokens.  Gives: latents for the core, and tokens back.  May touch: nothing.
-Knows nothing of: the backbone around it.
-
 Shapes: B batch, N spatial tokens, G groups, J latents per group, K kept, D width, h heads.
 """
 
@@ -19,11 +16,13 @@ from elit_export.models.layers import (
     merge_heads,
     modulate,
     normed,
+    of_kind,
     over_tokens,
     plain_norm,
     precision_of,
     split_heads,
 )
+from elit_export.spec import LayerKind
 
 RMS_EPS = 1e-5
 
@@ -66,6 +65,8 @@ def restore(processed: Tensor, latents: Tensor, kept: Tensor) -> Tensor:
 class RmsScale(nn.Module):
     """scale · x / (rms(x) + eps) over the full width; the eps stands outside the root (not RMSNorm)."""
 
+    kind = LayerKind.NORM
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
@@ -76,6 +77,8 @@ class RmsScale(nn.Module):
 
 class CrossAttention(nn.Module):
     """Queries attend to a context inside each group; q and k are normalised before the head split."""
+
+    kind = LayerKind.ATTENTION
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -110,6 +113,8 @@ class Read(nn.Module):
     constant of the network: it is computed on (J, D) and expanded afterwards.
     """
 
+    kind = LayerKind.TABLE
+
     def __init__(self, width: int, num_heads: int, grid: int, side: int) -> None:
         super().__init__()
         self.grid, self.side = grid, side
@@ -117,6 +122,7 @@ class Read(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(side**2, width))
         self.latent_pos_embed = nn.Parameter(torch.empty(grid**2, width))  # raster order
         self.attn = CrossAttention(width, num_heads)
+        of_kind(LayerKind.CONSTANT, self.attn.q_proj)
         self.norm1 = plain_norm(width)
         self.norm2 = plain_norm(width)
         self.mlp = Mlp(width, width, bias=False)
@@ -140,6 +146,8 @@ class Read(nn.Module):
 
 class Write(nn.Module):
     """Put all J latents of each group back onto its tokens: no norm, no modulation, no gate."""
+
+    kind = LayerKind.TABLE
 
     def __init__(self, width: int, num_heads: int, grid: int, side: int) -> None:
         super().__init__()

@@ -1,8 +1,5 @@
 """The parts of a diffusion transformer: embedders, rotations, attention, MLP, adaLN-Zero block, final layer.
 
-Takes: tensors.  Gives: nn.Modules without data-dependent control flow.  May touch: nothing.
-Knows nothing of: groups, latents, budgets.
-
 L is a number of tokens, h the number of heads, D/h the size of one; other letters as in `spec`.
 """
 
@@ -10,21 +7,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from elit_export.spec import ModelSpec
+from elit_export.models.rope import MAX_PERIOD, RotaryEmbedding
+from elit_export.spec import LayerKind, ModelSpec
 
 TIME_FEATURES = 256
-MAX_PERIOD = 10_000.0
 NORM_EPS = 1e-6
 QK_NORM_EPS = 1e-5
 RMS_QK_NORM_EPS = 1e-6
+
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def of_kind(kind: LayerKind, module: M) -> M:
+    """A module of a library, which states its kind as those of ours do by their class."""
+    module.kind = kind  # type: ignore[assignment]
+    return module
 
 
 # ---------------------------------------------------------------- embedders
@@ -32,6 +38,8 @@ RMS_QK_NORM_EPS = 1e-6
 
 class PatchEmbed(nn.Module):
     """Image → spatial tokens in raster order."""
+
+    kind = LayerKind.EMBEDDER
 
     def __init__(self, in_channels: int, patch_size: int, width: int) -> None:
         super().__init__()
@@ -44,6 +52,8 @@ class PatchEmbed(nn.Module):
 
 class TimestepEmbedder(nn.Module):
     """t in [0, 1], as it is or counted in other `units` → cosine and sine features → MLP."""
+
+    kind = LayerKind.EMBEDDER
 
     def __init__(self, width: int, *, units: int = 1) -> None:
         super().__init__()
@@ -64,7 +74,7 @@ class TimestepEmbedder(nn.Module):
         return features  # (B, D)
 
 
-def position_code(grid: int, width: int) -> Tensor:
+def sincos_position_embedding(grid: int, width: int) -> Tensor:
     """Fixed 2-D sine-cosine code, (1, N, D): first half of the channels from the column, last from the row."""
     quarter = width // 4
     omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
@@ -73,39 +83,6 @@ def position_code(grid: int, width: int) -> Tensor:
     columns = line[None, :, :].expand(grid, grid, -1)
     rows = line[:, None, :].expand(grid, grid, -1)
     return torch.cat([columns, rows], dim=-1).reshape(1, grid * grid, width).float()
-
-
-# ---------------------------------------------------------------- rotations
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """2-D rotary positions of L tokens: `cos` and `sin` (L, D/h/2), half of the pairs by column, half by row."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:  # (B, L, h, D/h)
-        """Turn the pairs (i, i + D/h/2) of each head, in float32; the result is rounded as x is.
-
-        Heads lie behind the tokens, as linear layers give them.
-        """
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
-        first, second = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
-
-
-def rotation_angles(grid: int, head_size: int, device: torch.device) -> Tensor:
-    """(N, D/h/2), tokens in raster order."""
-    quarter = head_size // 4
-    omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
-    line = torch.arange(grid, dtype=torch.float32, device=device)[:, None] * omega  # (n, D/h/4)
-    columns, rows = line[None, :, :].expand(grid, grid, -1), line[:, None, :].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=-1).flatten(0, 1)
-
-
-def rotation_of(angles: Tensor) -> Rotation:
-    return Rotation(angles.cos(), angles.sin())
 
 
 # ---------------------------------------------------------------- attention and MLP
@@ -142,6 +119,8 @@ def merge_heads(x: Tensor) -> Tensor:  # (..., h, L, D/h)
 class SelfAttention(nn.Module):
     """Multi-head attention of tokens on themselves, optionally with a norm on each head's q and k."""
 
+    kind = LayerKind.ATTENTION
+
     def __init__(self, width: int, num_heads: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -149,7 +128,7 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:  # (B, L, D)
+    def forward(self, x: Tensor, rotation: RotaryEmbedding | None = None) -> Tensor:  # (B, L, D)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in linear(self.qkv, x).chunk(3, dim=-1))
         q, k = normed(self.q_norm, q), normed(self.k_norm, k)  # (B, L, h, D/h)
         if rotation:
@@ -161,6 +140,8 @@ class SelfAttention(nn.Module):
 
 class StreamAttention(nn.Module):
     """The weights with which one of several streams takes part in attention over all of them."""
+
+    kind = LayerKind.ATTENTION
 
     def __init__(self, width: int, num_heads: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -179,13 +160,17 @@ def qk_norm_of(spec: ModelSpec) -> Callable[[int], nn.Module]:
     """What makes the norm of queries or keys, from the size of a head."""
     if not spec.qk_norm:
         return nn.Identity
-    if spec.qk_norm_kind == "rms":
-        return partial(nn.RMSNorm, eps=RMS_QK_NORM_EPS)
-    return partial(nn.LayerNorm, eps=QK_NORM_EPS)
+    kinds: dict[str, Callable[[int], nn.Module]] = {
+        "rms": partial(nn.RMSNorm, eps=RMS_QK_NORM_EPS),
+        "layer": partial(nn.LayerNorm, eps=QK_NORM_EPS),
+    }
+    return lambda size: of_kind(LayerKind.NORM, kinds[spec.qk_norm_kind](size))
 
 
 class Mlp(nn.Module):
     """Linear, GELU (tanh form), Linear."""
+
+    kind = LayerKind.MLP
 
     def __init__(self, width: int, hidden: int, *, bias: bool) -> None:
         super().__init__()
@@ -200,8 +185,10 @@ class Mlp(nn.Module):
 # ---------------------------------------------------------------- joining, merging, splitting
 
 
-class Join(nn.Module):
+class SkipProjection(nn.Module):
     """Tokens and those of a long skip → tokens."""
+
+    kind = LayerKind.SKIP
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -212,8 +199,10 @@ class Join(nn.Module):
         return joined
 
 
-class Merge(nn.Module):
+class TokenMerge(nn.Module):
     """`count` tokens that follow each other → one, of another width."""
+
+    kind = LayerKind.MERGE
 
     def __init__(self, width: int, merged_width: int, count: int) -> None:
         super().__init__()
@@ -226,8 +215,10 @@ class Merge(nn.Module):
         return merged
 
 
-class Split(nn.Module):
-    """The way back from Merge, with other weights."""
+class TokenSplit(nn.Module):
+    """The way back from TokenMerge, with other weights."""
+
+    kind = LayerKind.MERGE
 
     def __init__(self, merged_width: int, width: int, count: int) -> None:
         super().__init__()
@@ -249,6 +240,8 @@ def plain_norm(width: int) -> nn.LayerNorm:
 
 class Modulation(nn.Module):
     """Condition → `chunks` vectors that shift, scale or gate tokens `widened` times as wide."""
+
+    kind = LayerKind.MODULATION
 
     def __init__(self, width: int, chunks: int, *, widened: int = 1) -> None:
         super().__init__()
@@ -290,14 +283,14 @@ class Block(nn.Module):
         shift, scale, *_ = self.modulation(c)
         return modulate(self.norm1(x), shift, scale)
 
-    def forward(self, x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:  # (B, L, D), (B, D)
+    def forward(self, x: Tensor, c: Tensor, rotation: RotaryEmbedding | None = None) -> Tensor:  # (B, L, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
         x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
         mixed: Tensor = self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x + over_tokens(gate2, x) * mixed
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: Rotation | None = None) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: RotaryEmbedding | None = None) -> Tensor:
     for block in blocks:
         x = block(x, c, rotation)
     return x
@@ -305,6 +298,8 @@ def run_blocks(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: Rota
 
 class FinalLayer(nn.Module):
     """Modulated norm and the projection of each token to its p·p·C values."""
+
+    kind = LayerKind.FINAL
 
     def __init__(self, width: int, out_size: int) -> None:
         super().__init__()

@@ -1,7 +1,5 @@
 """ELIT-MM-DiT: text and image tokens in streams of their own that attend jointly, in the form of Qwen-Image.
 
-Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers, text encoders.
-
 Without Read and Write it is the `QwenImageTransformer2DModel` of diffusers 0.42 for one image, number for number. Text
 runs through all blocks; only image tokens go through Read and Write. Padding of the text, whatever it holds, changes
 nothing. ELIT-Qwen-Image (arXiv 2603.12245) is unpublished but for its split 8-44-8. Our own reading of the rest:
@@ -15,7 +13,6 @@ nothing. ELIT-Qwen-Image (arXiv 2603.12245) is unpublished but for its split 8-4
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +22,6 @@ from elit_export.errors import InputError
 from elit_export.models.elit import Elit, expected_residual, signal_distance
 from elit_export.models.interface import Read, Write, group, keep
 from elit_export.models.layers import (
-    MAX_PERIOD,
     RMS_QK_NORM_EPS,
     FinalLayer,
     Mlp,
@@ -34,16 +30,15 @@ from elit_export.models.layers import (
     TimestepEmbedder,
     merge_heads,
     modulate,
+    of_kind,
     over_tokens,
     plain_norm,
     qk_norm_of,
 )
-from elit_export.spec import LONGEST_TEXT, PIXELS, DataFacts, ModelSpec
+from elit_export.models.rope import JointPositions, joint_positions, joint_rope_tables
+from elit_export.spec import LONGEST_TEXT, PIXELS, DataFacts, LayerKind, ModelSpec
 
 THOUSANDTHS = 1000  # the units that Qwen-Image counts t in
-# Added to the scores of padding. exp of it is 0 in every precision; −∞ would be no number in kernels that take the
-# keys in tiles, where a tile is all padding.
-MASKED = -65504.0
 
 
 class ElitMMDiT(Elit):
@@ -52,10 +47,10 @@ class ElitMMDiT(Elit):
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
         super().__init__(spec, data)
         width, heads, patch = spec.hidden_size, spec.num_heads, spec.patch_size**2 * spec.in_channels
-        self.img_in = nn.Linear(patch, width)
+        self.img_in = of_kind(LayerKind.EMBEDDER, nn.Linear(patch, width))
         self.t_embedder = TimestepEmbedder(width, units=THOUSANDTHS)
-        self.txt_norm = nn.RMSNorm(spec.text_width, eps=RMS_QK_NORM_EPS)
-        self.txt_in = nn.Linear(spec.text_width, width)
+        self.txt_norm = of_kind(LayerKind.NORM, nn.RMSNorm(spec.text_width, eps=RMS_QK_NORM_EPS))
+        self.txt_in = of_kind(LayerKind.EMBEDDER, nn.Linear(spec.text_width, width))
         self.head = joint_blocks(spec, spec.head_depth)
         self.read = Read(width, heads, spec.grid, spec.group_size)
         self.core = joint_blocks(spec, spec.core_depth)
@@ -70,14 +65,14 @@ class ElitMMDiT(Elit):
         self.check_kept(latents)
         check_text(self.spec, text, text_mask)
         embedded, c = self.embed(x), self.t_embedder(t)  # (B, N, D), (B, D)
-        spatial, latent = self.places(text_mask, latents)
-        words = self.embed_text(text, text_mask)
-        words, tokens = run_joint(self.head, words, embedded, c, spatial)
-        every, patches, processed = self.read_kept(tokens, c, latents)
-        words, processed = run_joint(self.core, words, processed, c, latent)  # (B, T, D), (B, G·K, D)
-        tokens = self.write_kept(patches, processed, every, latents)
-        _, tokens = run_joint(self.tail, words, tokens, c, spatial)
-        return self.unpatchify(self.final(tokens, c)), tokens - embedded
+        spatial, latent = self.positions(text_mask, latents)
+        txt = self.embed_text(text, text_mask)
+        txt, img = run_joint(self.head, txt, embedded, c, spatial)
+        all_latents, patches, core_out = self.read_kept(img, c, latents)
+        txt, core_out = run_joint(self.core, txt, core_out, c, latent)  # (B, T, D), (B, G·K, D)
+        img = self.write_kept(patches, core_out, all_latents, latents)
+        _, img = run_joint(self.tail, txt, img, c, spatial)
+        return self.unpatchify(self.final(img, c)), img - embedded
 
     def probe(self, x: Tensor, t: Tensor, signal_prev: Tensor) -> tuple[Tensor, Tensor]:
         """As `Elit.probe`: the image stream's input, which text has not reached yet."""
@@ -86,8 +81,8 @@ class ElitMMDiT(Elit):
 
     def reuse(self, x: Tensor, t: Tensor, residual: Tensor, residual_prev: Tensor, forecast: Tensor) -> Tensor:
         """As `Elit.reuse`: what text did is in the residual."""
-        tokens = self.embed(x) + expected_residual(residual, residual_prev, forecast)
-        return self.unpatchify(self.final(tokens, self.t_embedder(t)))
+        img = self.embed(x) + expected_residual(residual, residual_prev, forecast)
+        return self.unpatchify(self.final(img, self.t_embedder(t)))
 
     # parts
 
@@ -100,20 +95,20 @@ class ElitMMDiT(Elit):
     def embed(self, x: Tensor) -> Tensor:  # (B, C, H, W)
         n, p = self.spec.grid, self.spec.patch_size
         patches = x.unflatten(3, (n, p)).unflatten(2, (n, p)).permute(0, 2, 4, 1, 3, 5)  # (B, n, n, C, p, p)
-        tokens: Tensor = self.img_in(patches.flatten(3).flatten(1, 2))
-        return tokens  # (B, N, D)
+        img: Tensor = self.img_in(patches.flatten(3).flatten(1, 2))
+        return img  # (B, N, D)
 
     def embed_text(self, text: Tensor, text_mask: Tensor) -> Tensor:
         """(B, T, D); padding is emptied, so that not even NaN in it does harm."""
-        words: Tensor = self.txt_in(self.txt_norm(torch.where(text_mask[:, :, None] != 0, text, 0.0)))
-        return words
+        txt: Tensor = self.txt_in(self.txt_norm(torch.where(text_mask[:, :, None] != 0, text, 0.0)))
+        return txt
 
-    def places(self, text_mask: Tensor, kept: Tensor) -> tuple[Places, Places]:
+    def positions(self, text_mask: Tensor, kept: Tensor) -> tuple[JointPositions, JointPositions]:
         """Those of text and spatial tokens, and of text and kept latents."""
-        spatial, words = rotary_tables(self.spec, kept.device)
-        words = words[:, : text_mask.shape[1]]
+        spatial, txt = joint_rope_tables(self.spec, kept.device)
+        txt = txt[:, : text_mask.shape[1]]
         latent = keep(group(spatial, self.spec.grid, self.spec.group_size), kept)  # (2, G·K, D/h/2)
-        return places_of(words, spatial, text_mask), places_of(words, latent, text_mask)
+        return joint_positions(txt, spatial, text_mask), joint_positions(txt, latent, text_mask)
 
     def unpatchify(self, values: Tensor) -> Tensor:  # (B, N, C·p·p)
         n, p, channels = self.spec.grid, self.spec.patch_size, self.spec.in_channels
@@ -127,57 +122,6 @@ def check_text(spec: ModelSpec, text: Tensor, text_mask: Tensor) -> None:
         raise InputError(f"text has shape {tuple(text.shape)}, must be (B, 1 to {LONGEST_TEXT}, {spec.text_width})")
     if text_mask.shape != text.shape[:2]:
         raise InputError(f"text_mask has shape {tuple(text_mask.shape)}, the text {tuple(text.shape[:2])} tokens")
-
-
-# ---------------------------------------------------------------- positions and padding
-
-
-def rotary_tables(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for image tokens in raster order (2, N, D/h/2), and for the longest text (2, T, D/h/2).
-
-    An eighth of a head turns by the frame, which is 0 for an image, the rest in halves by row and column, counted
-    from the middle. Text goes on along the diagonal, after the image's last row and column.
-    """
-    n, head = spec.grid, spec.hidden_size // spec.num_heads
-    frame, row, column = (_frequencies(size, device) for size in (head // 8, head * 7 // 16, head * 7 // 16))
-    line = torch.arange(n, device=device)[:, None] - (n - n // 2)  # (n, 1)
-    on_image = [torch.zeros(n, n, head // 16, device=device)]
-    on_image += [(line * row)[:, None].expand(n, n, -1), (line * column)[None].expand(n, n, -1)]
-    on_text = (torch.arange(LONGEST_TEXT, device=device)[:, None] + n // 2) * torch.cat([frame, row, column])
-    tables = (torch.stack([angles.cos(), angles.sin()]) for angles in (torch.cat(on_image, -1).flatten(0, 1), on_text))
-    return next(tables), next(tables)
-
-
-def _frequencies(size: int, device: torch.device) -> Tensor:
-    """(size/2,), rounded as Qwen-Image's are."""
-    return 1.0 / MAX_PERIOD ** (torch.arange(0, size, 2, device=device).float() / size)
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where the L tokens of both streams stand, text first, and which of them may be attended to.
-
-    `cos` and `sin` (L, D/h/2) turn the pairs (2i, 2i + 1) of a head; `bias` (B, 1, 1, L) is added to the scores.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    bias: Tensor
-
-    def turned(self, x: Tensor) -> Tensor:  # (B, L, h, D/h)
-        """In float32; the result is rounded as x is. As in `layers.Rotation` heads lie behind the tokens."""
-        cos, sin = self.cos[:, None, :], self.sin[:, None, :]
-        first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-        pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return pairs.flatten(-2).to(x.dtype)
-
-
-def places_of(words: Tensor, image: Tensor, text_mask: Tensor) -> Places:
-    """From tables (2, T, D/h/2), (2, L − T, D/h/2) and the mask (B, T)."""
-    on_words = torch.where(text_mask != 0, 0.0, MASKED)
-    bias = torch.cat([on_words, on_words.new_zeros(text_mask.shape[0], image.shape[1])], dim=1)
-    cos, sin = torch.cat([words, image], dim=1).unbind()
-    return Places(cos, sin, bias[:, None, None, :])
 
 
 # ---------------------------------------------------------------- blocks
@@ -222,16 +166,16 @@ class JointBlock(nn.Module):
         self.text = Stream(spec)
         self.image = Stream(spec)
 
-    def forward(self, words: Tensor, tokens: Tensor, c: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-        """words (B, T, D), tokens (B, L − T, D), c (B, D) → words, tokens."""
+    def forward(self, txt: Tensor, img: Tensor, c: Tensor, positions: JointPositions) -> tuple[Tensor, Tensor]:
+        """txt (B, T, D), img (B, L − T, D), c (B, D) → txt, img."""
         on_text, on_image = self.text.modulation(c), self.image.modulation(c)
-        both = zip(self.text.heads(words, on_text), self.image.heads(tokens, on_image), strict=True)
+        both = zip(self.text.heads(txt, on_text), self.image.heads(img, on_image), strict=True)
         q, k, v = (torch.cat(pair, dim=1) for pair in both)  # (B, L, h, D/h)
-        q, k, v = (part.transpose(1, 2) for part in (places.turned(q), places.turned(k), v))
-        attended = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=places.bias.to(v.dtype)))
-        count = words.shape[1]
-        words = self.text.updated(words, attended[:, :count], on_text)
-        return words, self.image.updated(tokens, attended[:, count:], on_image)
+        q, k, v = (part.transpose(1, 2) for part in (positions.apply_rope(q), positions.apply_rope(k), v))
+        attended = merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=positions.bias.to(v.dtype)))
+        count = txt.shape[1]
+        txt = self.text.updated(txt, attended[:, :count], on_text)
+        return txt, self.image.updated(img, attended[:, count:], on_image)
 
 
 def joint_blocks(spec: ModelSpec, depth: int) -> nn.ModuleList:
@@ -239,8 +183,8 @@ def joint_blocks(spec: ModelSpec, depth: int) -> nn.ModuleList:
 
 
 def run_joint(
-    blocks: Iterable[nn.Module], words: Tensor, tokens: Tensor, c: Tensor, places: Places
+    blocks: Iterable[nn.Module], txt: Tensor, img: Tensor, c: Tensor, positions: JointPositions
 ) -> tuple[Tensor, Tensor]:
     for block in blocks:
-        words, tokens = block(words, tokens, c, places)
-    return words, tokens
+        txt, img = block(txt, img, c, positions)
+    return txt, img

@@ -1,7 +1,5 @@
 """ELIT-SiT: a scalable interpolant transformer whose core runs on a variable number of latents.
 
-Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
-
 Follows the released ELIT-SiT checkpoints (arXiv 2603.12245). With `rope` and the norm "rms" on queries and keys it is
 the DiT that the paper trains. That one is unpublished, and this our reading of it: self-attention alone is rotated,
 in the core by the position of the spatial token at a latent's slot, so that nothing depends on the budget; the fixed

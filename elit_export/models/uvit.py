@@ -1,7 +1,5 @@
 """ELIT-U-ViT: ELIT-SiT with long skips, from each block of the first half to its mirror in the second.
 
-Takes: a ModelSpec.  Gives: an nn.Module.  May touch: nothing.  Knows nothing of: files, samplers.
-
 Our reading of the paper (arXiv 2603.12245), whose U-ViT is unpublished. The output of block i is joined into the
 input of block depth − 1 − i: concatenated, and brought back to the width by a linear layer (U-ViT, Bao et al. 2023).
 Head and tail are equally deep, so that skips lead from spatial tokens to spatial tokens and from latents to latents,
@@ -15,9 +13,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from elit_export.models.backbones import skipping_stages
 from elit_export.models.class_conditional import ClassConditional, blocks
-from elit_export.models.layers import Join, Rotation
+from elit_export.models.layers import SkipProjection
+from elit_export.models.registry import skipping_stages
+from elit_export.models.rope import RotaryEmbedding
 from elit_export.spec import PIXELS, DataFacts, ModelSpec
 
 
@@ -31,25 +30,25 @@ class ElitUViT(ClassConditional):
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
         spatial, latent = self.rotations(kept)
-        skips = run_keeping(self.head, tokens, c, spatial)
+        skips = run_and_keep(self.head, tokens, c, spatial)
         latents, patches, processed = self.read_kept(skips[-1], c, kept)
         processed = self._core(processed, c, latent)
         tokens = self.write_kept(patches, processed, latents, kept)
-        return run_joining(self.tail, self.tail_joins, tokens, skips[1:], c, spatial)
+        return run_with_skips(self.tail, self.tail_joins, tokens, skips[1:], c, spatial)
 
-    def _core(self, x: Tensor, c: Tensor, rotation: Rotation | None) -> Tensor:  # (B, G·K, D)
+    def _core(self, x: Tensor, c: Tensor, rotation: RotaryEmbedding | None) -> Tensor:  # (B, G·K, D)
         """First half, whose outputs are kept, the blocks without a skip, and the half that they are joined into."""
         pairs, depth = len(self.core_joins), len(self.core)
-        skips = run_keeping(self.core[:pairs], x, c, rotation)
-        middle = run_keeping(self.core[pairs : depth - pairs], skips[-1], c, rotation)[-1]
-        return run_joining(self.core[depth - pairs :], self.core_joins, middle, skips[1:], c, rotation)
+        skips = run_and_keep(self.core[:pairs], x, c, rotation)
+        middle = run_and_keep(self.core[pairs : depth - pairs], skips[-1], c, rotation)[-1]
+        return run_with_skips(self.core[depth - pairs :], self.core_joins, middle, skips[1:], c, rotation)
 
 
 def joins(spec: ModelSpec, count: int) -> nn.ModuleList:
-    return nn.ModuleList(Join(spec.hidden_size) for _ in range(count))
+    return nn.ModuleList(SkipProjection(spec.hidden_size) for _ in range(count))
 
 
-def run_keeping(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: Rotation | None) -> list[Tensor]:
+def run_and_keep(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: RotaryEmbedding | None) -> list[Tensor]:
     """What goes in, then what comes out of each block."""
     seen = [x]
     for block in blocks:
@@ -57,13 +56,13 @@ def run_keeping(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: Rot
     return seen
 
 
-def run_joining(
+def run_with_skips(
     blocks: Iterable[nn.Module],
     joins: Iterable[nn.Module],
     x: Tensor,
     skips: list[Tensor],
     c: Tensor,
-    rotation: Rotation | None,
+    rotation: RotaryEmbedding | None,
 ) -> Tensor:
     """The last skip goes into the first block."""
     for block, join, skip in zip(blocks, joins, reversed(skips), strict=True):

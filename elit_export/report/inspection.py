@@ -1,7 +1,4 @@
-"""What a checkpoint or a bundle holds, or a named model would, as plain facts.
-
-Takes: a path or a name.  Gives: a dict fit for JSON and for the tables.  May touch: the path (reading).
-"""
+"""What a checkpoint or a bundle holds, or a named model would, as plain facts."""
 
 from __future__ import annotations
 
@@ -9,20 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from elit_export.bundle import Bundle
+from elit_export.bundle.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
+from elit_export.bundle.reading import Bundle
+from elit_export.cost.flops import USUAL_TEXT, flops, flops_without_interface, guided_shares
+from elit_export.cost.params import ASSUMED_SHARE, PEAK_FLOPS, ROWS, activation_bytes, expected_ms, fitting, parameters
 from elit_export.errors import InputError
-from elit_export.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
-from elit_export.models.backbones import NAMES
-from elit_export.models.cost import USUAL_TEXT, flops, flops_without_interface, guided_shares
-from elit_export.models.size import (
-    ASSUMED_SHARE,
-    PEAK_FLOPS,
-    ROWS,
-    activation_bytes,
-    expected_ms,
-    fitting,
-    parameters,
-)
+from elit_export.models.registry import NAMES, named_spec
 from elit_export.spec import DataFacts, ModelSpec, Precision, Range, covered_text, default_profiles, listed
 from elit_export.verify.parity import accepted_miss
 
@@ -48,9 +37,7 @@ def inspect_path(
     tokens = USUAL_TEXT if text is None else text
     if path in NAMES and not Path(path).exists():
         _refuse_for_names(path, {"interface": interface, **numbers})
-        return named_facts(
-            path, ModelSpec.named(path, resolution=resolution, head_depth=numbers.get("head_depth")), tokens
-        )
+        return named_facts(path, named_spec(path, resolution=resolution, head_depth=numbers.get("head_depth")), tokens)
     if Path(path).is_dir() and interface is None and not _is_of_diffusers(Path(path)):
         return bundle_facts(Bundle.open(path), text)
     return checkpoint_facts(path, interface, tokens, **numbers)
@@ -109,7 +96,10 @@ def deployment_facts(spec: ModelSpec, text: int) -> Facts:
 
 
 def checkpoint_facts(path: str, interface: str | Path | None = None, text: int = USUAL_TEXT, **numbers: Any) -> Facts:
-    from elit_export.checkpoint import checkpoint_files, stored_checkpoint  # a machine that only runs has no torch
+    from elit_export.checkpoints.native import (  # a machine that only runs has no torch
+        checkpoint_files,
+        stored_checkpoint,
+    )
 
     found = checkpoint_files(path, interface)
     model = stored_checkpoint(path, interface=interface, **numbers)

@@ -1,8 +1,4 @@
-"""Results → pictures.
-
-Takes: results of a bench, a sweep or a calibration.  Gives: PNG files.  May touch: the file it is told to write.
-Needs matplotlib, from the first line on: import this before measuring for minutes what it is to draw.
-"""
+"""Results → pictures."""
 
 from __future__ import annotations
 
@@ -11,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from elit_export.calibrate.cache import Pairs
-from elit_export.files import written_whole
-from elit_export.manifest import CacheCalibration
-from elit_export.verify.bench import BenchResult
-from elit_export.verify.cache_sweep import CONTROLS, REFERENCE, SweepResult
+from elit_export.bench.cache import CONTROLS, REFERENCE, SweepResult
+from elit_export.bench.engines import BenchResult
+from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.manifest import CacheCalibration
+from elit_export.calibrate.step_cache import Pairs
 
 
 def plot_bench(result: BenchResult, path: Path) -> None:
@@ -38,7 +34,7 @@ def plot_bench(result: BenchResult, path: Path) -> None:
         error.set_title(f"final images against a fine solution at {largest}")
         for point, budget in zip(points, result.budgets, strict=True):
             error.annotate(budget.budget, point, textcoords="offset points", xytext=(4, 4))
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
@@ -55,7 +51,7 @@ def plot_sweep(result: SweepResult, path: Path) -> None:
     axes.set(xscale="log", xlabel="engine time, 50 Euler steps = 1", ylabel="SQNR in dB")
     axes.set_title(f"{result.schedule}, guidance {result.guidance}")
     axes.legend(fontsize="small")
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
 
 
@@ -76,5 +72,5 @@ def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) ->
         axes.plot(reach, np.polynomial.polynomial.polyval(reach, fit.coefficients), color="black", label=label)
     axes.set(xlabel="distance that the probe measures", ylabel="relative change of the residual", xlim=(0, None))
     axes.legend(markerscale=4)
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -1,8 +1,4 @@
-"""The engine bank: one call, any covered budget.
-
-Takes: opened engines with their profiles.  Gives: outputs.  May touch: nothing.
-Knows nothing of: files, schedules, guidance.
-"""
+"""The engine bank: one call, any covered budget."""
 
 from __future__ import annotations
 
@@ -15,8 +11,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.errors import EngineError, InputError
-from elit_export.runtime.engine import Array, Engine, HostArray, to_host
 from elit_export.runtime.prompts import filled
 from elit_export.spec import DECODE, LATENTS, TEXT, TEXT_MASK, Budget, Precision, Profile, listed
 

@@ -9,9 +9,6 @@
     … ,most=2                 consecutive reuses at most; 4 for rules that measure a change, no limit for the others
     … ,warmup=3               steps at the start that compute
 
-Takes: text.  Gives: CachePolicy values, and what they say of one sampling.  May touch: FILE (reading).
-Knows nothing of: engines.
-
 What is reused is the residual: the tokens before the final layer minus those after the embedder. It has
 the same shape at every budget. The first and the last step always compute. All of the family `static` is
 fixed before sampling starts and makes no call of its own at a step; `teacache` needs a calibration.

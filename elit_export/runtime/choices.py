@@ -1,8 +1,4 @@
-"""What a sampling may choose, checked against a model before anything runs.
-
-Takes: choices as an application or a command line makes them.  Gives: Chosen.  May touch: a file that a cache names.
-Knows nothing of: engines, what the images show.
-"""
+"""What a sampling may choose, checked against a model before anything runs."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
     v = v_weak + scale · (v_strong − v_weak), where scale > 1 and low ≤ t ≤ high
 
 With `norm`, v of each token then gets the length that v_strong has there, as large text-to-image models are sampled.
-
-Takes: text.  Gives: Guidance values.  May touch: nothing.  Knows nothing of: engines.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Samples → pictures.
-
-Takes: samples and what their numbers mean.  Gives: bytes and PIL images.  May touch: nothing.
-"""
+"""Samples → pictures."""
 
 from __future__ import annotations
 

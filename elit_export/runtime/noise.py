@@ -1,7 +1,4 @@
-"""Noise that depends on (seed, sample) alone, never on the batch a sample runs in.
-
-Takes: a seed.  Gives: float64 arrays.  May touch: nothing.
-"""
+"""Noise that depends on (seed, sample) alone, never on the batch a sample runs in."""
 
 from __future__ import annotations
 

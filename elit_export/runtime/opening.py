@@ -1,21 +1,21 @@
-"""From a bundle's plans to engines.
-
-Takes: a bundle.  Gives: an EngineBank, or why there is none.  May touch: the bundle (reading).
-"""
+"""From a bundle's plans to engines."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from elit_export.backends import BACKENDS, Backend
-from elit_export.bundle import Bundle
+from elit_export.backends.protocols import Engine, LateEngine, PlanFile
+from elit_export.backends.target import Target
+from elit_export.bundle.manifest import Plan, PlanSet, described
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import target_of
 from elit_export.errors import BackendUnavailable, BundleError, InputError
-from elit_export.manifest import Plan, PlanSet, described
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import Fit
-from elit_export.runtime.decoding import Decoder
-from elit_export.runtime.engine import Engine, LateEngine
-from elit_export.spec import DECODE, FUSED, Budget, Range
+from elit_export.runtime.vae import Decoder
+from elit_export.spec import FUSED, STEP, Budget, GraphSpec, Range
 
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
 
@@ -32,7 +32,7 @@ def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precisio
         raise InputError(
             f"no plan set for target={target!r} precision={precision!r}; this bundle has {described(plan_sets)}"
         )
-    reasons = [unfit(plan_set) for plan_set in fitting]
+    reasons = [incompatibility(plan_set) for plan_set in fitting]
     able = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
     if len(able) == 1:
         return able[0]
@@ -54,13 +54,20 @@ def matching(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str 
     ]
 
 
-def unfit(plan_set: PlanSet) -> str:
+def incompatibility(plan_set: PlanSet) -> str:
     """Why a plan set cannot run on this machine; empty if it can."""
     try:
-        reason: str = _backend_of(plan_set).engines().unfit(plan_set)
+        return _backend_of(plan_set).loader().incompatibility(plan_set.plans, plan_set_target(plan_set))
     except (BackendUnavailable, BundleError) as error:
         return str(error)
-    return reason
+
+
+def plan_set_target(plan_set: PlanSet) -> Target:
+    """What the recipe said; raises BundleError for options that no build writes."""
+    try:
+        return target_of(plan_set.backend, plan_set.device, plan_set.precision.value, plan_set.options)
+    except BundleError as error:
+        raise BundleError(f"target {plan_set.target}: {error}") from error
 
 
 def _backend_of(plan_set: PlanSet) -> Backend:
@@ -88,15 +95,27 @@ def check_verified(plan_set: PlanSet, folder: Path) -> None:
 
 def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     """Verify and open the plans of one set, each once; that of a decoder is opened when it is first called."""
-    engines = _backend_of(plan_set).engines()
-    plans = {facts.name: bundle.verified(facts.plan.artifact) / facts.plan.file for facts in plan_set.profiles}
-    cache = {name: bundle.verified(plan.artifact) / plan.file for name, plan in plan_set.cache.items()}
-    named = {**plans, **{f"{CACHE}{name}": path for name, path in cache.items()}}
+    spec = bundle.manifest.model.spec
+    step = spec.graph(STEP)
+    plans = {facts.name: _plan_file(bundle, facts.plan, step) for facts in plan_set.profiles}
+    cache = {name: _plan_file(bundle, plan, spec.graph(name)) for name, plan in plan_set.cache.items()}
     decoder = _late_decoder(bundle, plan_set)
-    opened = engines.open_engines(named, plan_set)
+    opened = _opened({**plans, **{f"{CACHE}{name}": plan for name, plan in cache.items()}}, plan_set)
     slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
     caching = {name: opened[f"{CACHE}{name}"] for name in cache}
-    return EngineBank(slots, bundle.manifest.model.spec.budgets, plan_set.precision, caching, decoder)
+    return EngineBank(slots, spec.budgets, plan_set.precision, caching, decoder)
+
+
+def _plan_file(bundle: Bundle, plan: Plan, graph: GraphSpec) -> PlanFile:
+    """After every byte of it was verified."""
+    return PlanFile(bundle.verified(plan.artifact) / plan.file, graph, plan.versions, plan.built_on)
+
+
+def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, Engine]:
+    try:
+        return _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
+    except (BackendUnavailable, BundleError) as error:
+        raise type(error)(f"target {plan_set.target}: {error}") from error
 
 
 def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
@@ -107,8 +126,9 @@ def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
     facts = plan_set.decoder
     if facts is None:
         return None
-    bundle.verified(facts.plan.artifact)
-    return LateEngine(lambda: _opened_alone(bundle, plan_set, DECODE, facts.plan))
+    plan, graph = facts.plan, facts.spec.graph
+    bundle.verified(plan.artifact)
+    return LateEngine(lambda: _opened_alone(bundle, plan_set, plan, graph))
 
 
 def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
@@ -120,13 +140,11 @@ def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
 def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
     """The engine of the graph `fused`, which the plan set must have."""
     assert plan_set.fused
-    return _opened_alone(bundle, plan_set, FUSED, plan_set.fused)
+    return _opened_alone(bundle, plan_set, plan_set.fused, bundle.manifest.model.spec.graph(FUSED))
 
 
-def _opened_alone(bundle: Bundle, plan_set: PlanSet, name: str, plan: Plan) -> Engine:
-    path = bundle.verified(plan.artifact) / plan.file
-    engine: Engine = _backend_of(plan_set).engines().open_engines({name: path}, plan_set)[name]
-    return engine
+def _opened_alone(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpec) -> Engine:
+    return _opened({graph.name: _plan_file(bundle, plan, graph)}, plan_set)[graph.name]
 
 
 def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:

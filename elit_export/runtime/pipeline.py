@@ -1,7 +1,4 @@
-"""From a bundle to samples: the object that applications embed.
-
-Takes: a bundle or a bank.  Gives: Samples, step by step or whole.  May touch: the bundle (reading).
-"""
+"""From a bundle to samples: the object that applications embed."""
 
 from __future__ import annotations
 
@@ -15,19 +12,19 @@ from typing import Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.bundle import Bundle
+from elit_export.backends.protocols import FunctionEngine
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
 from elit_export.errors import CalibrationError, InputError
-from elit_export.manifest import PlanSet
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
 from elit_export.runtime.choices import Choices, Chosen, checked_choices
-from elit_export.runtime.decoding import Decoder
-from elit_export.runtime.engine import FunctionEngine
 from elit_export.runtime.images import Pixels, to_images
 from elit_export.runtime.noise import Float64, SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.sampling import Call, Conditioning, Request, StepRecord, calls_needed, sampling_steps
+from elit_export.runtime.vae import Decoder
 from elit_export.spec import Budget, DataFacts, ModelSpec
 
 Subjects = Sequence[int] | Prompts  # what images are to show: labels, or in models with text prompts

@@ -1,8 +1,5 @@
 """What a text-to-image model is told: text as an encoder embedded it.
 
-Takes: arrays.  Gives: Prompts, checked against a model; inputs of engines, filled up.  May touch: nothing.
-Knows nothing of: words, encoders.
-
 L is the number of tokens of the longest prompt, W the width of the text's embedding.
 """
 

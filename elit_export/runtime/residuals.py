@@ -1,8 +1,5 @@
 """What one sampling remembers for its step cache, and what it decides by it at each evaluation.
 
-Takes: a StepCache, distances that a probe measured.  Gives: Decisions and residuals to reuse.  May touch: nothing.
-Knows nothing of: engines, files.
-
 Made with a request and gone with it, so that nothing reaches another. Each call of an evaluation has its own
 memory: the strong and the weak branch of guidance, or both as they share a call. Where guidance begins or ends
 to share, a new memory begins. A change of budget alone leaves the memory as it is: on the shipped model that was
@@ -16,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from elit_export.backends.protocols import Array, to_host
 from elit_export.runtime.cache import Float32, StepCache
-from elit_export.runtime.engine import Array, to_host
 from elit_export.spec import Budget
 
 Probe = Callable[[Array], Mapping[str, Array]]  # signal of the step before → signal, distance

@@ -1,8 +1,5 @@
 """The sampling loop: a generator with one record per step.
 
-Takes: a bank and a checked Request.  Gives: StepRecords.  May touch: nothing.
-Knows nothing of: files, labels' meaning, pictures.
-
 The state is float64 on the host; engines get float32. Nothing outlives the generator, so closing
 it cancels a request between two steps.
 """
@@ -17,11 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import Array, to_host
 from elit_export.errors import EngineError
 from elit_export.runtime.bank import EngineBank, Slot, sizes_of
 from elit_export.runtime.cache import StepCache
 from elit_export.runtime.choices import branches_needed
-from elit_export.runtime.engine import Array, HostArray, to_host
 from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.prompts import joined
 from elit_export.runtime.residuals import Computed, Decision, RequestCache

@@ -1,7 +1,4 @@
-"""Schedules: which budget each step runs at.
-
-Takes: text or budgets.  Gives: one Budget per step.  May touch: nothing.
-"""
+"""Schedules: which budget each step runs at."""
 
 from __future__ import annotations
 

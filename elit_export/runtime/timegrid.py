@@ -1,7 +1,4 @@
-"""Time grids: where on [0, 1] a sampler's evenly spaced points lie.
-
-Takes: text.  Gives: a function of evenly spaced times.  May touch: nothing.
-"""
+"""Time grids: where on [0, 1] a sampler's evenly spaced points lie."""
 
 from __future__ import annotations
 

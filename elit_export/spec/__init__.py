@@ -1,7 +1,7 @@
 """The facts of a model: its shape, the budgets it can run, the tensors its graphs take and give.
 
-Takes: numbers and names.  Gives: Budget, Profile, ModelSpec, DataFacts, Precision, TensorSpec.
-May touch: nothing.  Knows nothing of: weights, files, backends.
+Takes: numbers and names.  Gives: values.
+May touch: nothing. It imports nothing of the package but its errors.
 """
 
 from elit_export.spec.budgets import (
@@ -15,56 +15,65 @@ from elit_export.spec.budgets import (
     listed,
 )
 from elit_export.spec.data import PIXELS, SD_VAE, ByChannel, DataFacts, DecoderSpec, by_channel_text
-from elit_export.spec.model import QK_NORM_KINDS, RELEASED_BACKBONE, ModelSpec
-from elit_export.spec.tensors import (
+from elit_export.spec.graphs import (
     CACHE_GRAPHS,
     COEFFICIENTS,
     DECODE,
-    EXACT_GRAPHS,
     FUSED,
-    FUSED_CHOICES,
     LATENTS,
     LONGEST_TEXT,
-    QUANTIZED,
+    PROBE,
+    REUSE,
     ROWS,
     STEP,
     TEXT,
     TEXT_MASK,
-    Precision,
+    TIME,
+    GraphSpec,
+    Role,
     TensorSpec,
+    fused_state,
 )
+from elit_export.spec.layers import LayerKind
+from elit_export.spec.model import QK_NORM_KINDS, RELEASED_BACKBONE, ModelSpec
+from elit_export.spec.precision import QUANTIZED, Precision
 
 __all__ = [
     "BUDGET_NAMES",
     "CACHE_GRAPHS",
     "COEFFICIENTS",
     "DECODE",
-    "EXACT_GRAPHS",
     "FUSED",
-    "FUSED_CHOICES",
     "LATENTS",
     "LONGEST_TEXT",
     "PIXELS",
+    "PROBE",
     "QK_NORM_KINDS",
     "QUANTIZED",
     "RELEASED_BACKBONE",
+    "REUSE",
     "ROWS",
     "SD_VAE",
     "STEP",
     "TEXT",
     "TEXT_MASK",
+    "TIME",
     "Budget",
     "ByChannel",
     "DataFacts",
     "DecoderSpec",
+    "GraphSpec",
+    "LayerKind",
     "ModelSpec",
     "Precision",
     "Profile",
     "Range",
+    "Role",
     "TensorSpec",
     "by_channel_text",
     "covered_text",
     "covering",
     "default_profiles",
+    "fused_state",
     "listed",
 ]

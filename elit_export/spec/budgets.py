@@ -1,7 +1,4 @@
-"""Budgets, the ranges of them that engines serve, and how they are named.
-
-Takes: numbers and names.  Gives: Budget, Range, Profile.  May touch: nothing.  Knows nothing of: models.
-"""
+"""Budgets, the ranges of them that engines serve, and how they are named."""
 
 from __future__ import annotations
 

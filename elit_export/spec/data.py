@@ -1,7 +1,4 @@
-"""What the numbers in samples mean, and how a decoder takes them.
-
-Takes: numbers.  Gives: DataFacts, DecoderSpec.  May touch: nothing.  Knows nothing of: budgets, models.
-"""
+"""What the numbers in samples mean, and how a decoder takes them."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from elit_export.errors import InputError
-from elit_export.spec.tensors import ROWS, TensorSpec
+from elit_export.spec.graphs import GraphSpec, decoder_graph
 
 ByChannel = float | tuple[float, ...]  # one number that all channels share, or one of each
 
@@ -93,10 +90,6 @@ class DecoderSpec:
     side: int
 
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        return (TensorSpec("z", "float32", (ROWS, self.channels, self.side, self.side)),)
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        pixels = self.side * self.factor
-        return (TensorSpec("pixels", "float32", (ROWS, self.image_channels, pixels, pixels)),)
+    def graph(self) -> GraphSpec:
+        """What the graph `decode` takes and gives."""
+        return decoder_graph(self)

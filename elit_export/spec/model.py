@@ -1,7 +1,5 @@
 """The shape of a model, from which everything else follows: its budgets, the tensors of its graphs.
 
-Takes: numbers and names.  Gives: ModelSpec.  May touch: nothing.  Knows nothing of: weights, files, backends.
-
 Legend: B batch, C channels, H=W input size, p patch, n=H/p, N=n² spatial tokens, g group side,
 J=g² latents per group, G=(n/g)² groups, K kept latents per group, D width, T text tokens.
 """
@@ -10,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from elit_export.errors import InputError
 from elit_export.spec.budgets import BUDGET_NAMES, Budget, listed
-from elit_export.spec.tensors import FUSED, FUSED_CHOICES, LATENTS, ROWS, STEP, TEXT, TEXT_MASK, TensorSpec
+from elit_export.spec.graphs import GraphSpec, TensorSpec, conditioning_tensors, graph_of
 
 RELEASED_BACKBONE = "ELIT-SiT"  # what a spec that names no backbone is: released checkpoints know no other
 QK_NORM_KINDS = ("layer", "rms")
@@ -110,13 +108,6 @@ class ModelSpec:
         if value % divisor:
             raise InputError(f"model spec: {what} {value} is not divisible by {by} {divisor}")
 
-    @classmethod
-    def named(cls, name: str, *, resolution: int = 256, head_depth: int | None = None) -> ModelSpec:
-        """As `models.backbones.named_spec`."""
-        from elit_export.models.backbones import named_spec
-
-        return named_spec(name, resolution=resolution, head_depth=head_depth)
-
     # shapes
 
     @property
@@ -189,69 +180,14 @@ class ModelSpec:
 
     # graphs
 
-    @property
-    def modulating(self) -> tuple[TensorSpec, ...]:
-        """The conditioning that modulates all tokens together with t."""
-        return () if self.text_width else (TensorSpec("y", "int64", (ROWS,)),)
-
-    @property
-    def attended(self) -> tuple[TensorSpec, ...]:
-        """The conditioning that runs through the blocks beside the tokens: text; 1 for its tokens, 0 for padding."""
-        if not self.text_width:
-            return ()
-        return TensorSpec(TEXT, "float32", (ROWS, TEXT, self.text_width)), TensorSpec(TEXT_MASK, "int64", (ROWS, TEXT))
+    def graph(self, name: str) -> GraphSpec:
+        """What the graph of that name takes and gives: `step`, `probe`, `reuse`, `time` or `fused`."""
+        return graph_of(self, name)
 
     @property
     def conditioning(self) -> tuple[TensorSpec, ...]:
-        """The inputs beside x, t and latents."""
-        return (*self.modulating, *self.attended)
-
-    @property
-    def common_inputs(self) -> tuple[TensorSpec, ...]:
-        """What a graph that runs the blocks takes first: x, t and the conditioning."""
-        return (*self._moment, *self.conditioning)
-
-    @property
-    def _moment(self) -> tuple[TensorSpec, ...]:
-        return TensorSpec("x", "float32", (ROWS, *self.sample_shape)), TensorSpec("t", "float32", (ROWS,))
-
-    def on_tokens(self, name: str) -> TensorSpec:
-        """A float32 tensor with a vector per spatial token."""
-        return TensorSpec(name, "float32", (ROWS, self.tokens, self.hidden_size))
-
-    @property
-    def fused_state(self) -> tuple[TensorSpec, ...]:
-        """What `fused` remembers from step to step: zeros at first, but for `reused`, which is −1."""
-        on_rows = [TensorSpec(name, "float32", (ROWS,)) for name in ("t_computed", "t_computed_prev", "accumulated")]
-        on_tokens = [self.on_tokens(name) for name in ("residual", "residual_prev", "signal")]
-        return (*on_tokens, *on_rows, TensorSpec("reused", "int64", ()))
-
-    def inputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
-        """Inputs of the graph `step`, `probe`, `reuse`, `time` or `fused`, in their order.
-
-        Those of `probe` and `reuse` leave out what only the blocks attend to: these graphs run none.
-        """
-        latents = TensorSpec(LATENTS, "int64", (LATENTS,))
-        residuals = self.on_tokens("residual"), self.on_tokens("residual_prev")
-        return {
-            STEP: (*self.common_inputs, latents),
-            "probe": (*self._moment, *self.modulating, self.on_tokens("signal_prev")),
-            "reuse": (*self._moment, *self.modulating, *residuals, TensorSpec("forecast", "float32", (ROWS,))),
-            "time": self._moment[1:],
-            FUSED: (*self.common_inputs, latents, *self.fused_state, *FUSED_CHOICES),
-        }[graph]
-
-    def outputs_of(self, graph: str) -> tuple[TensorSpec, ...]:
-        """Outputs of the same graphs; those of `fused` after `velocity` and `computed` are its next inputs."""
-        velocity = TensorSpec("velocity", "float32", (ROWS, *self.sample_shape))
-        state = [replace(tensor, name=f"{tensor.name}_next") for tensor in self.fused_state]
-        return {
-            STEP: (velocity, self.on_tokens("residual")),
-            "probe": (self.on_tokens("signal"), TensorSpec("distance", "float32", (ROWS,))),
-            "reuse": (velocity,),
-            "time": (TensorSpec("embedding", "float32", (ROWS, self.hidden_size)),),
-            FUSED: (velocity, TensorSpec("computed", "bool", ()), *state),
-        }[graph]
+        """The inputs of `step` beside x, t and latents."""
+        return conditioning_tensors(self)
 
     # storage
 

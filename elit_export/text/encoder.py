@@ -1,8 +1,5 @@
 """A user's text encoder → embeddings of prompts.
 
-Takes: a folder that diffusers or transformers saved, texts.  Gives: Embedded, Prompts.
-May touch: that folder (reading).  Knows nothing of: the models that take them, engines, files of embeddings.
-
 Only what embeds text is loaded, no vision tower and no head. Weights are never unpickled, no code of the folder runs,
 and nothing is asked of the network. Every prompt runs by itself, so that its embedding does not depend on the others.
 """

@@ -1,8 +1,5 @@
 """Embeddings of prompts on disk.
 
-Takes: Prompts, or a `.npz` file.  Gives: that file, or Prompts.  May touch: that file.
-Knows nothing of: encoders, models.
-
 The file holds `text` (B, L, W) and `mask` (B, L), and for guidance `negative_text` and `negative_mask`: anything that
 embeds text can write one with NumPy. `prompts` and `negative_prompts`, the texts themselves, may lie beside them.
 """
@@ -15,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.readers import PlainArraysError, plain_arrays
 from elit_export.errors import InputError
-from elit_export.files import PlainArraysError, plain_arrays, written_whole
 from elit_export.runtime.prompts import Embedded, HostArray, Prompts, as_float32
 
 NEGATIVE = "negative_"
@@ -33,7 +31,7 @@ def save_prompts(path: Path, prompts: Prompts, *, texts: Sequence[str] = (), neg
     if prompts.negative:
         arrays |= {"negative_text": prompts.negative.text, "negative_mask": prompts.negative.mask}
     arrays |= {name: np.array(told) for name, told in zip(TEXTS, (texts, negatives), strict=True) if told}
-    with written_whole(path) as temporary:
+    with atomic_write(path) as temporary:
         np.savez(temporary, **arrays)
 
 

@@ -1,8 +1,4 @@
-"""What the folder of a user's text encoder says of itself.
-
-Takes: a folder that diffusers or transformers saved.  Gives: EncoderFolder.  May touch: that folder (reading).
-Knows nothing of: weights, transformers, the network.
-"""
+"""What the folder of a user's text encoder says of itself."""
 
 from __future__ import annotations
 
@@ -11,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elit_export.bundle.readers import read_json_object
+from elit_export.checkpoints.hf_folder import shards_of
 from elit_export.errors import CheckpointError, InputError
-from elit_export.files import json_table, shards_of
 from elit_export.spec import ModelSpec
 
 CONFIG = "config.json"
@@ -85,7 +82,7 @@ def read_encoder(folder: str | Path) -> EncoderFolder:
     The tokenizer of an encoder lies in the same folder or in `tokenizer` beside it.
     """
     path = _encoder_path(Path(folder))
-    config = json_table(path / CONFIG)
+    config = read_json_object(path / CONFIG)
     kind = _kind(path, config)
     width = _width(path, config)
     _check_weights(path, kind)

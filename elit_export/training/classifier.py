@@ -1,8 +1,5 @@
 """Training the classifier that judges samples, and what it says of the real test images.
 
-Takes: labelled images, a ClassifierConfig.  Gives: a Classifier, its JudgeFacts.  May touch: nothing.
-Knows nothing of: generative models, files.
-
 All randomness of step i is a function of (seed, i).
 """
 
@@ -17,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elit_export.errors import InputError
-from elit_export.models.classifier import Classifier, initialise
-from elit_export.models.features import ClassifierSpec, Gaussian, JudgeFacts, check_halves, floors, share_of
+from elit_export.evaluate.classifier import Classifier, initialise
+from elit_export.evaluate.statistics import ClassifierSpec, Gaussian, JudgeFacts, check_halves, floors, share_of
 from elit_export.training.data import LabelledImages
 from elit_export.training.trainer import epoch_batch, generator_for
 

@@ -1,8 +1,4 @@
-"""Labelled images for training, held in memory as bytes.
-
-Takes: a folder of images per class, or IDX files.  Gives: LabelledImages.  May touch: those files.
-Knows nothing of: models.
-"""
+"""Labelled images for training, held in memory as bytes."""
 
 from __future__ import annotations
 

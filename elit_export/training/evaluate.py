@@ -1,7 +1,4 @@
-"""Held-out velocity error per budget, on the same images, times and noise for every budget.
-
-Takes: a model, labelled images.  Gives: one BudgetError per budget.  May touch: nothing.
-"""
+"""Held-out velocity error per budget, on the same images, times and noise for every budget."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
 """Rectified-flow training with tail drop: every step runs the core on a random number of latents.
 
-Takes: a new model, labelled images, a TrainConfig.  Gives: records, an EMA model, resumable state.
-May touch: the state file it is told to write.  Knows nothing of: graphs, engines, the terminal.
-
 All randomness of step i is a function of (seed, i), so a resumed run equals an uninterrupted one
 bit for bit on the same machine and thread count.
 """
@@ -21,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elit_export.bundle.atomic import atomic_write
 from elit_export.errors import CheckpointError, InputError
-from elit_export.files import written_whole
-from elit_export.models.backbones import new_model
 from elit_export.models.elit import initialise
+from elit_export.models.registry import new_model
 from elit_export.spec import DataFacts, ModelSpec, listed
 from elit_export.training.data import LabelledImages
 
@@ -206,7 +203,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         try:
-            with written_whole(path) as temporary:
+            with atomic_write(path) as temporary:
                 torch.save(state, temporary)
         except RuntimeError as error:  # how torch's writer reports a full disk
             raise CheckpointError(f"{path}: cannot be written, is the disk full? ({error})") from error

@@ -1,7 +1,4 @@
-"""Which inputs engines are compared on: single steps at every profile's corners, and short trajectories.
-
-Takes: profiles.  Gives: cases and their inputs.  May touch: nothing; needs no torch.
-"""
+"""Which inputs engines are compared on: single steps at every profile's corners, and short trajectories."""
 
 from __future__ import annotations
 
@@ -11,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.manifest import ReferenceCase, ReferenceTrajectory
+from elit_export.bundle.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.choices import Choices
-from elit_export.runtime.decoding import decoder_input
+from elit_export.runtime.conditioning import conditioning_rows, subjects_of
 from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.sampling import StepRecord, calls_needed
-from elit_export.spec import FUSED, LATENTS, ROWS, DecoderSpec, ModelSpec, Profile, Range
-from elit_export.verify.subjects import conditioning_rows, subjects_of
+from elit_export.runtime.vae import decoder_input
+from elit_export.spec import FUSED, ROWS, DecoderSpec, ModelSpec, Profile, Range, Role
 
 Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE_FILE = "reference.npz"
@@ -105,7 +102,7 @@ def cache_inputs(graph: str, rows: int, spec: ModelSpec) -> Arrays:
     """Inputs of one of CACHE_GRAPHS; a function of (graph, rows) alone."""
     generator = np.random.default_rng((INPUT_SEED, len(graph), rows))
     common = case_inputs(ReferenceCase(profile="", kept=1, rows=rows), rows, spec)
-    shapes = {tensor.name: (rows, *map(int, tensor.shape[1:])) for tensor in spec.inputs_of(graph)}
+    shapes = {tensor.name: (rows, *map(int, tensor.dims[1:])) for tensor in spec.graph(graph).inputs}
     return {
         name: common[name] if name in common else generator.standard_normal(shape).astype(np.float32)
         for name, shape in shapes.items()
@@ -114,11 +111,11 @@ def cache_inputs(graph: str, rows: int, spec: ModelSpec) -> Arrays:
 
 def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> Arrays:
     """Inputs of `fused` that make it compute or reuse whatever it measures; `inputs` take the place of zeros."""
-    given = {LATENTS, *(tensor.name for tensor in spec.attended)}
-    tensors = [tensor for tensor in spec.inputs_of(FUSED) if tensor.name not in given]
+    given = (Role.LATENTS, Role.TEXT, Role.TEXT_MASK)
     zeros = {
-        tensor.name: np.zeros([rows if size == ROWS else int(size) for size in tensor.shape], tensor.dtype)
-        for tensor in tensors
+        tensor.name: np.zeros([rows if size == ROWS else int(size) for size in tensor.dims], tensor.dtype)
+        for tensor in spec.graph(FUSED).inputs
+        if tensor.role not in given
     }
     choices = {"threshold": np.inf, "low": -np.inf, "high": np.inf}
     return {

@@ -1,8 +1,4 @@
-"""`verify`: a bundle's engines against PyTorch, from stored answers or live.
-
-Takes: a bundle, optionally its checkpoint.  Gives: Comparisons; records a first success in the manifest.
-May touch: the manifest of a bundle that was never verified on its device.
-"""
+"""`verify`: a bundle's engines against PyTorch, from stored answers or live."""
 
 from __future__ import annotations
 
@@ -10,9 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elit_export.bundle import Bundle, writing
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.store import writing
 from elit_export.errors import BundleError
-from elit_export.manifest import PlanSet
 from elit_export.runtime.opening import open_bank
 from elit_export.spec import covered_text
 from elit_export.verify.cases import Arrays
@@ -52,10 +49,10 @@ def live_reference(
     bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path, interface: str | Path | None = None
 ) -> Arrays:
     """The answers of the checkpoint's own model to the bundle's cases."""
-    from elit_export.models.widening import computing_in_float32  # needs torch
+    from elit_export.models.upcast import upcast_on_use  # needs torch
     from elit_export.verify.reference import reference_arrays
 
-    model = computing_in_float32(model_of(bundle, checkpoint, interface))
+    model = upcast_on_use(model_of(bundle, checkpoint, interface))
     reference = plan_set.reference
     text = covered_text([facts.profile for facts in plan_set.profiles])
     return reference_arrays(model, reference.cases, reference.cache_rows, reference.trajectories, text)
@@ -63,7 +60,7 @@ def live_reference(
 
 def model_of(bundle: Bundle, checkpoint: str | Path, interface: str | Path | None = None) -> Elit:
     """The model that the bundle was built from, its weights as stored; raises BundleError if it is another one's."""
-    from elit_export.checkpoint import checkpoint_sha256, stored_checkpoint  # needs torch
+    from elit_export.checkpoints.native import checkpoint_sha256, stored_checkpoint  # needs torch
 
     facts = bundle.manifest.model
     if checkpoint_sha256(checkpoint, interface) != facts.checkpoint_sha256:
@@ -90,11 +87,12 @@ def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison
     assert all(comparison.passed for comparison in found)
     if all(parity.ran for parity in plan_set.parities):
         return False
-    verified = plan_set.with_parity(lambda profile: parity_of(profile, found), decoder_parity_of(found))
-    with writing(bundle.folder) as writer:
-        manifest = Bundle.open(bundle.folder).manifest  # another target may have been built meanwhile
-        if plan_set not in manifest.plan_sets:
+    parities = {facts.name: parity_of(facts.name, found) for facts in plan_set.profiles}
+    verified = plan_set.with_parity(parities, decoder_parity_of(found))
+    with writing(bundle.folder) as store:
+        manifest = store.manifest  # another target may have been built meanwhile
+        if manifest is None or plan_set not in manifest.plan_sets:
             raise BundleError(f"{bundle.folder} was built again meanwhile; verify it again")
         plan_sets = tuple(verified if old == plan_set else old for old in manifest.plan_sets)
-        writer.commit(manifest.model_copy(update={"plan_sets": plan_sets}))
+        store.commit(manifest.model_copy(update={"plan_sets": plan_sets}))
     return True

@@ -1,7 +1,4 @@
-"""How far one array is from another.
-
-Takes: two arrays.  Gives: a Difference.  May touch: nothing.
-"""
+"""How far one array is from another."""
 
 from __future__ import annotations
 

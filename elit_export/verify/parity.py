@@ -1,8 +1,4 @@
-"""Do the engines of a bundle say what PyTorch said?
-
-Takes: a bundle (or a draft of one), its engines, the answers of PyTorch.  Gives: Comparisons.
-May touch: the bundle (reading).  Needs neither torch nor the checkpoint.
-"""
+"""Do the engines of a bundle match PyTorch? Needs neither torch nor the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,14 +10,24 @@ from pathlib import Path
 
 import numpy as np
 
-from elit_export.bundle import Bundle
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import Array, Engine, to_host
+from elit_export.bundle.manifest import (
+    DecoderFacts,
+    Graph,
+    Parity,
+    PlanSet,
+    Reference,
+    ReferenceTrajectory,
+)
+from elit_export.bundle.readers import PlainArraysError, plain_arrays
+from elit_export.bundle.reading import Bundle
 from elit_export.errors import BundleError, EngineError, ParityError
-from elit_export.manifest import DecoderFacts, Graph, Parity, PlanSet, Reference, ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.engine import Array, Engine, HostArray, to_host
+from elit_export.runtime.conditioning import conditioning_rows
 from elit_export.runtime.opening import open_fused
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision, Profile
+from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision, Profile, Role
 from elit_export.verify.cases import (
     REFERENCE_FILE,
     Arrays,
@@ -33,7 +39,6 @@ from elit_export.verify.cases import (
     trajectory_steps,
 )
 from elit_export.verify.metrics import Difference, difference, worst
-from elit_export.verify.subjects import conditioning_rows
 from elit_export.verify.tolerances import CACHE_DB, DECODE_DB, DECODE_RELATIVE, TOLERANCES
 
 LEAST_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
@@ -48,7 +53,7 @@ class Comparison:
 
     `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare. `accepted` is the
     recipe's reason for which it may miss, as far down as `accepted_from_db`. `most_relative` is how far a single value
-    may be off, as a share of the largest one, where that is demanded too.
+    may be off, as a share of the largest one, where that is demanded too. `case` is the index of a reference case.
     """
 
     part: str
@@ -60,6 +65,7 @@ class Comparison:
     accepted: str = ""
     accepted_from_db: float = 0.0
     most_relative: float = math.inf
+    case: int | None = None
 
     @property
     def met(self) -> bool:
@@ -140,8 +146,9 @@ def _compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Array
     model = bundle.manifest.model
     tolerance = TOLERANCES[plan_set.precision]
     engines = {slot.profile.name: slot.engine for slot in bank.slots}
-    for index, case in enumerate(plan_set.reference.cases):
-        yield from _compared_case(engines[case.profile], index, case, arrays, model.spec, tolerance.step_db)
+    reference = plan_set.reference
+    for index, case in enumerate(reference.cases):
+        yield from _compared_case(engines[case.profile], index, reference, arrays, model.spec, tolerance.step_db)
     for graph, rows in product(bank.cache, plan_set.reference.cache_rows):
         yield from _compared_cache(bank, graph, rows, arrays, model.spec)
     if plan_set.fused:
@@ -158,8 +165,8 @@ def compared_cases(
     engine: Engine, precision: Precision, reference: Reference, arrays: Arrays, spec: ModelSpec
 ) -> Iterator[Comparison]:
     """The single steps of every profile, from one engine: for a graph that is no plan yet."""
-    for index, case in enumerate(reference.cases):
-        yield from _compared_case(engine, index, case, arrays, spec, TOLERANCES[precision].step_db)
+    for index in range(len(reference.cases)):
+        yield from _compared_case(engine, index, reference, arrays, spec, TOLERANCES[precision].step_db)
 
 
 def comparisons_of(plan_set: PlanSet) -> int:
@@ -230,55 +237,59 @@ def load_reference(bundle: Bundle, reference: Reference) -> Arrays:
 
 def load_reference_file(folder: Path) -> Arrays:
     """The same of an artifact that is known to be whole."""
-    path = folder / REFERENCE_FILE
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: unreadable: {error}") from error
+        return plain_arrays(folder / REFERENCE_FILE)
+    except (OSError, PlainArraysError) as error:
+        raise BundleError(f"{folder / REFERENCE_FILE}: unreadable: {error}") from error
+
+
+def case_of(reference: Reference, index: int, arrays: Arrays, spec: ModelSpec) -> tuple[Arrays, Arrays]:
+    """Inputs of `step` and PyTorch's outputs at one reference case."""
+    step, latents = spec.graph(STEP), np.arange(reference.cases[index].kept)
+    inputs = {
+        tensor.name: latents if tensor.role is Role.LATENTS else arrays[f"{index}/{tensor.name}"]
+        for tensor in step.inputs
+    }
+    return inputs, {tensor.name: arrays[f"{index}/{tensor.name}"] for tensor in step.outputs}
 
 
 def _compared_case(
-    engine: Engine, index: int, case: ReferenceCase, arrays: Arrays, spec: ModelSpec, least_db: float
+    engine: Engine, index: int, reference: Reference, arrays: Arrays, spec: ModelSpec, least_db: float
 ) -> Iterator[Comparison]:
     """Velocity and residual."""
-    names = [tensor.name for tensor in spec.inputs_of(STEP) if tensor.name != LATENTS]
-    inputs = {name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)}
+    case = reference.cases[index]
+    inputs, expected = case_of(reference, index, arrays, spec)
     outputs, problem = _answers(engine, inputs)
-    for tensor in spec.outputs_of(STEP):
-        found = _found(outputs, tensor.name, arrays[f"{index}/{tensor.name}"])
-        point = f"{point_of(case)} {tensor.name}"
-        yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem)
+    for name, values in expected.items():
+        found = _found(outputs, name, values)
+        point = f"{point_of(case)} {name}"
+        yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem, case=index)
 
 
 def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
     """These graphs are fp32 in every plan set."""
     outputs, problem = _answers(bank.cache[graph], cache_inputs(graph, rows, spec))
-    for tensor in spec.outputs_of(graph):
+    for tensor in spec.graph(graph).outputs:
         found = _found(outputs, tensor.name, arrays[f"{graph}/{rows}/{tensor.name}"])
-        least_db = CACHE_DB
-        yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", found, least_db, problem=problem)
+        yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", found, CACHE_DB, problem=problem)
 
 
 def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
     """Computing, it says what `step` says; reusing, what `reuse` and `probe` say."""
-    names = [tensor.name for tensor in spec.inputs_of(STEP) if tensor.name != LATENTS]
-    least_db = TOLERANCES[plan_set.precision].step_db
-    for index, case in enumerate(plan_set.reference.cases):
-        given = {name: arrays[f"{index}/{name}"] for name in names} | {LATENTS: np.arange(case.kept)}
-        outputs, problem = _answers(engine, fused_inputs(given, force=True, rows=case.rows, spec=spec))
+    reference, least_db = plan_set.reference, TOLERANCES[plan_set.precision].step_db
+    for index, case in enumerate(reference.cases):
+        inputs, expected = case_of(reference, index, arrays, spec)
+        outputs, problem = _answers(engine, fused_inputs(inputs, force=True, rows=case.rows, spec=spec))
         for name, wanted in (("velocity", "velocity"), ("residual_next", "residual")):
-            found = _found(outputs, name, arrays[f"{index}/{wanted}"])
-            point = f"{point_of(case)} computed {wanted}"
-            yield Comparison(f"graph {FUSED}", point, found, least_db, problem=problem)
-    for rows in plan_set.reference.cache_rows:
-        given = {LATENTS: np.arange(plan_set.profiles[0].latents[1]), **_reused(rows, spec)}
-        given |= _any_text(plan_set.profiles[0].profile, rows, spec)
-        outputs, problem = _answers(engine, fused_inputs(given, force=False, rows=rows, spec=spec))
+            found = _found(outputs, name, expected[wanted])
+            yield Comparison(f"graph {FUSED}", f"{point_of(case)} computed {wanted}", found, least_db, problem=problem)
+    for rows in reference.cache_rows:
+        inputs = {LATENTS: np.arange(plan_set.profiles[0].latents[1]), **_reused(rows, spec)}
+        inputs |= _any_text(plan_set.profiles[0].profile, rows, spec)
+        outputs, problem = _answers(engine, fused_inputs(inputs, force=False, rows=rows, spec=spec))
         for name, wanted in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
             found = _found(outputs, name, arrays[wanted.format(rows)])
-            least_db = CACHE_DB
-            yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", found, least_db, problem=problem)
+            yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", found, CACHE_DB, problem=problem)
 
 
 def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> Iterator[Comparison]:

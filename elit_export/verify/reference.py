@@ -1,7 +1,4 @@
-"""What PyTorch says: the model as an engine, and the answers to the reference cases.
-
-Takes: a model, cases.  Gives: arrays for the bundle's reference file.  May touch: nothing.
-"""
+"""PyTorch's outputs: the model as an engine, and what it gives at the reference cases."""
 
 from __future__ import annotations
 
@@ -14,39 +11,31 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from elit_export.manifest import ReferenceCase, ReferenceTrajectory
+from elit_export.backends.protocols import FunctionEngine, to_host
+from elit_export.bundle.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.models.elit import Elit
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.engine import FunctionEngine, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import CACHE_GRAPHS, LATENTS, LONGEST_TEXT, STEP, DecoderSpec, Precision, Profile, Range
-from elit_export.verify.cases import (
-    Arrays,
-    cache_inputs,
-    case_rows,
-    decoder_inputs,
-    trajectory_rows,
-    trajectory_states,
-)
-from elit_export.verify.timing import PEAK_REPEATS, PEAK_SIZES, once_ms
+from elit_export.verify.cases import Arrays, cache_inputs, case_rows, decoder_inputs, trajectory_rows, trajectory_states
 
 MAX_ROWS = 1 << 20
 
 
 def torch_engine(model: Elit, graph: str = STEP, *, compiled: bool = False) -> FunctionEngine:
     """The model itself, where it is, as an engine for a graph, by torch.compile if asked."""
-    method = getattr(model, graph)
+    method, spec = getattr(model, graph), model.spec.graph(graph)
     run = torch.compile(method, dynamic=True) if compiled else method
     device = next(model.parameters()).device
 
     @torch.inference_mode()
     def answer(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-        tensors = (torch.from_numpy(inputs[tensor.name]).to(device) for tensor in model.spec.inputs_of(graph))
+        tensors = (torch.from_numpy(inputs[tensor.name]).to(device) for tensor in spec.inputs)
         outputs = run(*tensors)
-        named = zip(model.spec.outputs_of(graph), outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
+        named = zip(spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         return {tensor.name: output.cpu().numpy() for tensor, output in named}
 
-    return FunctionEngine(answer)
+    return FunctionEngine(answer, spec)
 
 
 def torch_pipeline(model: Elit) -> Pipeline:
@@ -56,18 +45,6 @@ def torch_pipeline(model: Elit) -> Pipeline:
     cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
     bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)
     return Pipeline(bank, model.spec, model.data)
-
-
-def matmul_peaks_gflops() -> dict[Precision, float]:
-    """Best rate of a square matrix product in PyTorch, by precision (2 FLOPs per multiply-add)."""
-    types = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
-    return {precision: max(_matmul_gflops(size, dtype) for size in PEAK_SIZES) for precision, dtype in types.items()}
-
-
-def _matmul_gflops(size: int, dtype: torch.dtype) -> float:
-    a = torch.ones(size, size, dtype=dtype)
-    best_ms = min(once_ms(lambda: a @ a) for _ in range(PEAK_REPEATS))
-    return 2 * size**3 / best_ms / 1e6
 
 
 def reference_arrays(

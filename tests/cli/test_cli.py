@@ -18,13 +18,14 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
-from elit_export.checkpoint import save_checkpoint
+from elit_export.backends.onnxruntime.engine import OnnxRuntimeEngine
+from elit_export.backends.protocols import Array
+from elit_export.bench import engines as bench
+from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
-from elit_export.runtime.engine import Array
-from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.spec import Precision
-from elit_export.verify import bench, parity
+from elit_export.verify import parity
 from elit_export.verify.tolerances import Tolerance
 from tests.helpers import tiny_model
 
@@ -187,7 +188,7 @@ def test_demo_refuses_a_target_without_a_bundle(tmp_path: Path) -> None:
 
 
 def test_demo_without_torch_says_that_a_bundle_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("elit_export.compile", "elit_export.checkpoint"):
+    for name in ("elit_export.compiler.build", "elit_export.checkpoints.native"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "torch", None)
     said = refused("demo", "--out", tmp_path / "drawn")
@@ -304,7 +305,7 @@ def test_damaged_plan_is_a_clear_error(tiny_bundle: Bundle, tmp_path: Path) -> N
 
 
 def test_bench_compares_the_samplers(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    said = ok("bench", tiny_bundle.folder, "--samplers", "--rows", "2", "--json", tmp_path / "b.json")
+    said = ok("bench", "samplers", tiny_bundle.folder, "--images", "2", "--json", tmp_path / "b.json")
     assert "ab3" in said
     heun = json.loads((tmp_path / "b.json").read_text())["samplers"][2]
     assert (heun["sampler"], heun["steps"], heun["calls"]) == ("heun", 8, 15)
@@ -313,9 +314,9 @@ def test_bench_compares_the_samplers(tiny_bundle: Bundle, tmp_path: Path) -> Non
 def test_bench_holds_bars_and_draws(tiny_bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "bars.json").write_text('[{"metric": "switching", "max": 1000}, {"metric": "rows", "min": 9}]')
     options = ("--rows", "4", "--rounds", "2", "--plot", tmp_path / "p.png", "--check", tmp_path / "bars.json")
-    result = run("bench", tiny_bundle.folder, *options)
+    result = run("bench", "engines", tiny_bundle.folder, *options)
     assert result.exit_code == 1, result.output
-    assert "rows is 4, the bar is at least 9" in result.output
+    assert "rows is 4, the limit is at least 9" in result.output
     assert "switching is" not in result.output
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.width > 500
@@ -326,13 +327,13 @@ def test_bench_compares_with_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path,
     committed = json.loads((Path(__file__).parent.parent.parent / "benchmarks" / "bars.json").read_text())
     (tmp_path / "bars.json").write_text(json.dumps([{"metric": bar["metric"], "max": 1000} for bar in committed]))
     options = ("--checkpoint", tiny_checkpoint, "--no-compile", "--rows", "2", "--rounds", "2")
-    facts = only_json("bench", tiny_bundle.folder, *options, "--check", tmp_path / "bars.json")
+    facts = only_json("bench", "engines", tiny_bundle.folder, *options, "--check", tmp_path / "bars.json")
     assert set(facts["budgets"][0]["speedups"]) == {"eager"}
 
 
 def test_bench_refuses_the_checkpoint_of_another_model(tiny_bundle: Bundle, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
-    said = refused("bench", tiny_bundle.folder, "--checkpoint", tmp_path / "other.safetensors")
+    said = refused("bench", "engines", tiny_bundle.folder, "--checkpoint", tmp_path / "other.safetensors")
     assert "was not built from" in said
     assert "sha256 differs" in said
 
@@ -340,20 +341,45 @@ def test_bench_refuses_the_checkpoint_of_another_model(tiny_bundle: Bundle, tmp_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--rounds", "0"], "0 is not in the range x>=1"),
-        (["--rows", "0"], "0 is not in the range x>=1"),
-        (["--rows", "9"], "choose other --rows"),
-        (["--samplers", "--plot", "p.png"], "--samplers and --plot cannot be given together"),
-        (["--soak", "10", "--plot", "p.png"], "--soak and --plot cannot be given together"),
-        (["--soak", "10", "--checkpoint", "c.pt"], "--soak and --checkpoint cannot be given together"),
-        (["--samplers", "--soak", "10"], "--samplers and --soak cannot be given together"),
+        (["engines", "--rounds", "0"], "0 is not in the range x>=1"),
+        (["engines", "--rows", "0"], "0 is not in the range x>=1"),
+        (["engines", "--rows", "9"], "choose other --rows"),
+        (["engines", "--guidance", "cfg:4"], "No such option"),  # it would measure cfg:2
+        (["samplers", "--plot", "p.png"], "No such option"),
+        (["soak", "--plot", "p.png"], "No such option"),
+        (["soak", "--checkpoint", "c.pt"], "No such option"),
+        (["memory", "--rows", "2"], "No such option"),
     ],
 )
 def test_bench_refuses_before_it_measures(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
 ) -> None:
     monkeypatch.delattr(bench, "matmul_peak_gflops")
-    assert said in refused("bench", tiny_bundle.folder, *options)
+    command, *rest = options
+    assert said in refused("bench", command, tiny_bundle.folder, *rest)
+
+
+def test_bench_tells_what_engines_hold(tiny_bundle: Bundle) -> None:
+    facts = only_json("bench", "memory", tiny_bundle.folder)["memory"]
+    assert facts["whole_bytes"] >= facts["one_bytes"] > 0
+    assert facts["ratio"] == facts["whole_bytes"] / facts["one_bytes"]
+    assert facts["plan_bytes"] == tiny_bundle.manifest.plan_sets[0].model_bytes
+
+
+@pytest.mark.parametrize(
+    ("old", "command"),
+    [
+        (("--soak", "10"), "soak"),
+        (("--samplers", "--rows", "1"), "samplers"),
+        (("--rows", "2", "--rounds", "1", "--no-sampling"), "engines"),
+    ],
+)
+def test_bench_as_it_was_typed_before_works_with_a_warning(
+    tiny_bundle: Bundle, old: tuple[str, ...], command: str
+) -> None:
+    result = run("bench", tiny_bundle.folder, *old)
+    assert result.exit_code == 0, result.output
+    assert f"is now `bench {command} BUNDLE" in result.stderr
 
 
 def test_bench_misses_matplotlib_before_it_measures(
@@ -369,7 +395,7 @@ def test_bench_misses_matplotlib_before_it_measures(
     monkeypatch.setattr(sys, "meta_path", [NoMatplotlib, *sys.meta_path])
     for name in ("matplotlib", "matplotlib.figure", "elit_export.report.plots"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    said = refused("bench", tiny_bundle.folder, "--plot", tmp_path / "p.png")
+    said = refused("bench", "engines", tiny_bundle.folder, "--plot", tmp_path / "p.png")
     assert "this command needs matplotlib: pip install 'elit-export[report]'" in said
 
 

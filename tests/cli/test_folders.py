@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from elit_export.checkpoint import save_checkpoint
-from elit_export.checkpoint_diffusers import save_interface
+from elit_export.checkpoints.diffusers import save_interface
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.models.mmdit import ElitMMDiT
+from tests.checkpoints.test_diffusers import written_base
 from tests.cli.test_cli import ok, only_json, refused
 from tests.test_architecture import HEAVY, modules_after
-from tests.test_checkpoint_diffusers import written_base
 from tests.text_models import text_model, text_spec
 
 REMEDY = 'give the file that does, as checkpoint_diffusers.save_interface writes it: `interface = "FILE"` in the recipe'
@@ -115,20 +115,20 @@ def test_a_bundle_of_a_folder_is_verified_live_and_stored(half: Path) -> None:
 def test_a_bundle_of_a_folder_is_measured_beside_pytorch(half: Path) -> None:
     quick = ("--no-compile", "--no-sampling", "--rounds", "1", "--rows", "1")
     live = ("--checkpoint", half / "base", "--interface", half / "interface.safetensors")
-    facts = only_json("bench", half / "bundle", *live, *quick)
+    facts = only_json("bench", "engines", half / "bundle", *live, *quick)
     assert all(budget["speedups"]["eager"] > 0 for budget in facts["budgets"])
-    side_by_side = only_json("bench", half / "bundle", "--backends", *live, "--rounds", "1", "--rows", "1")
+    side_by_side = only_json("bench", "backends", half / "bundle", *live, "--rounds", "1", "--rows", "1")
     assert side_by_side["backends"]
 
 
 def test_read_and_write_of_another_training_are_not_those_of_the_bundle(half: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_interface(other, ElitMMDiT(text_spec(input_size=8, group_size=2, core_depth=1, tail_depth=0)))
-    for command in ("verify", "bench"):
-        said = refused(command, half / "bundle", "--checkpoint", half / "base", "--interface", other)
+    for command in (("verify",), ("bench", "engines")):
+        said = refused(*command, half / "bundle", "--checkpoint", half / "base", "--interface", other)
         assert f"was not built from {half / 'base'} with {other} (sha256 differs)" in said
-        assert REMEDY in refused(command, half / "bundle", "--checkpoint", half / "base")
-        assert "--checkpoint FOLDER" in refused(command, half / "bundle", "--interface", other)
+        assert REMEDY in refused(*command, half / "bundle", "--checkpoint", half / "base")
+        assert "--checkpoint FOLDER" in refused(*command, half / "bundle", "--interface", other)
 
 
 def test_a_folder_that_is_neither_bundle_nor_checkpoint_is_no_bundle(tmp_path: Path) -> None:

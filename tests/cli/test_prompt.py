@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from elit_export.bundle import Bundle, writing
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.store import writing
 from elit_export.cli import run as commands
 from elit_export.runtime.prompts import Prompts
 from elit_export.text.encoder import TextEncoder, Weights, load_encoder, prompts_of

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from elit_export.backends import BACKENDS
-from elit_export.bundle import Bundle
-from elit_export.compile import compile_bundle
+from elit_export.backends.protocols import to_host
+from elit_export.backends.tensorrt.cuda import Cuda
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import recipe_from_values
+from elit_export.compiler.build import compile_bundle
 from elit_export.errors import ElitExportError
-from elit_export.recipe import recipe_from_values
-from elit_export.runtime.cuda import Cuda
-from elit_export.runtime.engine import to_host
 from elit_export.runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,7 @@ LEAK_LIMIT_BYTES = 16 << 20
 
 
 def recipe(backend: str, precision: str, **options: Any) -> Any:
-    capability = BACKENDS[backend].engines().compute_capability()
+    capability = BACKENDS[backend].loader().compute_capability()
     target = {"backend": backend, "precision": precision, "compute_capabilities": [capability], **options}
     values = {
         "name": "gpu",

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from elit_export.bundle import Bundle
+from elit_export.bundle.reading import Bundle
 from elit_export.errors import ExportError
 from elit_export.graphs import check
 from elit_export.graphs.check import check_graph

@@ -16,16 +16,18 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from elit_export import Pipeline, compile, compile_bundle
-from elit_export.bundle import Bundle
-from elit_export.compile import NOTHING_CHANGED
+from elit_export import Pipeline, compile_bundle
+from elit_export.backends.tensorrt.options import TensorRTTarget
+from elit_export.bundle.manifest import PlanSet, ReferenceCase
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.compiler import build as compile
+from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.errors import ExportError, ParityError, RecipeError
 from elit_export.graphs import check
 from elit_export.graphs.check import check_graph
 from elit_export.graphs.export import OPSETS, export_graph
-from elit_export.manifest import PlanSet, ReferenceCase
 from elit_export.models.sit import ElitSiT
-from elit_export.recipe import Recipe, TensorRTTarget, recipe_from_values
 from elit_export.runtime.cache import CachePolicy, Fit, Mask, TeaCache
 from elit_export.runtime.noise import SeededNoise
 from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, ModelSpec, Precision, Profile, Range
@@ -80,13 +82,13 @@ class Host:
     def empty(self, rows: int) -> Arrays:
         """What there is to remember before the first step."""
         shapes = {
-            tensor.name: [rows if size == ROWS else int(size) for size in tensor.shape]
+            tensor.name: [rows if size == ROWS else int(size) for size in tensor.dims]
             for tensor in self.spec.fused_state
         }
         return {name: np.zeros(shape) for name, shape in shapes.items()} | {"reused": np.array(-1)}
 
     def typed(self, inputs: Mapping[str, Any]) -> Arrays:
-        types = {tensor.name: tensor.dtype for tensor in self.spec.inputs_of(FUSED)}
+        types = {tensor.name: tensor.dtype for tensor in self.spec.graph(FUSED).inputs}
         return {name: np.asarray(value, types[name]) for name, value in inputs.items()}
 
 
@@ -332,7 +334,7 @@ def test_weights_are_stored_once(fused_bundle: Bundle) -> None:
 
 def checked(bundle: Bundle, name: str, choices: int) -> None:
     spec = bundle.manifest.model.spec
-    inputs, outputs = spec.inputs_of(name), spec.outputs_of(name)
+    inputs, outputs = spec.graph(name).inputs, spec.graph(name).outputs
     check_graph(graph_file(bundle, name), inputs, outputs, opset=OPSETS[Precision.FP32], choices=choices)
 
 
@@ -483,7 +485,7 @@ def test_tensorrt_for_rtx_builds_it(
 ) -> None:
     """Without a GPU; the plan is not run."""
     library = pytest.importorskip("tensorrt_rtx")
-    from elit_export.build import tensorrt
+    from elit_export.backends.tensorrt import build as tensorrt
 
     graph = half_graph if precision is Precision.BF16 else graph_file(fused_bundle, FUSED)
     values = {"backend": "tensorrt-rtx", "precision": precision, "compute_capabilities": ["8.9", "12.0"]}

@@ -17,11 +17,11 @@ import pytest
 import torch
 from onnx import NodeProto, TensorProto, helper
 
+from elit_export.backends.protocols import to_host
 from elit_export.errors import ExportError
 from elit_export.graphs import check, export
 from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
-from elit_export.runtime.engine import to_host
 from elit_export.spec import STEP, ModelSpec, Precision
 from elit_export.verify.metrics import difference
 from elit_export.verify.reference import torch_engine
@@ -123,8 +123,8 @@ def qk_graph(request: pytest.FixtureRequest, qk_model: ElitSiT, tmp_path_factory
 def test_inputs_and_outputs_are_those_of_fp32(graph: Graph, fashion_model: ElitSiT) -> None:
     spec = fashion_model.spec
     for values, wanted in (
-        (graph.model.graph.input, spec.inputs_of(STEP)),
-        (graph.model.graph.output, spec.outputs_of(STEP)),
+        (graph.model.graph.input, spec.graph(STEP).inputs),
+        (graph.model.graph.output, spec.graph(STEP).outputs),
     ):
         found = {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name for value in values}
         assert found == {tensor.name: tensor.dtype for tensor in wanted}

@@ -35,7 +35,7 @@ def test_the_step_program_runs_at_every_budget_and_number_of_rows(model: ElitSiT
 def test_programs_of_the_cache_run(model: ElitSiT, tmp_path: Path, graph: str) -> None:
     program = torch.export.load(export_program(model, graph, tmp_path)).module()
     inputs = cache_inputs(graph, 3, model.spec)
-    tensors = [torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.inputs_of(graph)]
+    tensors = [torch.from_numpy(inputs[tensor.name]) for tensor in model.spec.graph(graph).inputs]
     with torch.no_grad():
         expected, found = getattr(model, graph)(*tensors), program(*tensors)
     torch.testing.assert_close(found, expected if isinstance(found, torch.Tensor) else tuple(expected))

@@ -72,7 +72,7 @@ def test_fused_equals_torch_where_it_computes_and_where_it_reuses(shallow: ElitM
     model = shallow
     session = ort.InferenceSession(export_graph(model, FUSED, tmp_path))
     choices = {"threshold": np.inf, "low": -np.inf, "high": np.inf, "most": 3, "order": 1, "reused": 0}
-    types = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.inputs_of(FUSED)}
+    types = {tensor.name: getattr(torch, tensor.dtype) for tensor in model.spec.graph(FUSED).inputs}
     for rows, text, kept in SIZES:
         inputs = inputs_of(model.spec, FUSED, rows=rows, text=text, kept=kept)
         inputs |= {name: torch.tensor(value, dtype=types[name]) for name, value in choices.items()}
@@ -85,7 +85,7 @@ def test_fused_equals_torch_where_it_computes_and_where_it_reuses(shallow: ElitM
 
 
 def test_the_choices_of_fused_come_last(model: ElitMMDiT) -> None:
-    names = [tensor.name for tensor in model.spec.inputs_of(FUSED)]
+    names = [tensor.name for tensor in model.spec.graph(FUSED).inputs]
     assert names[:5] == ["x", "t", "text", "text_mask", "latents"]
     assert names[-len(FUSED_CHOICES) :] == [tensor.name for tensor in FUSED_CHOICES]
 
@@ -130,7 +130,7 @@ def test_rotations_are_constants_that_are_cut_to_length(model: ElitMMDiT, step: 
 
 @pytest.mark.parametrize("graph", ["probe", "reuse"])
 def test_graphs_that_run_no_block_take_no_text(model: ElitMMDiT, graph: str) -> None:
-    assert not {TEXT, "text_mask"} & {tensor.name for tensor in model.spec.inputs_of(graph)}
+    assert not {TEXT, "text_mask"} & {tensor.name for tensor in model.spec.graph(graph).inputs}
 
 
 # ---------------------------------------------------------------- half precision

@@ -13,7 +13,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from elit_export.checkpoint import load_checkpoint, save_checkpoint, stored_checkpoint
+from elit_export.checkpoints.native import load_checkpoint, save_checkpoint, stored_checkpoint
 from elit_export.errors import ExportError
 from elit_export.graphs.export import export_graph, graph_model
 from elit_export.graphs.weights import weightless

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from elit_export.cost.flops import flops, flops_without_interface
 from elit_export.errors import InputError
 from elit_export.models import elit, uvit
-from elit_export.models.backbones import BACKBONES, NAMES, backbone_of, named_spec, new_model
-from elit_export.models.cost import flops, flops_without_interface
 from elit_export.models.elit import Elit, initialise
 from elit_export.models.hdit import ElitHDiT
 from elit_export.models.interface import group
-from elit_export.models.layers import rotation_angles
+from elit_export.models.registry import BACKBONES, NAMES, backbone_of, named_spec, new_model
+from elit_export.models.rope import rope_angles
 from elit_export.models.sit import ElitSiT
 from elit_export.models.uvit import ElitUViT
 from elit_export.spec import Budget, ModelSpec, Range, default_profiles, listed
@@ -136,7 +136,7 @@ def test_a_latent_has_the_position_of_the_token_at_its_slot() -> None:
     assert latent
     assert torch.equal(latent.cos, spatial.cos[slots])
     assert torch.equal(latent.sin, spatial.sin[slots])
-    assert torch.equal(spatial.cos, rotation_angles(spec.grid, 16, slots.device).cos())
+    assert torch.equal(spatial.cos, rope_angles(spec.grid, 16, slots.device).cos())
 
 
 @torch.inference_mode()
@@ -199,7 +199,7 @@ def test_a_skip_decides_something() -> None:
 def test_run_joining_refuses_another_number_of_skips() -> None:
     x = torch.zeros(1, 2, 32)
     with pytest.raises(ValueError, match="zip"):
-        uvit.run_joining([], [], x, [x], x, None)
+        uvit.run_with_skips([], [], x, [x], x, None)
 
 
 # ---------------------------------------------------------------- HDiT

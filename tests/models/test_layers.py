@@ -10,23 +10,22 @@ from torch import Tensor, nn
 
 from elit_export.models.layers import (
     Block,
-    Join,
-    Merge,
     Mlp,
     Modulation,
     PatchEmbed,
     SelfAttention,
-    Split,
+    SkipProjection,
     TimestepEmbedder,
+    TokenMerge,
+    TokenSplit,
     merge_heads,
     modulate,
     over_tokens,
-    position_code,
     qk_norm_of,
-    rotation_angles,
-    rotation_of,
+    sincos_position_embedding,
     split_heads,
 )
+from elit_export.models.rope import rope_angles, rope_from_angles
 from tests.helpers import tiny_spec
 
 
@@ -39,7 +38,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def test_position_code_is_sine_then_cosine_of_the_column_then_of_the_row() -> None:
     grid, width = 3, 16
-    code = position_code(grid, width)
+    code = sincos_position_embedding(grid, width)
     quarter = width // 4
     omega = [10_000 ** (-i / quarter) for i in range(quarter)]
     for row in range(grid):
@@ -100,8 +99,8 @@ def test_self_attention_is_the_textbook_formula(kind: str, rotated: bool) -> Non
     heads, size = 2, 8
     attention = SelfAttention(heads * size, heads, NORMS[kind]).double()
     x = random(1, 4, heads * size)
-    angles = rotation_angles(2, size, torch.device("cpu")).double()
-    rotation = rotation_of(angles if rotated else torch.zeros_like(angles))
+    angles = rope_angles(2, size, torch.device("cpu")).double()
+    rotation = rope_from_angles(angles if rotated else torch.zeros_like(angles))
     q, k, v = attention.qkv(x)[0].chunk(3, dim=-1)
     mixed = []
     for head in range(heads):
@@ -126,7 +125,7 @@ def test_norms_of_queries_and_keys() -> None:
 
 
 def test_angles_are_of_the_column_then_of_the_row() -> None:
-    angles = rotation_angles(3, 8, torch.device("cpu"))
+    angles = rope_angles(3, 8, torch.device("cpu"))
     for row in range(3):
         for column in range(3):
             expected = [place * 10_000 ** (-i / 2) for place in (column, row) for i in range(2)]
@@ -134,9 +133,9 @@ def test_angles_are_of_the_column_then_of_the_row() -> None:
 
 
 def test_a_rotation_turns_pairs_in_the_plane() -> None:
-    angles = rotation_angles(2, 8, torch.device("cpu")).double()
+    angles = rope_angles(2, 8, torch.device("cpu")).double()
     x = random(1, 4, 3, 8)
-    turned = rotation_of(angles)(x)
+    turned = rope_from_angles(angles)(x)
     as_complex = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
     torch.testing.assert_close(turned, torch.cat([as_complex.real, as_complex.imag], dim=-1))
 
@@ -144,7 +143,7 @@ def test_a_rotation_turns_pairs_in_the_plane() -> None:
 def test_what_attention_sees_depends_on_distances_alone() -> None:
     """q · k of two places is that of two others as far from each other."""
     grid = 4
-    rotation = rotation_of(rotation_angles(grid, 8, torch.device("cpu")).double())
+    rotation = rope_from_angles(rope_angles(grid, 8, torch.device("cpu")).double())
     q, k = (random(8, seed=seed).expand(grid * grid, -1) for seed in (1, 2))
     scores = rotation(q[:, None])[:, 0] @ rotation(k[:, None])[:, 0].T
     torch.testing.assert_close(scores[0, grid + 2], scores[grid + 1, 2 * grid + 3])
@@ -155,20 +154,20 @@ def test_what_attention_sees_depends_on_distances_alone() -> None:
 
 
 def test_a_join_takes_the_tokens_first() -> None:
-    join, x, skip = Join(3).double(), random(2, 4, 3), random(2, 4, 3, seed=1)
+    join, x, skip = SkipProjection(3).double(), random(2, 4, 3), random(2, 4, 3, seed=1)
     weight = join.linear.weight
     torch.testing.assert_close(join(x, skip), x @ weight[:, :3].T + skip @ weight[:, 3:].T + join.linear.bias)
 
 
 def test_merging_takes_tokens_that_follow_each_other() -> None:
-    merge, x = Merge(3, 5, 2).double(), random(2, 6, 3)
+    merge, x = TokenMerge(3, 5, 2).double(), random(2, 6, 3)
     merged = merge(x)
     assert merged.shape == (2, 3, 5)
     torch.testing.assert_close(merged[1, 2], merge.linear(torch.cat([x[1, 4], x[1, 5]])))
 
 
 def test_splitting_puts_tokens_where_merging_took_them() -> None:
-    merge, split, x = Merge(3, 6, 2).double(), Split(6, 3, 2).double(), random(2, 6, 3)
+    merge, split, x = TokenMerge(3, 6, 2).double(), TokenSplit(6, 3, 2).double(), random(2, 6, 3)
     for layer in (merge.linear, split.linear):
         layer.weight.data = torch.eye(6, dtype=torch.float64)
         layer.bias.data.zero_()

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from elit_export.checkpoint import load_checkpoint
-from elit_export.checkpoint_diffusers import diffusers_name, own_tensor, save_interface
+from elit_export.checkpoints.diffusers import diffusers_name, own_tensor, save_interface
+from elit_export.checkpoints.native import load_checkpoint
+from elit_export.cost.flops import Cost, flops, flops_without_interface, guided_shares, layer_flops
 from elit_export.errors import InputError
-from elit_export.models.backbones import new_model
-from elit_export.models.cost import Cost, flops, flops_without_interface, guided_shares, layer_flops
 from elit_export.models.elit import initialise
 from elit_export.models.interface import group
-from elit_export.models.mmdit import MASKED, ElitMMDiT, rotary_tables, run_joint
+from elit_export.models.mmdit import ElitMMDiT, run_joint
 from elit_export.models.precision import in_precision
+from elit_export.models.registry import named_spec, new_model
+from elit_export.models.rope import MASKED, joint_rope_tables
 from elit_export.spec import STEP, Budget, ModelSpec, Precision
 from tests.helpers import GOLDEN, max_relative, weights_by_name
 from tests.text_models import base_model, base_velocity, inputs_of, mask_of, text_model, text_spec, without_interface
@@ -138,7 +139,7 @@ def test_the_bias_of_padding_is_nothing_in_every_precision() -> None:
 
 def test_positions_are_counted_from_the_middle_and_go_on_in_the_text() -> None:
     spec = text_spec(input_size=10, group_size=5)
-    on_image, on_text = rotary_tables(spec, torch.device("cpu"))
+    on_image, on_text = joint_rope_tables(spec, torch.device("cpu"))
 
     def angles(frame: int, row: int, column: int) -> list[float]:
         omegas = [[10_000 ** (-2 * i / size) for i in range(size // 2)] for size in (4, 14, 14)]
@@ -154,7 +155,7 @@ def test_positions_are_counted_from_the_middle_and_go_on_in_the_text() -> None:
 
 def test_a_latent_stands_where_the_token_at_its_slot_does() -> None:
     model = text_model()
-    spatial, latent = model.places(mask_of([3], 3), torch.arange(2))
+    spatial, latent = model.positions(mask_of([3], 3), torch.arange(2))
     raster = group(torch.arange(64.0)[None, :, None], 8, 4)[0, :, :2].flatten().long()
     for mine, theirs in ((latent.cos, spatial.cos), (latent.sin, spatial.sin)):
         assert torch.equal(mine[:3], theirs[:3])  # text
@@ -171,7 +172,7 @@ def test_full_budget_equals_a_forward_that_never_drops() -> None:
     inputs = inputs_of(model.spec, STEP, rows=2, text=5, kept=16)
     x, t, text, mask, everything = inputs.values()
     c = model.t_embedder(t)
-    spatial, latent = model.places(mask, everything)
+    spatial, latent = model.positions(mask, everything)
     words, tokens = run_joint(model.head, model.embed_text(text, mask), model.embed(x), c, spatial)
     latents, patches = model.read(tokens, c)
     words, processed = run_joint(model.core, words, latents.flatten(1, 2), c, latent)
@@ -299,7 +300,7 @@ def test_a_spec_that_cannot_be_is_refused(changes: dict[str, Any], told: str) ->
 
 # ---------------------------------------------------------------- cost
 
-QWEN = ModelSpec.named("ELIT-Qwen-Image", resolution=1024)
+QWEN = named_spec("ELIT-Qwen-Image", resolution=1024)
 # Of the base model with guidance, by the share of latents: 1024 pixels, a weak branch at 12.5 %.
 PUBLISHED = {"full": 0.688, "half": 0.494, "quarter": 0.409, "eighth": 0.369}
 
@@ -361,7 +362,7 @@ def is_projection_in_core(name: str) -> bool:
     ("spec", "text", "told"), [(text_spec(), 0, "1 to 1024"), (text_spec(), 1025, "1 to 1024"), (None, 3, "must be 0")]
 )
 def test_the_cost_needs_the_length_of_the_text(spec: ModelSpec | None, text: int, told: str) -> None:
-    spec = spec or ModelSpec.named("ELIT-SiT-S/2")
+    spec = spec or named_spec("ELIT-SiT-S/2")
     for cost in (lambda: flops(spec, spec.full, text=text), lambda: flops_without_interface(spec, text=text)):
         with pytest.raises(InputError, match=told):
             cost()

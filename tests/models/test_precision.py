@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from elit_export.models.precision import DTYPES, in_precision
+from elit_export.models.precision import in_precision
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import Precision
 from elit_export.verify.metrics import difference
 from tests.helpers import tiny_model
 
+DTYPES = {Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
 HALVES = tuple(DTYPES)
 ROUNDED = re.compile(
     r"(head|core|tail)\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"

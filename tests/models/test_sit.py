@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from elit_export.errors import InputError
-from elit_export.models.backbones import RELEASED_NAMES
 from elit_export.models.elit import initialise
 from elit_export.models.interface import group, keep, ungroup
-from elit_export.models.layers import position_code, run_blocks
+from elit_export.models.layers import run_blocks, sincos_position_embedding
+from elit_export.models.registry import RELEASED_NAMES, named_spec
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import ModelSpec
 from tests.helpers import Golden, max_relative, tiny_model, tiny_spec
@@ -199,7 +199,7 @@ def test_initialisation_depends_on_the_generator_alone() -> None:
 
 def test_the_position_code_is_fixed_and_stored() -> None:
     model = fresh_model()
-    assert torch.equal(model.pos_embed, position_code(4, 16))
+    assert torch.equal(model.pos_embed, sincos_position_embedding(4, 16))
     assert "pos_embed" in model.state_dict()
     assert "pos_embed" not in dict(model.named_parameters())
 
@@ -210,7 +210,7 @@ def test_the_position_code_is_fixed_and_stored() -> None:
 @pytest.mark.parametrize("resolution", [256, 512])
 @pytest.mark.parametrize("name", RELEASED_NAMES)
 def test_every_named_size_builds_and_runs(name: str, resolution: int) -> None:
-    spec = ModelSpec.named(name, resolution=resolution)
+    spec = named_spec(name, resolution=resolution)
     assert (spec.groups, spec.latents) == (256 // spec.patch_size**2 // 4, (resolution // 64) ** 2)
     with torch.device("meta"), torch.no_grad():
         model = ElitSiT(spec)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import Array, Engine, HostOutput, to_host
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import Fit
-from elit_export.runtime.engine import HOST_OUTPUTS, Array, Engine, HostArray, HostOutput, to_host
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import PIXELS, ModelSpec, Precision, Profile, Range
 from tests.helpers import tiny_spec
@@ -24,6 +26,24 @@ SPEC: ModelSpec = tiny_spec()
 WEAK = 1  # latents of the weak branch, which no schedule here gives to the strong one
 IDENTITY = Fit((0.0, 1.0), low=0.0, high=10.0)  # what adds up is the distance itself
 Arrays = Mapping[str, HostArray]
+SAMPLERS = ("euler", "heun", "euler-maruyama", "ab2", "ab3")
+GUIDED: tuple[dict[str, Any], ...] = (
+    {"guidance": "none"},
+    {"guidance": "cfg:2"},
+    {"guidance": "ccfg:2@1"},
+    {"guidance": "autoguidance:2@1"},
+    {"guidance": "ccfg:2@1", "guidance_interval": (0.3, 0.7)},
+)
+Case = tuple[str, dict[str, Any], str]  # sampler, guidance, cache
+
+
+def all_pairs(caches: tuple[str, ...]) -> list[Case]:
+    """Every sampler with every guidance; over these, every cache meets every sampler and every guidance."""
+    return [
+        (sampler, guided, caches[(row + column) % len(caches)])
+        for row, sampler in enumerate(SAMPLERS)
+        for column, guided in enumerate(GUIDED)
+    ]
 
 
 # ---------------------------------------------------------------- what the engines answer
@@ -113,12 +133,13 @@ class CarryingEngine(Engine):
 
     def __init__(self, graph: str, function: Callable[[Arrays], Mapping[str, HostArray]], ledger: list[Asked]) -> None:
         self._graph, self._function, self._ledger = graph, function, ledger
+        self._on_host = SPEC.graph(graph).on_host
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         given = {name: to_host(array).copy() for name, array in inputs.items()}
         outputs = {name: np.array(array) for name, array in self._function(given).items()}
         self._ledger.append(Asked(self._graph, threading.get_ident(), given, tuple(outputs.values())))
-        return {name: array if name in HOST_OUTPUTS else HostOutput(array) for name, array in outputs.items()}
+        return {name: array if name in self._on_host else HostOutput(array) for name, array in outputs.items()}
 
     def close(self) -> None:
         pass

@@ -10,10 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import FunctionEngine, to_host
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.engine import FunctionEngine, HostArray, to_host
-from elit_export.spec import Budget, Precision, Profile, Range, default_profiles
+from elit_export.spec import STEP, Budget, Precision, Profile, Range, default_profiles
+from tests.helpers import tiny_spec
 
 BUDGETS = tuple(Budget(kept, 16) for kept in range(1, 17))
 ROWS = Range(1, 4, 8)
@@ -164,7 +166,8 @@ def test_a_residual_goes_back_in_as_it_came_out() -> None:
     def function(arrays: Arrays) -> Arrays:
         return {"velocity": arrays["x"] + arrays.get("residual", 0), "residual": arrays["x"]}
 
-    bank = bank_of(profile("all", (1, 8, 16)), function=function)
+    slot = Slot(profile("all", (1, 8, 16)), FunctionEngine(function, tiny_spec().graph(STEP)))
+    bank = EngineBank([slot], BUDGETS, Precision.FP32)
     residual = bank(Budget(1, 16), inputs())["residual"]
     assert not isinstance(residual, np.ndarray)
     again = bank(Budget(16, 16), {**inputs(), "residual": residual})

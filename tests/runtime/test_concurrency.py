@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elit_export.bundle import Bundle
+from elit_export.bundle.reading import Bundle
 from elit_export.errors import EngineError
 from elit_export.runtime.noise import Float64
 from elit_export.runtime.pipeline import Pipeline, Sample
@@ -96,17 +96,17 @@ def test_requests_taken_in_turn_step_by_step_do_not_disturb_one_another(
 # ---------------------------------------------------------------- cancelling
 
 
-@pytest.mark.parametrize("finished", range(STEPS + 1))
 @pytest.mark.parametrize("work", range(len(WORKS)))
 def test_a_request_cancelled_after_any_step_leaves_nothing_behind(
-    pipeline: Pipeline, alone: list[Float64], work: int, finished: int
+    pipeline: Pipeline, alone: list[Float64], work: int
 ) -> None:
-    records = pipeline.steps(steps=STEPS, **WORKS[work])
-    for _ in range(finished):
-        next(records)
-    records.close()
-    assert next(records, None) is None
-    assert np.array_equal(run(pipeline, WORKS[work]).latents, alone[work])
+    for finished in range(STEPS + 1):
+        records = pipeline.steps(steps=STEPS, **WORKS[work])
+        for _ in range(finished):
+            next(records)
+        records.close()
+        assert next(records, None) is None, finished
+        assert np.array_equal(run(pipeline, WORKS[work]).latents, alone[work]), finished
 
 
 def test_cancelling_one_request_leaves_the_others_alone(pipeline: Pipeline, alone: list[Float64]) -> None:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.bundle import Bundle
-from elit_export.checkpoint import save_checkpoint
-from elit_export.recipe import recipe_from_values
+from elit_export.backends.protocols import to_host
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import recipe_from_values
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.runtime.choices import Choices
-from elit_export.runtime.engine import to_host
 from elit_export.runtime.samplers.base import even_times
 from tests.conftest import recipe_values
 from tests.helpers import Array, Golden, golden, max_relative

@@ -10,22 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elit_export.bundle import Bundle
+from elit_export.bundle.reading import Bundle
 from elit_export.runtime.cache import Fit
 from elit_export.runtime.noise import Float64
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.sampling import StepRecord
-from tests.runtime.carrying import Carrying, carrying
+from tests.runtime.carrying import Carrying, all_pairs, carrying
 
 STEPS = 10
-SAMPLERS = ("euler", "heun", "euler-maruyama", "ab2", "ab3")
-GUIDED: tuple[dict[str, Any], ...] = (
-    {"guidance": "none"},
-    {"guidance": "cfg:2"},
-    {"guidance": "ccfg:2@1"},
-    {"guidance": "autoguidance:2@1"},
-    {"guidance": "ccfg:2@1", "guidance_interval": (0.3, 0.7)},
-)
 CACHES = ("static:every@3", "static:time@0.1", "teacache:0.7")
 Choices = dict[str, Any]
 # As many rows each, so that the arrays of one would fit the other.
@@ -64,9 +56,7 @@ class Watched:
             asked.poison()
 
 
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("guided", GUIDED, ids=str)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "guided", "cache"), all_pairs(CACHES), ids=str)
 def test_a_request_in_turn_with_another_survives_the_poison_of_its_end(
     sampler: str, guided: Choices, cache: str
 ) -> None:

@@ -15,12 +15,12 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from elit_export.checkpoint import checkpoint_path, load_checkpoint
+from elit_export.checkpoints.native import checkpoint_path, load_checkpoint
 from elit_export.cli import main
 from elit_export.errors import CheckpointError, InputError
-from elit_export.judge import FORMAT, MEAN, SHIPPED, load_judge, save_judge
-from elit_export.models.classifier import Classifier
-from elit_export.models.features import ClassifierSpec, Gaussian, Judge, JudgeFacts, frechet_distance
+from elit_export.evaluate.classifier import Classifier
+from elit_export.evaluate.evaluator import FORMAT, MEAN, SHIPPED, load_judge, save_judge
+from elit_export.evaluate.statistics import ClassifierSpec, Gaussian, Judge, JudgeFacts, frechet_distance
 from elit_export.training.classifier import (
     ClassifierConfig,
     check_data,

@@ -14,12 +14,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.bundle import MANIFEST, Bundle
+from elit_export.backends.onnxruntime.engine import OnnxRuntimeEngine
+from elit_export.backends.protocols import Array
+from elit_export.bundle.reading import MANIFEST, Bundle
+from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.cli import main
 from elit_export.errors import ParityError
-from elit_export.recipe import Recipe, recipe_from_values
-from elit_export.runtime.engine import Array
-from elit_export.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from elit_export.verify import parity
 from elit_export.verify.metrics import Difference
 from elit_export.verify.parity import NOTHING, Comparison, parity_of, require

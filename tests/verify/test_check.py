@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from elit_export import Pipeline
-from elit_export.bundle import MANIFEST, OWN_HASH, Bundle, manifest_text
-from elit_export.checkpoint import save_checkpoint
+from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
+from elit_export.checkpoints.native import save_checkpoint
 from elit_export.errors import BundleError
 from elit_export.verify.check import record_success, verify_plan_set
 from elit_export.verify.parity import Comparison, comparisons_of

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from elit_export.bundle import Bundle
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import FunctionEngine, to_host
+from elit_export.bundle.reading import Bundle
 from elit_export.errors import EngineError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.engine import FunctionEngine, HostArray, to_host
 from elit_export.spec import CACHE_GRAPHS, Precision
 from elit_export.verify.parity import Comparison, compared, comparisons_of, load_reference, require
 from elit_export.verify.reference import torch_engine

@@ -1,0 +1,106 @@
+"""The backends: one row and one folder each, with `options.py`, `build.py` and `engine.py`.
+
+Takes: a graph on disk, profiles, a target of a recipe.  Gives: plans, and engines that run them.
+May touch: the folder a plan is built into, the plan it opens. Libraries are imported on use.
+Adding a backend: a folder here, a row below, an extra in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from elit_export.backends.onnxruntime.options import OnnxRuntimeTarget
+from elit_export.backends.openvino.options import OpenVinoTarget
+from elit_export.backends.protocols import Builder, EngineLoader
+from elit_export.backends.target import Target, TargetFacts
+from elit_export.backends.tensorrt.options import TensorRTTarget
+from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
+from elit_export.errors import BackendUnavailable, first_line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """`library` is the module of the backend itself, `needs` others without which it does not run.
+
+    `options` is the class of its targets, `folder` the one here with its files, `extra` what pip installs.
+    """
+
+    name: str
+    folder: str
+    options: type[Target]
+    library: str
+    extra: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> TargetFacts:
+        return self.options.facts
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return self.facts.devices
+
+    def builder(self) -> Builder:
+        """What makes its plans; raises BackendUnavailable naming the extra to install."""
+        builders: dict[str, Builder] = self._import("build").BUILDERS
+        return builders[self.name]
+
+    def loader(self) -> EngineLoader:
+        """What opens its plans; raises BackendUnavailable naming the extra to install."""
+        loaders: dict[str, EngineLoader] = self._import("engine").LOADERS
+        return loaders[self.name]
+
+    def _import(self, file: str) -> ModuleType:
+        """Raises BackendUnavailable if a library is missing or broken; what follows the last ": " is the remedy."""
+        extra = f"'elit-export[{self.extra}]'"
+        for library in (self.library, *self.needs):
+            try:
+                import_module(library)
+            except Exception as error:  # a broken library raises what it likes
+                if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
+                    raise BackendUnavailable(f"backend {self.name} needs {library}: pip install {extra}") from error
+                raise BackendUnavailable(
+                    f"backend {self.name}: {library} is installed but broken, {first_line(error)}: "
+                    f"pip install --force-reinstall {extra}"
+                ) from error
+        return import_module(f"{__name__}.{self.folder}.{file}")
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            name="onnxruntime",
+            folder="onnxruntime",
+            options=OnnxRuntimeTarget,
+            library="onnxruntime",
+            extra="onnxruntime",
+        ),
+        Backend(name="openvino", folder="openvino", options=OpenVinoTarget, library="openvino", extra="openvino"),
+        Backend(
+            name="tensorrt",
+            folder="tensorrt",
+            options=TensorRTTarget,
+            library="tensorrt",
+            needs=("cuda.bindings.runtime",),
+            extra="tensorrt",
+        ),
+        Backend(
+            name="tensorrt-rtx",
+            folder="tensorrt",
+            options=TensorRTTarget,
+            library="tensorrt_rtx",
+            needs=("cuda.bindings.runtime",),
+            extra="tensorrt-rtx",
+        ),
+        Backend(
+            name="torch-tensorrt",
+            folder="torch_tensorrt",
+            options=TorchTensorRTTarget,
+            library="torch_tensorrt",
+            extra="torch-tensorrt",
+        ),
+    )
+}

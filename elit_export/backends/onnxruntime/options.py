@@ -1,0 +1,19 @@
+"""What a recipe may say of a target of ONNX Runtime."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from elit_export.backends.target import Target, TargetFacts, Threads
+from elit_export.spec import Precision
+
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntimeTarget(Target):
+    """`threads = 0` uses all cores."""
+
+    facts: ClassVar = TargetFacts(devices=tuple(PROVIDERS), precisions=(Precision.FP32,))
+
+    backend: Literal["onnxruntime"]
+    threads: Threads = 0

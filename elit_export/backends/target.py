@@ -1,0 +1,95 @@
+"""What every `[targets.NAME]` table of a recipe has, whatever its backend; the backends' own classes add to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from elit_export.spec import Precision
+
+MAX_THREADS = 1024  # more than any machine has cores; libraries would start them all
+Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]  # 0 uses all cores
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """What a backend builds from; `graphs.formats` has what writes it.
+
+    `suffix` ends the names of stored graphs. `bounds_rows`: a graph holds the most rows it may be given.
+    """
+
+    name: str
+    suffix: str = ""
+    bounds_rows: bool = False
+
+
+ONNX = InputFormat("onnx")
+PROGRAM = InputFormat("program", suffix="-program", bounds_rows=True)  # of torch.export
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFacts:
+    """What a recipe may ask of a backend, and what it builds from.
+
+    `supports_if`: it can run a graph that chooses inside.
+    `casts_weights`: it makes every precision of the fp32 graph itself. `keeps_nodes`: its plans run the nodes of their
+    graph, so that a departure can be traced to one.
+    """
+
+    devices: tuple[str, ...]
+    precisions: tuple[Precision, ...]
+    input_format: InputFormat = ONNX
+    supports_if: bool = True
+    casts_weights: bool = False
+    keeps_nodes: bool = True
+
+    def graph_precision(self, target_precision: Precision, *, exact: bool) -> Precision:
+        """The precision of a stored graph: an exact one is never rounded, and some backends cast weights themselves."""
+        return Precision.FP32 if exact or self.casts_weights else target_precision
+
+
+class Target(BaseModel):
+    """Where plans run and in which arithmetic.
+
+    `fused` asks for one more plan: a whole cached step, for hosts without this runtime.
+    `accept_below_tolerance` is the reason to keep plans that miss their tolerance, which every report then shows.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    facts: ClassVar[TargetFacts]
+
+    backend: str
+    device: str
+    precision: Annotated[Precision, Field(strict=False)]
+    fused: bool = False
+    accept_below_tolerance: Annotated[str, Field(pattern=r"\S")] | None = None
+
+    @model_validator(mode="after")
+    def _supported(self) -> Self:
+        facts, precisions = self.facts, tuple(precision.value for precision in self.facts.precisions)
+        for what, value, known in (
+            ("device", self.device, facts.devices),
+            ("precision", self.precision.value, precisions),
+        ):
+            if value not in known:
+                raise ValueError(f"{what} {value!r}: backend {self.backend} has {', '.join(known)}")
+        if self.fused:
+            self._check_fused()
+        return self
+
+    def _check_fused(self) -> None:
+        if not self.facts.supports_if:
+            raise ValueError(f"fused: backend {self.backend} cannot run a graph that chooses inside; leave it out")
+        if self.precision.quantized:
+            raise ValueError(f"fused: only `step` is quantized to {self.precision.value}; leave it out")
+        if self.facts.casts_weights and self.precision is not Precision.FP32:
+            raise ValueError(
+                f"fused: backend {self.backend} would round what decides too, so that it decides otherwise; "
+                f"use precision fp32 or leave it out"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """What the backend adds, as the manifest keeps it."""
+        return self.model_dump(mode="json", exclude=set(Target.model_fields))

@@ -1,0 +1,94 @@
+"""Torch-TensorRT program → engine: with it, torch runs.
+
+Not run on a GPU: without one the library cannot be imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch_tensorrt
+
+from elit_export.arrays import HostArray
+from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, PlanFile, PlanOrigin
+from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
+from elit_export.errors import BackendUnavailable, EngineError
+
+
+class TorchTensorRTLoader:
+    """Programs run in the version and on the GPU that they were built with."""
+
+    def open_engines(self, plans: Mapping[str, PlanFile], target: TorchTensorRTTarget) -> dict[str, Engine]:
+        if reason := self.incompatibility(list(plans.values()), target):
+            raise BackendUnavailable(f"these plans cannot run here: {reason}")
+        return {name: TorchTensorRTEngine(plan) for name, plan in plans.items()}
+
+    def incompatibility(self, plans: Sequence[PlanOrigin], target: TorchTensorRTTarget) -> str:
+        problem, remedy = self.device_problem(target.device)
+        if problem:
+            return f"{problem}: {remedy}"
+        here = torch.cuda.get_device_name()
+        for plan in plans:
+            built = plan.versions.get("torch-tensorrt", "")
+            if built != torch_tensorrt.__version__:
+                return f"built with torch-tensorrt {built}, installed is {torch_tensorrt.__version__}: build again"
+            if plan.built_on.get("gpu") != here:
+                return f"built on {plan.built_on.get('gpu')}, this is {here}: build again here"
+        return ""
+
+    def library_version(self) -> str:
+        return f"torch_tensorrt {torch_tensorrt.__version__}"
+
+    def device_problem(self, device: str) -> tuple[str, str]:
+        """Does torch see a GPU?"""
+        return ("", "") if torch.cuda.is_available() else ("torch sees no GPU", "see nvidia-smi")
+
+
+class TorchTensorRTEngine(Engine):
+    """One saved program on the GPU, whose inputs and outputs come in the order of the graph's."""
+
+    def __init__(self, plan: PlanFile) -> None:
+        self._graph = plan.graph
+        self._run: Any = torch_tensorrt.load(str(plan.path)).module()
+
+    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        tensors = [_on_device(inputs[tensor.name]) for tensor in self._graph.inputs]
+        try:
+            with torch.inference_mode():
+                found = self._run(*tensors)
+        except RuntimeError as error:
+            raise EngineError(f"torch-tensorrt failed: {error}") from error
+        pairs = zip(self._graph.outputs, found if isinstance(found, tuple | list) else (found,), strict=True)
+        return {
+            spec.name: tensor.cpu().numpy() if spec.on_host else TorchArray(tensor.clone()) for spec, tensor in pairs
+        }
+
+    def close(self) -> None:
+        self.__dict__.pop("_run", None)
+
+
+class TorchArray(DeviceArray):
+    """An output that stays on the GPU."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    def numpy(self) -> HostArray:
+        host: HostArray = self.tensor.cpu().numpy()
+        return host
+
+
+def _on_device(array: Array) -> Any:
+    if isinstance(array, TorchArray):
+        return array.tensor
+    return torch.from_numpy(array if isinstance(array, np.ndarray) else array.numpy()).cuda()
+
+
+LOADERS: dict[str, EngineLoader] = {"torch-tensorrt": TorchTensorRTLoader()}

@@ -1,0 +1,23 @@
+"""What a recipe may say of a target of Torch-TensorRT."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from elit_export.backends.target import PROGRAM, Target, TargetFacts
+from elit_export.spec import Precision
+
+
+class TorchTensorRTTarget(Target):
+    """Torch-TensorRT on the GPU of the machine that builds."""
+
+    facts: ClassVar = TargetFacts(
+        devices=("cuda",),
+        precisions=(Precision.FP32, Precision.FP16, Precision.BF16),
+        input_format=PROGRAM,
+        supports_if=False,
+        keeps_nodes=False,
+    )
+
+    backend: Literal["torch-tensorrt"]
+    device: str = "cuda"

@@ -1,0 +1,16 @@
+"""Versions as numbers."""
+
+from __future__ import annotations
+
+import re
+
+
+def version_numbers(version: str, parts: int = 3) -> tuple[int, ...]:
+    """The leading numbers of a version: `1.24.4+cu12` → (1, 24, 4). What is not a number ends them."""
+    found = []
+    for part in version.split(".")[:parts]:
+        match = re.match("[0-9]{1,9}", part)
+        if not match:
+            break
+        found.append(int(match[0]))
+    return tuple(found)

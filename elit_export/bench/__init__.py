@@ -1,0 +1,5 @@
+"""What engines, samplings, caches, backends and memory cost.
+
+Takes: a pipeline.  Gives: results; comparable within one of them only.
+May touch: nothing.
+"""

@@ -1,0 +1,308 @@
+"""What a bundle's engines cost: per budget, when switching, and over whole samplings.
+
+Times are comparable within one result only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from elit_export.arrays import HostArray
+from elit_export.bench.memory import BankMemory
+from elit_export.bench.samplings import (
+    Budgets,
+    SamplingResult,
+    budget_error,
+    check_samplings,
+    fine_choices,
+    sampling_results,
+)
+from elit_export.bench.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
+from elit_export.cost.flops import Cost, flops
+from elit_export.errors import InputError
+from elit_export.runtime.conditioning import conditioning_rows, subjects_of, text_of, tokens_of
+from elit_export.runtime.pipeline import Pipeline, Subjects
+from elit_export.spec import LATENTS, Budget, ModelSpec
+
+Inputs = dict[str, HostArray]
+Runner = Callable[[Inputs], object]
+OnStage = Callable[[str, int], None]  # hears each stage of the work before it is done, and how many there are
+ENGINE = "engine"
+DECODE_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """One budget. `speedups` are times of other runners over the engine's, by name; `flops` are of one image.
+
+    "Largest" is the first budget of the result: full, where it is covered. `time_over_flops` is
+    `time_over_largest` over `flops_over_largest`, 1 where time follows FLOPs.
+    `sample_sqnr_db` is the error of whole samplings at this budget against a fine one at the largest,
+    None if nothing was sampled.
+    """
+
+    name: str
+    budget: str
+    cost: Cost
+    flops: int
+    timings: dict[str, Timing]
+    images_per_s: float
+    gflops_per_s: float
+    share_of_peak: float
+    time_over_largest: float
+    flops_over_largest: float
+    time_over_flops: float
+    speedups: dict[str, float]
+    sample_sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class DecodeResult:
+    """Pictures of `images` latents at once by the decoder, and what its plan takes on disk."""
+
+    images: int
+    ms_per_image: float
+    plan_bytes: int
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """All of a bench.
+
+    `switching` is the time of alternating the first and the last budget over that of running each by itself.
+    `bank_bytes` is what the whole bank holds, `bank_memory_ratio` that over what one engine of it does, `plan_bytes`
+    what its plans take on disk. `resident_bytes` is the whole process at the end, with its libraries and whatever ran
+    beside the engines. Both are None where the system does not tell. None of these counts a decoder, which is measured
+    by itself; `decode` is None where there is none.
+    """
+
+    rows: int
+    peak_gflops: float
+    budgets: list[BudgetResult]
+    switching: float
+    samplings: list[SamplingResult]
+    plan_bytes: int
+    bank_bytes: int | None
+    bank_memory_ratio: float | None
+    resident_bytes: int | None
+    decode: DecodeResult | None
+
+
+def bench(
+    pipeline: Pipeline,
+    others: Mapping[str, Runner],
+    *,
+    rows: int,
+    rounds: int,
+    sampling: bool,
+    plan_bytes: int,
+    decoder_bytes: int | None,
+    memory: Callable[[], BankMemory | None],
+    on_stage: OnStage,
+) -> BenchResult:
+    """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine.
+
+    `decoder_bytes` is what the plan of a decoder takes on disk, None where there is none.
+    Raises InputError before measuring if the profiles do not take the rows.
+    """
+    budgets = measured_budgets(pipeline)
+    check_rows(pipeline, budgets, rows)
+    subjects = subjects_of(pipeline.spec, range(max(1, rows // 2)), text_of(pipeline))  # cfg doubles the rows
+    if sampling:
+        check_samplings(pipeline, budgets, subjects)
+    work = _Work(pipeline, others, budgets, subjects, rows, rounds)
+    stages: list[tuple[str, Callable[[], None]]] = [("memory", lambda: work.measure_memory(memory))]
+    stages += [("matrix product", work.measure_peak)]
+    stages += [(name, partial(work.time_budget, name)) for name in budgets]
+    stages += [("switching", work.time_switching)]
+    stages += [("reference solution", work.solve_finely), ("sampling", work.sample)] if sampling else []
+    stages += [("decoder", partial(work.decode, decoder_bytes))] if decoder_bytes is not None else []
+    for name, run in stages:
+        on_stage(name, len(stages))
+        run()
+    return work.result(plan_bytes)
+
+
+class _Work:
+    """What a bench has measured so far; each method is a stage."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        others: Mapping[str, Runner],
+        budgets: Budgets,
+        subjects: Subjects,
+        rows: int,
+        rounds: int,
+    ) -> None:
+        self.pipeline, self.others, self.budgets, self.subjects = pipeline, others, budgets, subjects
+        self.rows, self.rounds = rows, rounds
+        self.held: BankMemory | None = None
+        self.peak_gflops = math.nan
+        self.timed: dict[str, dict[str, Timing]] = {}
+        self.switching = math.nan
+        self.exact: HostArray | None = None
+        self.errors: dict[str, float] = {}
+        self.samplings: list[SamplingResult] = []
+        self.decoded: DecodeResult | None = None
+        self.resident: int | None = None
+
+    def measure_memory(self, memory: Callable[[], BankMemory | None]) -> None:
+        self.held = memory()
+
+    def measure_peak(self) -> None:
+        self.peak_gflops = matmul_peak_gflops()
+
+    def time_budget(self, name: str) -> None:
+        budget = self.budgets[name]
+        self.timed[name] = budget_timings(self.pipeline, self.others, budget, rows=self.rows, rounds=self.rounds)
+        self.resident = resident_bytes()
+
+    def time_switching(self) -> None:
+        budgets = list(self.budgets.values())
+        self.switching = switching_ratio(self.pipeline, budgets, rows=self.rows, rounds=self.rounds)
+
+    def solve_finely(self) -> None:
+        self.exact = self.pipeline.sample(self.subjects, **fine_choices(self.budgets)).latents
+
+    def sample(self) -> None:
+        assert self.exact is not None
+        self.errors = {name: budget_error(self.pipeline, name, self.subjects, self.exact) for name in self.budgets}
+        self.samplings = list(sampling_results(self.pipeline, self.budgets, self.subjects, self.exact))
+        self.resident = resident_bytes()
+
+    def decode(self, plan_bytes: int) -> None:
+        images = len(self.subjects)
+        self.decoded = DecodeResult(images, decode_ms(self.pipeline, images), plan_bytes)
+
+    def result(self, plan_bytes: int) -> BenchResult:
+        text = tokens_of(self.pipeline)
+        budgets = budget_results(
+            self.pipeline.spec, self.budgets, self.timed, rows=self.rows, text=text, peak=self.peak_gflops
+        )
+        return BenchResult(
+            rows=self.rows,
+            peak_gflops=self.peak_gflops,
+            budgets=[replace(one, sample_sqnr_db=self.errors.get(one.name)) for one in budgets],
+            switching=self.switching,
+            samplings=self.samplings,
+            plan_bytes=plan_bytes,
+            bank_bytes=self.held.whole_bytes if self.held else None,
+            bank_memory_ratio=self.held.ratio if self.held else None,
+            resident_bytes=self.resident,
+            decode=self.decoded,
+        )
+
+
+def measured_budgets(pipeline: Pipeline) -> Budgets:
+    """The largest budget that is covered, and the named ones that are."""
+    covered = pipeline.bank.covered
+    named = {name: budget for name, budget in pipeline.spec.named_budgets.items() if budget in covered}
+    return named if covered[-1] in named.values() else {str(covered[-1]): covered[-1], **named}
+
+
+def check_rows(pipeline: Pipeline, budgets: Budgets, rows: int) -> None:
+    try:
+        for budget in budgets.values():
+            pipeline.bank.slot_for(budget, rows, tokens_of(pipeline))
+    except InputError as error:
+        raise InputError(f"a bench of {rows} rows a call does not fit: {error}; choose other --rows") from error
+
+
+# ---------------------------------------------------------------- one budget
+
+
+def budget_timings(
+    pipeline: Pipeline, others: Mapping[str, Runner], budget: Budget, *, rows: int, rounds: int
+) -> dict[str, Timing]:
+    inputs = bench_inputs(pipeline, budget, rows)
+    runners: dict[str, Runner] = {ENGINE: engine_runner(pipeline, budget), **others}
+    return timed_in_turn({name: _bound(runner, inputs) for name, runner in runners.items()}, rounds=rounds)
+
+
+def budget_results(
+    spec: ModelSpec, budgets: Budgets, timed: Mapping[str, dict[str, Timing]], *, rows: int, text: int, peak: float
+) -> Iterator[BudgetResult]:
+    largest, *_ = budgets
+    most = flops(spec, budgets[largest], text=text).total
+    for name, budget in budgets.items():
+        cost = flops(spec, budget, text=text)
+        engine_ms = timed[name][ENGINE].median_ms
+        gflops = cost.total * rows / engine_ms / 1e6
+        time_over_largest = engine_ms / timed[largest][ENGINE].median_ms
+        flops_over_largest = cost.total / most
+        yield BudgetResult(
+            name=name,
+            budget=str(budget),
+            cost=cost,
+            flops=cost.total,
+            timings=timed[name],
+            images_per_s=rows / engine_ms * 1e3,
+            gflops_per_s=gflops,
+            share_of_peak=gflops / peak,
+            time_over_largest=time_over_largest,
+            flops_over_largest=flops_over_largest,
+            time_over_flops=time_over_largest / flops_over_largest,
+            speedups={key: timing.median_ms / engine_ms for key, timing in timed[name].items() if key != ENGINE},
+            sample_sqnr_db=None,
+        )
+
+
+def _bound(runner: Runner, inputs: Inputs) -> Callable[[], object]:
+    return lambda: runner(inputs)
+
+
+def engine_runner(pipeline: Pipeline, budget: Budget) -> Runner:
+    def run(inputs: Inputs) -> object:
+        return pipeline.bank(budget, {name: array for name, array in inputs.items() if name != LATENTS})
+
+    return run
+
+
+def bench_inputs(pipeline: Pipeline, budget: Budget, rows: int) -> Inputs:
+    spec = pipeline.spec
+    generator = np.random.default_rng(0)
+    return {
+        "x": generator.standard_normal((rows, *spec.sample_shape)).astype(np.float32),
+        "t": np.full(rows, 0.5, np.float32),
+        **conditioning_rows(spec, rows, tokens_of(pipeline), generator),
+        LATENTS: np.arange(budget.kept),
+    }
+
+
+# ---------------------------------------------------------------- decoder
+
+
+def decode_ms(pipeline: Pipeline, images: int) -> float:
+    """Per image; a few rounds, because a decoder may take longer than all steps of a sampling."""
+    latents = np.random.default_rng(0).standard_normal((images, *pipeline.spec.sample_shape))
+    timing = timed_in_turn({"": lambda: pipeline.decode(latents)}, rounds=DECODE_ROUNDS, warmup=1)[""]
+    return timing.median_ms / images
+
+
+# ---------------------------------------------------------------- switching
+
+
+def switching_ratio(pipeline: Pipeline, budgets: Sequence[Budget], *, rows: int, rounds: int) -> float:
+    """Time of largest, smallest, largest, smallest over that of largest twice and smallest twice."""
+    large, small = (
+        _bound(engine_runner(pipeline, budget), bench_inputs(pipeline, budget, rows))
+        for budget in (budgets[0], budgets[-1])
+    )
+
+    def run(*order: Callable[[], object]) -> Callable[[], None]:
+        def all_of_them() -> None:
+            for call in order:
+                call()
+
+        return all_of_them
+
+    timings = timed_in_turn(
+        {"alternating": run(large, small, large, small), "steady": run(large, large, small, small)}, rounds=rounds
+    )
+    return timings["alternating"].median_ms / timings["steady"].median_ms

@@ -1,0 +1,68 @@
+"""Limits: ratios that a measurement must hold, kept in a file.
+
+    [{"metric": "budgets.0.speedups.eager", "min": 0.9}, {"metric": "switching", "max": 1.2}]
+
+A metric is a path into the facts that `--json` writes; numbers in it count list entries, -1 is the last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from elit_export.errors import InputError
+
+
+class Limit(BaseModel):
+    """A metric's limits, both inclusive."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str
+    min: float = -math.inf
+    max: float = math.inf
+
+
+def load_limits(path: Path) -> list[Limit]:
+    """Read and check a file of limits; raises InputError."""
+    if not path.is_file():
+        raise InputError(f"no file of limits at {path}")
+    try:
+        return TypeAdapter(list[Limit]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: not a list of limits: {error}") from error
+
+
+def misses(limits: Sequence[Limit], facts: Any) -> list[str]:
+    """A line for each limit that does not hold; raises InputError for a metric that is not in the facts."""
+    found = [(limit, _value(facts, limit.metric)) for limit in limits]
+    return [
+        f"{limit.metric} is {value:.4g}, the limit is {_text(limit)}"
+        for limit, value in found
+        if not limit.min <= value <= limit.max
+    ]
+
+
+def _text(limit: Limit) -> str:
+    ends = {"at least": limit.min, "at most": limit.max}
+    return " and ".join(f"{word} {end:g}" for word, end in ends.items() if math.isfinite(end))
+
+
+def _value(facts: Any, metric: str) -> float:
+    value = facts
+    for key in metric.split("."):
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            known = list(value) if isinstance(value, dict) else json.dumps(value)[:80]
+            raise InputError(f"no metric {metric!r} in this bench; at {key!r} there is {known}") from error
+    if value is None:
+        raise InputError(f"metric {metric!r} was not measured: this system or this bench does not tell it")
+    if not isinstance(value, int | float):
+        raise InputError(f"metric {metric!r} is not a number")
+    return float(value)

@@ -1,0 +1,77 @@
+"""Whether memory grows over many samplings in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice, product
+
+import numpy as np
+
+from elit_export.bench.timing import resident_bytes
+from elit_export.errors import InputError
+from elit_export.runtime.choices import Choices
+from elit_export.runtime.conditioning import subjects_of, text_of
+from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.spec import Budget
+
+LEAST_SAMPLINGS = 10
+WARMUP = 2000  # allocators and the backend's arenas still grow by some hundred kB in the first calls
+RECORDS = 100  # few, so that keeping them is no growth itself
+ROUNDS = (("none", 1), ("none", 2), ("cfg:2", 1))  # guidance and steps, each over all budgets in turn
+
+Record = tuple[int, int]  # samplings done, resident bytes then
+
+
+@dataclass(frozen=True)
+class SoakResult:
+    """Memory over `samplings`; the first `warmup` of them count in `seconds` only, the start is after them.
+
+    The bytes are None where the system does not tell. Growth is the slope of a line fitted to all records.
+    """
+
+    samplings: int
+    warmup: int
+    seconds: float
+    start_bytes: int | None
+    end_bytes: int | None
+    growth_bytes_per_sampling: float | None
+
+
+def soak(pipeline: Pipeline, *, samplings: int, on_sampling: Callable[[Sample], None]) -> SoakResult:
+    """Sample one image of one or two steps again and again, changing budget every time.
+
+    Raises InputError for fewer samplings than a line can be fitted to.
+    """
+    if samplings < LEAST_SAMPLINGS:
+        raise InputError(f"a soak needs at least {LEAST_SAMPLINGS} samplings, not {samplings}")
+    warmup = min(WARMUP, samplings // 2)
+    every = max(1, (samplings - warmup) // RECORDS)
+    records: list[Record] = []
+    started = time.perf_counter()
+    for done, choices in enumerate(islice(short_samplings(pipeline.bank.covered), samplings), start=1):
+        on_sampling(pipeline.sample(subjects_of(pipeline.spec, [done], text_of(pipeline)), **choices))
+        due = done >= warmup and (done - warmup) % every == 0
+        if due and (resident := resident_bytes()) is not None:
+            records.append((done, resident))
+    return _result(samplings, warmup, time.perf_counter() - started, records)
+
+
+def short_samplings(budgets: Sequence[Budget]) -> Iterator[Choices]:
+    """Without end: every budget in turn, round after round, each from other noise."""
+    for seed, ((guidance, steps), budget) in enumerate(cycle(product(ROUNDS, budgets))):
+        yield Choices(sampler="euler", steps=steps, schedule=budget, guidance=guidance, seed=seed)
+
+
+def _result(samplings: int, warmup: int, seconds: float, records: Sequence[Record]) -> SoakResult:
+    if not records:
+        return SoakResult(samplings, warmup, seconds, None, None, None)
+    return SoakResult(samplings, warmup, seconds, records[0][1], records[-1][1], _slope(records))
+
+
+def _slope(records: Sequence[Record]) -> float:
+    """Bytes per sampling, by least squares."""
+    done, resident = np.array(records, np.float64).T
+    slope, _ = np.polyfit(done - done.mean(), resident, deg=1)
+    return float(slope)

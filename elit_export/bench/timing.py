@@ -1,0 +1,80 @@
+"""Measuring time so that it means something on a noisy machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+PEAK_SIZES = (1024, 2048, 4096)
+PEAK_REPEATS = 3
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median of the runs, and the 10th and 90th percentile as its spread."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+def nothing() -> None:
+    """Do nothing."""
+
+
+def timed_in_turn(
+    functions: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warmup: int = 2,
+    before: Callable[[], None] = nothing,
+) -> dict[str, Timing]:
+    """Run each function once per round, so that a slow moment of the machine hits all of them.
+
+    `before` runs before each and is not timed.
+    """
+    for function in functions.values():
+        for _ in range(warmup):
+            function()
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            before()
+            taken[name].append(once_ms(function))
+    return {name: _timing(values) for name, values in taken.items()}
+
+
+def once_ms(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return (time.perf_counter() - started) * 1e3
+
+
+def _timing(values: list[float]) -> Timing:
+    low, median, high = np.percentile(values, (10, 50, 90))
+    return Timing(float(median), float(low), float(high), len(values))
+
+
+def matmul_peak_gflops() -> float:
+    """Best rate of a float32 matrix product over three sizes, in GFLOP/s (2 FLOPs per multiply-add)."""
+    return max(_matmul_gflops(size) for size in PEAK_SIZES)
+
+
+def _matmul_gflops(size: int) -> float:
+    a = np.ones((size, size), np.float32)
+    best_ms = min(once_ms(lambda: a @ a) for _ in range(PEAK_REPEATS))
+    return 2 * size**3 / best_ms / 1e6
+
+
+def resident_bytes() -> int | None:
+    """Memory this process holds now; None where the system does not tell (only Linux does here)."""
+    if not STATUS.exists():
+        return None
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024

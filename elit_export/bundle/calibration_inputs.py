@@ -1,0 +1,211 @@
+"""Real inputs of the graph `step`, on which quantization is calibrated: what they are and how they are stored."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from elit_export.arrays import Arrays, Float32, HostArray, Int64
+from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.readers import PlainArraysError, plain_arrays
+from elit_export.errors import CalibrationError
+from elit_export.spec import LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, ModelSpec, Profile, Role, TensorSpec, listed
+
+FEWEST = 64  # samples that a calibration may rest on
+FACTS = "facts"  # the entry of the file that holds JSON
+CONDITIONING = "conditioning/"  # before the names of those inputs in the file
+
+
+class CalibrationFacts(BaseModel):
+    """Where samples come from. `images` is the number of trajectories for each schedule with each guidance."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    package_version: str
+    checkpoint_sha256: str
+    seed: int
+    images: int
+    steps: int
+    sampler: str
+    schedules: tuple[str, ...]
+    guidance: tuple[str, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """n rows that an engine was given: `kept` is how many latents it ran with, the rest are the row's inputs.
+
+    Texts of different lengths are filled up to the longest with padding that is 0, as where they share a call.
+    """
+
+    facts: CalibrationFacts
+    x: Float32  # (n, C, H, W)
+    t: Float32  # (n,)
+    kept: Int64  # (n,)
+    conditioning: Arrays  # (n, …) each
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def inputs(self) -> Iterator[Arrays]:
+        """The inputs of the graph `step`, one row at a time."""
+        for row in range(len(self)):
+            one = slice(row, row + 1)
+            conditioning = {name: values[one] for name, values in self.conditioning.items()}
+            latents = np.arange(self.kept[row], dtype=np.int64)
+            yield {"x": self.x[one], "t": self.t[one], **conditioning, LATENTS: latents}
+
+    @property
+    def sha256(self) -> str:
+        """Of all that a calibration sees: the arrays, with their names and shapes."""
+        digest = hashlib.sha256()
+        for name, values in _entries(self).items():
+            digest.update(f"{name} {values.dtype.str} {values.shape};".encode())
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+def _arrays(inputs: CalibrationInputs) -> Arrays:
+    """By the names of their tensors."""
+    return {"x": inputs.x, "t": inputs.t, "kept": inputs.kept, **dict(sorted(inputs.conditioning.items()))}
+
+
+def _entries(inputs: CalibrationInputs) -> Arrays:
+    """By their names in the file."""
+    names = {name: f"{CONDITIONING}{name}" for name in inputs.conditioning}
+    return {names.get(name, name): values for name, values in _arrays(inputs).items()}
+
+
+def save_inputs(samples: CalibrationInputs, path: Path) -> None:
+    """Write a NumPy archive, whole or not at all; the same samples give the same bytes."""
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a name would be given the suffix .npz
+        entries: dict[str, Any] = {FACTS: np.array(samples.facts.model_dump_json()), **_entries(samples)}
+        np.savez(file, **entries)
+
+
+def command_for(out: Path | str, bundle: Path | str = "BUNDLE", *, text: bool) -> str:
+    """What to type for samples of a model, one that takes text or one of classes."""
+    return f"elit-export calibrate samples {bundle}{' --prompts FILE.npz' if text else ''} --out {out}"
+
+
+def check_covered(samples: CalibrationInputs, profiles: Sequence[Profile]) -> None:
+    """Raise CalibrationError if a profile has no sample at any of its budgets."""
+    for profile in profiles:
+        if not any(int(kept) in profile.latents for kept in np.unique(samples.kept)):
+            raise CalibrationError(
+                f"no sample has a budget of profile {profile.name} ({profile.latents} latents): collect samples "
+                f"with the budgets of every profile: {command_for('FILE', text=profile.text is not None)}"
+            )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> CalibrationInputs:
+    """Read samples for a model; raises CalibrationError with what is wrong and the command that makes new ones."""
+    try:
+        samples = _read(path)
+        _check_origin(samples, checkpoint_sha256)
+        _check_shapes(samples, spec)
+        _check_values(samples, spec)
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}: {command_for(path, text=spec.text_width > 0)}") from error
+    return samples
+
+
+def _read(path: Path) -> CalibrationInputs:
+    if not path.exists():
+        raise CalibrationError("no calibration samples there; collect some")
+    try:
+        arrays = plain_arrays(path)
+    except OSError as error:
+        raise CalibrationError(f"cannot be read ({error.strerror or error}); collect the samples again") from error
+    except PlainArraysError as error:
+        raise CalibrationError("not a file of calibration samples, or damaged; collect the samples again") from error
+    return _samples_of(arrays)
+
+
+def _samples_of(arrays: Arrays) -> CalibrationInputs:
+    try:
+        facts = CalibrationFacts.model_validate_json(str(arrays.pop(FACTS)))
+        x, t, kept = (arrays.pop(name) for name in ("x", "t", "kept"))
+    except (KeyError, ValidationError) as error:
+        raise CalibrationError(
+            "not a file of calibration samples of this version; collect the samples again"
+        ) from error
+    return CalibrationInputs(
+        facts, x, t, kept, {name.removeprefix(CONDITIONING): values for name, values in arrays.items()}
+    )
+
+
+def _check_origin(samples: CalibrationInputs, checkpoint_sha256: str) -> None:
+    count, facts = len(np.atleast_1d(samples.x)), samples.facts
+    if count != facts.samples:
+        raise CalibrationError(f"holds {count} samples and says {facts.samples}; collect the samples again")
+    if count < FEWEST:
+        raise CalibrationError(f"{count} samples are too few, {FEWEST} are the least; collect more")
+    if facts.checkpoint_sha256 != checkpoint_sha256:
+        theirs, ours = facts.checkpoint_sha256[:12], checkpoint_sha256[:12]
+        raise CalibrationError(f"samples of another checkpoint ({theirs}, not {ours}); collect samples of this one")
+
+
+def _check_shapes(inputs: CalibrationInputs, spec: ModelSpec) -> None:
+    conditioning = {tensor.name for tensor in spec.conditioning}
+    if set(inputs.conditioning) != conditioning:
+        wanted, found = ", ".join(sorted(conditioning)), ", ".join(inputs.conditioning) or "nothing"
+        raise CalibrationError(f"conditioned by {found}, this model by {wanted}; collect samples of this model")
+    sizes = {ROWS: len(inputs)}
+    for tensor in spec.graph(STEP).inputs:
+        if tensor.role is Role.LATENTS:  # of which the file has the number of each row
+            tensor = replace(tensor, name="kept", dims=(ROWS,))
+        _check_shape(tensor, _arrays(inputs)[tensor.name], sizes)
+    if not 1 <= sizes.get(TEXT, 1) <= LONGEST_TEXT:
+        raise CalibrationError(
+            f"text of {sizes[TEXT]} tokens, this model has positions for {LONGEST_TEXT}; collect samples of this model"
+        )
+
+
+def _check_shape(tensor: TensorSpec, values: HostArray, sizes: dict[str, int]) -> None:
+    """`sizes` are those of dynamic dimensions; what is not in it may be any, and is noted there."""
+    found = values.shape if values.ndim == len(tensor.dims) else (0,) * len(tensor.dims)
+    pairs = zip(tensor.dims, found, strict=True)
+    wanted = tuple(sizes.setdefault(size, here) if isinstance(size, str) else size for size, here in pairs)
+    if values.dtype != tensor.dtype or values.shape != wanted:
+        raise CalibrationError(
+            f"{tensor.name} is {values.dtype} {values.shape}, this model takes {tensor.dtype} {wanted}; "
+            f"collect samples of this model"
+        )
+
+
+def _check_values(inputs: CalibrationInputs, spec: ModelSpec) -> None:
+    for name, values in _arrays(inputs).items():
+        if not np.isfinite(values).all():
+            row = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
+            raise CalibrationError(
+                f"{name} of sample {row} holds values that are not finite; "
+                f"compare the engines with PyTorch (elit-export verify BUNDLE), then collect the samples again"
+            )
+    if unknown := sorted(set(inputs.kept.tolist()) - {budget.kept for budget in spec.budgets}):
+        raise CalibrationError(
+            f"kept is {unknown[0]} in some samples, "
+            f"this model runs {listed(spec.budgets)}; collect samples of this model"
+        )
+    highest = {Role.TIME: 1, Role.TEXT_MASK: 1, Role.LABEL: spec.null_class}
+    for tensor in spec.graph(STEP).inputs:
+        if tensor.role in highest:
+            _check_range(tensor.name, _arrays(inputs)[tensor.name], highest[tensor.role])
+
+
+def _check_range(name: str, values: HostArray, highest: int) -> None:
+    if values.min() < 0 or values.max() > highest:
+        raise CalibrationError(
+            f"{name} runs from {values.min():g} to {values.max():g}, in this model from 0 to {highest}; "
+            f"collect samples of this model"
+        )

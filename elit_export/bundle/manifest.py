@@ -1,0 +1,349 @@
+"""What a bundle's manifest holds: facts of a model, its graphs, plans, PyTorch's outputs and calibrations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PlainSerializer,
+    model_validator,
+)
+
+from elit_export.bundle.atomic import NAME_PATTERN
+from elit_export.bundle.calibration_inputs import CalibrationFacts
+from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, ModelSpec, Precision, Profile, Range
+
+SCHEMA = 7
+KINDS = ("graphs", "plans", "reference")
+
+
+def _ordered(corners: tuple[int, int, int]) -> tuple[int, int, int]:
+    return Range(*corners).corners()
+
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Corners = Annotated[tuple[int, int, int], AfterValidator(_ordered)]  # (min, opt, max) of a Range
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileFacts(_Facts):
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class Artifact(_Facts):
+    """A folder of files under `kind`/`name`."""
+
+    kind: str = Field(pattern=f"^({'|'.join(KINDS)})$")
+    name: Name
+    files: dict[Name, FileFacts] = Field(min_length=1)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size_bytes for file in self.files.values())
+
+
+class Parity(_Facts):
+    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run.
+
+    One that missed its tolerance is here only if the recipe accepts that; `reason` says why.
+    """
+
+    status: str = Field(pattern=r"^(passed|accepted|not run)$")
+    reason: str = ""
+    sqnr_db: float | None = None
+    max_relative: float | None = None
+
+    @property
+    def ran(self) -> bool:
+        return self.status != "not run"
+
+
+class ReferenceCase(_Facts):
+    """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
+
+    profile: str
+    kept: int
+    rows: int
+    text: int = 0  # tokens, in models with text
+
+
+class ReferenceTrajectory(_Facts):
+    """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled.
+
+    In models with text `labels` are numbers of prompts (`verify.subjects`), and `text` is how long these may be.
+    """
+
+    name: Name
+    labels: tuple[int, ...]
+    text: tuple[int, int, int] | None = None
+    steps: int
+    schedule: str
+    guidance: str
+    sampler: str
+
+
+class Graph(_Facts):
+    """A graph as it was exported or quantized, `file` in `artifact`; `graph` names its GraphSpec.
+
+    `key` is a hash of all it was made from, by which a later build knows it is fresh. `sqnr_db` is the worst of a
+    quantized graph against PyTorch over the reference cases, run by ONNX Runtime.
+    """
+
+    KIND: ClassVar = "graphs"
+
+    artifact: Artifact
+    graph: str
+    precision: Precision
+    file: Name
+    key: str
+    versions: dict[str, str]
+    sqnr_db: float | None = None
+
+
+class Reference(_Facts):
+    """PyTorch's outputs. `key` as of a graph; `cache_rows` are the rows that `probe` and `reuse` were asked with."""
+
+    KIND: ClassVar = "reference"
+
+    artifact: Artifact
+    key: str
+    cache_rows: tuple[int, ...]
+    cases: tuple[ReferenceCase, ...]
+    trajectories: tuple[ReferenceTrajectory, ...]
+
+
+class Plan(_Facts):
+    """One serialized engine: `file` in `artifact` is what a backend opens. `key` as of a graph."""
+
+    KIND: ClassVar = "plans"
+
+    artifact: Artifact
+    key: str
+    file: Name
+    versions: dict[str, str]
+    built_on: dict[str, str]
+
+
+class ProfileFacts(_Facts):
+    name: str
+    latents: Corners
+    rows: Corners
+    text: Corners | None = None
+    plan: Plan
+    parity: Parity
+
+    @property
+    def profile(self) -> Profile:
+        return Profile(self.name, Range(*self.latents), Range(*self.rows), Range(*self.text) if self.text else None)
+
+
+class DecoderAnswers(_Facts):
+    """What diffusers makes of latents: arrays `ROWS/pixels` for each of `rows`. `key` as of a graph."""
+
+    KIND: ClassVar = "reference"
+
+    artifact: Artifact
+    key: str
+    rows: tuple[int, ...]
+
+
+class DecoderFacts(_Facts):
+    """A VAE decoder as it was built: the class of diffusers, a hash of its folder, and a DecoderSpec's numbers."""
+
+    class_name: str
+    sha256: str
+    channels: int = Field(ge=1)
+    image_channels: int = Field(ge=1)
+    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
+    shift: tuple[FiniteFloat, ...]
+    factor: int = Field(ge=1)
+    side: int = Field(ge=1)
+    rows: Corners
+    plan: Plan
+    parity: Parity
+    answers: DecoderAnswers
+
+    @model_validator(mode="after")
+    def _check_channels(self) -> Self:
+        if not len(self.scale) == len(self.shift) == self.channels:
+            raise ValueError(
+                f"{len(self.scale)} scales and {len(self.shift)} shifts of a decoder of {self.channels} channels"
+            )
+        return self
+
+    @property
+    def spec(self) -> DecoderSpec:
+        return DecoderSpec(
+            channels=self.channels,
+            image_channels=self.image_channels,
+            scale=self.scale,
+            shift=self.shift,
+            factor=self.factor,
+            side=self.side,
+        )
+
+
+class PlanSet(_Facts):
+    """The plans of one target in one precision; `options` are the target's choices beyond that.
+
+    `cache` are the plans of the graphs that step caching calls, which serve every budget. `fused` is that of
+    the graph which holds them all, where the recipe asks for it; it serves hosts without this runtime. `decoder` makes
+    pictures of VAE latents, where the recipe has one. `samples` are what a quantized one was calibrated on, `accepted`
+    the reason for which it may miss its tolerance.
+    """
+
+    target: str
+    backend: str
+    device: str
+    precision: Precision
+    options: dict[str, Any]
+    graph: str
+    profiles: tuple[ProfileFacts, ...] = Field(min_length=1)
+    cache: dict[str, Plan]
+    fused: Plan | None
+    decoder: DecoderFacts | None
+    reference: Reference
+    samples: CalibrationFacts | None
+    accepted: str | None
+
+    @property
+    def name(self) -> str:
+        """There is one plan set of a target in a precision."""
+        return f"{self.target} {self.precision.value}"
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """Each plan once, however many profiles share it; those of the cache and the decoder last."""
+        every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
+        every += [self.fused] if self.fused else []
+        every += [self.decoder.plan] if self.decoder else []
+        return tuple({plan.artifact.name: plan for plan in every}.values())
+
+    @property
+    def longest_text(self) -> int:
+        """Tokens of text that some profile takes at most; 0 for a model of classes."""
+        return max(facts.text[2] if facts.text else 0 for facts in self.profiles)
+
+    @property
+    def model_bytes(self) -> int:
+        """What the plans take on disk, without that of the decoder, which is no part of the model."""
+        of_decoder = self.decoder.plan.artifact.size_bytes if self.decoder else 0
+        return sum(plan.artifact.size_bytes for plan in self.plans) - of_decoder
+
+    @property
+    def parities(self) -> tuple[Parity, ...]:
+        """How every profile, and the decoder if there is one, compared with PyTorch."""
+        return (*(facts.parity for facts in self.profiles), *((self.decoder.parity,) if self.decoder else ()))
+
+    def with_parity(self, profiles: Mapping[str, Parity], decoder: Parity) -> Self:
+        """The same plans with what each profile, by its name, and the decoder showed."""
+        facts = tuple(one.model_copy(update={"parity": profiles[one.name]}) for one in self.profiles)
+        with_decoder = self.decoder and self.decoder.model_copy(update={"parity": decoder})
+        return self.model_copy(update={"profiles": facts, "decoder": with_decoder})
+
+    def without_parity(self) -> dict[str, Any]:
+        """All but how the plans compared with PyTorch: where this is equal, they need not be compared again."""
+        return self.model_dump(exclude={"profiles": {"__all__": {"parity"}}, "decoder": {"parity"}})
+
+
+Record = Graph | Plan | Reference | DecoderAnswers  # what a build makes, each in an artifact of its own
+
+
+Spec = Annotated[
+    ModelSpec,
+    BeforeValidator(lambda value: ModelSpec.from_dict(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(ModelSpec.to_dict),
+]
+Data = Annotated[
+    DataFacts,
+    BeforeValidator(lambda value: DataFacts.from_dict(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(DataFacts.to_dict),
+]
+
+
+class ModelFacts(_Facts):
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    name: str
+    spec: Spec
+    data: Data
+    checkpoint_sha256: str
+
+
+class CacheFit(_Facts):
+    """How the change of a residual follows the distance that `probe` measures: a polynomial, lowest power first.
+
+    Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; the rest is
+    of images that it was not fitted to: `held_out_error` is a root mean square, `r2` the share of the variance that it
+    explains. Among trajectories of equally many steps, where the size of a step tells nothing, `r2_same_steps` is the
+    same, and `rank_same_steps` how change and distance rise together: 1 as one, −1 one against the other.
+    """
+
+    kept: int | None
+    coefficients: tuple[FiniteFloat, ...] = Field(min_length=COEFFICIENTS, max_length=COEFFICIENTS)
+    low: float = Field(ge=0, allow_inf_nan=False)
+    high: float = Field(ge=0, allow_inf_nan=False)
+    r2: float
+    r2_same_steps: float
+    rank_same_steps: float
+    held_out_error: float
+    pairs: int
+
+
+class CacheCalibration(_Facts):
+    """What `teacache` needs, and the trajectories that it was made from."""
+
+    checkpoint_sha256: str
+    fits: tuple[CacheFit, ...] = Field(min_length=1)
+    images: int
+    steps: tuple[int, ...]
+    budgets: tuple[int, ...]
+    guidance: tuple[str, ...]
+    seed: int
+
+    def fit_for(self, kept: int) -> CacheFit:
+        """Of this budget, or of the nearest one that has its own."""
+        return min(self.fits, key=lambda fit: 0 if fit.kept is None else abs(fit.kept - kept))
+
+
+class Manifest(_Facts):
+    schema_version: int
+    package_version: str
+    model: ModelFacts
+    model_key: str
+    graphs: dict[str, Graph]
+    plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
+    cache_calibration: CacheCalibration | None
+
+    def records(self) -> Iterator[Record]:
+        """All that was made; what plan sets share comes several times."""
+        yield from self.graphs.values()
+        for plan_set in self.plan_sets:
+            yield from plan_set.plans
+            yield plan_set.reference
+            if plan_set.decoder:
+                yield plan_set.decoder.answers
+
+    def artifacts(self) -> Iterator[Artifact]:
+        yield from (record.artifact for record in self.records())
+
+
+def budgets_of(plan_set: PlanSet, spec: ModelSpec) -> tuple[Budget, ...]:
+    """The budgets that some profile of a plan set serves."""
+    ranges = [facts.profile.latents for facts in plan_set.profiles]
+    return tuple(budget for budget in spec.budgets if any(budget.kept in latents for latents in ranges))
+
+
+def described(plan_sets: tuple[PlanSet, ...]) -> str:
+    return ", ".join(f"target={plan_set.target!r} precision={plan_set.precision.value!r}" for plan_set in plan_sets)

@@ -1,0 +1,139 @@
+"""An existing bundle: its manifest read and checked, its files verified before anything opens them."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import ValidationError
+
+from elit_export.bundle.atomic import sha256_of
+from elit_export.bundle.manifest import SCHEMA, Artifact, FileFacts, Manifest
+from elit_export.bundle.migrate import STEPS, migrated
+from elit_export.errors import BundleError, InputError
+
+OWN_HASH = "sha256"
+MANIFEST = "manifest.json"
+
+
+class KeptBundleError(BundleError):
+    """Written by a newer version, or not to be read here: not to be replaced as if it were damaged."""
+
+
+class Bundle:
+    """An existing bundle, its manifest read and checked."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Read the manifest; raises BundleError if it is missing, unreadable, damaged or of another schema."""
+        folder = Path(folder)
+        content = manifest_bytes(folder)
+        if content is None:
+            raise BundleError(
+                f"no bundle at {folder} (no {MANIFEST}); make one: elit-export build RECIPE --out {folder}"
+            )
+        return cls(folder, read_manifest(folder / MANIFEST, content))
+
+    def verified(self, artifact: Artifact) -> Path:
+        """The folder of an artifact after checking every file's size and hash; raises BundleError."""
+        return verified_folder(self.folder, artifact)
+
+
+def verified_folder(bundle: Path, artifact: Artifact) -> Path:
+    """As Bundle.verified."""
+    folder = bundle / artifact.kind / artifact.name
+    for name, facts in artifact.files.items():
+        try:
+            _check_file(folder / name, facts, bundle)
+        except OSError as error:
+            raise BundleError(_unreadable(folder / name, error, bundle)) from error
+    return folder
+
+
+def manifest_bytes(folder: Path) -> bytes | None:
+    """The content of the manifest, None if there is none; raises KeptBundleError if it cannot be read."""
+    try:
+        return (folder / MANIFEST).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except OSError as error:
+        raise KeptBundleError(_unreadable(folder / MANIFEST, error, folder)) from error
+
+
+def _unreadable(path: Path, error: OSError, bundle: Path) -> str:
+    return f"{path}: cannot be read: {error.strerror}; allow it (chmod -R u+rX {bundle}) or copy the bundle again"
+
+
+def read_manifest(path: Path, content: bytes) -> Manifest:
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > SCHEMA:
+        raise KeptBundleError(
+            f"{path}: schema {version} is newer than this version reads ({SCHEMA}): pip install -U elit-export"
+        )
+    if version != SCHEMA and version not in STEPS:
+        raise BundleError(f"{path}: schema {version!r}, this version reads {SCHEMA}; {_rebuild(path.parent)}")
+    if values.pop(OWN_HASH, None) != _own_hash(values):
+        raise BundleError(f"{path}: damaged: altered since the build (sha256); {_rebuild(path.parent)}")
+    try:
+        manifest = Manifest.model_validate(migrated(values, version))
+        _check_text(manifest)
+        return manifest
+    except ValidationError as error:
+        first, *others = error.errors()
+        problem = f"{'.'.join(str(key) for key in first['loc'])}: {first['msg']}"
+        more = f" and {len(others)} more" if others else ""
+        raise BundleError(f"{path}: damaged: {problem}{more}; {_rebuild(path.parent)}") from error
+    except (InputError, TypeError, ValueError, AttributeError, KeyError) as error:
+        raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+
+
+def _check_text(manifest: Manifest) -> None:
+    """Raise InputError if a profile does not say how much text its engine takes, or says it of a model without."""
+    takes = bool(manifest.model.spec.text_width)
+    for plan_set in manifest.plan_sets:
+        for facts in plan_set.profiles:
+            if (facts.text is not None) != takes:
+                what = "has no range of text, which the model takes" if takes else "has text, which the model does not"
+                raise InputError(f"profile {facts.name} of target {plan_set.target} {what}")
+
+
+def manifest_text(values: dict[str, Any]) -> str:
+    """The manifest as it is stored: with a hash over all the rest."""
+    return json.dumps({**values, OWN_HASH: _own_hash(values)}, indent=1) + "\n"
+
+
+def _own_hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _rebuild(folder: Path) -> str:
+    return f"build it again: elit-export build RECIPE --out {folder}"
+
+
+def _check_file(path: Path, facts: FileFacts, bundle: Path) -> None:
+    if not path.is_file():
+        raise BundleError(f"{path}: missing; copy the bundle again or {_rebuild(bundle)}")
+    status = path.stat()
+    if status.st_size != facts.size_bytes:
+        raise BundleError(
+            f"{path}: has {status.st_size} bytes, {facts.size_bytes} were written; "
+            f"copy the bundle again or {_rebuild(bundle)}"
+        )
+    if _cached_sha256(path, status.st_size, status.st_mtime_ns) != facts.sha256:
+        raise BundleError(f"{path}: altered since the build (sha256); copy the bundle again or {_rebuild(bundle)}")
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_sha256(path: Path, _size_bytes: int, _mtime_ns: int) -> str:
+    return sha256_of(path)

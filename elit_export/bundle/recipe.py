@@ -1,0 +1,232 @@
+"""A model's deployment choices, read from TOML."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from elit_export.backends import BACKENDS
+from elit_export.backends.target import Target
+from elit_export.bundle.atomic import NAME_PATTERN
+from elit_export.errors import BundleError, RecipeError
+from elit_export.spec import (
+    LONGEST_TEXT,
+    Budget,
+    ModelSpec,
+    Profile,
+    Range,
+    default_profiles,
+    listed,
+)
+
+SHIPPED_RECIPE = "fashion.toml"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RangeTable(_Table):
+    """`{ min = 1, opt = 8, max = 64 }`"""
+
+    min: int
+    opt: int
+    max: int
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        self.value()
+        return self
+
+    def value(self) -> Range:
+        return Range(self.min, self.opt, self.max)
+
+
+class ProfileTable(_Table):
+    """One `[[profiles]]` entry; `rows` defaults to the recipe's."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    latents: RangeTable
+    rows: RangeTable | None = None
+
+
+if TYPE_CHECKING:
+    AnyTarget = Target
+else:
+    AnyTarget = Annotated[
+        Union[tuple({backend.options: None for backend in BACKENDS.values()})],  # noqa: UP007
+        Field(discriminator="backend"),
+    ]
+
+
+def target_of(backend: str, device: str, precision: str, options: dict[str, Any]) -> Target:
+    """The target of a plan set, from what the manifest keeps of it; raises BundleError for what no build writes."""
+    values = {"backend": backend, "device": device, "precision": precision, **options}
+    try:
+        target: Target = TypeAdapter(AnyTarget).validate_python(values)
+    except ValidationError as error:
+        problems = "; ".join(_problem_text(problem) for problem in error.errors())
+        raise BundleError(
+            f"its options cannot be: {problems}: change them in the recipe and build it again: "
+            f"elit-export build RECIPE --out BUNDLE"
+        ) from error
+    return target
+
+
+class Architecture(_Table):
+    """Numbers that shapes do not tell; needed only for released-format files whose args do not say them."""
+
+    num_heads: int | None = None
+    head_depth: int | None = None
+    tail_depth: int | None = None
+
+
+class DecoderTable(_Table):
+    """`[decoder]`: what makes pictures of a model of VAE latents. `folder`, relative to the recipe, is of diffusers.
+
+    An engine decodes squares of at most `tile` latents a side, `rows` of them in a call; larger samples are cut into
+    tiles that overlap by a quarter.
+    """
+
+    folder: str = Field(min_length=1)
+    tile: int = Field(default=64, ge=4, multiple_of=4)
+    rows: RangeTable = RangeTable(min=1, opt=1, max=4)
+
+
+class Recipe(_Table):
+    """Choices for one model. `checkpoint` is a path relative to the recipe, or `shipped:NAME`.
+
+    For a folder of diffusers `interface` is the file with Read and Write, relative to the recipe too.
+    """
+
+    name: str = Field(pattern=NAME_PATTERN)
+    checkpoint: str | None = None
+    interface: Annotated[str, Field(min_length=1)] | None = None
+    architecture: Architecture = Architecture()
+    decoder: DecoderTable | None = None
+    rows: RangeTable
+    text: RangeTable | None = None
+    profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
+    targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], AnyTarget] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [table.name for table in self.profiles]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"profiles: {twice[0]!r} is the name of two profiles")
+        return self
+
+    def target(self, name: str) -> Target:
+        if name not in self.targets:
+            raise RecipeError(f"recipe {self.name} has no target {name!r}; it has {', '.join(self.targets)}")
+        return self.targets[name]
+
+    def only_target(self) -> str:
+        """The name of the one target there is; raises RecipeError if there are several."""
+        if len(self.targets) > 1:
+            raise RecipeError(
+                f"recipe {self.name} has several targets, choose one: --target {' | '.join(self.targets)}"
+            )
+        return next(iter(self.targets))
+
+    def profiles_for(self, spec: ModelSpec) -> tuple[Profile, ...]:
+        """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
+        rows, text = self.rows.value(), self._text_for(spec)
+        if not self.profiles:
+            return default_profiles(spec.latents, rows, step=spec.budget_step, text=text)
+        for number, table in enumerate(self.profiles):
+            if table.latents.max > spec.latents:
+                raise RecipeError(
+                    f"recipe {self.name}: profiles.{number}.latents.max is {table.latents.max}, "
+                    f"but the model has {spec.latents} latents per group"
+                )
+            for name, kept in table.latents:
+                if Budget(kept, spec.latents) not in spec.budgets:
+                    raise RecipeError(
+                        f"recipe {self.name}: profiles.{number}.latents.{name} is {kept}, "
+                        f"but the model runs {listed(spec.budgets)} only"
+                    )
+        return tuple(
+            Profile(table.name, table.latents.value(), table.rows.value() if table.rows else rows, text)
+            for table in self.profiles
+        )
+
+    def _text_for(self, spec: ModelSpec) -> Range | None:
+        """How many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
+        if not spec.text_width:
+            if self.text:
+                raise RecipeError(f"recipe {self.name}: this model takes classes: leave `text` out")
+            return None
+        if self.text is None:
+            raise RecipeError(
+                f"recipe {self.name}: this model takes text; say how many tokens, e.g. "
+                f"text = {{ min = 1, opt = 128, max = {LONGEST_TEXT} }}"
+            )
+        if self.text.max > LONGEST_TEXT:
+            raise RecipeError(
+                f"recipe {self.name}: text.max is {self.text.max}, but the model has positions for {LONGEST_TEXT}"
+            )
+        return self.text.value()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe; raises RecipeError naming file and key. Paths in it become absolute."""
+    if not path.is_file():
+        raise RecipeError(f"no recipe at {path}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from error
+    return _with_absolute_paths(recipe_from_values(values, str(path)), path.parent.absolute())
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    found: dict[str, Any] = {}
+    if recipe.checkpoint and not recipe.checkpoint.startswith("shipped:"):
+        found["checkpoint"] = str(folder / recipe.checkpoint)
+    if recipe.interface:
+        found["interface"] = str(folder / recipe.interface)
+    if recipe.decoder:
+        found["decoder"] = recipe.decoder.model_copy(update={"folder": str(folder / recipe.decoder.folder)})
+    return recipe.model_copy(update=found)
+
+
+def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: " + "; ".join(_problem_text(problem) for problem in error.errors())) from error
+
+
+def _problem_text(problem: Any) -> str:
+    where = [str(part) for part in problem["loc"]]
+    if where[:1] == ["targets"] and len(where) > 2:
+        del where[2]  # the backend, by which pydantic chose the table
+    key = ".".join(where)
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.backend: unknown backend {problem['ctx']['tag']!r}; known: {', '.join(BACKENDS)}"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.backend: field required"
+    if problem["type"] == "extra_forbidden":
+        options = [backend.options for backend in BACKENDS.values()]
+        tables: list[type[BaseModel]] = [Recipe, *options, ProfileTable, RangeTable, Architecture, DecoderTable]
+        known = [name for table in tables for name in table.model_fields]
+        near = difflib.get_close_matches(where[-1], known, n=1) if where[-1] not in known else []
+        return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]}" if key else message
+
+
+def shipped_recipe() -> Path:
+    """The recipe of the shipped model: inside the package when installed, in `engines/` in a checkout."""
+    package = Path(str(files("elit_export")))
+    installed = package / "engines" / SHIPPED_RECIPE
+    return installed if installed.is_file() else package.parent / "engines" / SHIPPED_RECIPE

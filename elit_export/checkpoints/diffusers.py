@@ -1,0 +1,246 @@
+"""A transformer folder of diffusers, and a file with Read and Write → model.
+
+The only place that knows the names of diffusers. The folder is read as published, and nothing is written into it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from elit_export.bundle.readers import read_json_object
+from elit_export.checkpoints.hf_folder import shards_of
+from elit_export.checkpoints.weights import (
+    Weights,
+    check_overrides,
+    check_tensors,
+    meta_model,
+    read_safetensors,
+    spec_from_metadata,
+    spec_to_metadata,
+    write_safetensors,
+)
+from elit_export.errors import CheckpointError, first_line
+from elit_export.models.elit import Elit
+from elit_export.spec import ModelSpec
+
+INTERFACE_FORMAT = "elit_export interface/1"
+INTERFACE = ("read.", "write.")
+CLASS_NAME = "QwenImageTransformer2DModel"
+BACKBONE = "ELIT-MM-DiT"
+PIPELINE_PART = "transformer"
+CONFIG = "config.json"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+# ---------------------------------------------------------------- Read and Write
+
+
+def save_interface(path: Path, model: Elit, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write Read and Write, the spec of the whole model and its data facts as one file, whole or not at all."""
+    weights = {
+        name: tensor.detach().to(dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.startswith(INTERFACE)
+    }
+    write_safetensors(path, weights, {"format": INTERFACE_FORMAT, **spec_to_metadata(model)})
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_diffusers(folder: Path, interface: Path, asked: Mapping[str, int | None]) -> Elit:
+    """Read a model from a transformer folder, its weights in the types they have there and mapped onto its files.
+
+    Raises CheckpointError.
+    """
+    added, metadata = read_safetensors(interface, INTERFACE_FORMAT)
+    spec, data = spec_from_metadata(interface, metadata)
+    check_overrides(interface, asked, spec)
+    if spec.backbone != BACKBONE:
+        raise CheckpointError(
+            f"{interface}: Read and Write of {spec.backbone}; a {CLASS_NAME} takes those of {BACKBONE}"
+        )
+    _check_config(folder, interface, spec)
+    model = meta_model(spec, data)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_tensors(interface, added, {name: shape for name, shape in shapes.items() if name.startswith(INTERFACE)})
+    theirs = {name: diffusers_name(name, spec) for name in shapes if not name.startswith(INTERFACE)}
+    base = mapped_tensors(folder)
+    check_tensors(folder, base, {published: shapes[name] for name, published in theirs.items()})
+    weights = {name: own_tensor(published, base.pop(published)) for name, published in theirs.items()}
+    model.load_state_dict(weights | added, assign=True)
+    return model.eval()
+
+
+def interface_file(interface: str | Path | None, folder: str | Path) -> Path:
+    """The file with Read and Write for a folder; raises CheckpointError if there is none."""
+    if interface is None:
+        raise CheckpointError(
+            f"{folder}: a folder of diffusers holds no Read and Write; give the file that does, as "
+            f'checkpoints.diffusers.save_interface writes it: `interface = "FILE"` in the recipe, or --interface FILE'
+        )
+    if not Path(interface).is_file():
+        raise CheckpointError(f"no file with Read and Write at {interface}")
+    return Path(interface)
+
+
+def transformer_folder(folder: Path) -> Path:
+    """The folder itself or, of a pipeline, that of its transformer; raises CheckpointError."""
+    for found in (folder, folder / PIPELINE_PART):
+        if (found / CONFIG).is_file():
+            return found
+    raise CheckpointError(
+        f"no checkpoint at {folder}: neither it nor {PIPELINE_PART}/ in it has a {CONFIG}; give the folder of a "
+        f"{CLASS_NAME}, or of a pipeline with one, as save_pretrained of diffusers writes it"
+    )
+
+
+def diffusers_files(folder: Path) -> tuple[Path, ...]:
+    """What a transformer folder is read from."""
+    return (folder / CONFIG, *_files(folder))
+
+
+def mapped_tensors(folder: Path) -> Weights:
+    """Every tensor of a transformer folder under its published name, in its stored type, mapped onto its file."""
+    found: Weights = {}
+    for file in _files(folder):
+        for name, tensor in _tensors(file):
+            if name in found:
+                raise CheckpointError(f"{folder}: {name} is in {file.name} and in another file; keep one variant")
+            found[name] = tensor
+    return found
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118, as it is no mapping
+                yield name, file.get_tensor(name)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that the index names or, without one, all there are."""
+    if (folder / INDEX).is_file():
+        return shards_of(folder / INDEX)
+    files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if not files:
+        others = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
+        raise CheckpointError(
+            f"{folder}: has no weights in safetensors files (in other formats: {others}); download those, or write "
+            f"them with save_pretrained(safe_serialization=True)"
+        )
+    return files
+
+
+# ---------------------------------------------------------------- config
+
+
+def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
+    config = DEFAULTS | read_json_object(folder / CONFIG)
+    if config.get("_class_name") != CLASS_NAME:
+        raise CheckpointError(
+            f"{folder}: is a {config.get('_class_name')}, not a {CLASS_NAME}, the only class that {BACKBONE} is made of"
+        )
+    options = [name for name in OPTIONS if config.get(name)]
+    if options:
+        raise CheckpointError(f"{folder}: its {CONFIG} sets {', '.join(options)}, which {BACKBONE} does not have")
+    wrong = [
+        f"{name} is {config[name]!r}, they need {value!r}"
+        for name, value in config_of(spec).items()
+        if config[name] != value
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: does not fit the Read and Write in {interface}, of width {spec.hidden_size}: "
+            f"{'; '.join(wrong)}; give the file that was trained with these weights"
+        )
+
+
+# What is not done here, among it weights that are packed into fewer bits.
+OPTIONS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "quantization_config")
+# What diffusers takes where a config says nothing.
+DEFAULTS = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "axes_dims_rope": [16, 56, 56],
+}
+
+
+def config_of(spec: ModelSpec) -> dict[str, Any]:
+    """What the config of the folder must say."""
+    head = spec.hidden_size // spec.num_heads
+    return {
+        "num_attention_heads": spec.num_heads,
+        "attention_head_dim": head,
+        "num_layers": spec.depth,
+        "joint_attention_dim": spec.text_width,
+        "patch_size": spec.patch_size,
+        "in_channels": spec.patch_size**2 * spec.in_channels,
+        "out_channels": spec.in_channels,
+        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+    }
+
+
+# ---------------------------------------------------------------- published names
+
+# Own prefix → published prefix.
+AROUND_BLOCKS = {
+    "img_in.": "img_in.",
+    "txt_norm.": "txt_norm.",
+    "txt_in.": "txt_in.",
+    "t_embedder.mlp.0.": "time_text_embed.timestep_embedder.linear_1.",
+    "t_embedder.mlp.2.": "time_text_embed.timestep_embedder.linear_2.",
+    "final.modulation.linear.": "norm_out.linear.",
+    "final.linear.": "proj_out.",
+}
+IN_BLOCKS = {
+    "image.modulation.linear.": "img_mod.1.",
+    "image.attn.q.": "attn.to_q.",
+    "image.attn.k.": "attn.to_k.",
+    "image.attn.v.": "attn.to_v.",
+    "image.attn.q_norm.": "attn.norm_q.",
+    "image.attn.k_norm.": "attn.norm_k.",
+    "image.attn.proj.": "attn.to_out.0.",
+    "image.mlp.fc1.": "img_mlp.net.0.proj.",
+    "image.mlp.fc2.": "img_mlp.net.2.",
+    "text.modulation.linear.": "txt_mod.1.",
+    "text.attn.q.": "attn.add_q_proj.",
+    "text.attn.k.": "attn.add_k_proj.",
+    "text.attn.v.": "attn.add_v_proj.",
+    "text.attn.q_norm.": "attn.norm_added_q.",
+    "text.attn.k_norm.": "attn.norm_added_k.",
+    "text.attn.proj.": "attn.to_add_out.",
+    "text.mlp.fc1.": "txt_mlp.net.0.proj.",
+    "text.mlp.fc2.": "txt_mlp.net.2.",
+}
+SCALE_FIRST = "norm_out.linear."
+
+
+def diffusers_name(name: str, spec: ModelSpec) -> str:
+    """The name that an own tensor, but for Read and Write, has in the folder."""
+    first_block = {"head": 0, "core": spec.head_depth, "tail": spec.head_depth + spec.core_depth}
+    block, names = "", AROUND_BLOCKS
+    if match := re.match(r"(head|core|tail)\.(\d+)\.", name):
+        block, names = f"transformer_blocks.{first_block[match[1]] + int(match[2])}.", IN_BLOCKS
+        name = name[match.end() :]
+    own = next(prefix for prefix in names if name.startswith(prefix))
+    return f"{block}{names[own]}{name.removeprefix(own)}"
+
+
+def own_tensor(published: str, tensor: Tensor) -> Tensor:
+    """As stored, but for the final norm, whose halves are scale and shift there, shift and scale here."""
+    return torch.cat(tensor.chunk(2)[::-1]) if published.startswith(SCALE_FIRST) else tensor

@@ -1,0 +1,247 @@
+"""Released `.pt` files → model: the only place that knows their key names.
+
+They are read with `weights_only=True` and one allowed class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import isqrt
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elit_export.checkpoints.weights import Shape, Weights, check_tensors, meta_model
+from elit_export.errors import CheckpointError, InputError, first_line
+from elit_export.models.elit import Elit
+from elit_export.models.registry import FAMILIES, RELEASED_HEAD_DEPTH, RELEASED_NAMES, named_spec
+from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, ModelSpec
+
+log = logging.getLogger(__name__)
+
+# A released file does not say what its numbers mean; its channels do, mostly.
+DATA_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 4: SD_VAE}
+UNKNOWN_VAE = DataFacts(kind="vae", vae="unknown")
+
+
+def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
+    """Read a model from a released `.pt` file; `given` are numbers that shapes do not tell. Raises CheckpointError."""
+    content = _read_pt(path)
+    weights = content.get("ema")
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
+        raise CheckpointError(f"{path}: no `ema` weights in it; a released checkpoint has model, ema, opt, args")
+    weights = dict(weights)
+    _drop_projectors(weights)
+    spec = _released_spec(path, weights, _args_of(content), given)
+    _add_missing_latent_positions(weights, spec)
+    model = meta_model(spec, DATA_BY_CHANNELS.get(spec.in_channels, UNKNOWN_VAE))
+    renamed = _renamed(path, weights, model)
+    model.load_state_dict(renamed, assign=True)
+    return model.eval()
+
+
+def _read_pt(path: Path) -> Mapping[str, Any]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: refused, because {_forbidden(error)}; only tensors, plain values and argparse.Namespace are read"
+        ) from error
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        raise CheckpointError(
+            f"{path}: not a whole torch.save zip file (truncated, damaged, or saved in the old format): "
+            f"{first_line(error)}; download or save it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a table of model, ema, opt and args")
+    return content
+
+
+def _forbidden(error: UnpicklingError) -> str:
+    """What the file asks for; torch's own message advises to read it unsafely."""
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"reading it would build or run {named[1]}"
+    return "it holds something else"
+
+
+def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    args = content.get("args")
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def _drop_projectors(weights: Weights) -> None:
+    projectors = [name for name in weights if name.startswith("projectors.")]
+    if projectors:
+        log.warning("ignored %d tensors named projectors.* (used in training only)", len(projectors))
+    for name in projectors:
+        del weights[name]
+
+
+def _add_missing_latent_positions(weights: Weights, spec: ModelSpec) -> None:
+    if LATENT_POSITIONS not in weights:
+        log.warning("no %s in the checkpoint (older than 2026-03-24): taken as zeros", LATENT_POSITIONS)
+        weights[LATENT_POSITIONS] = torch.zeros(spec.tokens, spec.hidden_size)
+
+
+# ---------------------------------------------------------------- the spec of a released file
+
+
+@dataclass(frozen=True)
+class _Hidden:
+    """The numbers that shapes do not tell."""
+
+    num_heads: int
+    head_depth: int
+    tail_depth: int
+
+
+def _released_spec(
+    path: Path, weights: Mapping[str, Tensor], args: Mapping[str, Any], given: Mapping[str, int | None]
+) -> ModelSpec:
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    _check_telling_shapes(path, shapes)
+    hidden = _hidden_numbers(path, shapes, args, given)
+    try:
+        from_shapes = _spec_from_shapes(shapes, hidden)
+        if args.get("model") not in RELEASED_NAMES:
+            return from_shapes
+        named = named_spec(
+            args["model"], resolution=args.get("resolution", from_shapes.input_size * 8), head_depth=hidden.head_depth
+        )
+        return replace(
+            named,
+            qk_norm=args.get("qk_norm", from_shapes.qk_norm),
+            num_classes=args.get("num_classes", from_shapes.num_classes),
+            group_size=args.get("elit_group_size", from_shapes.group_size),
+        )
+    except (InputError, TypeError) as error:
+        raise CheckpointError(f"{path}: its shapes and args do not describe an ELIT-SiT model: {error}") from error
+
+
+def _check_telling_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """The tensors that tell the spec must be there, with as many axes as they should have, none empty."""
+    for name, axes in TELLING_AXES.items():
+        if name not in shapes:
+            raise CheckpointError(f"{path}: missing {name}")
+        if len(shapes[name]) != axes or 0 in shapes[name]:
+            raise CheckpointError(f"{path}: {name} has shape {shapes[name]}, it should have {axes} axes, none empty")
+    norm = shapes.get(QK_NORM, (1,))
+    if len(norm) != 1 or 0 in norm:
+        raise CheckpointError(f"{path}: {QK_NORM} has shape {norm}, it should have one axis")
+
+
+def _hidden_numbers(
+    path: Path, shapes: Mapping[str, Shape], args: Mapping[str, Any], given: Mapping[str, int | None]
+) -> _Hidden:
+    told = _told_by_file(shapes, args)
+    for name, value in given.items():
+        if value is not None and told.get(name, value) != value:
+            raise CheckpointError(f"{path}: {name}={value} was asked for, but the file says {told[name]}; leave it out")
+    numbers = told | {name: value for name, value in given.items() if value is not None}
+    missing = [name for name in given if name not in numbers]
+    if missing:
+        options = ", ".join(f"--{name} N".replace("_", "-") for name in missing)
+        raise CheckpointError(
+            f"{path}: its args name no known size (model={args.get('model')!r}) and shapes cannot tell "
+            f"{', '.join(missing)}; give them to load_checkpoint, or {options} on the command line"
+        )
+    return _Hidden(**numbers)
+
+
+def _told_by_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[str, int]:
+    told: dict[str, int] = {}
+    if isinstance(args.get("encoder_depth"), int):
+        told["head_depth"] = args["encoder_depth"]
+    if args.get("model") in RELEASED_NAMES:
+        size = args["model"].removeprefix(f"{RELEASED_BACKBONE}-").split("/")[0]
+        _, _, told["num_heads"], told["tail_depth"] = FAMILIES[RELEASED_BACKBONE].sizes[size]
+        told.setdefault("head_depth", RELEASED_HEAD_DEPTH)
+    elif QK_NORM in shapes:
+        told["num_heads"] = shapes["pos_embed"][2] // shapes[QK_NORM][0]
+    return told
+
+
+def _spec_from_shapes(shapes: Mapping[str, Shape], hidden: _Hidden) -> ModelSpec:
+    _, tokens, width = shapes["pos_embed"]
+    _, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    depth = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+    return ModelSpec(
+        in_channels=channels,
+        input_size=isqrt(tokens) * patch,
+        patch_size=patch,
+        hidden_size=width,
+        num_heads=hidden.num_heads,
+        head_depth=hidden.head_depth,
+        core_depth=depth - hidden.head_depth - hidden.tail_depth,
+        tail_depth=hidden.tail_depth,
+        group_size=isqrt(shapes[LEARNED_QUERIES][0]),
+        qk_norm=QK_NORM in shapes,
+        mlp_ratio=shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        num_classes=shapes["y_embedder.embedding_table.weight"][0] - 1,
+    )
+
+
+# ---------------------------------------------------------------- released names
+
+READ = "input_token_editor.adapters.0."
+WRITE = "output_token_editor.adapters.0."
+LATENT_POSITIONS = f"{READ}latent_pos_embed"
+LEARNED_QUERIES = f"{READ}learned_query_embed"
+QK_NORM = "blocks.0.attn.q_norm.weight"
+# Tensors whose shapes tell the spec, and how many axes each has.
+TELLING_AXES = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    LEARNED_QUERIES: 2,
+}
+# Own prefix → released prefix; the first that fits counts.
+RELEASED_PREFIXES = {
+    "patch_embed.": "x_embedder.",
+    "y_embedder.": "y_embedder.embedding_table.",
+    "read.query": LEARNED_QUERIES,
+    "read.pos_embed": f"{READ}pos_embed",
+    "read.latent_pos_embed": LATENT_POSITIONS,
+    "read.attn.": f"{READ}fit_layer.latents_attend_to_patches.0.",
+    "read.mlp.": f"{READ}fit_layer.read_ff.0.",
+    "read.modulation.": f"{READ}fit_layer.modulation.",
+    "write.pos_embed": f"{WRITE}pos_embed",
+    "write.attn.": f"{WRITE}patches_attend_to_latents.0.",
+    "write.mlp.": f"{WRITE}write_ff.0.",
+    "final.": "final_layer.",
+}
+
+
+def released_name(name: str, spec: ModelSpec) -> str:
+    """The name that an own tensor has in a released checkpoint."""
+    first_block = {"head": 0, "core": spec.head_depth, "tail": spec.head_depth + spec.core_depth}
+    if match := re.match(r"(head|core|tail)\.(\d+)\.", name):
+        name = f"blocks.{first_block[match[1]] + int(match[2])}.{name[match.end() :]}"
+    for own, released in RELEASED_PREFIXES.items():
+        if name.startswith(own):
+            name = released + name.removeprefix(own)
+            break
+    return name.replace("modulation.linear.", "adaLN_modulation.1.")
+
+
+def _renamed(path: Path, weights: Weights, model: Elit) -> Weights:
+    """Released weights under own names; refuses anything missing, extra or mis-shaped."""
+    own = model.state_dict()
+    own_names = {released_name(name, model.spec): name for name in own}
+    table = weights[LATENT_POSITIONS]
+    if table.dim() == 2 and table.shape[0] >= model.spec.tokens:
+        weights[LATENT_POSITIONS] = table[: model.spec.tokens]  # the released table has 4096 rows
+    expected = {released: tuple(own[name].shape) for released, name in own_names.items()}
+    check_tensors(path, weights, expected)
+    return {name: weights[released] for released, name in own_names.items()}

@@ -1,0 +1,109 @@
+"""Named tensors in safetensors files, and whether they are those of a model.
+
+Own files say in their metadata what model their tensors belong to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elit_export.bundle.atomic import atomic_write
+from elit_export.errors import CheckpointError, InputError, first_line
+from elit_export.models.elit import Elit
+from elit_export.models.registry import new_model
+from elit_export.spec import DataFacts, ModelSpec
+
+Weights = dict[str, Tensor]
+Shape = tuple[int, ...]
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
+    """One file, whole or not at all."""
+    try:
+        with atomic_write(path) as temporary:
+            save_file(weights, temporary, metadata)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
+
+
+def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
+    """Tensors and metadata; raises CheckpointError if the file is damaged or says another format than `wanted`."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        weights = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
+    if metadata.get("format") != wanted:
+        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {wanted!r}")
+    return weights, metadata
+
+
+# ---------------------------------------------------------------- models
+
+
+def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
+    """Raises CheckpointError for anything missing, extra, mis-shaped or not of floating-point numbers.
+
+    Numbers of one byte have scales somewhere, which nobody here reads.
+    """
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)}, the model needs {shape}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    problems += [
+        f"{name} holds {tensor.dtype}, not floating-point numbers of 2 bytes or more"
+        for name, tensor in weights.items()
+        if not tensor.is_floating_point() or tensor.element_size() < 2
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"{path}: {'; '.join(problems[:5])}{more}")
+
+
+def meta_model(spec: ModelSpec, data: DataFacts) -> Elit:
+    try:
+        with torch.device("meta"):
+            return new_model(spec, data)
+    except InputError as error:  # a backbone that this version does not know, or cannot be
+        raise CheckpointError(str(error)) from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
+        raise CheckpointError(f"its spec describes no model that can be: {first_line(error)}") from error
+
+
+def spec_to_metadata(model: Elit) -> dict[str, str]:
+    """What the metadata of an own file says of a model."""
+    return {"spec": json.dumps(model.spec.to_dict()), "data": json.dumps(model.data.to_dict())}
+
+
+def spec_from_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[ModelSpec, DataFacts]:
+    """Inverse of spec_to_metadata; raises CheckpointError."""
+    try:
+        spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
+        data = DataFacts.from_dict(json.loads(metadata["data"]))
+        data.of_channels(spec.in_channels)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: unreadable metadata: {error}") from error
+    return spec, data
+
+
+def check_overrides(path: Path, asked: Mapping[str, int | None], spec: ModelSpec) -> None:
+    """Raises CheckpointError where a number of the spec, None for any, was asked for and is another."""
+    for name, value in asked.items():
+        if value is not None and value != getattr(spec, name):
+            raise CheckpointError(
+                f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}; leave it out"
+            )

@@ -1,0 +1,45 @@
+"""bench: what a bundle's engines cost, a command for each question."""
+
+from __future__ import annotations
+
+import click
+
+from elit_export.cli.bench.backends import backends
+from elit_export.cli.bench.engines import engines
+from elit_export.cli.bench.memory import memory, soak
+from elit_export.cli.bench.samplings import cache, samplers
+from elit_export.cli.common import say
+
+# Of version 0.1, whose `bench` was one command with flags: flag → the command, and what its options are called now.
+FLAGS = {
+    "--samplers": ("samplers", {"--rows": "--images"}),
+    "--cache-sweep": ("cache", {"--rows": "--images"}),
+    "--backends": ("backends", {}),
+    "--soak": ("soak", {"--soak": "--samplings"}),
+}
+
+
+class BenchGroup(click.Group):
+    """Takes what version 0.1 took too, with a warning: `bench BUNDLE --cache-sweep` for `bench cache BUNDLE`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            args = _renamed(args)
+        return super().parse_args(ctx, args)
+
+
+def _renamed(args: list[str]) -> list[str]:
+    flag = next((flag for flag in FLAGS if flag in args), None)
+    command, names = FLAGS[flag] if flag else ("engines", {})
+    kept = [names.get(arg, arg) for arg in args if arg != flag or arg in names]
+    say(f"`bench BUNDLE …` is now `bench {command} BUNDLE …`, and goes with the next version", json_to="-")
+    return [command, *kept]
+
+
+@click.group(cls=BenchGroup)
+def bench() -> None:
+    """Measure BUNDLE's engines. Quality of samples: elit-export evaluate."""
+
+
+for command in (engines, samplers, cache, backends, memory, soak):
+    bench.add_command(command)

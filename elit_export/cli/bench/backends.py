@@ -1,0 +1,125 @@
+"""bench backends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elit_export.backends import BACKENDS
+from elit_export.bench.limits import load_limits
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.cli.bench.options import (
+    BUNDLE,
+    CHECKPOINT_OPTION,
+    ROUNDS_OPTION,
+    ROWS_OPTION,
+    advancing,
+    opened_pipeline,
+    torch_runners,
+)
+from elit_export.cli.common import (
+    CHECK_OPTION,
+    INTERFACE_OPTION,
+    JSON_OPTION,
+    conclude,
+    progress_bar,
+    refuse_alone,
+    say,
+)
+from elit_export.cli.plan_sets import able_plan_sets
+from elit_export.cli.tables.bench import (
+    backends_tables,
+)
+from elit_export.errors import BackendUnavailable
+from elit_export.spec import Precision
+
+
+@click.command()
+@BUNDLE
+@CHECKPOINT_OPTION
+@INTERFACE_OPTION
+@ROWS_OPTION
+@ROUNDS_OPTION
+@CHECK_OPTION
+@click.option("--target", help="Only this one.  [default: all that can run here]")
+@click.option("--precision", help="Only this one.  [default: all]")
+@JSON_OPTION
+def backends(
+    bundle: Path,
+    checkpoint: str | None,
+    interface: Path | None,
+    rows: int,
+    rounds: int,
+    check: Path | None,
+    target: str | None,
+    precision: str | None,
+    json_to: str | None,
+) -> None:
+    """All plan sets that run here, side by side."""
+    from elit_export.bench.backends import compare_backends
+
+    refuse_alone(interface, checkpoint)
+    limits, opened = load_limits(check) if check else [], Bundle.open(bundle)
+    plan_sets, skipped = able_plan_sets(opened, target, precision)
+    baseline, peaks = _pytorch(opened, checkpoint, interface) if checkpoint else ({}, {})
+    with ExitStack() as stack, progress_bar() as progress:
+        competitors = [
+            _competitor(stack, opened, plan_set) for plan_set in progress.track(plan_sets, description="memory")
+        ]
+        result = compare_backends(
+            competitors,
+            baseline,
+            rows=rows,
+            rounds=rounds,
+            peaks=peaks,
+            skipped={**skipped, **_without_plans(opened)},
+            on_budget=advancing(progress, progress.add_task("", total=None)),
+        )
+    say(f"the fastest, in a recipe:\n{result.fastest_recipe}", json_to=json_to)
+    conclude(list(backends_tables(result)), {"backends": asdict(result)}, limits, json_to)
+
+
+def _competitor(stack: ExitStack, bundle: Bundle, plan_set: PlanSet) -> Any:
+    from elit_export.bench.backends import Competitor
+    from elit_export.bench.memory import bank_bytes
+    from elit_export.verify.parity import accepted_miss
+
+    held = bank_bytes(bundle.folder, plan_set)
+    opened = stack.enter_context(opened_pipeline(bundle.folder, plan_set))
+    return Competitor(plan_set, opened, accepted_miss(plan_set, bundle.manifest.graphs), held)
+
+
+def _pytorch(
+    bundle: Bundle, checkpoint: str, interface: Path | None
+) -> tuple[Mapping[str, Any], Mapping[Precision, float]]:
+    """PyTorch eager in fp32, and the matrix-product peaks that times are a share of."""
+    from elit_export.bench.backends import EAGER
+    from elit_export.bench.peaks import matmul_peaks_gflops
+
+    runners = torch_runners(bundle, checkpoint, interface, compiled=False)
+    return {EAGER: runners["eager"]}, matmul_peaks_gflops()
+
+
+def _without_plans(bundle: Bundle) -> dict[str, str]:
+    """Backends that are installed and have a device here, of which the bundle has no plans."""
+    present = {plan_set.backend for plan_set in bundle.manifest.plan_sets}
+    return {
+        name: "no plans of it in this bundle: elit-export build RECIPE --target TARGET"
+        for name in BACKENDS
+        if name not in present and _works(name)
+    }
+
+
+def _works(name: str) -> bool:
+    backend = BACKENDS[name]
+    try:
+        loader = backend.loader()
+        return any(loader.device_problem(device) == ("", "") for device in backend.devices)
+    except BackendUnavailable:
+        return False

@@ -1,0 +1,91 @@
+"""bench engines."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import click
+
+from elit_export.bench.limits import load_limits
+from elit_export.cli.bench.options import (
+    BUNDLE,
+    CHECKPOINT_OPTION,
+    ROUNDS_OPTION,
+    ROWS_OPTION,
+    advancing,
+    chosen,
+    drawer,
+    opened_pipeline,
+    torch_runners,
+)
+from elit_export.cli.common import (
+    CHECK_OPTION,
+    FILE,
+    INTERFACE_OPTION,
+    JSON_OPTION,
+    TARGET_OPTIONS,
+    conclude,
+    progress_bar,
+    refuse_alone,
+    show,
+)
+from elit_export.cli.tables.bench import (
+    bench_tables,
+    cost_table,
+)
+
+
+@click.command()
+@BUNDLE
+@CHECKPOINT_OPTION
+@INTERFACE_OPTION
+@click.option("--no-compile", is_flag=True, help="Leave torch.compile out.")
+@ROWS_OPTION
+@ROUNDS_OPTION
+@click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
+@click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
+@CHECK_OPTION
+@TARGET_OPTIONS
+@JSON_OPTION
+def engines(
+    bundle: Path,
+    checkpoint: str | None,
+    interface: Path | None,
+    no_compile: bool,
+    rows: int,
+    rounds: int,
+    no_sampling: bool,
+    plot: Path | None,
+    check: Path | None,
+    target: str | None,
+    precision: str | None,
+    json_to: str | None,
+) -> None:
+    """Time and error per budget, cost of switching, ways to sample."""
+    from elit_export.bench import engines as measured
+    from elit_export.bench.memory import bank_memory
+    from elit_export.runtime.conditioning import tokens_of
+
+    refuse_alone(interface, checkpoint)
+    limits, draw = load_limits(check) if check else [], drawer("plot_bench", plot)
+    opened, plan_set = chosen(bundle, target, precision, json_to)
+    decoder = plan_set.decoder
+    with opened_pipeline(bundle, plan_set) as pipeline:
+        show(cost_table(pipeline.spec, tokens_of(pipeline)), json_to=json_to)
+        others = torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
+        with progress_bar() as progress:
+            result = measured.bench(
+                pipeline,
+                others,
+                rows=rows,
+                rounds=rounds,
+                sampling=not no_sampling,
+                plan_bytes=plan_set.model_bytes,
+                decoder_bytes=decoder.plan.artifact.size_bytes if decoder else None,
+                memory=partial(bank_memory, opened.folder, plan_set),
+                on_stage=advancing(progress, progress.add_task("", total=None)),
+            )
+    draw(result)
+    conclude(list(bench_tables(result)), asdict(result), limits, json_to)

@@ -1,0 +1,70 @@
+"""bench memory, bench soak."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from elit_export.bench.limits import load_limits
+from elit_export.cli.bench.options import (
+    BUNDLE,
+    COUNT,
+    chosen,
+    opened_pipeline,
+)
+from elit_export.cli.common import (
+    CHECK_OPTION,
+    JSON_OPTION,
+    TARGET_OPTIONS,
+    conclude,
+    progress_bar,
+)
+from elit_export.cli.tables.bench import (
+    memory_table,
+    soak_table,
+)
+
+
+@click.command()
+@BUNDLE
+@CHECK_OPTION
+@TARGET_OPTIONS
+@JSON_OPTION
+def memory(bundle: Path, check: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
+    """What all engines hold, over what one of them does."""
+    from elit_export.bench.memory import bank_memory
+
+    limits = load_limits(check) if check else []
+    opened, plan_set = chosen(bundle, target, precision, json_to)
+    with progress_bar() as progress:
+        progress.add_task("opening engines", total=None)
+        held = bank_memory(opened.folder, plan_set)
+    facts = {"plan_bytes": plan_set.model_bytes, **(asdict(held) | {"ratio": held.ratio} if held else {})}
+    conclude([memory_table(held, plan_set.model_bytes)], {"memory": facts}, limits, json_to)
+
+
+@click.command()
+@BUNDLE
+@click.option("--samplings", type=COUNT, default=10_000, show_default=True, help="Of one image in one or two steps.")
+@CHECK_OPTION
+@TARGET_OPTIONS
+@JSON_OPTION
+def soak(
+    bundle: Path,
+    samplings: int,
+    check: Path | None,
+    target: str | None,
+    precision: str | None,
+    json_to: str | None,
+) -> None:
+    """Memory over many short samplings in one process."""
+    from elit_export.bench.soak import soak as soaked
+
+    limits = load_limits(check) if check else []
+    _, plan_set = chosen(bundle, target, precision, json_to)
+    with opened_pipeline(bundle, plan_set) as pipeline, progress_bar() as progress:
+        task = progress.add_task("sampling", total=samplings)
+        result = soaked(pipeline, samplings=samplings, on_sampling=lambda _: progress.advance(task))
+    conclude([soak_table(result)], {"soak": asdict(result)}, limits, json_to)

@@ -1,0 +1,65 @@
+"""What the commands of bench share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.progress import Progress, TaskID
+
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.cli.common import (
+    FOLDER,
+    say_accepted,
+)
+from elit_export.runtime.opening import chosen_plan_set
+from elit_export.runtime.pipeline import Pipeline
+
+COUNT = click.IntRange(min=1)
+BUNDLE = click.argument("bundle", type=FOLDER)
+CHECKPOINT_OPTION = click.option("--checkpoint", help="Time PyTorch beside the engines, in turn in this process.")
+ROWS_OPTION = click.option("--rows", type=COUNT, default=8, show_default=True, help="Engine rows per call.")
+ROUNDS_OPTION = click.option(
+    "--rounds", type=COUNT, default=10, show_default=True, help="Measured calls of each, after warm-up."
+)
+IMAGES_OPTION = click.option("--images", type=COUNT, default=8, show_default=True, help="Sampled at once.")
+GUIDANCE_OPTION = click.option("--guidance", default="none", show_default=True)
+
+
+def advancing(progress: Progress, task: TaskID) -> Callable[[str, int], None]:
+    """What hears the stages of some work, and how many there are."""
+    return lambda stage, total: progress.update(task, description=stage, advance=1, total=total)
+
+
+def chosen(bundle: Path, target: str | None, precision: str | None, json_to: str | None) -> tuple[Bundle, PlanSet]:
+    opened = Bundle.open(bundle)
+    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+    say_accepted(opened, plan_set, json_to=json_to)
+    return opened, plan_set
+
+
+def opened_pipeline(bundle: Path, plan_set: PlanSet) -> Pipeline:
+    return Pipeline.load(bundle, target=plan_set.target, precision=plan_set.precision.value)
+
+
+def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Mapping[str, Any]:
+    from elit_export.models.upcast import upcast_whole
+    from elit_export.verify.check import model_of
+    from elit_export.verify.reference import torch_engine
+
+    model = upcast_whole(model_of(bundle, checkpoint, interface))
+    eager = {"eager": torch_engine(model)}
+    return {**eager, "compile": torch_engine(model, compiled=True)} if compiled else eager
+
+
+def drawer(function: str, plot: Path | None) -> Callable[[Any], None]:
+    """What draws into a file, if one is named; refuses before anything is measured if matplotlib is not there."""
+    if plot is None:
+        return lambda _result: None
+    from elit_export.report import plots
+
+    return partial(getattr(plots, function), path=plot)

@@ -1,0 +1,180 @@
+"""demo: the shipped model from checkpoint to pictures, one row of images per budget and one that mixes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import shipped_recipe
+from elit_export.cli.common import FOLDER, JSON_OPTION, build_progress, progress_bar, say, show, write_json
+from elit_export.cli.tables.inspect import table
+from elit_export.cli.tools import TOOLS
+from elit_export.cost.flops import flops_per_image
+from elit_export.errors import BackendUnavailable, InputError
+from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
+from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.spec import listed
+
+if TYPE_CHECKING:
+    from elit_export.bundle.store import Progress
+
+STEPS = 15
+SAMPLER = "ab3"
+SCALE = 2
+SEED = 7
+ZOOM = 3
+IMAGES = 10  # in a row, if the model has as many classes
+
+
+@dataclass(frozen=True)
+class DemoWay:
+    """How one row is sampled."""
+
+    name: str
+    schedule: str
+    guidance: str
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One row of the picture. `flops_per_image` counts every engine call of the trajectory."""
+
+    name: str
+    guidance: str
+    sample: Sample
+    images: Pixels
+    flops_per_image: float
+
+    @property
+    def ms_per_image(self) -> float:
+        return self.sample.ms_per_image
+
+
+def build_demo(folder: Path, progress: Progress) -> Pipeline:
+    """Build the shipped recipe's CPU target and open it; needs torch."""
+    from elit_export.compiler.build import compile_bundle
+
+    compile_bundle(shipped_recipe(), "cpu", out=folder / "bundle", progress=progress)
+    return Pipeline.load(folder / "bundle", target="cpu")
+
+
+def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pipeline:
+    """Open a bundle that is already built; raises InputError if it takes text, or no pictures can be made of it."""
+    if Bundle.open(bundle).manifest.model.spec.text_width:
+        raise InputError(
+            f"the demo draws classes, and {bundle} takes text: elit-export sample {bundle} --prompt TEXT "
+            f"--encoder FOLDER, or --prompts FILE.npz"
+        )
+    pipeline = Pipeline.load(bundle, target=target, precision=precision)
+    if not pipeline.makes_pictures:
+        pipeline.close()
+        raise InputError(
+            f"{bundle} samples latents of a VAE ({pipeline.data.vae or 'unknown'}) and has no decoder to draw them "
+            f"with: {DECODER_REMEDY}, or write them as they are: elit-export sample {bundle}"
+        )
+    return pipeline
+
+
+def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
+    """Every named budget that the engines cover, with CFG, then a mixed schedule with cheap CFG."""
+    names = [name for name, budget in pipeline.spec.named_budgets.items() if budget in pipeline.bank.covered]
+    if not names:
+        raise InputError(
+            f"no profile covers any of {', '.join(pipeline.spec.named_budgets)}, the budgets of the demo; "
+            f"the engines cover {listed(pipeline.bank.covered)}: elit-export sample BUNDLE --schedule BUDGET"
+        )
+    ways = [DemoWay(name, name, f"cfg:{SCALE}") for name in names]
+    if len(names) > 1:
+        middle, half = "quarter" if "quarter" in names else names[-1], STEPS // 2
+        mixed = f"0-{half - 1}:{middle},{half}-{STEPS - 1}:{names[0]}"
+        ways.append(DemoWay(f"{middle}, then {names[0]}", mixed, f"ccfg:{SCALE}@{names[-1]}"))
+    return ways
+
+
+def demo_rows(pipeline: Pipeline, ways: list[DemoWay]) -> Iterator[DemoRow]:
+    """The first classes once each way; the same seeds."""
+    labels = list(range(min(IMAGES, pipeline.spec.num_classes)))
+    pipeline.sample(labels, steps=2, schedule=ways[0].name, guidance=ways[0].guidance)  # warm up
+    for way in ways:
+        sample = pipeline.sample(
+            labels, steps=STEPS, sampler=SAMPLER, schedule=way.schedule, guidance=way.guidance, seed=SEED
+        )
+        images = pipeline.decode(sample.latents)
+        yield DemoRow(way.name, way.guidance, sample, images, flops_per_image(sample, pipeline.spec))
+
+
+def save_picture(rows: list[DemoRow], path: Path) -> None:
+    picture = grid([row.images for row in rows], zoom=zoom_of(rows[0].images, ZOOM))
+    with atomic_write(path) as temporary:
+        picture.save(temporary, optimize=True)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@click.command()
+@click.option("--out", type=FOLDER, default=Path("elit-export-demo"), show_default=True)
+@click.option("--bundle", type=FOLDER, help="Draw from this bundle and build nothing; needs no torch.")
+@click.option("--target", help="Of --bundle; needed if it has several.")
+@click.option("--precision", help="Of --bundle; needed if the target has several.")
+@JSON_OPTION
+def demo(out: Path, bundle: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
+    """Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them."""
+    if bundle is None and (target or precision):
+        raise InputError("--target and --precision choose from a bundle: give --bundle BUNDLE too")
+    pipeline = open_demo(bundle, target=target, precision=precision) if bundle else built_demo(out)
+    with pipeline, progress_bar() as progress:
+        ways = demo_ways(pipeline)
+        rows = list(progress.track(demo_rows(pipeline, ways), total=len(ways), description="sampling"))
+    picture = out / "demo.png"
+    save_picture(rows, picture)
+    show_demo(rows, json_to)
+    engines = bundle or out / "bundle"
+    say(f"wrote {picture}, one row of images for each row of the table; engines in {engines}", json_to=json_to)
+
+
+def built_demo(out: Path) -> Pipeline:
+    """Raises BackendUnavailable where the libraries of building are not installed."""
+    try:
+        with progress_bar() as progress:
+            return build_demo(out, build_progress(progress))
+    except ModuleNotFoundError as error:
+        if error.name not in TOOLS:
+            raise
+        raise BackendUnavailable(
+            f"building the shipped model needs {error.name}: pip install 'elit-export[{TOOLS[error.name].extra}]', "
+            f"or draw from a bundle that was built elsewhere: elit-export demo --bundle BUNDLE"
+        ) from error
+
+
+def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
+    full = rows[0]
+    facts = [
+        {
+            "row": row.name,
+            "guidance": row.guidance,
+            "ms_per_image": row.ms_per_image,
+            "gflop_per_image": row.flops_per_image / 1e9,
+        }
+        for row in rows
+    ]
+    cells = [
+        (
+            row.name,
+            row.guidance,
+            f"{row.ms_per_image:.1f}",
+            f"{row.ms_per_image / full.ms_per_image:.2f}",
+            f"{row.flops_per_image / full.flops_per_image:.2f}",
+        )
+        for row in rows
+    ]
+    columns = ("budget", "guidance", "ms per image", f"time / {full.name}", f"FLOPs / {full.name}")
+    title = f"{len(full.sample.records)} steps, {len(full.sample.labels)} images at once"
+    show(table(title, columns, cells), json_to=json_to)
+    write_json(facts, json_to)

@@ -1,0 +1,80 @@
+"""evaluate: judge samples of every plan set that can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+from rich.progress import Progress
+
+from elit_export.bench.limits import load_limits
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.cli.common import CHECK_OPTION, FOLDER, JSON_OPTION, conclude, progress_bar, say_accepted
+from elit_export.cli.plan_sets import able_plan_sets
+from elit_export.cli.tables.bench import quality_table
+from elit_export.evaluate.quality import WAYS, Way, quality
+from elit_export.runtime.pipeline import Pipeline
+
+COUNT = click.IntRange(min=1)
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--images", type=COUNT, default=512, show_default=True, help="Images of each row.")
+@click.option("--guidance", default="cfg:2", show_default=True)
+@click.option("--way", "ways", multiple=True, metavar="SAMPLER:STEPS", help="[default: euler:50, ab3:14]")
+@click.option("--classifier", metavar="FILE", help="What train-classifier made.  [default: the shipped one]")
+@CHECK_OPTION
+@click.option("--target", help="Only this one.  [default: all that can run here]")
+@click.option("--precision", help="Only this one.  [default: all]")
+@JSON_OPTION
+def evaluate(
+    bundle: Path,
+    images: int,
+    guidance: str,
+    ways: tuple[str, ...],
+    classifier: str | None,
+    check: Path | None,
+    target: str | None,
+    precision: str | None,
+    json_to: str | None,
+) -> None:
+    """Measure the quality of BUNDLE's samples, as a classifier of real images sees it.
+
+    Plan sets take turns, the most precise first; each is open only while it is measured.
+    """
+    from elit_export.evaluate.evaluator import SHIPPED, load_judge
+
+    limits = load_limits(check) if check else []
+    chosen = tuple(Way.parse(way) for way in dict.fromkeys(ways)) or WAYS
+    judge = load_judge(classifier or SHIPPED)
+    opened = Bundle.open(bundle)
+    measured, skipped = able_plan_sets(opened, target, precision)
+    for plan_set in measured:
+        say_accepted(opened, plan_set, json_to=json_to)
+    with progress_bar() as progress:
+        result = quality(
+            opened_in_turn(opened, measured, progress),
+            judge,
+            images=images,
+            guidance=guidance,
+            ways=chosen,
+            seed=0,
+            skipped=skipped,
+            on_images=lambda what, done, total: progress.update(
+                progress.task_ids[-1], description=what, advance=done, total=total
+            ),
+        )
+    conclude([quality_table(result)], {"quality": asdict(result)}, limits, json_to)
+
+
+def opened_in_turn(bundle: Bundle, plan_sets: Sequence[PlanSet], progress: Progress) -> Iterator[tuple[str, Pipeline]]:
+    """A pipeline each, with a bar of its own."""
+    for plan_set in plan_sets:
+        name = plan_set.precision.value
+        with Pipeline.load(bundle.folder, target=plan_set.target, precision=name) as pipeline:
+            progress.add_task("", total=None)
+            yield plan_set.target, pipeline

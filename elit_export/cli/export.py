@@ -1,0 +1,33 @@
+"""export: a checkpoint as one ONNX graph for every budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elit_export.cli.common import FOLDER, INTERFACE_OPTION, architecture_options, say
+from elit_export.spec import STEP, Precision
+
+PRECISION = click.Choice([precision.value for precision in Precision if not precision.quantized])
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.option("--out", type=FOLDER, required=True, help="Folder for step.onnx and its weights.")
+@click.option("--precision", type=PRECISION, default=Precision.FP32.value, show_default=True)
+@INTERFACE_OPTION
+@architecture_options
+def export(checkpoint: str, out: Path, precision: str, interface: Path | None, **numbers: Any) -> None:
+    """Export CHECKPOINT as one ONNX graph for every budget.
+
+    CHECKPOINT is a .pt or .safetensors file, shipped:fashion or, with --interface, a folder of diffusers. Its weights
+    are read one by one, so that it may be larger than the memory.
+    """
+    from elit_export.checkpoints.native import stored_checkpoint
+    from elit_export.graphs.export import export_graph
+
+    model = stored_checkpoint(checkpoint, interface=interface, **numbers)
+    path = export_graph(model, STEP, out, Precision(precision))
+    say(f"wrote {path} and {path.name}.data")

@@ -1,0 +1,33 @@
+"""inspect: what a checkpoint or a bundle holds, or a named model would ask of a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from elit_export.cli.common import INTERFACE_OPTION, JSON_OPTION, architecture_options, show, write_json
+from elit_export.cli.tables.inspect import inspection_tables
+
+
+@click.command()
+@click.argument("path")
+@INTERFACE_OPTION
+@click.option("--resolution", type=int, default=256, show_default=True, help="Pixels along a side, of a named model.")
+@click.option("--text", type=int, help="Tokens of a prompt, for FLOPs.  [default: a bundle's usual ones, else 128]")
+@architecture_options
+@JSON_OPTION
+def inspect(
+    path: str, interface: Path | None, resolution: int, text: int | None, json_to: str | None, **numbers: int | None
+) -> None:
+    """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.
+
+    In place of a PATH the name of a model shows what it would ask of a GPU.
+    """
+    from elit_export.cli.tables.deployment import deployment_tables
+    from elit_export.report.inspection import inspect_path
+
+    facts = inspect_path(path, interface=interface, resolution=resolution, text=text, **numbers)
+    tables = [*inspection_tables(facts), *deployment_tables(facts)]
+    show(*tables, json_to=json_to)
+    write_json(facts, json_to)

@@ -1,0 +1,138 @@
+"""The options by which commands take prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from elit_export.cli.common import FILE, FOLDER
+from elit_export.errors import InputError
+from elit_export.runtime.choices import Chosen
+from elit_export.runtime.prompts import Embedded, Prompts
+from elit_export.spec import LONGEST_TEXT, ModelSpec
+from elit_export.text.encoder import Weights, embedded_by
+from elit_export.text.files import load_prompts
+from elit_export.text.folder import EncoderFolder, read_encoder
+
+PROMPT = click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What an image shows; may be repeated.")
+NEGATIVE = click.option("--negative", metavar="TEXT", help="What guidance leads all images away from; may be empty.")
+EMBEDDED = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as `embed` writes them.")
+WEIGHTS = click.option(
+    "--encoder-weights",
+    "weights",
+    type=click.Choice([choice.value for choice in Weights]),
+    help="stored: as in its files, half the memory for bfloat16 ones.  [default: float32]",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What the options say about images of a text-to-image model."""
+
+    texts: tuple[str, ...]
+    negative: str | None
+    encoder: Path | None
+    file: Path | None
+    weights: str | None
+
+    @property
+    def given(self) -> list[str]:
+        """The options that were."""
+        options = {"--prompts": self.file, "--prompt": self.texts or None, "--negative": self.negative}
+        options |= {"--encoder": self.encoder, "--encoder-weights": self.weights}
+        return [name for name, value in options.items() if value is not None]
+
+    def refuse_to_overwrite(self, out: Path, arrays: Path) -> None:
+        """Raise InputError if latents were to be written into the file of embeddings."""
+        if self.file is not None and self.file.resolve() == arrays.resolve():
+            raise InputError(f"--out {out} would overwrite {self.file} with latents: choose another name")
+
+    def refuse_for_classes(self) -> None:
+        """Raise InputError if anything is told to a model that draws classes."""
+        if self.given:
+            raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
+
+    def prompts(
+        self, spec: ModelSpec, labels: str, chosen: Chosen, longest: int, rehearse: Callable[[Prompts], object]
+    ) -> Prompts:
+        """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError.
+
+        `rehearse` raises what a sampling would that is to show them. An encoder is asked last, when all else is known
+        to be right, and before engines are opened: it may take as much memory. Engines take `longest` tokens at most.
+        """
+        if labels:
+            raise InputError(f"--labels {labels}: this model takes text: {HOW}")
+        if self.file is not None:
+            if len(self.given) > 1:
+                raise InputError(f"--prompts holds all that is told: leave {self.given[1]} out")
+            prompts = load_prompts(self.file).checked(spec)
+            rehearse(prompts)
+            return prompts
+        if not self.texts or self.encoder is None:
+            wanted = "--encoder is missing" if self.texts else "--prompt is missing"
+            raise InputError(f"{wanted}, this model takes text: {HOW}")
+        if chosen.needs_null and self.negative is None:
+            raise InputError(
+                f"guidance {chosen.guidance} leads away from a negative prompt: give --negative TEXT, or ''"
+            )
+        if self.negative is not None and not chosen.needs_null:
+            raise InputError(f"guidance {chosen.guidance} leads away from no --negative: leave it out, or add cfg:4")
+        folder = read_encoder(self.encoder)
+        folder.check_fits(spec)
+        rehearse(self._of_one_token(spec))
+        return embedded(folder, self.texts, self.negative, self.weights, longest).checked(spec)
+
+    def _of_one_token(self, spec: ModelSpec) -> Prompts:
+        """As many prompts as are told, for whoever asks nothing else of them."""
+        told = Embedded(np.zeros((len(self.texts), 1, spec.text_width), np.float32), np.ones((len(self.texts), 1), int))
+        return Prompts(told, told if self.negative is not None else None)
+
+
+def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
+    """Embeddings for a model that takes text, None for one of classes; raises InputError if the file fits neither."""
+    if not spec.text_width:
+        if file is not None:
+            raise InputError(f"--prompts {file}: this model takes no text, it draws classes: leave --prompts out")
+        return None
+    if file is None:
+        raise InputError("--prompts is missing, this model takes text: write some with elit-export embed FOLDER")
+    return load_prompts(file).checked(spec)
+
+
+HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"
+
+
+def embedded(
+    folder: Path | EncoderFolder,
+    texts: Sequence[str],
+    negative: str | None,
+    weights: str | None,
+    longest: int = LONGEST_TEXT,
+) -> Prompts:
+    """As the options say it; raises InputError, CheckpointError or BackendUnavailable."""
+    how = Weights(weights) if weights else Weights.FLOAT32
+    return embedded_by(folder, texts, negatives_of(negative), weights=how, longest=longest)
+
+
+def negatives_of(negative: str | None) -> tuple[str, ...]:
+    return () if negative is None else (negative,)
+
+
+def told_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of Told; the command gets it as `told`."""
+
+    @wraps(command)
+    def telling(**options: Any) -> Any:
+        told = Told(**{name: options.pop(name) for name in Told.__dataclass_fields__})
+        return command(told=told, **options)
+
+    encoder = click.option("--encoder", type=FOLDER, help="Of --prompt: a folder with text_encoder/ and tokenizer/.")
+    for option in (WEIGHTS, EMBEDDED, encoder, NEGATIVE, PROMPT):
+        telling = option(telling)
+    return telling

@@ -1,0 +1,1 @@
+"""Facts → tables for people. Nothing here prints."""

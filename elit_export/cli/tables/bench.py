@@ -1,0 +1,269 @@
+"""What was measured → tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from elit_export.bench.backends import BackendRow, BackendsResult, BackendTime
+from elit_export.bench.cache import CONTROLS, SweepResult, SweepRow
+from elit_export.bench.engines import ENGINE, BenchResult, BudgetResult
+from elit_export.bench.memory import BankMemory
+from elit_export.bench.samplers import SolverError
+from elit_export.bench.samplings import SamplingResult
+from elit_export.bench.soak import SoakResult
+from elit_export.cli.tables.inspect import size, table
+from elit_export.cost.flops import flops
+from elit_export.evaluate.quality import Estimate, QualityResult, QualityRow
+from elit_export.evaluate.statistics import JudgeFacts
+from elit_export.spec import ModelSpec
+
+# ---------------------------------------------------------------- bench
+
+
+def cost_table(spec: ModelSpec, text: int) -> Table:
+    """Before anything runs: where the FLOPs of one image's forward pass go; `text` tokens are 0 without any."""
+    parts = ("head", "read", "core", "write", "tail", "other", "total")
+    rows = []
+    for name, budget in spec.named_budgets.items():
+        cost = flops(spec, budget, text=text)
+        rows.append((f"{name} ({budget})", *(f"{getattr(cost, part) / 1e9:.3g}" for part in parts)))
+    told = f", {text} tokens of text" if text else ""
+    return table(f"cost in GFLOP (one image, one forward pass{told})", ("budget", *parts), rows)
+
+
+def bench_tables(result: BenchResult) -> Iterator[Table]:
+    """Budgets, then ways to sample, with what concerns the whole in the captions."""
+    largest = result.budgets[0]
+    others = list(largest.speedups)
+    relative = (f"time / {largest.name}", f"FLOPs / {largest.name}")
+    columns = ("budget", "ms per call", "10-90 %", "images/s", "GFLOP/s", "of peak", *relative)
+    made = table(
+        f"one engine call of {result.rows} rows",
+        (*columns, *(f"{name} / {ENGINE}" for name in others), "SQNR dB"),
+        [_budget_cells(budget, others) for budget in result.budgets],
+    )
+    made.caption = "; ".join(_bench_notes(result))
+    yield made
+    if not result.samplings:
+        return
+    yield table(
+        f"ways to sample, error against a fine solution at {largest.name}",
+        ("way", "ms per image", "speed-up", "GFLOP per image", "outside engines", "ms of it a step", "SQNR dB"),
+        [_way_cells(way) for way in result.samplings],
+    )
+
+
+def _bench_notes(result: BenchResult) -> Iterator[str]:
+    yield f"matrix-product peak {result.peak_gflops:.0f} GFLOP/s"
+    yield f"alternating budgets takes {result.switching:.2f} of running each by itself"
+    yield f"the plans take {size(result.plan_bytes)} on disk"
+    if result.bank_bytes is not None and result.bank_memory_ratio is not None:
+        yield f"all engines hold {size(result.bank_bytes)}, {result.bank_memory_ratio:.2f} of one"
+    if result.resident_bytes is not None:
+        yield f"the whole process holds {size(result.resident_bytes)}"
+    if decode := result.decode:
+        yield f"decoding {decode.images} at once takes {decode.ms_per_image:.1f} ms per image"
+        yield f"the plan of the decoder takes {size(decode.plan_bytes)} on disk more"
+
+
+def _budget_cells(budget: BudgetResult, others: Sequence[str]) -> tuple[str, ...]:
+    engine = budget.timings[ENGINE]
+    return (
+        budget.budget,
+        f"{engine.median_ms:.2f}",
+        f"{engine.low_ms:.2f}-{engine.high_ms:.2f}",
+        f"{budget.images_per_s:.0f}",
+        f"{budget.gflops_per_s:.0f}",
+        f"{budget.share_of_peak:.0%}",
+        f"{budget.time_over_largest:.2f}",
+        f"{budget.flops_over_largest:.2f}",
+        *(f"{budget.speedups[name]:.2f}" for name in others),
+        "" if budget.sample_sqnr_db is None else f"{budget.sample_sqnr_db:.1f}",
+    )
+
+
+def _way_cells(way: SamplingResult) -> tuple[str, ...]:
+    return (
+        way.name,
+        f"{way.ms_per_image:.1f}",
+        f"{way.speedup:.2f}",
+        f"{way.flops_per_image / 1e9:.3g}",
+        f"{way.outside_engines:.1%}",
+        f"{way.outside_ms_per_step:.2f}",
+        f"{way.sqnr_db:.1f}",
+    )
+
+
+def sweep_tables(result: SweepResult) -> Iterator[Table]:
+    """The ways that are not cached, then the cached ones beside the controls at their time."""
+    title = f"schedule {result.schedule}, guidance {result.guidance}, {result.images} images"
+    columns = ("way", "calls", "reused", "probes", "ms/image", "time/calls", "speed-up", "dB")
+    plain = [_sweep_cells(row) for row in result.rows if not row.control_db]
+    cached = [_sweep_cells(row) for row in result.rows if row.control_db]
+    yield table(title, columns, plain)
+    controls = tuple(f"dB of {name}" for name in CONTROLS)
+    made = table(f"cached, and what the controls have in the same engine time: {title}", (*columns, *controls), cached)
+    best = "; ".join(f"{level}: {name}" for level, name in result.best.items())
+    made.caption = (
+        f"dB against Heun at {result.fine_steps} steps; time/calls is 1 where a run costs what its calls do; "
+        f"reuse takes {result.reuse_over_step:.1%} of a step, probe "
+        f"{result.probe_over_step:.1%}; the cheapest within so many dB of 50 Euler steps: {best}"
+    )
+    yield made
+
+
+def _sweep_cells(row: SweepRow) -> tuple[str, ...]:
+    controls = ("–" if error is None else f"{error:.1f}" for error in row.control_db.values())
+    return (
+        row.name,
+        str(row.computed),
+        str(row.reused),
+        str(row.probes),
+        f"{row.ms_per_image:.1f}",
+        f"{row.over_parts:.2f}",
+        f"{row.speedup:.2f}",
+        f"{row.sqnr_db:.1f}",
+        *controls,
+    )
+
+
+def backends_tables(result: BackendsResult) -> Iterator[Table]:
+    """A row for each plan set, then each at each budget."""
+    largest, *_ = next(iter(result.backends)).times
+    made = table(
+        "plan sets that run here, fastest first",
+        ("plan set", "backend", f"ms at {largest}", "plans", "memory", "dB to PyTorch"),
+        [
+            _backend_cells(row, largest)
+            for row in sorted(result.backends, key=lambda row: row.times[largest].timing.median_ms)
+        ],
+    )
+    made.caption = Text("; ".join(_backend_notes(result)))
+    yield made
+    yield table(
+        f"one call of {result.rows} rows",
+        ("plan set", "budget", "ms", "10-90 %", f"{result.baseline} / it", "GFLOP/s", "of peak", "time over FLOPs"),
+        [_backend_time_cells(row, time) for row in result.backends for time in row.times.values()],
+    )
+
+
+def _backend_cells(row: BackendRow, largest: str) -> tuple[str, ...]:
+    return (
+        row.name,
+        row.backend,
+        f"{row.times[largest].timing.median_ms:.1f}",
+        size(row.plan_bytes),
+        "unknown" if row.held_bytes is None else size(row.held_bytes),
+        "not compared"
+        if row.parity_db is None
+        else f"{row.parity_db:.0f}" + (" (accepted)" if row.accepted_miss else ""),
+    )
+
+
+def _backend_time_cells(row: BackendRow, time: BackendTime) -> tuple[str, ...]:
+    return (
+        row.name,
+        time.budget,
+        f"{time.timing.median_ms:.1f}",
+        f"{time.timing.low_ms:.1f}-{time.timing.high_ms:.1f}",
+        f"{time.speedup:.2f}",
+        f"{time.gflops_per_s:.0f}",
+        "" if time.share_of_peak is None else f"{time.share_of_peak:.0%}",
+        f"{time.time_over_flops:.2f}",
+    )
+
+
+def _backend_notes(result: BackendsResult) -> Iterator[str]:
+    yield from (f"{precision} matrix-product peak {peak:.0f} GFLOP/s" for precision, peak in result.peaks.items())
+    yield from (
+        f"{row.name} is below tolerance, accepted: {row.accepted_miss}" for row in result.backends if row.accepted_miss
+    )
+    yield from (f"{name} not measured: {reason}" for name, reason in result.skipped.items())
+
+
+def soak_table(result: SoakResult) -> Table:
+    """Memory over many samplings, in one row."""
+    growth = result.growth_bytes_per_sampling
+    return table(
+        f"resident memory, the first {result.warmup} samplings left out",
+        ("samplings", "seconds", "after warm-up", "at end", "growth, bytes per sampling"),
+        [
+            (
+                str(result.samplings),
+                f"{result.seconds:.1f}",
+                *("unknown" if held is None else size(held) for held in (result.start_bytes, result.end_bytes)),
+                "unknown" if growth is None else f"{growth:.1f}",
+            )
+        ],
+    )
+
+
+# ---------------------------------------------------------------- quality
+
+
+def quality_table(result: QualityResult) -> Table:
+    """A row per plan set, way and budget; what real images reach is in the caption."""
+    first = result.rows[0]
+    columns = ("target", "precision", "way", "budget", "agreement", "change", "Fréchet", "change", "dB")
+    made = table(
+        f"{result.images} images, guidance {result.guidance}, as a classifier sees them",
+        columns,
+        [_quality_cells(row) for row in result.rows],
+    )
+    made.caption = "; ".join(
+        [
+            f"agreement: predicted class is the asked one (of real test images {result.real_agreement:.3f})",
+            f"Fréchet: distance of {result.features} features to {result.real_images} real test images (one half of "
+            f"these to the other {result.halves_floor.distance:.3g}, {result.floor.images} of them to the rest "
+            f"{result.floor.distance:.3g} ± {result.floor.spread:.2g})",
+            f"changes are to {first.way} at {first.name} in {first.precision} and paired, ± is one standard error",
+            f"dB: samples against those of the same way at {first.name} in {first.precision}",
+            *(f"not measured: {name}: {reason}" for name, reason in result.skipped.items()),
+        ]
+    )
+    return made
+
+
+def floors_table(facts: JudgeFacts) -> Table:
+    """How far real images are from real ones, by how many there are."""
+    made = table(
+        f"{facts.test_images} test images, accuracy {facts.test_accuracy:.4f}",
+        ("images", "Fréchet distance to the other test images", "± between draws"),
+        [(str(floor.images), f"{floor.distance:.3f}", f"{floor.spread:.3f}") for floor in facts.floors],
+    )
+    made.caption = "the last line compares two halves; evenly of all classes"
+    return made
+
+
+def _quality_cells(row: QualityRow) -> tuple[str, ...]:
+    return (
+        row.target,
+        row.precision,
+        row.way,
+        f"{row.name} ({row.budget})",
+        _with_error(row.agreement, ".3f"),
+        _with_error(row.agreement_change, "+.3f"),
+        _with_error(row.frechet, ".2f"),
+        _with_error(row.frechet_change, "+.2f"),
+        "–" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
+    )
+
+
+def _with_error(estimate: Estimate, form: str) -> str:
+    return f"{estimate.value:{form}} ± {estimate.error:{form.removeprefix('+')}}"
+
+
+def samplers_table(title: str, errors: Sequence[SolverError]) -> Table:
+    """A row per sampler and step count."""
+    rows = [(error.sampler, str(error.steps), str(error.calls), f"{error.sqnr_db:.1f}") for error in errors]
+    return table(title, ("sampler", "steps", "calls", "SQNR dB"), rows)
+
+
+def memory_table(held: BankMemory | None, plan_bytes: int) -> Table:
+    """What all engines hold, in one row."""
+    cells = (size(held.whole_bytes), size(held.one_bytes), f"{held.ratio:.2f}") if held else ("unknown",) * 3
+    columns = ("plans on disk", "all engines", "that of the largest budgets", "ratio")
+    return table("resident memory of the engines", columns, [(size(plan_bytes), *cells)])

@@ -1,0 +1,189 @@
+"""What a bundle or a checkpoint holds → tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from elit_export.bundle.manifest import CacheCalibration
+from elit_export.spec import by_channel_text
+from elit_export.verify.parity import Comparison
+
+Facts = dict[str, Any]
+UNITS = ("B", "kB", "MB", "GB")
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """First column to the left, the others to the right."""
+    made = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*(Text(cell) for cell in row))
+    return made
+
+
+def size(size_bytes: float) -> str:
+    for unit in UNITS[:-1]:
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} {UNITS[-1]}"
+
+
+def inspection_tables(facts: Facts) -> Iterator[Table]:
+    """All tables of `inspect`."""
+    yield table("model", ("fact", "value"), list(_model_rows(facts)))
+    text = f" and {facts['text_tokens']} text tokens" if facts["text_tokens"] else ""
+    budgets = table(
+        f"budgets (one forward pass of one image{text})",
+        ("name", "budget", "GFLOP", "of full"),
+        [_budget_row(budget) for budget in facts["budgets"]],
+    )
+    budgets.caption = f"without Read and Write: {facts['flops_without_interface'] / 1e9:.4g} GFLOP"
+    yield budgets
+    for plan_set in facts.get("plan_sets", ()):
+        yield _plan_set_table(plan_set)
+        if decoder := plan_set["decoder"]:
+            yield _decoder_table(plan_set["target"], decoder)
+    if calibration := facts.get("cache_calibration"):
+        yield calibration_table(CacheCalibration.model_validate(calibration))
+
+
+def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    for name in ("kind", "name", "file", "parameters", "package_version", "checkpoint_sha256"):
+        if name in facts:
+            yield name, str(facts[name])
+    if "size_bytes" in facts:
+        yield "size", size(facts["size_bytes"])
+    for name, graph in facts.get("graphs", {}).items():
+        error = "" if graph["sqnr_db"] is None else f", {graph['sqnr_db']:.0f} dB to PyTorch in ONNX Runtime"
+        yield f"graph {name}", f"{size(graph['size_bytes'])}{error}"
+    for group in ("spec", "shapes"):
+        for name, value in facts[group].items():
+            yield name, str(value)
+    data = facts["data"]
+    yield "data", f"pixels {data['low']:g}..{data['high']:g}" if data["kind"] == "pixels" else f"VAE {data['vae']}"
+
+
+def _budget_row(budget: Facts) -> tuple[str, str, str, str]:
+    return budget["name"], budget["budget"], f"{budget['flops'] / 1e9:.4g}", f"{budget['share_of_full']:.1%}"
+
+
+def _plan_set_table(plan_set: Facts) -> Table:
+    built = plan_set["plans"].values()
+    libraries = sorted({f"{name} {version}" for plan in built for name, version in plan["versions"].items()})
+    plans = ", ".join(f"{name} {size(plan['size_bytes'])}" for name, plan in plan_set["plans"].items())
+    ranges = ("latents", "rows", *(["text"] if any(profile["text"] for profile in plan_set["profiles"]) else []))
+    made = table(
+        f"target {plan_set['target']}: {plan_set['backend']} on {plan_set['device']}, {plan_set['precision']}, "
+        f"budgets {plan_set['covered']}",
+        ("profile", *ranges, "parity with PyTorch"),
+        [
+            (profile["name"], *(profile[name] for name in ranges), parity_text(profile["parity"]))
+            for profile in plan_set["profiles"]
+        ],
+    )
+    calibrated = f"; calibrated on {plan_set['samples']['samples']} real inputs" if plan_set["samples"] else ""
+    accepted = f"; below tolerance, accepted: {plan_set['accepted_miss']}" if plan_set["accepted_miss"] else ""
+    made.caption = Text(f"built with {', '.join(libraries)}; plans: {plans}{calibrated}{accepted}")
+    return made
+
+
+def _decoder_table(target: str, decoder: Facts) -> Table:
+    side, pixels = decoder["side"], decoder["side"] * decoder["factor"]
+    scale, shift = (by_channel_text(tuple(decoder[name])) for name in ("scale", "shift"))
+    return table(
+        f"decoder of target {target}",
+        ("fact", "value"),
+        [
+            ("class", decoder["class_name"]),
+            ("takes", f"latents / {scale} + {shift}, {decoder['channels']} channels"),
+            ("one call", f"{side}×{side} latents → {pixels}×{pixels} pixels, rows {decoder['rows']}"),
+            ("parity with diffusers", parity_text(decoder["parity"])),
+            ("sha256", decoder["sha256"]),
+        ],
+    )
+
+
+def parity_text(parity: Facts) -> str:
+    if parity["sqnr_db"] is None:
+        return f"{parity['status']} ({parity['reason']})"
+    found = f"{parity['sqnr_db']:.0f} dB, max error {parity['max_relative']:.1e}"
+    return found if parity["status"] == "passed" else f"{found}; below tolerance, accepted: {parity['reason']}"
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def calibration_table(calibration: CacheCalibration) -> Table:
+    """Each fit, with what it explains on images that it was not fitted to."""
+    steps = ", ".join(str(count) for count in calibration.steps)
+    made = table(
+        f"change of the residual by distance of the signal, {calibration.images} images at {steps} steps, "
+        f"guidance {', '.join(calibration.guidance)}",
+        (
+            "budget",
+            "polynomial, lowest power first",
+            "distances",
+            "pairs",
+            "RMS error",
+            "R²",
+            "R² at equal steps",
+            "rank",
+        ),
+        [
+            (
+                "all" if fit.kept is None else str(fit.kept),
+                " ".join(f"{coefficient:.4g}" for coefficient in fit.coefficients),
+                f"{fit.low:.3g}..{fit.high:.3g}",
+                str(fit.pairs),
+                f"{fit.held_out_error:.2g}",
+                f"{fit.r2:.2f}",
+                f"{fit.r2_same_steps:.2f}",
+                f"{fit.rank_same_steps:+.2f}",
+            )
+            for fit in calibration.fits
+        ],
+    )
+    made.caption = (
+        "error, R² and rank are of held-out images; at equal steps: what the distance tells beyond the steps' size; "
+        "rank: how change and distance rise together at equal steps, from -1 to 1"
+    )
+    return made
+
+
+# ---------------------------------------------------------------- parity
+
+
+def parity_tables(found: Sequence[Comparison]) -> Iterator[Table]:
+    """Single steps in one table, trajectories in another."""
+    steps = [comparison for comparison in found if not comparison.part.startswith("trajectory")]
+    states = [comparison for comparison in found if comparison.part.startswith("trajectory")]
+    for title, rows in (("one step against PyTorch", steps), ("trajectories against PyTorch", states)):
+        columns = ("part", "point", "max abs", "relative", "cosine", "SQNR dB", "needed", "margin")
+        yield table(title, columns, [_parity_row(comparison) for comparison in rows])
+
+
+def _parity_row(comparison: Comparison) -> tuple[str, ...]:
+    found = comparison.found
+    return (
+        comparison.part,
+        comparison.point,
+        f"{found.max_abs:.1e}",
+        f"{found.max_relative:.1e}",
+        f"{found.cosine:.9f}",
+        f"{found.sqnr_db:.1f}",
+        f"{comparison.least_db:g}",
+        _margin(comparison),
+    )
+
+
+def _margin(comparison: Comparison) -> str:
+    if comparison.met:
+        return f"{comparison.margin_db:+.1f}"
+    by = f"by {-comparison.margin_db:.1f}" if comparison.margin_db < 0 else f"{comparison.most_relative:.0e} relative"
+    return f"MISSES {by}" + (", accepted" if comparison.passed else "")

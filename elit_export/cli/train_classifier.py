@@ -1,0 +1,85 @@
+"""train-classifier: what `evaluate` judges samples by."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.cli.tables.bench import floors_table
+from elit_export.errors import InputError
+
+POSITIVE = click.IntRange(min=1)
+
+
+@click.command("train-classifier")
+@click.argument("data", type=FOLDER)
+@click.option("--out", type=FILE, required=True, help="The .safetensors file to write.")
+@click.option(
+    "--size", type=POSITIVE, default=32, show_default=True, help="Image side; data is padded or cropped to it."
+)
+@click.option("--width", type=POSITIVE, default=32, show_default=True, help="Channels of the first layer.")
+@click.option("--features", type=POSITIVE, default=48, show_default=True, help="Numbers before the last layer, to 64.")
+@click.option("--steps", type=POSITIVE, default=5600, show_default=True)
+@click.option("--batch-size", type=POSITIVE, default=64, show_default=True)
+@click.option("--learning-rate", default=2e-3, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--class-names", default="", help="Comma-separated, for IDX data.")
+@JSON_OPTION
+def train_classifier(
+    *,
+    data: Path,
+    out: Path,
+    size: int,
+    width: int,
+    features: int,
+    class_names: str,
+    json_to: str | None,
+    **choices: Any,
+) -> None:
+    """Train what `evaluate` judges samples by, on DATA: IDX files, or one folder of images per class.
+
+    Held-out images (IDX t10k, or a folder test/) give its accuracy, and how far real images are from each other.
+    """
+    from elit_export.evaluate.evaluator import save_judge
+    from elit_export.evaluate.statistics import ClassifierSpec
+    from elit_export.training import classifier
+    from elit_export.training.data import has_split, load_images
+
+    names = [name.strip() for name in class_names.split(",") if name.strip()]
+    images = load_images(data, split="train", size=size, class_names=names)
+    if not has_split(data, "test"):
+        raise InputError(
+            f"{data}: no held-out images to tell accuracy and floors: add IDX t10k files or a folder test/"
+        )
+    held_out = load_images(data, split="test", size=size, class_names=images.class_names)
+    spec = ClassifierSpec(
+        channels=images.images.shape[1], size=size, num_classes=images.num_classes, width=width, features=features
+    )
+    config = classifier.ClassifierConfig(**choices)
+    classifier.check_data(spec, images, held_out, config)
+    with progress_bar() as progress:
+        task = progress.add_task("training", total=config.steps)
+        made = classifier.train_classifier(
+            spec,
+            images,
+            config,
+            on_step=lambda step, loss: progress.update(task, completed=step, description=f"loss {loss:.3f}"),
+        )
+    facts = classifier.judge_facts(made, images, held_out, command=command_line(click.get_current_context()))
+    save_judge(out, made, facts)
+    show(floors_table(facts), json_to=json_to)
+    say(f"wrote {out}", json_to=json_to)
+    write_json({"test_accuracy": facts.test_accuracy, "floors": [asdict(floor) for floor in facts.floors]}, json_to)
+
+
+def command_line(context: click.Context) -> str:
+    """What was typed, with every option that decides the result spelled out."""
+    options = [param for param in context.command.params if isinstance(param, click.Option) and param.name != "json_to"]
+    given = {option.opts[0]: context.params[str(option.name)] for option in options}
+    words = [word for name, value in given.items() if value != "" for word in (name, str(value))]
+    return shlex.join(["elit-export", "train-classifier", str(context.params["data"]), *words])

@@ -1,0 +1,93 @@
+"""verify: compare a bundle's engines with PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.cli.common import (
+    FOLDER,
+    INTERFACE_OPTION,
+    JSON_OPTION,
+    progress_bar,
+    refuse_alone,
+    say,
+    show,
+    write_json,
+)
+from elit_export.cli.tables.inspect import parity_tables
+from elit_export.cli.tools import TOOLS
+from elit_export.errors import ElitExportError
+from elit_export.runtime.opening import chosen_plan_set
+from elit_export.verify.parity import Comparison
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--checkpoint", help="Compare with PyTorch live instead of with its stored answers.")
+@INTERFACE_OPTION
+@click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
+@click.option("--bisect", is_flag=True, help="After a miss, find where: plan, optimiser, node or graph (needs onnx).")
+@JSON_OPTION
+def verify(
+    bundle: Path,
+    checkpoint: str | None,
+    interface: Path | None,
+    target: str | None,
+    precision: str | None,
+    bisect: bool,
+    json_to: str | None,
+) -> None:
+    """Compare BUNDLE's engines with PyTorch: every profile at its corners, and whole trajectories.
+
+    Ends with status 1 if anything misses its tolerance. Without --checkpoint neither torch nor the
+    checkpoint is needed.
+    """
+    from elit_export.verify.check import record_success, verify_plan_set
+    from elit_export.verify.parity import comparisons_of
+
+    refuse_alone(interface, checkpoint)
+    opened = Bundle.open(bundle)
+    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+    with progress_bar() as progress:
+        task = progress.add_task("verifying", total=comparisons_of(plan_set))
+        found = verify_plan_set(
+            opened,
+            plan_set,
+            checkpoint=checkpoint,
+            interface=interface,
+            on_comparison=lambda _: progress.advance(task),
+        )
+    show(*parity_tables(found), json_to=json_to)
+    write_json([asdict(comparison) | {"passed": comparison.passed} for comparison in found], json_to)
+    missed = [comparison for comparison in found if not comparison.passed]
+    if any(not comparison.met for comparison in found) and plan_set.accepted:
+        say(f"below tolerance, accepted by the recipe: {plan_set.accepted}", json_to=json_to)
+    for comparison in missed:
+        click.echo(comparison.verdict, err=True)
+    if missed:
+        if bisect:
+            say_first_departure(opened, plan_set, missed[0])
+        raise SystemExit(1)
+    if record_success(opened, plan_set, found):
+        say(f"recorded in {bundle}: target {plan_set.target} may be opened on this device", json_to=json_to)
+
+
+def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -> None:
+    """Bisect at the case that missed, or for a trajectory at the first case. A miss stays one if that fails."""
+    try:
+        from elit_export.verify.bisect import bisect
+
+        click.echo(str(bisect(bundle, plan_set, case=missed.case or 0)), err=True)
+    except (ElitExportError, OSError) as error:
+        click.echo(f"cannot bisect: {error}", err=True)
+    except ModuleNotFoundError as error:
+        if error.name not in TOOLS:
+            raise
+        extra = TOOLS[error.name].extra
+        click.echo(f"cannot bisect: this needs {error.name}: pip install 'elit-export[{extra}]'", err=True)

@@ -1,0 +1,169 @@
+"""Recipe + target → bundle, in a straight line.
+
+Every stage goes through `Store.artifact`, which finds what is fresh.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from elit_export.backends import BACKENDS
+from elit_export.backends.target import Target
+from elit_export.bundle.calibration_inputs import CalibrationInputs, check_covered, command_for, load_inputs
+from elit_export.bundle.keys import Keys, model_key
+from elit_export.bundle.manifest import SCHEMA, Graph, Manifest, ModelFacts, PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.recipe import Recipe, load_recipe
+from elit_export.bundle.store import Progress, Store, no_progress, writing
+from elit_export.checkpoints.vae import DecoderFolder, read_decoder
+from elit_export.checkpoints.vae_decoder import check_installed
+from elit_export.compiler.decoder import make_decoder
+from elit_export.compiler.stages import Job, Source, make_graphs, make_plan_set, make_reference, verified
+from elit_export.errors import CalibrationError, RecipeError
+from elit_export.graphs.quantize import check_tools
+from elit_export.spec import DECODE
+
+NOTHING_CHANGED = "nothing changed"
+
+
+def compile_bundle(
+    recipe: str | Path | Recipe,
+    target: str,
+    *,
+    out: str | Path,
+    checkpoint: str | Path | None = None,
+    interface: str | Path | None = None,
+    samples: str | Path | None = None,
+    progress: Progress = no_progress,
+) -> Bundle:
+    """Export, build, verify, and only then make the bundle in `out` real.
+
+    `checkpoint` and `interface` take the places of the recipe's. `samples` is the file of `calibrate samples`, which a
+    target in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, decoder, samples,
+    libraries, CPU (where plans depend on it) and code stays as it is, and so do plan sets of other targets of the same
+    model. Plans whose device is not here are recorded as never run. `progress` hears each stage that does something
+    and the share done before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's
+    errors; a failed or interrupted build leaves an earlier bundle as it was.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(Path(recipe))
+    options, path = recipe.target(target), checkpoint or recipe.checkpoint
+    if path is None:
+        raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
+    file = Path(samples) if samples else None
+    order = Order(recipe, target, options, str(path), interface or recipe.interface, file)
+    decoder = order.check(Path(out))  # before anything that takes long
+    with writing(Path(out), progress) as store:
+        return _build(store, order, decoder)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What was asked for."""
+
+    recipe: Recipe
+    target: str
+    options: Target
+    checkpoint: str
+    interface: str | Path | None
+    inputs_file: Path | None
+
+    def check(self, out: Path) -> DecoderFolder | None:
+        """Raise what can be known before a checkpoint is read; gives the recipe's decoder, its configuration read."""
+        options = self.options
+        BACKENDS[options.backend].builder().check(options)
+        if options.precision.quantized and not options.facts.casts_weights:
+            check_tools()
+        self._check_inputs(command_for("samples.npz", out, text=self.recipe.text is not None))
+        if self.recipe.decoder is None:
+            return None
+        check_installed()
+        return read_decoder(self.recipe.decoder.folder)
+
+    def _check_inputs(self, remedy: str) -> None:
+        precision = self.options.precision
+        if precision.quantized and self.inputs_file is None:
+            raise CalibrationError(
+                f"target {self.target} is {precision.value}, which is calibrated on real inputs: "
+                f"{remedy} (from a bundle with any other target), "
+                f"then build with --samples samples.npz"
+            )
+        if not precision.quantized and self.inputs_file is not None:
+            raise CalibrationError(f"target {self.target} is {precision.value} and takes no samples: leave them out")
+
+
+def _build(store: Store, order: Order, folder: DecoderFolder | None) -> Bundle:
+    earlier = store.manifest
+    source = Source(order.checkpoint, order.interface, order.recipe.architecture.model_dump(), store.progress)
+    key = model_key(order.recipe, source.sha256)
+    facts = earlier.model if earlier and earlier.model_key == key else _facts_of(source, order.recipe)
+    profiles = order.recipe.profiles_for(facts.spec)
+    inputs = _inputs_of(order, facts)
+    if inputs:  # before anything is made
+        check_covered(inputs, profiles)
+    keys = Keys(order.options, key, inputs.sha256 if inputs else "")
+    job = Job(store, order.target, order.options, source, keys, facts, profiles, inputs, order.inputs_file)
+    decoder = make_decoder(job, folder, order.recipe.decoder) if folder and order.recipe.decoder else None
+    reference = make_reference(job)
+    graphs = make_graphs(job, reference)
+    if decoder:
+        graphs[keys.stored_name(decoder.spec.graph)] = decoder.graph
+    plan_set = make_plan_set(job, graphs, reference, decoder)
+    before = _same_target(earlier, plan_set)
+    if before and before.without_parity() == plan_set.without_parity():
+        plan_set = before
+    draft = _manifest(earlier, facts, key, graphs, plan_set)
+    manifest = _manifest(earlier, facts, key, graphs, verified(job, Bundle(store.folder, draft), plan_set))
+    if manifest == earlier:
+        store.progress(NOTHING_CHANGED, 1.0)
+        return Bundle(store.folder, manifest)
+    return store.commit(manifest)
+
+
+def _facts_of(source: Source, recipe: Recipe) -> ModelFacts:
+    model = source.model()
+    return ModelFacts(name=recipe.name, spec=model.spec, data=model.data, checkpoint_sha256=source.sha256)
+
+
+def _inputs_of(order: Order, facts: ModelFacts) -> CalibrationInputs | None:
+    """What a quantized target is calibrated on; raises CalibrationError if it is not of this checkpoint."""
+    file = order.inputs_file
+    return load_inputs(file, facts.spec, facts.checkpoint_sha256) if file else None
+
+
+def _same_target(manifest: Manifest | None, plan_set: PlanSet) -> PlanSet | None:
+    """The plan set that another one replaces."""
+    plan_sets = manifest.plan_sets if manifest else ()
+    return next((old for old in plan_sets if old.name == plan_set.name), None)
+
+
+def _manifest(
+    earlier: Manifest | None, facts: ModelFacts, key: str, graphs: dict[str, Graph], plan_set: PlanSet
+) -> Manifest:
+    """The plan set in its place beside those of other targets that were built of the same model."""
+    kept = earlier if earlier and earlier.model == facts else None
+    plan_sets = [plan_set if old.name == plan_set.name else old for old in (kept.plan_sets if kept else ())]
+    if plan_set not in plan_sets:
+        plan_sets.append(plan_set)
+    return Manifest(
+        schema_version=SCHEMA,
+        package_version=version("elit-export"),
+        model=facts,
+        model_key=key,
+        graphs={**_still_used(kept.graphs if kept else {}, plan_sets), **graphs},
+        plan_sets=tuple(plan_sets),
+        cache_calibration=kept.cache_calibration if kept else None,
+    )
+
+
+def _still_used(graphs: dict[str, Graph], plan_sets: list[PlanSet]) -> dict[str, Graph]:
+    """Without graphs that no plan is made of any more: quantized ones, each of its own inputs, and the decoder's."""
+    named = {plan_set.graph for plan_set in plan_sets}
+    has_decoder = any(plan_set.decoder for plan_set in plan_sets)
+    return {
+        name: graph
+        for name, graph in graphs.items()
+        if (has_decoder or graph.graph != DECODE) and (not graph.precision.quantized or name in named)
+    }

@@ -1,0 +1,104 @@
+"""The stages that a decoder adds to a build: its graph, and what diffusers makes of latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from elit_export.bundle.keys import DECODER_LIBRARY, GRAPH_LIBRARIES, versions_of
+from elit_export.bundle.manifest import DecoderAnswers, DecoderFacts, Graph, Parity, Plan
+from elit_export.bundle.recipe import DecoderTable
+from elit_export.bundle.store import Made, Progress, Stage
+from elit_export.checkpoints.vae import DecoderFolder
+from elit_export.checkpoints.vae_decoder import VaeDecoder, load_decoder
+from elit_export.graphs.formats import FORMATS
+from elit_export.spec import DECODE, DecoderSpec, Precision, Range
+from elit_export.verify.cases import REFERENCE_FILE, decoder_rows
+from elit_export.verify.reference import decoder_answers
+
+if TYPE_CHECKING:
+    from elit_export.compiler.stages import Job
+
+SHARE = 0.0  # of a build that is done: a damaged folder is found out before what takes long
+
+
+@dataclass(frozen=True)
+class BuiltDecoder:
+    """A decoder whose graph and answers are there; its plan is built with those of the model."""
+
+    folder: DecoderFolder
+    spec: DecoderSpec
+    rows: Range
+    graph: Graph
+    answers: DecoderAnswers
+
+    def facts(self, plan: Plan, parity: Parity) -> DecoderFacts:
+        spec = self.spec
+        return DecoderFacts(
+            class_name=self.folder.class_name,
+            sha256=self.folder.sha256,
+            channels=spec.channels,
+            image_channels=spec.image_channels,
+            scale=spec.scale,
+            shift=spec.shift,
+            factor=spec.factor,
+            side=spec.side,
+            rows=self.rows.corners(),
+            plan=plan,
+            parity=parity,
+            answers=self.answers,
+        )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """A decoder read when something has to be made of it."""
+
+    folder: DecoderFolder
+    progress: Progress
+
+    def decoder(self) -> VaeDecoder:
+        return self._decoder
+
+    @cached_property
+    def _decoder(self) -> VaeDecoder:
+        self.progress("read decoder", SHARE)
+        return load_decoder(self.folder)
+
+
+def make_decoder(job: Job, folder: DecoderFolder, table: DecoderTable) -> BuiltDecoder:
+    """Raises RecipeError if the decoder does not fit the model."""
+    folder.check_fits(job.facts.spec, job.facts.data)
+    spec, rows = folder.spec(min(job.facts.spec.input_size, table.tile)), table.rows.value()
+    weights = _Weights(folder, job.store.progress)
+    graph = _graph(job, weights, spec, rows)
+    return BuiltDecoder(folder, spec, rows, graph, _answers(job, weights, spec, rows))
+
+
+def _graph(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> Graph:
+    def make(folder: Path) -> Made:
+        written = FORMATS[job.options.facts.input_format.name]
+        file = written.export_decoder(weights.decoder(), spec, rows.max, folder).name
+        versions = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
+        return Made({"graph": DECODE, "precision": Precision.FP32, "file": file, "versions": versions})
+
+    key = job.keys.decoder_graph(weights.folder.sha256, spec, rows.max)
+    name, stage = job.keys.stored_name(spec.graph), Stage(f"export graph {DECODE}", SHARE)
+    return job.store.artifact(Graph, name, key, make, stage=stage, first=weights.decoder)
+
+
+def _answers(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> DecoderAnswers:
+    """Which targets share."""
+    counts = decoder_rows(rows)
+
+    def make(folder: Path) -> Made:
+        np.savez(folder / REFERENCE_FILE, **decoder_answers(weights.decoder(), spec, counts))  # type: ignore[arg-type]
+        return Made({"rows": counts})
+
+    key = job.keys.decoder_answers(weights.folder.sha256, spec, counts)
+    stage = Stage("decoder reference", SHARE)
+    return job.store.artifact(DecoderAnswers, DECODE, key, make, stage=stage, first=weights.decoder)

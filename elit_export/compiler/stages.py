@@ -1,0 +1,307 @@
+"""The stages of a build: PyTorch's outputs, graphs, plans, and the comparison of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elit_export.backends import BACKENDS
+from elit_export.backends.protocols import GraphFile
+from elit_export.backends.target import Target
+from elit_export.bundle.calibration_inputs import CalibrationInputs
+from elit_export.bundle.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, Keys, versions_of
+from elit_export.bundle.manifest import Graph, ModelFacts, Parity, Plan, PlanSet, ProfileFacts, Reference
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.store import Made, Progress, Stage, Store
+from elit_export.checkpoints.native import checkpoint_sha256, stored_checkpoint
+from elit_export.compiler.decoder import BuiltDecoder
+from elit_export.cost.layers import modules_kept_exact
+from elit_export.graphs.formats import FORMATS
+from elit_export.graphs.quantize import quantized_graph
+from elit_export.models.elit import Elit
+from elit_export.models.upcast import upcast_on_use
+from elit_export.runtime.opening import incompatibility, open_bank
+from elit_export.spec import (
+    CACHE_GRAPHS,
+    FUSED,
+    STEP,
+    GraphSpec,
+    Precision,
+    Profile,
+    Range,
+    covered_text,
+    covering,
+)
+from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
+from elit_export.verify.parity import (
+    Comparison,
+    compared,
+    compared_cases,
+    comparisons_of,
+    decoder_parity_of,
+    load_reference,
+    load_reference_file,
+    met_db,
+    parity_of,
+    require,
+)
+from elit_export.verify.reference import reference_arrays
+
+# Shares of a build that are done when a stage begins.
+CHECKPOINT, REFERENCE, GRAPH, QUANTIZE, PLANS, VERIFY = 0.0, 0.1, 0.2, 0.4, 0.5, 0.8
+ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
+BEING_BUILT = Parity(status="not run", reason="being built")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint of a build, read when something has to be made of it."""
+
+    path: str
+    interface: str | Path | None
+    architecture: dict[str, Any]
+    progress: Progress
+
+    @cached_property
+    def sha256(self) -> str:
+        return checkpoint_sha256(self.path, self.interface)
+
+    def model(self) -> Elit:
+        """With its weights as stored, read once."""
+        return self._model
+
+    @cached_property
+    def _model(self) -> Elit:
+        self.progress("read checkpoint", CHECKPOINT)
+        return stored_checkpoint(self.path, interface=self.interface, **self.architecture)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One build: what it is of, where it goes, and the keys of what it makes."""
+
+    store: Store
+    target: str
+    options: Target
+    source: Source
+    keys: Keys
+    facts: ModelFacts
+    profiles: tuple[Profile, ...]
+    inputs: CalibrationInputs | None
+    inputs_file: Path | None
+
+    @property
+    def graph_names(self) -> tuple[str, ...]:
+        """The graphs of the model that the target has plans of."""
+        return (STEP, *CACHE_GRAPHS, *((FUSED,) if self.options.fused else ()))
+
+
+# ---------------------------------------------------------------- PyTorch's outputs
+
+
+def make_reference(job: Job) -> Reference:
+    """Which targets with the same profiles share."""
+    cases, rows = reference_cases(job.profiles), cache_rows(job.profiles)
+    trajectories = reference_trajectories(job.profiles, job.facts.spec)
+
+    def make(folder: Path) -> Made:
+        model = upcast_on_use(job.source.model())
+        arrays = reference_arrays(model, cases, rows, trajectories, covered_text(job.profiles))
+        np.savez(folder / REFERENCE_FILE, **arrays)  # type: ignore[arg-type]
+        return Made({"cache_rows": rows, "cases": cases, "trajectories": trajectories})
+
+    stage = Stage("PyTorch reference", REFERENCE)
+    key = job.keys.reference(job.profiles)
+    return job.store.artifact(Reference, "reference", key, make, stage=stage, first=job.source.model)
+
+
+# ---------------------------------------------------------------- graphs
+
+
+def make_graphs(job: Job, reference: Reference) -> dict[str, Graph]:
+    """Every graph of the target, by the name that the bundle stores it under."""
+    graphs = {}
+    for graph in map(job.facts.spec.graph, job.graph_names):
+        precision = job.keys.graph_precision(graph).exported
+        graphs[job.keys.stored_name(graph, precision)] = _exported(job, graph, precision)
+    step = job.facts.spec.graph(STEP)
+    if job.keys.graph_precision(step).quantized:
+        exact = graphs[job.keys.stored_name(step, Precision.FP32)]
+        graphs[job.keys.stored_name(step)] = _quantized(job, step, exact, reference)
+    return graphs
+
+
+def _exported(job: Job, graph: GraphSpec, precision: Precision) -> Graph:
+    name = job.keys.stored_name(graph, precision)
+
+    def make(folder: Path) -> Made:
+        written = FORMATS[job.options.facts.input_format.name]
+        file = written.export(job.source.model(), graph.name, folder, precision).name
+        versions = versions_of(GRAPH_LIBRARIES)
+        return Made({"graph": graph.name, "precision": precision, "file": file, "versions": versions})
+
+    stage = Stage(f"export graph {graph.name}", GRAPH)
+    return job.store.artifact(Graph, name, job.keys.graph(name), make, stage=stage, first=job.source.model)
+
+
+def _quantized(job: Job, step: GraphSpec, exact: Graph, reference: Reference) -> Graph:
+    """`step` in int8 or fp8; raises ParityError if ONNX Runtime, running it, is too far from PyTorch."""
+    store, precision, key = job.store, job.options.precision, job.keys.quantized(exact, reference)
+
+    def make(folder: Path) -> Made:
+        assert job.inputs
+        path = quantized_graph(store.path(exact), folder, precision, job.inputs, job.facts.spec)
+        versions = versions_of((*GRAPH_LIBRARIES, QUANTIZING_LIBRARY))
+        about = {"graph": step.name, "precision": precision, "file": path.name, "versions": versions}
+        return Made({**about, "sqnr_db": _graph_sqnr_db(job, path, reference)})
+
+    stage = Stage(f"quantize graph {step.name}", QUANTIZE)
+    graph = store.artifact(Graph, job.keys.stored_name(step), key, make, stage=stage)
+    if not job.options.accept_below_tolerance and not met_db(graph.sqnr_db, precision):
+        _graph_sqnr_db(job, store.path(graph), reference)  # accepted once, by a recipe that no longer does: raises
+    return graph
+
+
+def _graph_sqnr_db(job: Job, graph: Path, reference: Reference) -> float:
+    """The worst over the reference cases."""
+    from elit_export.backends.onnxruntime.engine import open_as_written
+
+    store, precision = job.store, job.options.precision
+    arrays = load_reference_file(store.folder / reference.artifact.kind / reference.artifact.name)
+    with open_as_written(graph) as engine:
+        comparisons = compared_cases(engine, precision, reference, arrays, job.facts.spec)
+        return min(_required(job, comparison).found.sqnr_db for comparison in comparisons)
+
+
+def _required(job: Job, comparison: Comparison) -> Comparison:
+    """Of a quantized graph; raises ParityError with what to do about a miss."""
+    accepted = replace(comparison, accepted=job.options.accept_below_tolerance or "")
+    remedy = (
+        f"elit-export calibrate sensitivity {job.store.folder} --samples {job.inputs_file} "
+        f"--precision {job.options.precision.value} shows which layers cost it"
+    )
+    return require(accepted, remedy)
+
+
+# ---------------------------------------------------------------- plans
+
+
+def make_plan_set(job: Job, graphs: Mapping[str, Graph], reference: Reference, decoder: BuiltDecoder | None) -> PlanSet:
+    """Every plan, of which no profile is verified yet."""
+    groups = BACKENDS[job.options.backend].builder().group_profiles(job.profiles, job.options)
+    step, *others = map(job.facts.spec.graph, job.graph_names)
+    wanted = [(step, group) for group in groups]
+    wanted += [(graph, (_covering(graph, job.profiles),)) for graph in others]
+    if decoder:
+        graph = decoder.spec.graph
+        wanted.append((graph, (Profile(graph.name, ANY_BUDGET, decoder.rows),)))
+    share = (VERIFY - PLANS) / len(wanted)
+    with job.store.staged() as shared:
+        plans = [
+            _plan(job, graph, graphs[job.keys.stored_name(graph)], group, shared, (PLANS + index * share, share))
+            for index, (graph, group) in enumerate(wanted)
+        ]
+    of_groups, more = (
+        plans[: len(groups)],
+        {graph.name: plan for (graph, _), plan in zip(wanted[len(groups) :], plans[len(groups) :], strict=True)},
+    )
+    return PlanSet(
+        target=job.target,
+        backend=job.options.backend,
+        device=job.options.device,
+        precision=job.options.precision,
+        options=job.options.options(),
+        graph=job.keys.stored_name(step),
+        profiles=tuple(
+            _profile_facts(profile, plan) for group, plan in zip(groups, of_groups, strict=True) for profile in group
+        ),
+        cache={name: more[name] for name in CACHE_GRAPHS},
+        fused=more.get(FUSED),
+        decoder=decoder.facts(more[decoder.spec.graph.name], BEING_BUILT) if decoder else None,
+        reference=reference,
+        samples=job.inputs.facts if job.inputs else None,
+        accepted=job.options.accept_below_tolerance,
+    )
+
+
+def _profile_facts(profile: Profile, plan: Plan) -> ProfileFacts:
+    return ProfileFacts(
+        name=profile.name,
+        latents=profile.latents.corners(),
+        rows=profile.rows.corners(),
+        text=profile.text.corners() if profile.text else None,
+        plan=plan,
+        parity=BEING_BUILT,
+    )
+
+
+def _covering(graph: GraphSpec, profiles: Sequence[Profile]) -> Profile:
+    """One profile over all of them, for a graph whose plan serves every budget."""
+    latents = covering([profile.latents for profile in profiles]) if graph.elastic else ANY_BUDGET
+    text = covered_text(profiles) if graph.takes_text else None
+    return Profile(graph.name, latents, covering([profile.rows for profile in profiles]), text)
+
+
+def _plan(
+    job: Job,
+    graph: GraphSpec,
+    stored: Graph,
+    profiles: Sequence[Profile],
+    shared: Path,
+    part: tuple[float, float],
+) -> Plan:
+    """One plan, built in a folder inside the one that the plans of the set share.
+
+    `part` is the share of the build that is done before it, and its own.
+    """
+    quantizes = graph.name == STEP and job.options.facts.casts_weights and job.options.precision.quantized
+    before, share = part
+    names = [profile.name for profile in profiles] if graph.name == STEP else []
+    what = f"build {', '.join([graph.name, *names])}"
+
+    def make(folder: Path) -> Made:
+        kept = modules_kept_exact(job.facts.spec) if quantizes else ()
+        built = (
+            BACKENDS[job.options.backend]
+            .builder()
+            .build_plan(
+                GraphFile(job.store.path(stored), graph, kept),
+                folder,
+                profiles,
+                job.options,
+                job.inputs if quantizes else None,
+                lambda done: job.store.progress(what, before + done * share),
+            )
+        )
+        precision = Precision.FP32 if graph.exact else job.options.precision
+        name = f"{graph.name}-{job.target}-{precision.value}-{built.label}"
+        return Made({"file": built.file, "versions": built.versions, "built_on": built.built_on}, name)
+
+    key = job.keys.plan(stored, profiles, quantizes=quantizes)
+    return job.store.artifact(Plan, graph.name, key, make, stage=Stage(what, before), beside=shared)
+
+
+# ---------------------------------------------------------------- verification
+
+
+def verified(job: Job, bundle: Bundle, plan_set: PlanSet) -> PlanSet:
+    """The plan set with what its engines showed, or why they did not run; raises ParityError at the first miss."""
+    if all(parity.ran for parity in plan_set.parities):
+        return plan_set
+    names = [facts.name for facts in plan_set.profiles]
+    if reason := incompatibility(plan_set):
+        not_run = Parity(status="not run", reason=reason)
+        return plan_set.with_parity(dict.fromkeys(names, not_run), not_run)
+    job.store.progress("verify", VERIFY)
+    found: list[Comparison] = []
+    with open_bank(bundle, plan_set) as bank:
+        for comparison in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference)):
+            found.append(require(comparison))
+            done = len(found) / comparisons_of(plan_set)
+            job.store.progress(f"verified {comparison.part}", VERIFY + (1 - VERIFY) * done)
+    return plan_set.with_parity({name: parity_of(name, found) for name in names}, decoder_parity_of(found))

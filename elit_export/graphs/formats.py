@@ -1,0 +1,40 @@
+"""What writes graphs in each format that backends build from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import nn
+
+from elit_export.graphs.export import export_decoder, export_graph
+from elit_export.graphs.program import export_decoder_program, export_program
+from elit_export.models.elit import Elit
+from elit_export.spec import DecoderSpec, Precision
+
+
+class GraphFormat(Protocol):
+    """Writes one graph into a folder and gives its path; raises ExportError."""
+
+    def export(self, model: Elit, name: str, folder: Path, precision: Precision) -> Path: ...
+
+    def export_decoder(self, decoder: nn.Module, spec: DecoderSpec, max_rows: int, folder: Path) -> Path: ...
+
+
+class OnnxFormat:
+    def export(self, model: Elit, name: str, folder: Path, precision: Precision) -> Path:
+        return export_graph(model, name, folder, precision)
+
+    def export_decoder(self, decoder: nn.Module, spec: DecoderSpec, max_rows: int, folder: Path) -> Path:
+        return export_decoder(decoder, spec, folder)
+
+
+class ProgramFormat:
+    def export(self, model: Elit, name: str, folder: Path, precision: Precision) -> Path:
+        return export_program(model, name, folder, precision)
+
+    def export_decoder(self, decoder: nn.Module, spec: DecoderSpec, max_rows: int, folder: Path) -> Path:
+        return export_decoder_program(decoder, spec, max_rows, folder)
+
+
+FORMATS: dict[str, GraphFormat] = {"onnx": OnnxFormat(), "program": ProgramFormat()}
