@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 from torch import Tensor
 
+from elit_export.arrays import Float32
 from elit_export.checkpoints.vae import read_decoder
 from elit_export.checkpoints.vae_decoder import load_decoder
-from elit_export.runtime.vae import Decoder, Float32
+from elit_export.runtime.vae import Decoder
 from elit_export.spec import DataFacts, Range
 from tests.helpers import weights_by_name
 

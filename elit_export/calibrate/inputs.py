@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from elit_export.arrays import Arrays
+from elit_export.arrays import Arrays, Bools, Float64
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs
 from elit_export.errors import CalibrationError
@@ -166,7 +165,7 @@ def _check_enough(pipeline: Pipeline, recipe: SampleRecipe) -> None:
         )
 
 
-def _noise(pipeline: Pipeline, recipe: SampleRecipe) -> npt.NDArray[np.float64]:
+def _noise(pipeline: Pipeline, recipe: SampleRecipe) -> Float64:
     """The start of every image."""
     return SeededNoise(recipe.seed, _images(pipeline, recipe), pipeline.spec.sample_shape)()
 
@@ -189,7 +188,7 @@ def _request(
     budget: Budget,
     guidance: str,
     subjects: Subjects,
-    noise: npt.NDArray[np.float64],
+    noise: Float64,
 ) -> Request:
     return pipeline.request(
         subjects,
@@ -234,8 +233,8 @@ class Taken:
     """Samples, and for each what `Seen` says of it."""
 
     samples: CalibrationInputs
-    guided: npt.NDArray[np.bool_]
-    null: npt.NDArray[np.bool_]
+    guided: Bools
+    null: Bools
 
 
 def taken(parts: Sequence[Sequence[Seen]], pipeline: Pipeline, recipe: SampleRecipe, checkpoint_sha256: str) -> Taken:

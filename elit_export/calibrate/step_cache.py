@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.arrays import HostArray
+from elit_export.arrays import Bools, Float64, HostArray, Int64
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
 from elit_export.bundle.reading import Bundle
@@ -29,7 +29,7 @@ from elit_export.spec import COEFFICIENTS, LATENTS, Budget
 
 HELD_OUT_EVERY = 4  # of the images
 GRID = 256  # points at which a fit must not decrease
-Floats = npt.NDArray[np.float64]
+Floats = Float64
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Pairs:
 
     distance: Floats
     change: Floats
-    kept: npt.NDArray[np.int64]
-    steps: npt.NDArray[np.int64]
-    image: npt.NDArray[np.int64]
+    kept: Int64
+    steps: Int64
+    image: Int64
 
-    def where(self, chosen: npt.NDArray[np.bool_]) -> Pairs:
+    def where(self, chosen: Bools) -> Pairs:
         return Pairs(*(values[chosen] for values in vars(self).values()))
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from elit_export.arrays import Pixels
 from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import shipped_recipe
@@ -17,7 +18,7 @@ from elit_export.cli.tables.inspect import table
 from elit_export.cli.tools import TOOLS
 from elit_export.cost.flops import flops_per_image
 from elit_export.errors import BackendUnavailable, InputError
-from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
+from elit_export.runtime.images import DECODER_REMEDY, grid, zoom_of
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.spec import listed
 

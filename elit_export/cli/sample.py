@@ -8,6 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
+from elit_export.arrays import Pixels
 from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.reading import Bundle
 from elit_export.cli.common import (
@@ -20,7 +21,7 @@ from elit_export.cli.common import (
 from elit_export.cli.prompts import Told, told_options
 from elit_export.errors import InputError
 from elit_export.runtime.choices import DEFAULTS, checked_choices
-from elit_export.runtime.images import DECODER_REMEDY, Pixels, grid, zoom_of
+from elit_export.runtime.images import DECODER_REMEDY, grid, zoom_of
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.prompts import Prompts

@@ -86,23 +86,21 @@ def train(
 
     names = [name.strip() for name in class_names.split(",") if name.strip()]
     images = load_images(data, split="train", size=size, class_names=names)
+    head, core, tail = split
+    shape = {"input_size": size, "patch_size": patch, "group_size": group, "hidden_size": width, "num_heads": heads}
     spec = ModelSpec(
         in_channels=images.images.shape[1],
-        input_size=size,
-        patch_size=patch,
-        hidden_size=width,
-        num_heads=heads,
-        head_depth=split[0],
-        core_depth=split[1],
-        tail_depth=split[2],
-        group_size=group,
+        num_classes=images.num_classes,
+        head_depth=head,
+        core_depth=core,
+        tail_depth=tail,
         qk_norm=qk_norm != "none",
         qk_norm_kind="layer" if qk_norm == "none" else qk_norm,
         mlp_ratio=4.0,
-        num_classes=images.num_classes,
         backbone=backbone,
         rope=rope,
-        **backbone_named(backbone).fields(split[1]),
+        **shape,
+        **backbone_named(backbone).fields(core),
     )
     facts = DataFacts(kind="pixels", class_names=images.class_names)
     trainer = Trainer(spec, facts, images, TrainConfig(**choices))

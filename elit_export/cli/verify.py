@@ -23,7 +23,7 @@ from elit_export.cli.tables.inspect import parity_tables
 from elit_export.cli.tools import TOOLS
 from elit_export.errors import ElitExportError
 from elit_export.runtime.opening import chosen_plan_set
-from elit_export.verify.parity import Comparison
+from elit_export.verify.compare import Comparison
 
 
 @click.command()

@@ -38,8 +38,8 @@ from elit_export.spec import (
     covering,
 )
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
+from elit_export.verify.compare import Comparison, require
 from elit_export.verify.parity import (
-    Comparison,
     compared,
     compared_cases,
     comparisons_of,
@@ -48,7 +48,6 @@ from elit_export.verify.parity import (
     load_reference_file,
     met_db,
     parity_of,
-    require,
 )
 from elit_export.verify.reference import reference_arrays
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elit_export.evaluate.statistics import SIDE_DIVISOR, ClassifierSpec, Float64, Int64, Pixels
+from elit_export.arrays import Float64, Int64, Pixels
+from elit_export.evaluate.statistics import SIDE_DIVISOR, ClassifierSpec
 
 NORM_GROUPS = 8
 LOOKED_AT_ONCE = 250

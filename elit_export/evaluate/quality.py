@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Bools, Float64, Int64, Pixels
 from elit_export.bench.engines import measured_budgets
 from elit_export.errors import InputError
-from elit_export.evaluate.statistics import Float64, Floor, Gaussian, Judge, JudgeFacts, check_images, share_of
+from elit_export.evaluate.statistics import Floor, Gaussian, Judge, JudgeFacts, check_images, share_of
 from elit_export.evaluate.statistics import frechet_distance as apart
 from elit_export.runtime.choices import Choices
 from elit_export.runtime.conditioning import require_classes
@@ -171,7 +171,7 @@ def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
 # ---------------------------------------------------------------- sampling
 
 
-def batches(pipeline: Pipeline, choices: Choices, images: int) -> list[npt.NDArray[np.int64]]:
+def batches(pipeline: Pipeline, choices: Choices, images: int) -> list[Int64]:
     """The images in parts as even as can be, none with more rows than the profiles take."""
     limits = []
     for size in set(calls_needed(pipeline.request([0], **choices))):
@@ -190,7 +190,7 @@ class _Taken:
     """One row's samples and what the judge said; `resampled` are the distances of the bootstrap's draws."""
 
     samples: Float64
-    is_right: npt.NDArray[np.bool_]  # (n,)
+    is_right: Bools  # (n,)
     frechet: float
     resampled: Float64  # (RESAMPLINGS,)
 
@@ -224,9 +224,7 @@ class _Table:
             samples, pixels = self._sampled(pipeline, choices, partial(on_images, f"{way}, {name}", total=total))
             yield self._row(self._taken(samples, pixels), target, pipeline, way, name, budgets[name])
 
-    def _sampled(
-        self, pipeline: Pipeline, choices: Choices, on_images: Callable[..., None]
-    ) -> tuple[Float64, npt.NDArray[np.uint8]]:
+    def _sampled(self, pipeline: Pipeline, choices: Choices, on_images: Callable[..., None]) -> tuple[Float64, Pixels]:
         """Samples (n, C, H, W) and their pixels; image i starts from the noise of (seed, i), whatever the parts."""
         noise = SeededNoise(self._seed, self._images, pipeline.spec.sample_shape)()
         calls = Way(choices["sampler"], choices["steps"]).calls
@@ -239,7 +237,7 @@ class _Table:
         pixels = np.concatenate([sample.images for sample in found]).transpose(0, 3, 1, 2)
         return np.concatenate([sample.latents for sample in found]), np.ascontiguousarray(pixels)
 
-    def _taken(self, samples: Float64, pixels: npt.NDArray[np.uint8]) -> _Taken:
+    def _taken(self, samples: Float64, pixels: Pixels) -> _Taken:
         features, predicted = self._judge.look(pixels)
         real = self._judge.facts.real
         resampled = [apart(real, Gaussian.fit(features[draw])) for draw in self._draws]
@@ -267,9 +265,7 @@ class _Table:
         )
 
 
-def resampled_within(
-    labels: npt.NDArray[np.int64], rng: np.random.Generator, draws: int
-) -> npt.NDArray[np.int64]:  # (draws, n)
+def resampled_within(labels: Int64, rng: np.random.Generator, draws: int) -> Int64:  # (draws, n)
     """Images drawn with replacement, each from those of its own class."""
     found = np.empty((draws, len(labels)), np.int64)
     for label in np.unique(labels):

@@ -10,13 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Bools, Float64, Int64, Pixels
 from elit_export.errors import InputError
 
-Float64 = npt.NDArray[np.float64]
-Int64 = npt.NDArray[np.int64]
-Pixels = npt.NDArray[np.uint8]
 FLOOR_IMAGES = (64, 128, 256, 512, 1024, 2048)  # sample sizes at which the floor is measured
 FLOOR_DRAWS = 10
 SIDE_DIVISOR = 8  # a classifier halves the side of an image three times
@@ -183,7 +180,7 @@ class Judge:
     facts: JudgeFacts
 
 
-def share_of(is_right: npt.NDArray[np.bool_]) -> tuple[float, float]:
+def share_of(is_right: Bools) -> tuple[float, float]:
     """The share that is right, and its binomial standard error."""
     share = float(is_right.mean())
     return share, math.sqrt(share * (1 - share) / len(is_right))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
-from elit_export.arrays import HostArray
+from elit_export.arrays import Float32, Float64, HostArray
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.prompts import filled
@@ -128,13 +127,13 @@ class EngineBank:
         _check_finite(outputs, "the graph `reuse`")
         return outputs
 
-    def time_embeddings(self, times: npt.NDArray[np.float64], rows: int) -> HostArray:
+    def time_embeddings(self, times: Float64, rows: int) -> HostArray:
         """The embedding of each time (len(times), D), so many rows a call."""
         padded = np.pad(times.astype(np.float32), (0, -len(times) % rows), mode="edge").reshape(-1, rows)
         found = [to_host(self._run(self.cache["time"], {"t": part})["embedding"]) for part in padded]
         return np.concatenate(found)[: len(times)]
 
-    def decode(self, z: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def decode(self, z: Float32) -> Float32:
         """The pixels that the decoder makes of its input; raises EngineError as a step does."""
         assert self.decoder
         outputs = self._run(self.decoder, {"z": z})

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Bools, Float32
 from elit_export.errors import InputError
 from elit_export.spec import Budget
 
-Float32 = npt.NDArray[np.float32]
 MOST_REUSES = 4  # of rules that measure a change
 USAGE = (
     "teacache:THRESHOLD, static:every@N, static:mask@1011…, static:time@THRESHOLD or static:FILE, "
@@ -258,7 +257,7 @@ class Fit:
                 value = value * distance + coefficient
         return np.maximum(value, np.float32(0))
 
-    def covers(self, distance: Float32) -> npt.NDArray[np.bool_]:
+    def covers(self, distance: Float32) -> Bools:
         return (distance >= np.float32(self.low)) & (distance <= np.float32(self.high))
 
 

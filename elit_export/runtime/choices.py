@@ -9,10 +9,11 @@ from typing import TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from elit_export.arrays import Float64
 from elit_export.errors import InputError
 from elit_export.runtime.cache import CachePolicy
 from elit_export.runtime.guidance import Branch, Guidance
-from elit_export.runtime.noise import Float64, check_seed
+from elit_export.runtime.noise import check_seed
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.samplers.base import Sampler
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule

@@ -6,17 +6,15 @@ A prompt is a function of its number alone. Text of noise serves here as real te
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Arrays
 from elit_export.errors import InputError
 from elit_export.runtime.pipeline import Pipeline, Subjects
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import ModelSpec, Range
 
-Arrays = dict[str, npt.NDArray[Any]]
 TEXT_SEED = 7
 POSITIVE, NEGATIVE = 0, 1
 

@@ -16,11 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elit_export.arrays import Float64, HostArray
 from elit_export.errors import InputError
 from elit_export.spec import Budget, ModelSpec
-
-HostArray = npt.NDArray[Any]
-Float64 = npt.NDArray[np.float64]
 
 
 class Kind(StrEnum):

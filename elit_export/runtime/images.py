@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from elit_export.arrays import Float64, Pixels
 from elit_export.errors import InputError
 from elit_export.spec import DataFacts, by_channel_text
 
-Pixels = npt.NDArray[np.uint8]
 LARGE_PIXELS = 128  # pictures of so many a side are not made larger
 DECODER_REMEDY = "name its folder in the recipe ([decoder] folder = …) and build again"
 
 
-def to_images(samples: npt.NDArray[np.float64], data: DataFacts) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
+def to_images(samples: Float64, data: DataFacts) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
     """Pixels of a pixel model; raises InputError for latents of a VAE."""
     if data.kind != "pixels":
         raise InputError(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Float64
 from elit_export.errors import InputError
-
-Float64 = npt.NDArray[np.float64]
 
 
 class SeededNoise:

@@ -12,6 +12,7 @@ from typing import Self, Unpack
 import numpy as np
 import numpy.typing as npt
 
+from elit_export.arrays import Float64, Int64, Pixels
 from elit_export.backends.protocols import FunctionEngine
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
@@ -19,8 +20,8 @@ from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.cache import CachePolicy, Fit, StepCache, TeaCache, TimeDistance
 from elit_export.runtime.choices import Choices, Chosen, checked_choices
-from elit_export.runtime.images import Pixels, to_images
-from elit_export.runtime.noise import Float64, SeededNoise
+from elit_export.runtime.images import to_images
+from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.opening import cache_fits, check_verified, chosen_plan_set, open_bank, open_decoder
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.sampling import Call, Conditioning, Request, StepRecord, calls_needed, sampling_steps
@@ -49,7 +50,7 @@ class Sample:
     data: DataFacts
 
     @property
-    def images(self) -> npt.NDArray[np.uint8]:
+    def images(self) -> Pixels:
         """(B, H, W, C) for pixel models; raises InputError where a VAE decoder is needed: `pipeline.decode`."""
         return to_images(self.latents, self.data)
 
@@ -271,7 +272,7 @@ class Pipeline:
         negative = checked.negative or checked.positive  # which no branch asks for
         return checked.positive.inputs(self.spec), negative.inputs(self.spec)
 
-    def _checked_labels(self, labels: Sequence[int]) -> npt.NDArray[np.int64]:
+    def _checked_labels(self, labels: Sequence[int]) -> Int64:
         try:
             y = np.asarray(labels)
         except ValueError:  # lists of different lengths

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import HostArray, Int64
 from elit_export.errors import InputError, first_line
 from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec
-
-HostArray = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +48,7 @@ class Embedded:
         length = int(used[-1]) + 1 if used.size else 1
         return Embedded(self.text[:, :length], self.mask[:, :length])
 
-    def at(self, images: npt.NDArray[np.int64]) -> Embedded:
+    def at(self, images: Int64) -> Embedded:
         """The texts of these images, by their numbers; one may come several times."""
         return Embedded(self.text[images], self.mask[images])
 
@@ -89,7 +87,7 @@ class Prompts:
             )
         return Prompts(positive, negative)
 
-    def at(self, images: npt.NDArray[np.int64]) -> Prompts:
+    def at(self, images: Int64) -> Prompts:
         """As `Embedded.at`, for all that is told."""
         return Prompts(self.positive.at(images), self.negative.at(images) if self.negative else None)
 
@@ -150,6 +148,6 @@ def filled(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
     }
 
 
-def _filled(array: HostArray, shape: npt.NDArray[np.int64]) -> HostArray:
+def _filled(array: HostArray, shape: Int64) -> HostArray:
     missing = [(0, int(most) - size) for size, most in zip(array.shape[1:], shape, strict=True)]
     return np.pad(array, [(0, 0), *missing]) if any(more for _, more in missing) else array

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from elit_export.arrays import Float32
 from elit_export.backends.protocols import Array, to_host
-from elit_export.runtime.cache import Float32, StepCache
+from elit_export.runtime.cache import StepCache
 from elit_export.spec import Budget
 
 Probe = Callable[[Array], Mapping[str, Array]]  # signal of the step before → signal, distance

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from elit_export.arrays import HostArray
+from elit_export.arrays import Float64, HostArray
 from elit_export.backends.protocols import Array, to_host
 from elit_export.errors import EngineError
 from elit_export.runtime.bank import EngineBank, Slot, sizes_of
@@ -23,7 +23,7 @@ from elit_export.runtime.choices import branches_needed
 from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.prompts import joined
 from elit_export.runtime.residuals import Computed, Decision, RequestCache
-from elit_export.runtime.samplers.base import Float64, Noise, Sampler
+from elit_export.runtime.samplers.base import Noise, Sampler
 from elit_export.spec import TEXT, Budget
 
 Conditioning = Mapping[str, HostArray]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Float64
 from elit_export.errors import InputError
 
-Times = npt.NDArray[np.float64]
+Times = Float64
 CLOSEST = 1e-12  # between times that are two; multistep samplers divide by it, and engines' t is far coarser
 
 

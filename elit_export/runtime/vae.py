@@ -13,14 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Float32, Float64, Pixels
 from elit_export.errors import InputError
-from elit_export.runtime.images import Pixels, to_bytes
-from elit_export.runtime.noise import Float64
+from elit_export.runtime.images import to_bytes
 from elit_export.spec import DecoderSpec, Range
 
-Float32 = npt.NDArray[np.float32]
 OVERLAP = 4  # a tile shares one part in so many with its neighbour, and fades in over it
 
 

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Float32
 from elit_export.errors import BackendUnavailable, CheckpointError, InputError, first_lines
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import LONGEST_TEXT
 from elit_export.text.folder import CONFIG, EncoderFolder, read_encoder
 
 LOADING = threading.Lock()
-Float32 = npt.NDArray[np.float32]
 OPTIONS = {"local_files_only": True, "trust_remote_code": False}
 
 

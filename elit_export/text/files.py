@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from elit_export.arrays import HostArray
 from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.readers import PlainArraysError, plain_arrays
 from elit_export.errors import InputError
-from elit_export.runtime.prompts import Embedded, HostArray, Prompts, as_float32
+from elit_export.runtime.prompts import Embedded, Prompts, as_float32
 
 NEGATIVE = "negative_"
 TEXTS = ("prompts", "negative_prompts")

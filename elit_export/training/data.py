@@ -10,12 +10,12 @@ from pathlib import Path
 from zlib import error as ZlibError
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from elit_export.arrays import Int64, Pixels
 from elit_export.errors import InputError
 
-Bytes = npt.NDArray[np.uint8]
+Bytes = Pixels
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for damage
 IDX_UBYTE = 0x08
@@ -28,7 +28,7 @@ class LabelledImages:
     """`images` uint8 (n, C, H, W), `labels` int64 (n,), one name per class (may be empty)."""
 
     images: Bytes
-    labels: npt.NDArray[np.int64]
+    labels: Int64
     class_names: tuple[str, ...]
 
     @property

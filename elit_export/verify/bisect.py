@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
+from elit_export.arrays import Arrays
 from elit_export.backends import BACKENDS
 from elit_export.backends.protocols import GraphFile, PlanFile, to_host
 from elit_export.bundle.manifest import PlanSet, ProfileFacts, ReferenceCase
@@ -27,7 +28,7 @@ from elit_export.bundle.reading import Bundle
 from elit_export.errors import BundleError, InputError
 from elit_export.runtime.opening import plan_set_target
 from elit_export.spec import STEP, GraphSpec
-from elit_export.verify.cases import Arrays, point_of
+from elit_export.verify.cases import point_of
 from elit_export.verify.metrics import Difference, difference
 from elit_export.verify.parity import case_of, load_reference
 from elit_export.verify.tolerances import TOLERANCES

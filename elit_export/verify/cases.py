@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from elit_export.arrays import Arrays, Float64
 from elit_export.bundle.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.runtime.choices import Choices
 from elit_export.runtime.conditioning import conditioning_rows, subjects_of
@@ -16,7 +15,6 @@ from elit_export.runtime.sampling import StepRecord, calls_needed
 from elit_export.runtime.vae import decoder_input
 from elit_export.spec import FUSED, ROWS, DecoderSpec, ModelSpec, Profile, Range, Role
 
-Arrays = dict[str, npt.NDArray[Any]]
 REFERENCE_FILE = "reference.npz"
 INPUT_SEED = 20261122
 TRAJECTORY_STEPS = 4
@@ -220,7 +218,7 @@ def trajectory_subjects(trajectory: ReferenceTrajectory, spec: ModelSpec) -> Sub
     return subjects_of(spec, trajectory.labels, Range(*trajectory.text)) if trajectory.text else trajectory.labels
 
 
-def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[npt.NDArray[np.float64]]:
+def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[Float64]:
     """The state after each step."""
     return [record.x for record in trajectory_steps(pipeline, trajectory)]
 

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from elit_export.arrays import Arrays
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.errors import BundleError
 from elit_export.runtime.opening import open_bank
 from elit_export.spec import covered_text
-from elit_export.verify.cases import Arrays
-from elit_export.verify.parity import Comparison, compared, decoder_parity_of, load_reference, parity_of
+from elit_export.verify.compare import Comparison
+from elit_export.verify.parity import compared, decoder_parity_of, load_reference, parity_of
 
 if TYPE_CHECKING:
     from elit_export.models.elit import Elit

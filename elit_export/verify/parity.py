@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from elit_export.arrays import HostArray
+from elit_export.arrays import Arrays, HostArray
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.manifest import (
     DecoderFacts,
@@ -22,7 +21,7 @@ from elit_export.bundle.manifest import (
 )
 from elit_export.bundle.readers import PlainArraysError, plain_arrays
 from elit_export.bundle.reading import Bundle
-from elit_export.errors import BundleError, EngineError, ParityError
+from elit_export.errors import BundleError, EngineError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.conditioning import conditioning_rows
 from elit_export.runtime.opening import open_fused
@@ -30,7 +29,6 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision, Profile, Role
 from elit_export.verify.cases import (
     REFERENCE_FILE,
-    Arrays,
     cache_inputs,
     decoder_inputs,
     fused_inputs,
@@ -38,88 +36,13 @@ from elit_export.verify.cases import (
     trajectory_profiles,
     trajectory_steps,
 )
+from elit_export.verify.compare import NOTHING, Comparison
 from elit_export.verify.metrics import Difference, difference, worst
 from elit_export.verify.tolerances import CACHE_DB, DECODE_DB, DECODE_RELATIVE, TOLERANCES
 
 LEAST_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
 SLACK_DB = 1.0  # by which a later verify may be worse than what was accepted
 IDENTICAL_DB = 999.0  # JSON has no infinity
-NOTHING = Difference(math.inf, math.inf, -math.inf, math.nan)  # no answer at all
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One output at one point. `part` is `profile NAME` or `trajectory NAME`, `point` where in it.
-
-    `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare. `accepted` is the
-    recipe's reason for which it may miss, as far down as `accepted_from_db`. `most_relative` is how far a single value
-    may be off, as a share of the largest one, where that is demanded too. `case` is the index of a reference case.
-    """
-
-    part: str
-    point: str
-    found: Difference
-    least_db: float
-    profiles: tuple[str, ...] = ()
-    problem: str = ""
-    accepted: str = ""
-    accepted_from_db: float = 0.0
-    most_relative: float = math.inf
-    case: int | None = None
-
-    @property
-    def met(self) -> bool:
-        """Is it within its tolerance?"""
-        return not list(self._misses())
-
-    def _misses(self) -> Iterator[tuple[str, str]]:
-        """What was needed, and what would have passed."""
-        if not self.found.sqnr_db >= self.least_db:
-            yield f"{self.least_db:g} dB", f"{np.floor(self.found.sqnr_db):g} dB"
-        if not self.found.max_relative <= self.most_relative:
-            enough = 1.05 * self.found.max_relative  # not less than that when it is told with two digits
-            yield f"{self.most_relative:.0e} of the largest value", f"{enough:.1e} of it"
-
-    @property
-    def is_graph(self) -> bool:
-        """Is it of a graph beside `step`, of which no miss is ever accepted?"""
-        return self.part.startswith("graph ")
-
-    @property
-    def passed(self) -> bool:
-        """A miss may be accepted, no answer or numbers that are not finite never."""
-        return self.met or (bool(self.accepted) and self.found.sqnr_db >= self.accepted_from_db)
-
-    @property
-    def margin_db(self) -> float:
-        return self.found.sqnr_db - self.least_db
-
-    @property
-    def verdict(self) -> str:
-        """What was found, and for a miss the tolerance that would have passed, if any would."""
-        told = f"{self._where}: SQNR {self.found.sqnr_db:.1f} dB"
-        if self.met:
-            return f"{told}, {self.margin_db:.1f} dB better than needed"
-        if self.problem:
-            return f"{self._where}: nothing to compare: {self.problem}"
-        if not math.isfinite(self.found.sqnr_db):
-            return f"{told}: no tolerance would have passed ({self._hopeless})"
-        needed, enough = (" and ".join(words) for words in zip(*self._misses(), strict=True))
-        return (
-            f"{told} (max error {self.found.max_relative:.1e} of the largest value) misses {needed}; "
-            f"a tolerance of {enough} would have passed"
-        )
-
-    @property
-    def _where(self) -> str:
-        used = f" (profiles {', '.join(self.profiles)})" if self.profiles else ""
-        return f"{self.part}{used}, {self.point}"
-
-    @property
-    def _hopeless(self) -> str:
-        if math.isinf(self.found.max_abs):
-            return "values that are not finite, or another shape"
-        return f"max error {self.found.max_abs:.1e} where PyTorch has zeros only"
 
 
 def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
@@ -177,15 +100,6 @@ def comparisons_of(plan_set: PlanSet) -> int:
     fused = steps + 2 * len(reference.cache_rows) if plan_set.fused else 0
     decoded = len(plan_set.decoder.answers.rows) if plan_set.decoder else 0
     return steps + cached + fused + decoded + sum(trajectory.steps for trajectory in reference.trajectories)
-
-
-def require(comparison: Comparison, remedy: str = "") -> Comparison:
-    """Give it back if it passed, else raise ParityError."""
-    if not comparison.passed:
-        may_be_accepted = not comparison.problem and not comparison.is_graph
-        keeping = 'accept_below_tolerance = "why" keeps it' if may_be_accepted else ""
-        raise ParityError("; ".join(part for part in (comparison.verdict, remedy, keeping) if part))
-    return comparison
 
 
 def met_db(sqnr_db: float | None, precision: Precision) -> bool:

@@ -11,13 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from elit_export.arrays import Arrays
 from elit_export.backends.protocols import FunctionEngine, to_host
 from elit_export.bundle.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.models.elit import Elit
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import CACHE_GRAPHS, LATENTS, LONGEST_TEXT, STEP, DecoderSpec, Precision, Profile, Range
-from elit_export.verify.cases import Arrays, cache_inputs, case_rows, decoder_inputs, trajectory_rows, trajectory_states
+from elit_export.verify.cases import cache_inputs, case_rows, decoder_inputs, trajectory_rows, trajectory_states
 
 MAX_ROWS = 1 << 20
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from elit_export import Pipeline
-from elit_export.arrays import HostArray
+from elit_export.arrays import Arrays, HostArray
 from elit_export.backends import BACKENDS
 from elit_export.backends.protocols import GraphFile, PlanFile, to_host
 from elit_export.bundle.calibration_inputs import load_inputs
@@ -30,7 +30,7 @@ from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.opening import chosen_plan_set, incompatibility, open_fused, plan_set_target
 from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, STEP, Precision, Profile, Range
 from elit_export.verify.bisect import bisect
-from elit_export.verify.cases import Arrays, cache_inputs, fused_inputs, trajectory_rows
+from elit_export.verify.cases import cache_inputs, fused_inputs, trajectory_rows
 from elit_export.verify.metrics import difference
 from elit_export.verify.reference import torch_engine, torch_pipeline
 from elit_export.verify.tolerances import TOLERANCES

@@ -26,6 +26,7 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, helper
 
 from elit_export import Pipeline, compile_bundle
+from elit_export.arrays import Arrays
 from elit_export.backends import BACKENDS
 from elit_export.backends.protocols import BuiltPlan, GraphFile
 from elit_export.backends.tensorrt import cuda as cuda_layer
@@ -43,7 +44,6 @@ from elit_export.graphs.export import export_graph
 from elit_export.models.registry import named_spec
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import CACHE_GRAPHS, SD_VAE, STEP, Precision, Profile, Range, default_profiles
-from elit_export.verify.cases import Arrays
 from elit_export.verify.reference import reference_arrays
 from tests.conftest import recipe_values
 

@@ -81,7 +81,7 @@ def test_inputs_are_those_of_the_graph() -> None:
         assert list(inputs) == [tensor.name for tensor in SPEC.graph("step").inputs]
         for tensor in SPEC.graph("step").inputs:
             assert inputs[tensor.name].dtype == tensor.dtype
-            assert inputs[tensor.name].ndim == len(tensor.shape)
+            assert inputs[tensor.name].ndim == len(tensor.dims)
         assert np.array_equal(inputs["x"], samples.x[row][None])
         assert inputs["latents"].tolist() == list(range(samples.kept[row]))
 

@@ -17,7 +17,8 @@ from elit_export.models.registry import named_spec
 from elit_export.spec import LONGEST_TEXT, Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
+ENGINES = ROOT / "engines"
 RECIPE = """
 name = "mine"
 checkpoint = "weights/model.safetensors"
@@ -57,7 +58,6 @@ backend = "openvino"
 precision = "bf16"
 """
 )
-ENGINES = Path(__file__).parent.parent / "engines"
 
 
 def recipe_file(folder: Path, text: str = RECIPE) -> Path:
@@ -199,9 +199,10 @@ def test_a_decoder_is_relative_to_the_recipe_and_has_defaults(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("size", [256, 512])
-def test_what_readme_downloads_is_what_a_shipped_recipe_reads(size: int, tmp_path: Path) -> None:
+def test_what_the_page_on_decoders_downloads_is_what_a_shipped_recipe_reads(size: int, tmp_path: Path) -> None:
     """Typed where the repository lies, with the recipe's own lines taken in."""
-    (told,) = re.findall(r"^hf download .*sd-vae-ft-ema --local-dir (\S+)$", (ROOT / "README.md").read_text(), re.M)
+    page = (ROOT / "docs" / "decoder.md").read_text()
+    (told,) = re.findall(r"^hf download .*sd-vae-ft-ema --local-dir (\S+)$", page, re.M)
     recipe = (ROOT / "engines" / f"elit-sit-xl-2-{size}.toml").read_text()
     assert f"--local-dir {told})" in recipe
     path = tmp_path / "engines" / "recipe.toml"
@@ -311,9 +312,9 @@ CAPABILITIES = '["8.9", "12.0"]'
         ('precision = "bf16"', 'precision = "bf16"\nthreads = 2', r"\.threads: unknown key$"),
         (f"compute_capabilities = {CAPABILITIES}", "", r"\.compute_capabilities: field required"),
         # GPUs that cannot be
-        (CAPABILITIES, '["89"]', r"compute_capabilities\.0: '89' is no compute capability; .* like '8\.9' and '12\.0'"),
-        (CAPABILITIES, '["8.9", "sm120"]', r"compute_capabilities\.1: 'sm120' is no compute capability"),
-        (CAPABILITIES, '["8.9\\n"]', r"compute_capabilities\.0: '8\.9\\n' is no compute capability"),
+        (CAPABILITIES, '["89"]', r"compute_capabilities\.0: '89' is not a compute capability; .* like '8\.9' and '12\.0'"),
+        (CAPABILITIES, '["8.9", "sm120"]', r"compute_capabilities\.1: 'sm120' is not a compute capability"),
+        (CAPABILITIES, '["8.9\\n"]', r"compute_capabilities\.0: '8\.9\\n' is not a compute capability"),
         (CAPABILITIES, "[8.9]", r"compute_capabilities\.0: input should be a valid string"),
         (CAPABILITIES, '"8.9"', r"compute_capabilities: input should be a valid tuple"),
         (CAPABILITIES, '["8.9", "12.0", "8.9"]', r": compute_capabilities .* names one twice"),

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from elit_export import Pipeline, compile_bundle
+from elit_export.bundle.manifest import SCHEMA
+from elit_export.bundle.migrate import STEPS, migrated
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.bundle.store import LOCK, STAGING, writing
+from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.errors import BundleError, CheckpointError, InputError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.verify import parity
@@ -87,7 +90,7 @@ def test_damaged_manifest_is_refused(copied: Path, content: str) -> None:
 @pytest.mark.parametrize("name", ["../outside", "a/b", "..", ".hidden", ""])
 def test_artifact_names_cannot_leave_the_bundle(copied: Path, name: str) -> None:
     plan_sets = json.loads((copied / MANIFEST).read_text())["plan_sets"]
-    plan_sets[0]["profiles"][0]["plan"]["name"] = name
+    plan_sets[0]["profiles"][0]["plan"]["artifact"]["name"] = name
     rewrite_manifest(copied, plan_sets=plan_sets)
     with pytest.raises(BundleError, match="damaged"):
         Pipeline.load(copied)
@@ -190,6 +193,58 @@ def test_sampling_loads_neither_torch_nor_onnx(copied: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- earlier schemas
+
+
+def as_schema_6(folder: Path) -> None:
+    """The manifest as an earlier version wrote it, where only the name of a graph told what it is."""
+    graphs = json.loads((folder / MANIFEST).read_text())["graphs"]
+    for graph in graphs.values():
+        del graph["graph"], graph["precision"]
+    rewrite_manifest(folder, schema_version=6, graphs=graphs)
+
+
+def test_a_bundle_of_schema_6_is_read_as_todays(copied: Path, recipe: Recipe) -> None:
+    today = Bundle.open(copied).manifest
+    as_schema_6(copied)
+    assert Bundle.open(copied).manifest == today
+    with Pipeline.load(copied) as pipeline:
+        assert pipeline.sample([0], steps=2).latents.shape == (1, 1, 8, 8)
+
+
+def test_a_build_takes_what_schema_6_has(copied: Path, recipe: Recipe) -> None:
+    as_schema_6(copied)
+    stages: list[str] = []
+    compile_bundle(recipe, "cpu", out=copied, progress=lambda stage, _: stages.append(stage))
+    assert stages == [NOTHING_CHANGED]
+
+
+@pytest.mark.parametrize(
+    ("name", "graph", "precision"),
+    [
+        ("step-fp32", "step", "fp32"),
+        ("step-int8-0123abcd", "step", "int8"),
+        ("probe-fp32-program", "probe", "fp32"),
+        ("decode-fp32", "decode", "fp32"),
+    ],
+)
+def test_names_of_graphs_in_schema_6_tell_what_they_are(name: str, graph: str, precision: str) -> None:
+    made = migrated({"schema_version": 6, "graphs": {name: {"file": "f"}}}, 6)
+    assert made["schema_version"] == SCHEMA
+    assert made["graphs"] == {name: {"file": "f", "graph": graph, "precision": precision}}
+
+
+def test_every_schema_from_the_first_that_is_read_leads_to_todays() -> None:
+    assert sorted(STEPS) == list(range(min(STEPS), SCHEMA))
+
+
+@pytest.mark.parametrize("graphs", [{"step": {}}, {"step-fp33": {}}, {"step-fp32": []}, [], None])
+def test_a_manifest_of_schema_6_that_cannot_be_is_damaged(copied: Path, graphs: Any) -> None:
+    rewrite_manifest(copied, schema_version=6, graphs=graphs)
+    with pytest.raises(BundleError, match=r"damaged: .*build it again"):
+        Bundle.open(copied)
 
 
 # ---------------------------------------------------------------- writing
@@ -327,7 +382,7 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(recipe: Recipe, tmp_
     (tmp_path / "reference").mkdir()
     (tmp_path / "reference" / "book").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(BundleError, match=r"is no bundle and holds other things \(notes.txt\)"):
+    with pytest.raises(BundleError, match=r"is not a bundle and holds other things \(notes.txt\)"):
         compile_bundle(recipe, "cpu", out=tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"reference", "notes.txt"}
 
@@ -348,7 +403,7 @@ def test_another_programs_manifest_is_not_written_over(
     (tmp_path / MANIFEST).write_text(manifest)
     for name in beside:
         (tmp_path / name).mkdir()
-    with pytest.raises(BundleError, match=r"is no bundle and holds other things \((manifest\.json|icons|notes)\)"):
+    with pytest.raises(BundleError, match=r"is not a bundle and holds other things \((manifest\.json|icons|notes)\)"):
         compile_bundle(recipe, "cpu", out=tmp_path)
     assert (tmp_path / MANIFEST).read_text() == manifest
     assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, *beside}

@@ -47,7 +47,8 @@ from elit_export.runtime.opening import check_verified, open_bank
 from elit_export.runtime.vae import decoder_input
 from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range, by_channel_text
 from elit_export.verify.check import verify_plan_set
-from elit_export.verify.parity import compared, comparisons_of, load_reference, require
+from elit_export.verify.parity import compared, comparisons_of, load_reference
+from elit_export.verify.compare import require
 from tests.conftest import recipe_values
 from tests.helpers import max_relative, tiny_model
 from tests.vae import LATENTS, MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder

@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from elit_export import Pipeline
+from elit_export.arrays import Float64, Int64, Pixels
 from elit_export.bundle.manifest import Parity
 from elit_export.bundle.reading import Bundle
 from elit_export.cli import main
@@ -31,17 +32,7 @@ from elit_export.evaluate.quality import (
     quality,
     resampled_within,
 )
-from elit_export.evaluate.statistics import (
-    ClassifierSpec,
-    Float64,
-    Floor,
-    Gaussian,
-    Int64,
-    Judge,
-    JudgeFacts,
-    Pixels,
-    frechet_distance,
-)
+from elit_export.evaluate.statistics import ClassifierSpec, Floor, Gaussian, Judge, JudgeFacts, frechet_distance
 from elit_export.runtime.noise import SeededNoise
 from elit_export.spec import SD_VAE, DataFacts, Precision
 from elit_export.verify.metrics import difference

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from elit_export.errors import ExportError
 from elit_export.graphs import check
 from elit_export.graphs.check import check_graph
 from elit_export.graphs.export import export_graph
-from elit_export.spec import TensorSpec
+from elit_export.spec import GraphSpec, Role, TensorSpec
+from tests.conftest import unremembered_export
 from tests.helpers import tiny_model
 
 
@@ -66,20 +68,22 @@ def test_graph_carries_no_trace_of_the_exporting_machine(golden_g4_bundle: Bundl
 
 # ---------------------------------------------------------------- the checker refuses what is wrong
 
-INPUTS = (TensorSpec("x", "float32", ("rows", 2)), TensorSpec("latents", "int64", ("latents",)))
-OUTPUTS = (TensorSpec("velocity", "float32", ("latents", 2)),)
+X = TensorSpec("x", "float32", ("rows", 2), Role.SAMPLE)
+LATENTS = TensorSpec("latents", "int64", ("latents",), Role.LATENTS)
+VELOCITY = TensorSpec("velocity", "float32", ("latents", 2), Role.RESULT, on_host=True)
+STEP = GraphSpec("step", (X, LATENTS), (VELOCITY,), elastic=True)
 
 
-def write_graph(path: Path, nodes: list[onnx.NodeProto], inputs: tuple[TensorSpec, ...] = INPUTS) -> Path:
+def write_graph(path: Path, nodes: list[onnx.NodeProto], inputs: tuple[TensorSpec, ...] = STEP.inputs) -> Path:
     constant = helper.make_tensor("two", TensorProto.FLOAT, [1], [2.0])
     values = [
         [
             helper.make_tensor_value_info(
-                tensor.name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.shape
+                tensor.name, helper.np_dtype_to_tensor_dtype(np.dtype(tensor.dtype)), tensor.dims
             )
             for tensor in tensors
         ]
-        for tensors in (inputs, OUTPUTS)
+        for tensors in (inputs, STEP.outputs)
     ]
     graph = helper.make_graph(nodes, "step", *values, initializer=[constant])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
@@ -90,42 +94,44 @@ GATHER = helper.make_node("Gather", ["x", "latents"], ["velocity"], axis=0)
 
 
 def test_a_sound_graph_passes(tmp_path: Path) -> None:
-    check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), INPUTS, OUTPUTS, opset=20)
+    check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), STEP, opset=20)
 
 
 def test_another_signature_is_refused(tmp_path: Path) -> None:
-    path = write_graph(tmp_path / "g.onnx", [GATHER], (TensorSpec("x", "float32", (3, 2)), INPUTS[1]))
-    with pytest.raises(ExportError, match=r"inputs are .*shape=\(3, 2\)"):
-        check_graph(path, INPUTS, OUTPUTS, opset=20)
+    path = write_graph(tmp_path / "g.onnx", [GATHER], (replace(X, dims=(3, 2)), LATENTS))
+    with pytest.raises(ExportError, match=r"inputs are \[\('x', 'float32', \(3, 2\)\), .*, wanted .*'rows', 2"):
+        check_graph(path, STEP, opset=20)
 
 
 def test_a_forbidden_node_is_named(tmp_path: Path) -> None:
     nonzero = helper.make_node("NonZero", ["x"], ["where"], name="finds_where")
     with pytest.raises(ExportError, match=r"forbidden node NonZero \(finds_where\)"):
-        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, nonzero]), INPUTS, OUTPUTS, opset=20)
+        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, nonzero]), STEP, opset=20)
 
 
 def test_an_unfolded_constant_is_named(tmp_path: Path) -> None:
     double = helper.make_node("Add", ["two", "two"], ["four"], name="adds_constants")
     with pytest.raises(ExportError, match=r"Add \(adds_constants\) computes a constant"):
-        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, double]), INPUTS, OUTPUTS, opset=20)
+        check_graph(write_graph(tmp_path / "g.onnx", [GATHER, double]), STEP, opset=20)
 
 
 def test_latents_must_select_by_gather(tmp_path: Path) -> None:
     expand = helper.make_node("Expand", ["two", "latents"], ["velocity"])
+    path = write_graph(tmp_path / "g.onnx", [expand])
     with pytest.raises(ExportError, match="`latents` feeds"):
-        check_graph(write_graph(tmp_path / "g.onnx", [expand]), INPUTS, OUTPUTS, opset=20)
+        check_graph(path, STEP, opset=20)
+    check_graph(path, replace(STEP, elastic=False), opset=20)  # of others nothing is asked of it
 
 
 def test_invalid_onnx_is_refused(tmp_path: Path) -> None:
     unknown = helper.make_node("NoSuchOperator", ["x"], ["velocity"])
     with pytest.raises(ExportError, match="not valid ONNX"):
-        check_graph(write_graph(tmp_path / "g.onnx", [unknown]), INPUTS, OUTPUTS, opset=20)
+        check_graph(write_graph(tmp_path / "g.onnx", [unknown]), STEP, opset=20)
 
 
 def test_another_operator_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"operator sets are .*, wanted 19"):
-        check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), INPUTS, OUTPUTS, opset=19)
+        check_graph(write_graph(tmp_path / "g.onnx", [GATHER]), STEP, opset=19)
 
 
 def test_a_model_with_one_latent_per_group_is_refused(tmp_path: Path) -> None:
@@ -138,6 +144,6 @@ def test_a_failed_check_leaves_the_old_graph(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "step.onnx").write_text("old")
     monkeypatch.setattr(check, "FORBIDDEN", {"Softmax"})
     with pytest.raises(ExportError, match="forbidden node Softmax"):
-        export_graph(tiny_model(), "step", tmp_path)
+        unremembered_export(tiny_model(), "step", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
     assert (tmp_path / "step.onnx").read_text() == "old"

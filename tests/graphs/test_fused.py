@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,22 @@ import torch
 from onnx import TensorProto
 
 from elit_export import Pipeline, compile_bundle
+from elit_export.arrays import Arrays
+from elit_export.backends.protocols import GraphFile
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.bundle.manifest import PlanSet, ReferenceCase
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
-from elit_export.compiler import build as compile
 from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.errors import ExportError, ParityError, RecipeError
-from elit_export.graphs import check
+from elit_export.graphs import check, formats
 from elit_export.graphs.check import check_graph
-from elit_export.graphs.export import OPSETS, export_graph
+from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.cache import CachePolicy, Fit, Mask, TeaCache
 from elit_export.runtime.noise import SeededNoise
-from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, ModelSpec, Precision, Profile, Range
-from elit_export.verify.cases import Arrays, case_inputs, fused_inputs
+from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, ModelSpec, Precision, Profile, Range, fused_state
+from elit_export.verify.cases import case_inputs, fused_inputs
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.metrics import difference
 from elit_export.verify.parity import comparisons_of
@@ -83,7 +84,7 @@ class Host:
         """What there is to remember before the first step."""
         shapes = {
             tensor.name: [rows if size == ROWS else int(size) for size in tensor.dims]
-            for tensor in self.spec.fused_state
+            for tensor in fused_state(self.spec)
         }
         return {name: np.zeros(shape) for name, shape in shapes.items()} | {"reused": np.array(-1)}
 
@@ -332,25 +333,25 @@ def test_weights_are_stored_once(fused_bundle: Bundle) -> None:
     assert fused < 1.1 * step
 
 
-def checked(bundle: Bundle, name: str, choices: int) -> None:
-    spec = bundle.manifest.model.spec
-    inputs, outputs = spec.graph(name).inputs, spec.graph(name).outputs
-    check_graph(graph_file(bundle, name), inputs, outputs, opset=OPSETS[Precision.FP32], choices=choices)
+def checked(bundle: Bundle, name: str, **changes: Any) -> None:
+    """The graph held against its spec, or one with `changes`."""
+    wanted = replace(bundle.manifest.model.spec.graph(name), **changes)
+    check_graph(graph_file(bundle, name), wanted, opset=Precision.FP32.opset)
 
 
 def test_as_many_choices_as_the_graph_should_have(fused_bundle: Bundle) -> None:
-    checked(fused_bundle, FUSED, choices=1)
-    checked(fused_bundle, STEP, choices=0)
+    checked(fused_bundle, FUSED)
+    checked(fused_bundle, STEP)
     with pytest.raises(ExportError, match="1 nodes If, wanted 0"):
-        checked(fused_bundle, FUSED, choices=0)
+        checked(fused_bundle, FUSED, has_if=False)
     with pytest.raises(ExportError, match="0 nodes If, wanted 1"):
-        checked(fused_bundle, STEP, choices=1)
+        checked(fused_bundle, STEP, has_if=True)
 
 
 def test_what_is_forbidden_is_forbidden_in_a_branch(fused_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "FORBIDDEN", {"Softmax"})
     with pytest.raises(ExportError, match=r"forbidden node Softmax \(Softmax_\d+\)"):
-        checked(fused_bundle, FUSED, choices=1)
+        checked(fused_bundle, FUSED)
 
 
 # ---------------------------------------------------------------- builds
@@ -407,7 +408,7 @@ def test_a_plan_that_misses_is_not_taken(
     tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "copied"))
-    export = compile.export_graph
+    export = formats.export_graph
 
     def careless(model: ElitSiT, name: str, target: Path, precision: Precision) -> Path:
         path = export(model, name, target, precision)
@@ -415,7 +416,7 @@ def test_a_plan_that_misses_is_not_taken(
         weights.write_bytes(bytes(weights.stat().st_size))
         return path
 
-    monkeypatch.setattr(compile, "export_graph", careless)
+    monkeypatch.setattr(formats, "export_graph", careless)
     with pytest.raises(ParityError, match=f"graph {FUSED}"):
         compile_bundle(fused_recipe(tiny_checkpoint), "cpu", out=folder)
     assert Bundle.open(folder).manifest == tiny_bundle.manifest
@@ -481,16 +482,19 @@ def test_attention_is_spelled_out_where_a_choice_is(half_graph: Path, half_model
 
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16], ids=str)
 def test_tensorrt_for_rtx_builds_it(
-    precision: Precision, fused_bundle: Bundle, half_graph: Path, tmp_path: Path
+    precision: Precision, fused_bundle: Bundle, half_graph: Path, half_model: ElitSiT, tmp_path: Path
 ) -> None:
     """Without a GPU; the plan is not run."""
     library = pytest.importorskip("tensorrt_rtx")
-    from elit_export.backends.tensorrt import build as tensorrt
+    from elit_export.backends.tensorrt.build import BUILDERS
 
-    graph = half_graph if precision is Precision.BF16 else graph_file(fused_bundle, FUSED)
+    graph, spec = graph_file(fused_bundle, FUSED), fused_bundle.manifest.model.spec
+    if precision is Precision.BF16:
+        graph, spec = half_graph, half_model.spec
+    file = GraphFile(graph, spec.graph(FUSED))
     values = {"backend": "tensorrt-rtx", "precision": precision, "compute_capabilities": ["8.9", "12.0"]}
     profiles = [Profile(FUSED, Range(1, 4, 4), Range(1, 2, 8))]
     target = TensorRTTarget.model_validate(values)
-    plan = tensorrt.build_plan(graph, tmp_path, profiles, target, None, lambda _: None)
+    plan = BUILDERS["tensorrt-rtx"].build_plan(file, tmp_path, profiles, target, None, lambda _: None)
     assert plan.label == f"{FUSED}-tensorrt-rtx{library.__version__}-sm89-sm120"
     assert (tmp_path / plan.file).stat().st_size > graph.with_suffix(".onnx.data").stat().st_size

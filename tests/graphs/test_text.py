@@ -16,7 +16,8 @@ from elit_export.graphs.fused import fused
 from elit_export.graphs.program import export_program
 from elit_export.models.mmdit import ElitMMDiT
 from elit_export.models.precision import in_precision
-from elit_export.spec import CACHE_GRAPHS, FUSED, FUSED_CHOICES, LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, Precision
+from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, Precision, Role
+from elit_export.spec.graphs import FUSED_SETTINGS
 from tests.helpers import max_relative
 from tests.text_models import inputs_of, text_model
 
@@ -84,10 +85,11 @@ def test_fused_equals_torch_where_it_computes_and_where_it_reuses(shallow: ElitM
                 assert np.abs(found - expected).max() <= NEAREST * max(1, np.abs(expected).max())
 
 
-def test_the_choices_of_fused_come_last(model: ElitMMDiT) -> None:
-    names = [tensor.name for tensor in model.spec.graph(FUSED).inputs]
-    assert names[:5] == ["x", "t", "text", "text_mask", "latents"]
-    assert names[-len(FUSED_CHOICES) :] == [tensor.name for tensor in FUSED_CHOICES]
+def test_the_settings_of_fused_come_last(model: ElitMMDiT) -> None:
+    inputs = model.spec.graph(FUSED).inputs
+    assert [tensor.name for tensor in inputs[:5]] == ["x", "t", "text", "text_mask", "latents"]
+    assert inputs[-len(FUSED_SETTINGS) :] == FUSED_SETTINGS
+    assert [tensor for tensor in inputs if tensor.role is Role.SETTING] == list(FUSED_SETTINGS)
 
 
 def test_padding_may_hold_anything_in_the_graph_too(model: ElitMMDiT, step: Path) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elit_export.arrays import Float64
 from elit_export.bundle.reading import Bundle
 from elit_export.errors import EngineError
-from elit_export.runtime.noise import Float64
 from elit_export.runtime.pipeline import Pipeline, Sample
 
 THREADS = 4

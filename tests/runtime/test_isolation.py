@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from elit_export.arrays import Float64
 from elit_export.bundle.reading import Bundle
 from elit_export.runtime.cache import Fit
-from elit_export.runtime.noise import Float64
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.sampling import StepRecord
 from tests.runtime.carrying import Carrying, all_pairs, carrying

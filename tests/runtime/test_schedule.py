@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elit_export.errors import InputError
 from elit_export.runtime.samplers.base import even_times
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
 from elit_export.spec import Budget

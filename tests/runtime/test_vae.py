@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from elit_export.arrays import Float32
 from elit_export.backends.protocols import FunctionEngine, LateEngine
 from elit_export.errors import EngineError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.runtime.vae import Decoder, Float32, decoder_input, tile_starts
+from elit_export.runtime.vae import Decoder, decoder_input, tile_starts
 from elit_export.spec import PIXELS, SD_VAE, DataFacts, DecoderSpec, Precision, Profile, Range
 from tests.helpers import max_relative, tiny_spec
 from tests.vae import decoded, load_vae, pictures, save_vae, torch_decoder

@@ -22,7 +22,8 @@ from elit_export.cli import main
 from elit_export.errors import ParityError
 from elit_export.verify import parity
 from elit_export.verify.metrics import Difference
-from elit_export.verify.parity import NOTHING, Comparison, parity_of, require
+from elit_export.verify.parity import NOTHING, parity_of
+from elit_export.verify.compare import Comparison, require
 from elit_export.verify.tolerances import Tolerance
 from tests.conftest import recipe_values
 

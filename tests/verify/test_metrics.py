@@ -7,7 +7,7 @@ import pytest
 
 from elit_export.spec import Precision
 from elit_export.verify.metrics import difference, worst
-from elit_export.verify.parity import Comparison
+from elit_export.verify.compare import Comparison
 from elit_export.verify.tolerances import TOLERANCES
 
 

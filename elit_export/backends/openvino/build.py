@@ -98,8 +98,8 @@ def _capabilities() -> list[str]:
 def _arithmetic(precision: Precision) -> str:
     """Of floating point, in OpenVINO's words. What int8 leaves over is bf16 where the CPU has it, but not with AMX.
 
-    On a CPU with AMX, OpenVINO 2026.4 gives one call of the shipped model (K = 8, 16 rows) with 18.6 dB where the rest of
-    an int8 plan is bf16, and with 33.4 dB where it is f32; other calls differ by a decibel at most.
+    On a CPU with AMX, OpenVINO 2026.4 gives one call of the shipped model (K = 8, 16 rows) with 18.6 dB where the rest
+    of an int8 plan is bf16, and with 33.4 dB where it is f32; other calls differ by a decibel at most.
     """
     rest_in_bf16 = "BF16" in _capabilities() and AMX not in cpu_features().split()
     casts = precision is Precision.BF16 or (precision.quantized and rest_in_bf16)

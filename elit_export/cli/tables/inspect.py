@@ -10,7 +10,7 @@ from rich.text import Text
 
 from elit_export.bundle.manifest import CacheCalibration
 from elit_export.spec import by_channel_text
-from elit_export.verify.parity import Comparison
+from elit_export.verify.compare import Comparison
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")

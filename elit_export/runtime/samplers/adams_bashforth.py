@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.runtime.samplers.base import Float64, Noise, Velocity
+from elit_export.arrays import Float64
+from elit_export.runtime.samplers.base import Noise, Velocity
 
 
 def ab2(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:

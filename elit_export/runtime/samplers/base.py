@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Float64 = npt.NDArray[np.float64]
+from elit_export.arrays import Float64
+
 Velocity = Callable[[Float64, float, int], Float64]  # (x, t, step) → dx/dt, guidance already combined
 Noise = Callable[[], Float64]
 Run = Callable[[Velocity, Float64, Float64, Noise], Iterator[Float64]]

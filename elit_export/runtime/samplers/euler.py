@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 
-from elit_export.runtime.samplers.base import Float64, Noise, Velocity
+from elit_export.arrays import Float64
+from elit_export.runtime.samplers.base import Noise, Velocity
 
 
 def euler(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from elit_export.runtime.samplers.base import Float64, Noise, Velocity
+from elit_export.arrays import Float64
+from elit_export.runtime.samplers.base import Noise, Velocity
 
 LAST_NOISY_TIME = 0.04
 
