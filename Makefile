@@ -13,15 +13,19 @@ else
 ORT := onnxruntime
 endif
 
-TESTS := -q -n 2 --dist loadfile --durations=10 -m 'not gpu'
+TESTS := -q -n 2 --dist loadfile --durations=10 -m 'not gpu and not wheel'
 
-.PHONY: demo test test-gpu bench-gpu coverage lint clean
+.PHONY: demo test test-wheel test-gpu bench-gpu coverage lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/elit-export demo --out build/demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TESTS)
+
+# The wheel as a person installs it: needs a package index.
+test-wheel: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
 
 # On a machine with an NVIDIA GPU; tests of libraries that are missing are skipped by name.
 test-gpu: $(VENV)/installed

@@ -17,12 +17,14 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 from torch import Tensor
 
-from elit_export.backends import BACKENDS
+from elit_export.backends.onnxruntime.build import BUILDERS
+from elit_export.backends.onnxruntime.engine import OnnxRuntimeEngine
 from elit_export.backends.onnxruntime.options import OnnxRuntimeTarget
+from elit_export.backends.protocols import GraphFile
 from elit_export.bench.timing import timed_in_turn
 from elit_export.checkpoints.vae import read_decoder
 from elit_export.checkpoints.vae_decoder import VaeDecoder, load_decoder
-from elit_export.compiler.build import ANY_BUDGET
+from elit_export.compiler.stages import ANY_BUDGET
 from elit_export.graphs.export import export_decoder
 from elit_export.spec import DECODE, DecoderSpec, Precision, Profile, Range
 from elit_export.verify.cases import decoder_inputs
@@ -58,17 +60,16 @@ VAES = {"sd": sd_vae, "qwen": qwen_vae}
 
 
 def measure(decode: Decode, decoder: VaeDecoder, spec: DecoderSpec, folder: Path, rounds: int) -> str:
-    graph = export_decoder(decoder, spec, folder)
-    backend = BACKENDS["onnxruntime"]
+    graph = GraphFile(export_decoder(decoder, spec, folder), spec.graph)
     target = OnnxRuntimeTarget(backend="onnxruntime", device="cpu", precision=Precision.FP32)
     profiles = (Profile(DECODE, ANY_BUDGET, ONE),)
     (folder / "plan").mkdir()
-    built = backend.builder().build_plan(graph, folder / "plan", profiles, target, None, lambda _share: None)
+    built = BUILDERS["onnxruntime"].build_plan(graph, folder / "plan", profiles, target, None, lambda _share: None)
     inputs = decoder_inputs(1, spec)
     z = torch.from_numpy(inputs["z"])
     with (
         torch.inference_mode(),
-        backend.loader().OnnxRuntimeEngine(folder / "plan" / built.file, device="cpu", threads=0) as engine,
+        OnnxRuntimeEngine(folder / "plan" / built.file, device="cpu", threads=0) as engine,
     ):
         found = difference(engine(inputs)["pixels"], decode(z).numpy())
         timing = timed_in_turn({"engine": lambda: engine(inputs), "": lambda: decode(z)}, rounds=rounds, warmup=0)

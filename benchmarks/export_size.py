@@ -35,7 +35,7 @@ from elit_export.checkpoints.diffusers import (
     diffusers_name,
 )
 from elit_export.checkpoints.native import stored_checkpoint
-from elit_export.checkpoints.weights import facts_of, meta_model
+from elit_export.checkpoints.weights import meta_model, spec_to_metadata
 from elit_export.graphs.export import export_graph
 from elit_export.models.elit import Elit
 from elit_export.models.registry import named_spec
@@ -109,7 +109,7 @@ def write_weights(spec: ModelSpec, folder: Path) -> tuple[Path, Path, int]:
     generator = torch.Generator().manual_seed(0)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     added = {name: shape for name, shape in shapes.items() if name.startswith(INTERFACE)}
-    save_file(random(added, generator), interface, {"format": INTERFACE_FORMAT, **facts_of(model)})
+    save_file(random(added, generator), interface, {"format": INTERFACE_FORMAT, **spec_to_metadata(model)})
     index: dict[str, str] = {}
     for number, shard in enumerate(shards(model)):
         name = f"diffusion_pytorch_model-{number:05d}.safetensors"

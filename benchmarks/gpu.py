@@ -69,13 +69,21 @@ def measured(checkpoint: str, backend: str, rows: list[int], rounds: int) -> Ite
                             yield {"precision": precision, "layout": layout, "graphs": graphs, **facts}
 
 
+def capability(backend: str) -> str:
+    """Of the GPU that is here; raises BackendUnavailable if a library is missing."""
+    BACKENDS[backend].loader()
+    from elit_export.backends.tensorrt.cuda import Cuda
+
+    return Cuda().compute_capability()
+
+
 def recipe(checkpoint: str, backend: str, precision: str, layout: str, graphs: bool, rows: list[int]) -> Recipe:
     target = {
         "backend": backend,
         "precision": precision,
         "layout": layout,
         "cuda_graphs": graphs,
-        "compute_capabilities": [BACKENDS[backend].loader().compute_capability()],
+        "compute_capabilities": [capability(backend)],
     }
     ranges = {"min": 1, "opt": min(rows), "max": max(rows)}
     values = {"name": "gpu", "checkpoint": checkpoint, "rows": ranges, "targets": {"gpu": target}}

@@ -7,6 +7,7 @@ Each layout is built in a process of its own, so that its peak memory is its own
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
 import sys
@@ -15,12 +16,13 @@ import time
 from pathlib import Path
 
 from elit_export.backends import BACKENDS
+from elit_export.backends.protocols import GraphFile
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.bundle.recipe import load_recipe
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.cost.flops import flops
 from elit_export.graphs.export import export_graph
-from elit_export.spec import ModelSpec, default_profiles
+from elit_export.spec import STEP, ModelSpec, default_profiles
 
 LAYOUTS = ("per-profile", "multi-profile")
 MEGABYTE = 1e6
@@ -30,8 +32,8 @@ def main() -> None:
     match sys.argv[1:]:
         case [checkpoint, recipe, target]:
             compare(checkpoint, Path(recipe), target)
-        case ["build", graph, recipe, target, layout, latents]:
-            build(Path(graph), Path(recipe), target, layout, int(latents))
+        case ["build", graph, recipe, target, layout, spec]:
+            build(Path(graph), Path(recipe), target, layout, ModelSpec.from_dict(json.loads(spec)))
         case _:
             sys.exit(__doc__)
 
@@ -41,12 +43,12 @@ def compare(checkpoint: str, recipe: Path, target: str) -> None:
     model = load_checkpoint(checkpoint)
     print(card(model.spec))
     with tempfile.TemporaryDirectory() as folder:
-        graph = export_graph(model, "step", Path(folder), load_recipe(recipe).target(target).precision)
+        graph = export_graph(model, STEP, Path(folder), load_recipe(recipe).target(target).precision)
         print(f"export: {time.perf_counter() - started:.0f} s, peak {peak_gb():.1f} GB")
-        latents = str(model.spec.latents)
+        spec = json.dumps(model.spec.to_dict())
         del model
         for layout in LAYOUTS:
-            command = [sys.executable, __file__, "build", str(graph), str(recipe), target, layout, latents]
+            command = [sys.executable, __file__, "build", str(graph), str(recipe), target, layout, spec]
             subprocess.run(command, check=True)
 
 
@@ -55,18 +57,19 @@ def card(spec: ModelSpec) -> str:
     return f"width {spec.hidden_size}, {spec.depth} blocks, {gflop:.1f} GFLOP at {spec.full}"
 
 
-def build(graph: Path, recipe: Path, target: str, layout: str, latents: int) -> None:
+def build(graph: Path, recipe: Path, target: str, layout: str, spec: ModelSpec) -> None:
     loaded = load_recipe(recipe)
     chosen = loaded.target(target)
     assert isinstance(chosen, TensorRTTarget)
     chosen = chosen.model_copy(update={"layout": layout})
     builder = BACKENDS[chosen.backend].builder()
     builder.check(chosen)
-    groups = builder.grouped(default_profiles(latents, loaded.rows.value()), chosen)
+    groups = builder.group_profiles(default_profiles(spec.latents, loaded.rows.value()), chosen)
+    file = GraphFile(graph, spec.graph(STEP))
     started, sizes = time.perf_counter(), []
     for profiles in groups:
         with tempfile.TemporaryDirectory() as folder:
-            built = builder.build_plan(graph, Path(folder), profiles, chosen, None, lambda _share: None)
+            built = builder.build_plan(file, Path(folder), profiles, chosen, None, lambda _share: None)
             sizes.append((Path(folder) / built.file).stat().st_size)
     print(
         f"{layout}: {len(sizes)} plans, {sum(sizes) / MEGABYTE:.0f} MB in all, "

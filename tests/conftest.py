@@ -58,7 +58,7 @@ def registry_made_once() -> None:
         made.functions = {name: list(overloads) for name, overloads in made.functions.items()}
         return made
 
-    ONNXRegistry.from_torchlib = from_torchlib
+    ONNXRegistry.from_torchlib = staticmethod(from_torchlib)  # type: ignore[assignment,method-assign]
 
 
 # Before the modules of tests and of the package import it by name.

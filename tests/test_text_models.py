@@ -246,7 +246,7 @@ def test_caches_are_swept_with_random_prompts(bundle: Bundle, tmp_path: Path, mo
     calibrate(folder, fit_of(None))
     with Pipeline.load(folder) as pipeline:
         found = cache_sweep.sweep(
-            pipeline, schedule="full", guidance="cfg:3,norm", images=2, rounds=1, fine_steps=6, on_way=lambda _: None
+            pipeline, schedule="full", guidance="cfg:3,norm", images=2, rounds=1, fine_steps=6, on_way=lambda *_: None
         )
     rows = {row.name: row for row in found.rows}
     assert rows["ab3 14, weak at quarter"].choices["guidance"] == "ccfg:3@4,norm"

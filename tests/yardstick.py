@@ -1,9 +1,10 @@
 """What graphs and samples were before the package was rebuilt, stored in `tests/data/yardstick`.
 
-    python -m tests.yardstick
+    python -m tests.yardstick check
 
-writes it again: SHA-256 of every graph of every backbone and precision, a small bundle, and samples. That is right only
-after a change of library versions, or of an algorithm on purpose. `tests/test_yardstick.py` compares.
+makes every graph again, compares its SHA-256 with the stored one and prints what differs. `tests/test_yardstick.py`
+does so for graphs that other tests export too, and for the samples. Without `check` all is written anew, which is right
+only after a change of library versions, or of an algorithm on purpose.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -193,5 +195,17 @@ def main() -> None:
     GRAPHS.write_text(json.dumps({**machine(), "sha256": dict(all_hashes())}, indent=1) + "\n")
 
 
+def check() -> int:
+    """How many graphs differ from the stored ones."""
+    stored = json.loads(GRAPHS.read_text())["sha256"]
+    differing = 0
+    for name, found in all_hashes():
+        wrong = [what for what, sha256 in found.items() if stored[name][what] != sha256]
+        differing += bool(wrong)
+        sys.stdout.write(f"{name}: {' and '.join(wrong)} differ\n" if wrong else f"{name}: the same\n")
+        sys.stdout.flush()
+    return differing
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(check() if sys.argv[1:] == ["check"] else main())

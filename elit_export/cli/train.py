@@ -103,13 +103,8 @@ def train(
         **backbone_named(backbone).fields(core),
     )
     facts = DataFacts(kind="pixels", class_names=images.class_names)
-    trainer = Trainer(spec, facts, images, TrainConfig(**choices))
-    for stale in out.glob(".state.*.pt"):  # left behind by a run that was killed while it wrote
-        stale.unlink()
-    state = out / "state.pt"
-    if state.exists():
-        trainer.resume(state)
-        click.echo(f"resumed at step {trainer.step}")
+    trainer, state = Trainer(spec, facts, images, TrainConfig(**choices)), out / "state.pt"
+    resume(trainer, state)
     run_training(trainer, state, save_every)
     weights = out / "model.safetensors"
     save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
@@ -117,6 +112,15 @@ def train(
     if has_split(data, "test"):
         held_out = load_images(data, split="test", size=size, class_names=images.class_names)
         report_held_out(load_checkpoint(weights), held_out, out / "held_out.json")
+
+
+def resume(trainer: Any, state: Path) -> None:
+    """Go on where an earlier run stopped, if one did."""
+    for stale in state.parent.glob(".state.*.pt"):  # left behind by a run that was killed while it wrote
+        stale.unlink()
+    if state.exists():
+        trainer.resume(state)
+        click.echo(f"resumed at step {trainer.step}")
 
 
 def run_training(trainer: Any, state: Path, save_every: int) -> None:

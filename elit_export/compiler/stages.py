@@ -126,12 +126,10 @@ def make_graphs(job: Job, reference: Reference) -> dict[str, Graph]:
     """Every graph of the target, by the name that the bundle stores it under."""
     graphs = {}
     for graph in map(job.facts.spec.graph, job.graph_names):
-        precision = job.keys.graph_precision(graph).exported
-        graphs[job.keys.stored_name(graph, precision)] = _exported(job, graph, precision)
-    step = job.facts.spec.graph(STEP)
-    if job.keys.graph_precision(step).quantized:
-        exact = graphs[job.keys.stored_name(step, Precision.FP32)]
-        graphs[job.keys.stored_name(step)] = _quantized(job, step, exact, reference)
+        precision = job.keys.graph_precision(graph)
+        exported = graphs[job.keys.stored_name(graph, precision.exported)] = _exported(job, graph, precision.exported)
+        if precision.quantized:
+            graphs[job.keys.stored_name(graph)] = _quantized(job, graph, exported, reference)
     return graphs
 
 
@@ -148,22 +146,22 @@ def _exported(job: Job, graph: GraphSpec, precision: Precision) -> Graph:
     return job.store.artifact(Graph, name, job.keys.graph(name), make, stage=stage, first=job.source.model)
 
 
-def _quantized(job: Job, step: GraphSpec, exact: Graph, reference: Reference) -> Graph:
-    """`step` in int8 or fp8; raises ParityError if ONNX Runtime, running it, is too far from PyTorch."""
+def _quantized(job: Job, graph: GraphSpec, exact: Graph, reference: Reference) -> Graph:
+    """A graph in int8 or fp8; raises ParityError if ONNX Runtime, running it, is too far from PyTorch."""
     store, precision, key = job.store, job.options.precision, job.keys.quantized(exact, reference)
 
     def make(folder: Path) -> Made:
         assert job.inputs
         path = quantized_graph(store.path(exact), folder, precision, job.inputs, job.facts.spec)
         versions = versions_of((*GRAPH_LIBRARIES, QUANTIZING_LIBRARY))
-        about = {"graph": step.name, "precision": precision, "file": path.name, "versions": versions}
+        about = {"graph": graph.name, "precision": precision, "file": path.name, "versions": versions}
         return Made({**about, "sqnr_db": _graph_sqnr_db(job, path, reference)})
 
-    stage = Stage(f"quantize graph {step.name}", QUANTIZE)
-    graph = store.artifact(Graph, job.keys.stored_name(step), key, make, stage=stage)
-    if not job.options.accept_below_tolerance and not met_db(graph.sqnr_db, precision):
-        _graph_sqnr_db(job, store.path(graph), reference)  # accepted once, by a recipe that no longer does: raises
-    return graph
+    stage = Stage(f"quantize graph {graph.name}", QUANTIZE)
+    made = store.artifact(Graph, job.keys.stored_name(graph), key, make, stage=stage)
+    if not job.options.accept_below_tolerance and not met_db(made.sqnr_db, precision):
+        _graph_sqnr_db(job, store.path(made), reference)  # accepted once, by a recipe that no longer does: raises
+    return made
 
 
 def _graph_sqnr_db(job: Job, graph: Path, reference: Reference) -> float:
@@ -258,9 +256,11 @@ def _plan(
 
     `part` is the share of the build that is done before it, and its own.
     """
-    quantizes = graph.name == STEP and job.options.facts.casts_weights and job.options.precision.quantized
+    quantizes = not graph.exact and job.options.facts.casts_weights and job.options.precision.quantized
     before, share = part
-    names = [profile.name for profile in profiles] if graph.name == STEP else []
+    names = [
+        profile.name for profile in profiles if profile.name != graph.name
+    ]  # `_covering` names one after its graph
     what = f"build {', '.join([graph.name, *names])}"
 
     def make(folder: Path) -> Made:

@@ -312,7 +312,11 @@ CAPABILITIES = '["8.9", "12.0"]'
         ('precision = "bf16"', 'precision = "bf16"\nthreads = 2', r"\.threads: unknown key$"),
         (f"compute_capabilities = {CAPABILITIES}", "", r"\.compute_capabilities: field required"),
         # GPUs that cannot be
-        (CAPABILITIES, '["89"]', r"compute_capabilities\.0: '89' is not a compute capability; .* like '8\.9' and '12\.0'"),
+        (
+            CAPABILITIES,
+            '["89"]',
+            r"compute_capabilities\.0: '89' is not a compute capability; .* like '8\.9' and '12\.0'",
+        ),
         (CAPABILITIES, '["8.9", "sm120"]', r"compute_capabilities\.1: 'sm120' is not a compute capability"),
         (CAPABILITIES, '["8.9\\n"]', r"compute_capabilities\.0: '8\.9\\n' is not a compute capability"),
         (CAPABILITIES, "[8.9]", r"compute_capabilities\.0: input should be a valid string"),

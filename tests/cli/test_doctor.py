@@ -17,7 +17,7 @@ from elit_export.backends import BACKENDS
 from elit_export.cli.tools import TOOLS
 from elit_export.errors import BackendUnavailable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 NO_LIBRARY = "libgone.so.1: cannot open shared object file: No such file or directory"
 
 
@@ -66,13 +66,13 @@ def test_a_broken_library_makes_its_backend_unavailable_with_the_reason(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
     with pytest.raises(BackendUnavailable, match=r"is installed but broken, no symbol: pip install --force-reinstall"):
-        BACKENDS["onnxruntime"].engines()
+        BACKENDS["onnxruntime"].loader()
 
 
 def test_a_missing_library_makes_its_backend_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendUnavailable, match=r"needs onnxruntime: pip install 'elit-export\[onnxruntime\]'"):
-        BACKENDS["onnxruntime"].engines()
+        BACKENDS["onnxruntime"].loader()
 
 
 def libraries(requirements: list[str]) -> set[str]:

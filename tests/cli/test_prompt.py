@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -14,7 +15,6 @@ import torch
 
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
-from elit_export.cli import run as commands
 from elit_export.runtime.prompts import Prompts
 from elit_export.text.encoder import TextEncoder, Weights, load_encoder, prompts_of
 from elit_export.text.files import load_prompts
@@ -26,6 +26,8 @@ FOX = "a red fox"
 GUIDED = ["--guidance", "cfg:3"]
 LIMITS = (1, 8, 64)  # tokens of text
 TOLD = ["--prompt", FOX, "--prompt", "an owl, at night", "--negative", ""]
+
+commands = import_module("elit_export.cli.sample")  # under its name in the package lies the command
 
 
 @pytest.fixture(scope="module")

@@ -47,8 +47,8 @@ from elit_export.runtime.opening import check_verified, open_bank
 from elit_export.runtime.vae import decoder_input
 from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range, by_channel_text
 from elit_export.verify.check import verify_plan_set
-from elit_export.verify.parity import compared, comparisons_of, load_reference
 from elit_export.verify.compare import require
+from elit_export.verify.parity import compared, comparisons_of, load_reference
 from tests.conftest import recipe_values
 from tests.helpers import max_relative, tiny_model
 from tests.vae import LATENTS, MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder
@@ -67,7 +67,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def exported_once(exported_once: None, base: Path) -> Iterator[None]:
+def decoders_exported_once(base: Path) -> Iterator[None]:
     """Builds share real exports of decoders, as all tests do those of models."""
 
     def remembered(decoder: VaeDecoder, spec: DecoderSpec, target: Path) -> Path:

@@ -18,8 +18,8 @@ from elit_export import Pipeline
 from elit_export.arrays import Float64, Int64, Pixels
 from elit_export.bundle.manifest import Parity
 from elit_export.bundle.reading import Bundle
-from elit_export.cli import main
-from elit_export.cli.evaluate import able_plan_sets
+from elit_export.cli import main, plan_sets
+from elit_export.cli.plan_sets import able_plan_sets
 from elit_export.errors import BundleError, InputError
 from elit_export.evaluate.evaluator import SHIPPED, load_judge
 from elit_export.evaluate.quality import (
@@ -28,7 +28,6 @@ from elit_export.evaluate.quality import (
     Way,
     batches,
     choices_of,
-    evaluations,
     quality,
     resampled_within,
 )
@@ -63,10 +62,14 @@ FACTS = JudgeFacts(
 JUDGE = Judge(look, FACTS)
 
 
-def measured(opened: Any, judge: Judge = JUDGE, heard: list[tuple[str, int]] | None = None, **choices: Any) -> Any:
+def measured(opened: Any, judge: Judge = JUDGE, heard: list[tuple[str, int, int]] | None = None, **choices: Any) -> Any:
     given: dict[str, Any] = {"images": IMAGES, "guidance": "cfg:2", "ways": FEW, "seed": 0, "skipped": {}}
     said = [] if heard is None else heard
-    return quality(opened, judge, **(given | choices), on_images=lambda what, done: said.append((what, done)))
+
+    def on_images(what: str, done: int, *, total: int) -> None:
+        said.append((what, done, total))
+
+    return quality(opened, judge, **(given | choices), on_images=on_images)
 
 
 @pytest.fixture
@@ -79,14 +82,14 @@ def pipeline(tiny_bundle: Bundle) -> Iterator[Pipeline]:
 
 
 def test_a_row_for_every_way_and_budget_and_all_evaluations_heard(pipeline: Pipeline) -> None:
-    heard: list[tuple[str, int]] = []
+    heard: list[tuple[str, int, int]] = []
     result: QualityResult = measured([("cpu", pipeline)], heard=heard)
     assert [(row.way, row.name) for row in result.rows] == [
         (way, name) for way in ("euler 4", "ab3 3") for name in ("full", "half", "quarter")
     ]
     assert {(row.target, row.precision) for row in result.rows} == {("cpu", "fp32")}
     assert [row.calls for row in result.rows[::3]] == [4, 4]
-    assert sum(done for _, done in heard) == evaluations(pipeline, IMAGES, FEW)
+    assert {total for _, _, total in heard} == {sum(done for _, done, _ in heard)} == {3 * IMAGES * (4 + 4)}
     assert (result.floor, result.halves_floor) == (FACTS.floors[0], FACTS.floors[2])
 
 
@@ -207,7 +210,7 @@ def judge_of(**changes: Any) -> Judge:
 def test_nothing_is_sampled_for_what_cannot_be_judged(
     judge: Judge, choices: dict[str, Any], said: str, pipeline: Pipeline
 ) -> None:
-    heard: list[tuple[str, int]] = []
+    heard: list[tuple[str, int, int]] = []
     with pytest.raises(InputError, match=said):
         measured([("cpu", pipeline)], judge, heard, **choices)
     assert heard == []
@@ -235,7 +238,11 @@ def with_plan_sets(bundle: Bundle, **changes: Any) -> Bundle:
     return Bundle(bundle.folder, bundle.manifest.model_copy(update={"plan_sets": (other, own)}))
 
 
-def test_all_plan_sets_that_can_run_are_measured_the_most_precise_first(tiny_bundle: Bundle) -> None:
+def test_all_plan_sets_that_can_run_are_measured_the_most_precise_first(
+    tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No backend that is always there has two precisions, so whether they can run is not asked."""
+    monkeypatch.setattr(plan_sets, "incompatibility", lambda _plan_set: "")
     both = with_plan_sets(tiny_bundle, target="other", precision=Precision.FP16)
     found, skipped = able_plan_sets(both, None, None)
     assert [(plan_set.target, plan_set.precision.value) for plan_set in found] == [("cpu", "fp32"), ("other", "fp16")]

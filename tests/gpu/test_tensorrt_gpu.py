@@ -31,8 +31,8 @@ LEAK_LIMIT_BYTES = 16 << 20
 
 
 def recipe(backend: str, precision: str, **options: Any) -> Any:
-    capability = BACKENDS[backend].loader().compute_capability()
-    target = {"backend": backend, "precision": precision, "compute_capabilities": [capability], **options}
+    capabilities = [Cuda().compute_capability()]
+    target = {"backend": backend, "precision": precision, "compute_capabilities": capabilities, **options}
     values = {
         "name": "gpu",
         "checkpoint": "shipped:fashion",

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from click.testing import CliRunner, Result
 from onnx import TensorProto, numpy_helper
 
 from elit_export import Pipeline, compile_bundle
-from elit_export.backends import BACKENDS
 from elit_export.backends.onnxruntime.engine import OnnxRuntimeEngine
+from elit_export.backends.protocols import GraphFile
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.bundle.calibration_inputs import CalibrationInputs, save_inputs
 from elit_export.bundle.reading import Bundle
@@ -36,12 +37,17 @@ from elit_export.calibrate.sensitivity import (
 from elit_export.cli import main
 from elit_export.cli.calibrate import stored_graph
 from elit_export.cost.flops import layer_flops
+from elit_export.cost.layers import GROUPS, PRODUCTS
 from elit_export.errors import BackendUnavailable, BundleError, CalibrationError
 from elit_export.graphs import quantize
 from elit_export.graphs.check import check_graph
-from elit_export.graphs.quantize import LAYERS, LAYERS_IN, LINEAR, PRODUCTS, quantized_graph
-from elit_export.spec import QUANTIZED, Precision, Range, default_profiles
+from elit_export.graphs.export import export_graph
+from elit_export.graphs.quantize import LAYERS_IN, LINEAR, quantized_graph
+from elit_export.models.elit import Elit
+from elit_export.spec import QUANTIZED, STEP, ModelSpec, Precision, Range, default_profiles
 from elit_export.verify.metrics import difference
+from elit_export.verify.reference import torch_pipeline
+from tests.helpers import VARIANTS, tiny_model, tiny_spec
 
 pytest.importorskip("modelopt.onnx.quantization", reason="needs the extra quantize")
 
@@ -66,10 +72,10 @@ def graphs(
     fashion_bundle: Bundle, samples: CalibrationInputs, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Precision, Path]:
     """The shipped model in 8 bits. Do not change it."""
-    source = stored_graph(fashion_bundle)
+    source, spec = stored_graph(fashion_bundle), fashion_bundle.manifest.model.spec
     before = contents(source.parent)
     made = {
-        precision: quantized_graph(source, tmp_path_factory.mktemp(precision.value), precision, samples)
+        precision: quantized_graph(source, tmp_path_factory.mktemp(precision.value), precision, samples, spec)
         for precision in QUANTIZED
     }
     assert contents(source.parent) == before  # the library writes into what it reads
@@ -95,9 +101,29 @@ def products_in_8_bits(path: Path) -> set[str]:
     return {node.name for node in nodes if any(made.get(name) == "DequantizeLinear" for name in node.input)}
 
 
-def products_of(path: Path, layers: tuple[str, ...]) -> set[str]:
-    names = [node.name for node in nodes_of(path) if node.op_type == "MatMul"]
-    return {name for name in names for layer in layers if re.fullmatch(LAYERS[layer], name.split("/")[0])}
+IN_BLOCK = r"\d+(\.(text|image))?"  # blocks with streams have weights for each of them
+# Kind of layer → the modules whose products it holds: what names of nodes must say, written down once more.
+MODULES: dict[str, str] = {
+    **{f"{part} attention": rf"{part}\.{IN_BLOCK}\.attn\.(qkv|q|k|v|proj)" for part in ("head", "core", "tail")},
+    **{f"{part} MLP": rf"{part}\.{IN_BLOCK}\.mlp\.fc[12]" for part in ("head", "core", "tail")},
+    "joins": r"(core|tail)_joins\.\d+\.linear",
+    "merging": r"(merge|split)\.linear",
+    **{part.title(): rf"{part}\.(attn\.(q_proj|kv_proj|proj)|mlp\.fc[12])" for part in ("read", "write")},
+    PRODUCTS: r"(head|core|tail)\.\d+(\.attn)?|read|write",  # streams meet outside their own attention
+}
+
+
+def module_of(product: str) -> str:
+    """`core.3.attn.qkv/MatMul_93` → `core.3.attn.qkv`"""
+    return product.rpartition("/")[0]
+
+
+def matmuls_of(path: Path) -> set[str]:
+    return {node.name for node in nodes_of(path) if node.op_type == "MatMul"}
+
+
+def products_of(path: Path, layers: Iterable[str]) -> set[str]:
+    return {name for name in matmuls_of(path) for layer in layers if re.fullmatch(MODULES[layer], module_of(name))}
 
 
 # ---------------------------------------------------------------- the graph
@@ -110,7 +136,7 @@ def test_it_is_a_step_graph_like_the_one_it_was_made_from(
     graphs: dict[Precision, Path], fashion_bundle: Bundle, precision: Precision
 ) -> None:
     spec, path = fashion_bundle.manifest.model.spec, graphs[precision]
-    check_graph(path, spec.graph("step").inputs, spec.graph("step").outputs, opset=20)
+    check_graph(path, spec.graph(STEP), opset=20)
     assert set(contents(path.parent)) == {"step.onnx", "step.onnx.data"}
     half = stored_graph(fashion_bundle).with_name("step.onnx.data").stat().st_size * 0.6
     assert path.with_name("step.onnx.data").stat().st_size < half
@@ -141,7 +167,7 @@ def test_the_other_products_are_in_float16_and_the_final_layer_is_not(
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
     halves = {node.name for node in model.graph.node if types.get(node.output[0]) == TensorProto.FLOAT16}
-    every = products_of(stored_graph(fashion_bundle), tuple(LAYERS))
+    every = products_of(stored_graph(fashion_bundle), GROUPS)
     assert {name for name in halves if "/MatMul" in name and "input" not in name and "output" not in name} == (
         every - products_in_8_bits(graphs[precision])
     )
@@ -213,15 +239,15 @@ def test_held_out_rows_are_of_other_images_at_the_same_times(
 def test_the_same_samples_give_the_same_graph(
     tiny_bundle: Bundle, tiny_samples: CalibrationInputs, tmp_path: Path
 ) -> None:
-    source = stored_graph(tiny_bundle)
+    source, spec = stored_graph(tiny_bundle), tiny_bundle.manifest.model.spec
     for name in ("a", "b"):
-        quantized_graph(source, tmp_path / name, Precision.INT8, tiny_samples)
+        quantized_graph(source, tmp_path / name, Precision.INT8, tiny_samples, spec)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_layers_may_be_chosen(tiny_bundle: Bundle, tiny_samples: CalibrationInputs, tmp_path: Path) -> None:
-    source = stored_graph(tiny_bundle)
-    path = quantized_graph(source, tmp_path, Precision.FP8, tiny_samples, ("core MLP", "Read"))
+    source, spec = stored_graph(tiny_bundle), tiny_bundle.manifest.model.spec
+    path = quantized_graph(source, tmp_path, Precision.FP8, tiny_samples, spec, ("core MLP", "Read"))
     assert products_in_8_bits(path) == products_of(source, ("core MLP", "Read"))
     assert len(products_in_8_bits(path)) == 2 * 2 + 4
 
@@ -229,21 +255,74 @@ def test_layers_may_be_chosen(tiny_bundle: Bundle, tiny_samples: CalibrationInpu
 def test_products_of_attention_may_be_chosen(
     fashion_bundle: Bundle, samples: CalibrationInputs, tmp_path: Path
 ) -> None:
-    source = stored_graph(fashion_bundle)
-    path = quantized_graph(source, tmp_path, Precision.INT8, samples, (PRODUCTS,))
+    source, spec = stored_graph(fashion_bundle), fashion_bundle.manifest.model.spec
+    path = quantized_graph(source, tmp_path, Precision.INT8, samples, spec, (PRODUCTS,))
     assert products_in_8_bits(path) == products_of(source, (PRODUCTS,))
     assert len(products_in_8_bits(path)) == 2 * 12
 
 
 def test_kinds_of_layers_are_those_whose_cost_is_known(fashion_bundle: Bundle) -> None:
     spec = fashion_bundle.manifest.model.spec
-    assert set(LAYERS) == set(layer_flops(spec, spec.full))
+    assert set(MODULES) == set(GROUPS) == set(layer_flops(spec, spec.full))
     assert flops_share(spec, 16, LAYERS_IN[Precision.INT8]) == pytest.approx(0.86, abs=0.005)
     assert flops_share(spec, 1, LAYERS_IN[Precision.INT8]) == pytest.approx(0.73, abs=0.005)
     assert flops_share(spec, 16, LINEAR) == pytest.approx(0.92, abs=0.005)
-    every = products_of(stored_graph(fashion_bundle), tuple(LAYERS))
-    left = {node.name for node in nodes_of(stored_graph(fashion_bundle)) if node.op_type == "MatMul"} - every
-    assert {name.split("/")[0] for name in left} == {"final.linear"}
+    every = products_of(stored_graph(fashion_bundle), GROUPS)
+    left = matmuls_of(stored_graph(fashion_bundle)) - every
+    assert {module_of(name) for name in left} == {"final.linear"}
+
+
+# ---------------------------------------------------------------- other backbones
+
+
+@pytest.fixture(scope="module", params=["ELIT-U-ViT", "ELIT-HDiT"])
+def backbone(request: pytest.FixtureRequest) -> Elit:
+    """With layers that a model of plain blocks has not: those that join a skip, or merge tokens and split them."""
+    return tiny_model(**VARIANTS[request.param])
+
+
+@pytest.fixture(scope="module")
+def backbone_graph(backbone: Elit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export_graph(backbone, STEP, tmp_path_factory.mktemp(backbone.spec.backbone))
+
+
+def chosen(path: Path, spec: ModelSpec, layers: Sequence[str]) -> dict[str, str]:
+    return quantize._products(onnx.load(path, load_external_data=False), spec, layers)
+
+
+def test_layers_that_join_merge_and_split_are_among_the_products(backbone: Elit, backbone_graph: Path) -> None:
+    """Each of these layers of the model has one product, and all of them are chosen."""
+    layers = {
+        name for name, _ in backbone.named_modules() if re.fullmatch(r"(\w+_joins\.\d+|merge|split)\.linear", name)
+    }
+    assert layers
+    products = {name for name in matmuls_of(backbone_graph) if module_of(name) in layers}
+    assert {module_of(name) for name in products} == layers
+    assert products == chosen(backbone_graph, backbone.spec, ("joins", "merging")).keys()
+    for precision in QUANTIZED:
+        assert products <= chosen(backbone_graph, backbone.spec, LAYERS_IN[precision]).keys()
+
+
+def test_every_kind_of_layer_that_costs_something_has_products(backbone: Elit, backbone_graph: Path) -> None:
+    spec = backbone.spec
+    costing = [group for group, count in layer_flops(spec, spec.full).items() if count]
+    assert {"joins", "merging"} & set(costing)
+    found = chosen(backbone_graph, spec, GROUPS)
+    assert set(found.values()) == set(costing)
+    for group in costing:
+        assert chosen(backbone_graph, spec, (group,)).keys() == products_of(backbone_graph, (group,))
+    assert {module_of(name) for name in matmuls_of(backbone_graph) - found.keys()} == {"final.linear"}
+
+
+def test_a_graph_of_it_has_all_its_linear_layers_in_8_bits(
+    backbone: Elit, backbone_graph: Path, tmp_path: Path
+) -> None:
+    pipeline, budgets = torch_pipeline(backbone), tuple(budget.kept for budget in backbone.spec.budgets)
+    recipe = SMALL.model_copy(update={"budgets": budgets})
+    samples = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, "none").samples
+    path = quantized_graph(backbone_graph, tmp_path, Precision.FP8, samples, backbone.spec)
+    assert products_in_8_bits(path) == products_of(backbone_graph, LINEAR)
+    check_graph(path, backbone.spec.graph(STEP), opset=20)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -256,15 +335,16 @@ def source(tiny_bundle: Bundle) -> Path:
 
 def test_unknown_layers_are_refused(source: Path, tiny_samples: CalibrationInputs, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"no kind of layer 'MLP'; there are head attention, .*Write"):
-        quantized_graph(source, tmp_path, Precision.INT8, tiny_samples, ("MLP",))
+        quantized_graph(source, tmp_path, Precision.INT8, tiny_samples, tiny_spec(), ("MLP",))
 
 
 def test_a_graph_without_such_products_is_refused(
     tiny_bundle: Bundle, tiny_samples: CalibrationInputs, tmp_path: Path
 ) -> None:
-    time = tiny_bundle.manifest.graphs["time-fp32"]
+    time, spec = tiny_bundle.manifest.graphs["time-fp32"], tiny_bundle.manifest.model.spec
+    path = tiny_bundle.verified(time.artifact) / time.file
     with pytest.raises(CalibrationError, match="quantize an fp32 graph of `step`"):
-        quantized_graph(tiny_bundle.verified(time.artifact) / time.file, tmp_path, Precision.INT8, tiny_samples)
+        quantized_graph(path, tmp_path, Precision.INT8, tiny_samples, spec)
 
 
 def test_without_the_library_the_remedy_is_told(
@@ -272,7 +352,7 @@ def test_without_the_library_the_remedy_is_told(
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
     with pytest.raises(BackendUnavailable, match=r"need modelopt .*: pip install 'elit-export\[quantize\]'"):
-        quantized_graph(source, tmp_path, Precision.INT8, tiny_samples)
+        quantized_graph(source, tmp_path, Precision.INT8, tiny_samples, tiny_spec())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -286,7 +366,7 @@ def test_what_the_library_cannot_do_leaves_the_folder_as_it_was(
 
     monkeypatch.setattr(quantize, "_library", lambda: failing)
     with pytest.raises(CalibrationError, match=r"cannot quantize step.onnx in fp8: no kernel: pip install"):
-        quantized_graph(source, tmp_path, Precision.FP8, tiny_samples)
+        quantized_graph(source, tmp_path, Precision.FP8, tiny_samples, tiny_spec())
     assert contents(tmp_path) == {"step.onnx": b"old"}
 
 
@@ -307,14 +387,14 @@ def test_a_library_that_does_less_or_more_is_found(
     monkeypatch.setattr(quantize, "_library", lambda: other)
     told = {"product": "left 1 of 23 products in float32, .*/MatMul_", "input": "changed the inputs"}[what]
     with pytest.raises(CalibrationError, match=f"{told}.*pip install 'nvidia-modelopt"):
-        quantized_graph(source, tmp_path, Precision.INT8, tiny_samples)
+        quantized_graph(source, tmp_path, Precision.INT8, tiny_samples, tiny_spec())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_library_is_kept_from_printing(
     source: Path, tiny_samples: CalibrationInputs, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    quantized_graph(source, tmp_path, Precision.FP8, tiny_samples)
+    quantized_graph(source, tmp_path, Precision.FP8, tiny_samples, tiny_spec())
     assert capfd.readouterr() == ("", "")
 
 
@@ -329,6 +409,7 @@ def test_tensorrt_builds_a_plan_of_it(
     trt = pytest.importorskip("tensorrt_rtx")
     from elit_export.backends.tensorrt import build as tensorrt
 
+    builder, spec = tensorrt.BUILDERS["tensorrt-rtx"], fashion_bundle.manifest.model.spec
     values = {"backend": "tensorrt-rtx", "precision": Precision.FP32, "compute_capabilities": ["8.9"]}
     target = TensorRTTarget.model_validate(values)
     (profile, *_) = default_profiles(16, Range(1, 2, 4))
@@ -337,11 +418,12 @@ def test_tensorrt_builds_a_plan_of_it(
         folder = tmp_path / arithmetic.value
         folder.mkdir()
         wanted = target.model_copy(update={"precision": arithmetic})
-        plan = tensorrt.build_plan(graph, folder, [profile], wanted, None, lambda _: None)
+        file = GraphFile(graph, spec.graph(STEP))
+        plan = builder.build_plan(file, folder, [profile], wanted, None, lambda _: None)
         sizes[arithmetic] = (folder / plan.file).stat().st_size
     assert sizes[precision] < 0.9 * sizes[Precision.FP32]
-    builder = trt.Builder(tensorrt._log(trt))
-    network = tensorrt._parsed(trt, builder, graphs[precision], tensorrt._log(trt), precision)
+    made = trt.Builder(tensorrt._log(trt))
+    network = tensorrt._parsed(trt, made, graphs[precision], tensorrt._log(trt), precision)
     kinds = Counter(network.get_layer(index).type for index in range(network.num_layers))
     products = len(products_in_8_bits(graphs[precision]))
     assert (kinds[trt.LayerType.QUANTIZE], kinds[trt.LayerType.DEQUANTIZE]) == (products, 2 * products)
@@ -423,8 +505,10 @@ def test_the_shipped_recipe_builds_for_openvino(
     fashion_bundle: Bundle, samples: CalibrationInputs, tmp_path: Path, precision: str
 ) -> None:
     """Every profile and trajectory within its tolerance, by targets of the recipe as it is."""
-    builder = pytest.importorskip("openvino") and BACKENDS["openvino"].builder()
-    if precision.upper() not in builder._capabilities():
+    pytest.importorskip("openvino")
+    from elit_export.backends.openvino import build as openvino
+
+    if precision.upper() not in openvino._capabilities():
         pytest.skip(f"this CPU has no {precision} arithmetic")
     folder = Path(shutil.copytree(fashion_bundle.folder, tmp_path / "bundle"))
     save_inputs(samples, tmp_path / "samples.npz")

@@ -205,22 +205,6 @@ def test_default_profiles_cover_every_budget_once(of: int) -> None:
 
 # ---------------------------------------------------------------- named models
 
-WIDTHS = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-CORES = {"S": 2, "B": 2, "L": 12, "XL": 16}
-TAILS = {"S": 2, "B": 2, "L": 4, "XL": 4}
-
-
-@pytest.mark.parametrize("resolution", [256, 512])
-@pytest.mark.parametrize("patch", [2, 4, 8])
-@pytest.mark.parametrize("size", list(WIDTHS))
-def test_named_models(size: str, patch: int, resolution: int) -> None:
-    spec = named_spec(f"ELIT-SiT-{size}/{patch}", resolution=resolution)
-    assert (spec.hidden_size, spec.depth, spec.num_heads) == WIDTHS[size]
-    assert (spec.head_depth, spec.core_depth, spec.tail_depth) == (8, CORES[size], TAILS[size])
-    assert (spec.input_size, spec.grid) == (resolution // 8, resolution // 8 // patch)
-    assert spec.group_size == {256: 4, 512: 8}[resolution]
-    assert spec.groups * spec.latents == spec.tokens
-
 
 def test_the_names_are_sizes_by_patches() -> None:
     assert len(RELEASED_NAMES) == 12

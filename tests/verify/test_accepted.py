@@ -21,9 +21,9 @@ from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.cli import main
 from elit_export.errors import ParityError
 from elit_export.verify import parity
+from elit_export.verify.compare import Comparison, require
 from elit_export.verify.metrics import Difference
 from elit_export.verify.parity import NOTHING, parity_of
-from elit_export.verify.compare import Comparison, require
 from elit_export.verify.tolerances import Tolerance
 from tests.conftest import recipe_values
 

@@ -13,8 +13,8 @@ from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.errors import BundleError
 from elit_export.verify.check import record_success, verify_plan_set
-from elit_export.verify.parity import comparisons_of
 from elit_export.verify.compare import Comparison
+from elit_export.verify.parity import comparisons_of
 from tests.helpers import tiny_model
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from elit_export.spec import Precision
-from elit_export.verify.metrics import difference, worst
 from elit_export.verify.compare import Comparison
+from elit_export.verify.metrics import difference, worst
 from elit_export.verify.tolerances import TOLERANCES
 
 

@@ -15,8 +15,8 @@ from elit_export.errors import EngineError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.spec import CACHE_GRAPHS, Precision
-from elit_export.verify.parity import compared, comparisons_of, load_reference
 from elit_export.verify.compare import Comparison, require
+from elit_export.verify.parity import compared, comparisons_of, load_reference
 from elit_export.verify.reference import torch_engine
 
 Outputs = dict[str, HostArray]
