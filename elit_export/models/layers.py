@@ -98,7 +98,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def precision_of(layer: nn.Linear) -> torch.dtype:
-    """That which its weight has when asked; of one that is widened then (`models.widening`), without asking."""
+    """That which its weight has when asked; of one that is upcast then (`models.upcast`), without asking."""
     return torch.float32 if is_parametrized(layer) else layer.weight.dtype
 
 

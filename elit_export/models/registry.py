@@ -3,7 +3,7 @@
 A backbone is a row here and a file beside this one. The module offers one class, a `models.elit.Elit`; how its blocks
 lie, what it costs and which specs it can be is told here, because these are asked without torch. The conditioning and
 the budgets of a model follow from fields of its spec, because the runtime, which reads them, does not come here. Names
-of tensors in checkpoints that are not our own: `checkpoint.py`.  Of the backbones without published code
+of tensors in checkpoints that are not our own: `checkpoints/`.  Of the backbones without published code
 (everything but ELIT-SiT) each file says in its docstring what is our own reading of the paper (arXiv 2603.12245).
 """
 

@@ -383,6 +383,10 @@ def test_bench_as_it_was_typed_before_works_with_a_warning(
     assert f"is now `bench {command} BUNDLE" in result.stderr
 
 
+def test_quality_has_a_command_of_its_own(tiny_bundle: Bundle) -> None:
+    assert "elit-export evaluate BUNDLE" in refused("bench", tiny_bundle.folder, "--quality")
+
+
 def test_bench_misses_matplotlib_before_it_measures(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,13 +16,17 @@ from elit_export.errors import InputError
 from elit_export.models.registry import RELEASED_NAMES, named_spec
 from elit_export.spec import (
     CACHE_GRAPHS,
+    DECODE,
+    FUSED,
     PIXELS,
     SD_VAE,
     STEP,
     Budget,
     DataFacts,
+    DecoderSpec,
     ModelSpec,
     Range,
+    Role,
     by_channel_text,
     default_profiles,
     listed,
@@ -31,6 +35,7 @@ from tests.helpers import tiny_spec
 from tests.spec.refusals import wrong_refusals
 
 ROWS = Range(1, 2, 8)
+MODEL_GRAPHS = (STEP, *CACHE_GRAPHS, FUSED)
 
 
 @st.composite
@@ -355,6 +360,36 @@ def test_text_is_an_input_of_the_graphs_that_run_blocks() -> None:
     assert [t.name for t in spec.graph("probe").inputs] == ["x", "t", "signal_prev"]
     assert [t.name for t in spec.graph("reuse").inputs] == ["x", "t", "residual", "residual_prev", "forecast"]
     assert [t.name for t in spec.graph("time").inputs] == ["t"]
+    assert [graph for graph in MODEL_GRAPHS if spec.graph(graph).takes_text] == [STEP, FUSED]
+
+
+def test_what_holds_of_each_graph() -> None:
+    spec = tiny_spec()
+    decoder = DecoderSpec(channels=1, image_channels=3, scale=(1.0,), shift=(0.0,), factor=2, side=8)
+    graphs = [*(spec.graph(name) for name in MODEL_GRAPHS), decoder.graph]
+    assert [graph.name for graph in graphs] == [*MODEL_GRAPHS, DECODE]
+    assert {graph.name for graph in graphs if graph.exact} == {*CACHE_GRAPHS, DECODE}
+    assert {graph.name for graph in graphs if graph.light} == set(CACHE_GRAPHS)
+    assert {graph.name for graph in graphs if graph.elastic} == {STEP, FUSED}
+    assert {graph.name for graph in graphs if graph.has_if} == {FUSED}
+    host = {"velocity", "distance", "embedding", "computed", "pixels"}
+    assert {graph.name: graph.on_host for graph in graphs} == {
+        graph.name: host & {tensor.name for tensor in graph.outputs} for graph in graphs
+    }
+    assert not any(tensor.on_host for graph in graphs for tensor in graph.inputs)
+
+
+def test_tensors_have_roles() -> None:
+    step = tiny_spec().graph(STEP)
+    assert [tensor.role for tensor in step.inputs] == [Role.SAMPLE, Role.TIME, Role.LABEL, Role.LATENTS]
+    assert step.input(Role.LATENTS).name == "latents"
+    prompted = tiny_spec(text_width=8, num_classes=0).graph(STEP)
+    assert [tensor.role for tensor in prompted.inputs][2:4] == [Role.TEXT, Role.TEXT_MASK]
+
+
+def test_a_graph_that_a_model_does_not_have_is_named() -> None:
+    with pytest.raises(InputError, match="no graph 'decode'; it has step, probe, reuse, time, fused"):
+        tiny_spec().graph(DECODE)
 
 
 # ---------------------------------------------------------------- storage

@@ -9,6 +9,7 @@ from elit_export.cli.bench.engines import engines
 from elit_export.cli.bench.memory import memory, soak
 from elit_export.cli.bench.samplings import cache, samplers
 from elit_export.cli.common import say
+from elit_export.errors import InputError
 
 # Of version 0.1, whose `bench` was one command with flags: flag → the command, and what its options are called now.
 FLAGS = {
@@ -29,6 +30,8 @@ class BenchGroup(click.Group):
 
 
 def _renamed(args: list[str]) -> list[str]:
+    if "--quality" in args:
+        raise InputError("`bench BUNDLE --quality` is now a command of its own: elit-export evaluate BUNDLE")
     flag = next((flag for flag in FLAGS if flag in args), None)
     command, names = FLAGS[flag] if flag else ("engines", {})
     kept = [names.get(arg, arg) for arg in args if arg != flag or arg in names]
