@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -30,6 +31,7 @@ from elit_export.calibrate.sensitivity import answers_of
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
 from elit_export.cost.flops import layer_flops
+from elit_export.cost.layers import layers_of
 from elit_export.errors import CheckpointError, InputError, RecipeError
 from elit_export.graphs import formats
 from elit_export.graphs.program import export_program
@@ -252,6 +254,14 @@ def test_tensorrt_for_rtx_builds_plans_that_are_not_run(built: Built, tmp_path: 
     assert all(bundle.verified(plan.artifact) for plan in plan_set.plans)
 
 
+def modules_in_8_bits(graph: Path) -> set[str]:
+    """The modules whose products read what was dequantized."""
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    found = [node for node in nodes if "DequantizeLinear" in [made_by.get(name) for name in node.input]]
+    return {node.name.rpartition("/")[0] for node in found}
+
+
 @pytest.mark.skipif(not has("modelopt"), reason="needs nvidia-modelopt")
 def test_a_graph_in_int8_is_quantized_in_every_kind_of_layer(built: Built, pipeline: Pipeline, tmp_path: Path) -> None:
     """Joins, and what merges and splits, too; on ONNX Runtime, as TensorRT's plans cannot run here."""
@@ -264,6 +274,10 @@ def test_a_graph_in_int8_is_quantized_in_every_kind_of_layer(built: Built, pipel
     assert ("joins" in wanted) == (built.variant == "ELIT-U-ViT")
     assert ("merging" in wanted) == (built.variant == "ELIT-HDiT")
     rounded = quantized_graph(source, tmp_path, Precision.INT8, found, pipeline.spec, wanted)
+    in_8_bits = modules_in_8_bits(rounded)
+    assert in_8_bits == {layer.path for layer in layers_of(pipeline.spec) if layer.group in wanted}
+    assert ("core_joins.0.linear" in in_8_bits) == (built.variant == "ELIT-U-ViT")
+    assert ({"merge.linear", "split.linear"} <= in_8_bits) == (built.variant == "ELIT-HDiT")
     rows = {budget.kept: inputs_of(model_of(built.variant), STEP, 4, budget.kept) for budget in pipeline.spec.budgets}
     exact, eight_bits = answers_of(source, rows), answers_of(rounded, rows)
     for kept in rows:

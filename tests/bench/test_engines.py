@@ -26,7 +26,7 @@ from elit_export.spec import Precision, Profile, Range
 from elit_export.verify.reference import torch_engine
 from tests.helpers import tiny_model
 
-BARS = Path(__file__).parent.parent.parent / "benchmarks" / "bars.json"
+BARS = Path(__file__).parent.parent.parent / "benchmarks" / "limits.json"
 
 
 @pytest.fixture(scope="module", autouse=True)

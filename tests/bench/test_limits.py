@@ -34,11 +34,11 @@ def test_a_negative_number_counts_from_the_end() -> None:
 
 @pytest.mark.parametrize("content", ["", "{}", '[{"metrik": "switching"}]', '[{"metric": "a", "min": "x"}]'])
 def test_a_file_that_is_no_list_of_bars_is_refused(tmp_path: Path, content: str) -> None:
-    (tmp_path / "bars.json").write_text(content)
+    (tmp_path / "limits.json").write_text(content)
     with pytest.raises(InputError, match="not a list of limits"):
-        load_limits(tmp_path / "bars.json")
+        load_limits(tmp_path / "limits.json")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no file of limits"):
-        load_limits(tmp_path / "bars.json")
+        load_limits(tmp_path / "limits.json")

@@ -313,8 +313,8 @@ def test_bench_compares_the_samplers(tiny_bundle: Bundle, tmp_path: Path) -> Non
 
 
 def test_bench_holds_bars_and_draws(tiny_bundle: Bundle, tmp_path: Path) -> None:
-    (tmp_path / "bars.json").write_text('[{"metric": "switching", "max": 1000}, {"metric": "rows", "min": 9}]')
-    options = ("--rows", "4", "--rounds", "2", "--plot", tmp_path / "p.png", "--check", tmp_path / "bars.json")
+    (tmp_path / "limits.json").write_text('[{"metric": "switching", "max": 1000}, {"metric": "rows", "min": 9}]')
+    options = ("--rows", "4", "--rounds", "2", "--plot", tmp_path / "p.png", "--check", tmp_path / "limits.json")
     result = run("bench", "engines", tiny_bundle.folder, *options)
     assert result.exit_code == 1, result.output
     assert "rows is 4, the limit is at least 9" in result.output
@@ -325,10 +325,10 @@ def test_bench_holds_bars_and_draws(tiny_bundle: Bundle, tmp_path: Path) -> None
 
 def test_bench_compares_with_pytorch(tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Without torch.compile, which takes a minute even here."""
-    committed = json.loads((Path(__file__).parent.parent.parent / "benchmarks" / "bars.json").read_text())
-    (tmp_path / "bars.json").write_text(json.dumps([{"metric": bar["metric"], "max": 1000} for bar in committed]))
+    committed = json.loads((Path(__file__).parent.parent.parent / "benchmarks" / "limits.json").read_text())
+    (tmp_path / "limits.json").write_text(json.dumps([{"metric": bar["metric"], "max": 1000} for bar in committed]))
     options = ("--checkpoint", tiny_checkpoint, "--no-compile", "--rows", "2", "--rounds", "2")
-    facts = only_json("bench", "engines", tiny_bundle.folder, *options, "--check", tmp_path / "bars.json")
+    facts = only_json("bench", "engines", tiny_bundle.folder, *options, "--check", tmp_path / "limits.json")
     assert set(facts["budgets"][0]["speedups"]) == {"eager"}
 
 
