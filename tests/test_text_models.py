@@ -256,7 +256,7 @@ def test_caches_are_swept_with_random_prompts(bundle: Bundle, tmp_path: Path, mo
 
 def test_bench_counts_the_text(bundle: Bundle) -> None:
     arguments = [str(bundle.folder), "--rows", "2", "--rounds", "1", "--no-sampling"]
-    facts = json.loads(output_of("bench", *arguments, "--json", "-", stdout=True))
+    facts = json.loads(output_of("bench", "engines", *arguments, "--json", "-", stdout=True))
     spec = text_model().spec
     expected = [flops(spec, budget, text=RANGE.opt).total for budget in spec.named_budgets.values()]
     assert [row["flops"] for row in facts["budgets"]] == expected

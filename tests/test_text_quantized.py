@@ -336,6 +336,14 @@ def test_openvino_rounds_the_same_linear_layers_and_the_tails(bundle: Bundle, sm
     assert rounded == set(products_of(bundle, LINEAR))
 
 
+def test_what_openvino_keeps_exact_has_no_products_that_it_rounds(bundle: Bundle) -> None:
+    """A module kept exact is kept with all its products, those of attention among them."""
+    spec = bundle.manifest.model.spec
+    rounded = {layer.path for layer in layers_of(spec) if layer.group}
+    assert {"read", "write", "core.0"} <= rounded
+    assert not rounded & set(modules_kept_exact(spec))
+
+
 def test_a_build_without_samples_says_that_they_need_prompts(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("modelopt.onnx.quantization", reason="needs the extra quantize")
     pytest.importorskip("tensorrt_rtx", reason="needs tensorrt-rtx")

@@ -167,7 +167,7 @@ def test_the_demo_draws_from_a_bundle_without_torch(scripts: Path, tiny_bundle: 
 
 SHIPPED = """
 import sys
-from elit_export.recipe import load_recipe, shipped_recipe
+from elit_export.bundle.recipe import load_recipe, shipped_recipe
 assert shipped_recipe().is_relative_to(sys.prefix), shipped_recipe()
 print(load_recipe(shipped_recipe()).name)
 """

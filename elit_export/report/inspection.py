@@ -52,7 +52,7 @@ def _refuse_for_names(name: str, given: Mapping[str, object]) -> None:
 
 
 def _is_of_diffusers(folder: Path) -> bool:
-    """As `checkpoint_diffusers.transformer_folder`, which needs torch."""
+    """As `checkpoints.diffusers.transformer_folder`, which needs torch."""
     return any((folder / part / "config.json").is_file() for part in ("", "transformer"))
 
 

@@ -48,7 +48,7 @@ def competitor(plan_set: PlanSet, bundle: Bundle, *, passes: int, latents: Range
 def compared(*competitors: Competitor, rows: int = 2, **changes: Any) -> BackendsResult:
     choices: dict[str, Any] = {"rounds": 3, "peaks": {Precision.FP32: 10.0}, "skipped": {"other": "why"}}
     return compare_backends(
-        competitors, changes.pop("baseline", {}), rows=rows, on_budget=lambda _: None, **choices | changes
+        competitors, changes.pop("baseline", {}), rows=rows, on_budget=lambda _name, _total: None, **choices | changes
     )
 
 

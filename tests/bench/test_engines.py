@@ -37,7 +37,7 @@ def _small_peak() -> Iterator[None]:
         yield
 
 
-def ignore(_stage: str) -> None:
+def ignore(_stage: str, _total: int) -> None:
     """Listen to no stage."""
 
 
@@ -48,7 +48,7 @@ def pipeline_over(latents: Range, rows: Range) -> Pipeline:
     return Pipeline(EngineBank(slots, model.spec.budgets, Precision.FP32), model.spec, model.data)
 
 
-def bench_of(pipeline: Pipeline, *, rows: int, sampling: bool, on_stage: Callable[[str], None]) -> BenchResult:
+def bench_of(pipeline: Pipeline, *, rows: int, sampling: bool, on_stage: Callable[[str, int], None]) -> BenchResult:
     return bench(
         pipeline,
         {},
@@ -196,14 +196,14 @@ def test_ways_to_sample_use_covered_budgets_only() -> None:
 def test_rows_that_do_not_fit_are_refused_before_measuring(rows: int, sampling: bool, said: str) -> None:
     stages: list[str] = []
     with pytest.raises(InputError, match=said):
-        bench_of(pipeline_over(Range(1, 4, 4), Range(1, 1, 1)), rows=rows, sampling=sampling, on_stage=stages.append)
+        bench_of(pipeline_over(Range(1, 4, 4), Range(1, 1, 1)), rows=rows, sampling=sampling, on_stage=lambda name, _total: stages.append(name))
     assert stages == []
 
 
 def test_one_row_is_measured_without_samplings() -> None:
     stages: list[str] = []
     pipeline = pipeline_over(Range(1, 4, 4), Range(1, 1, 1))
-    result = bench_of(pipeline, rows=1, sampling=False, on_stage=stages.append)
+    result = bench_of(pipeline, rows=1, sampling=False, on_stage=lambda name, _total: stages.append(name))
     assert (len(result.budgets), result.samplings) == (3, [])
     assert stages == ["memory", "matrix product", "full", "half", "quarter", "switching"]
 

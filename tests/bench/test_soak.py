@@ -24,7 +24,7 @@ from tests.helpers import tiny_spec
 SOAK = """
 import sys
 from elit_export import Pipeline
-from elit_export.verify.soak import soak
+from elit_export.bench.soak import soak
 
 held = []
 on_sampling = {"kept": held.append, "dropped": lambda _: None}[sys.argv[2]]

@@ -13,7 +13,7 @@ from elit_export import Pipeline, compile_bundle
 from elit_export.backends import BACKENDS
 from elit_export.bundle import keys
 from elit_export.bundle.reading import MANIFEST, Bundle
-from elit_export.bundle.recipe import recipe_from_values
+from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.spec import CACHE_GRAPHS, STEP
@@ -48,12 +48,9 @@ def test_nothing_changed_does_nothing(copied: Path, tiny_checkpoint: Path) -> No
     }
 
 
-def test_a_build_that_does_nothing_reads_the_manifest_and_every_source_file_once(
-    copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the first build of a process does: keys hash the package's own source."""
-    recipe, stages = recipe_from_values(recipe_values(tiny_checkpoint), "test"), []
-    real, reads = Path.read_bytes, Counter[Path]()
+def reads_of_a_build_that_does_nothing(folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """How often it reads each file whole, when it is the first build of its process."""
+    real, reads, heard = Path.read_bytes, Counter[Path](), []
 
     def counted(path: Path) -> bytes:
         reads[path] += 1
@@ -62,11 +59,28 @@ def test_a_build_that_does_nothing_reads_the_manifest_and_every_source_file_once
     keys.code.cache_clear()
     keys._source_sha256.cache_clear()
     monkeypatch.setattr(Path, "read_bytes", counted)
-    compile_bundle(recipe, "cpu", out=copied, progress=lambda stage, _: stages.append(stage))
-    assert stages == [NOTHING_CHANGED]
+    compile_bundle(recipe, "cpu", out=folder, progress=lambda stage, _: heard.append(stage))
+    assert heard == [NOTHING_CHANGED]
+    return reads
+
+
+def sources_in(reads: Counter[Path]) -> dict[str, int]:
+    """The package's own files, of which keys have the hash."""
+    return {
+        str(path.relative_to(keys.PACKAGE)): times
+        for path, times in reads.items()
+        if path.is_relative_to(keys.PACKAGE) and path.suffix == ".py"
+    }
+
+
+def test_a_build_that_does_nothing_reads_the_manifest_and_every_source_file_once(
+    copied: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_from_values(recipe_values(tiny_checkpoint), "test")
+    reads = reads_of_a_build_that_does_nothing(copied, recipe, monkeypatch)
     assert reads[copied / MANIFEST] == 1
-    sources = {path: times for path, times in reads.items() if path.is_relative_to(keys.PACKAGE)}
-    assert {path.relative_to(keys.PACKAGE).parts[0] for path in sources} >= {"backends", "compiler", "graphs", "models"}
+    sources = sources_in(reads)
+    assert {Path(name).parts[0] for name in sources} >= {"backends", "compiler", "graphs", "models", "spec", "verify"}
     assert set(sources.values()) == {1}
     assert keys._source_sha256.cache_info().misses == len(sources)
 

@@ -49,6 +49,7 @@ from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range, 
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.compare import require
 from elit_export.verify.parity import compared, comparisons_of, load_reference
+from tests.compiler.test_build import reads_of_a_build_that_does_nothing, sources_in
 from tests.conftest import recipe_values
 from tests.helpers import max_relative, tiny_model
 from tests.vae import LATENTS, MAKERS, decoded, load_vae, pictures, save_vae, torch_decoder
@@ -512,6 +513,18 @@ def test_nothing_changed_does_nothing(
     assert stages_of(copied, recipe_of(checkpoints[4], folders["kl4"])) == [NOTHING_CHANGED]
     elsewhere = shutil.copytree(folders["kl4"], tmp_path / "elsewhere")  # its content counts, not its place
     assert stages_of(copied, recipe_of(checkpoints[4], Path(elsewhere))) == [NOTHING_CHANGED]
+
+
+def test_a_build_that_does_nothing_reads_the_manifest_and_every_source_file_once(
+    copied: Path, checkpoints: dict[int, Path], folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some are in the key of a decoder and in others."""
+    recipe = recipe_of(checkpoints[4], folders["kl4"])
+    reads = reads_of_a_build_that_does_nothing(copied, recipe, monkeypatch)
+    assert reads[copied / MANIFEST] == 1
+    sources = sources_in(reads)
+    assert {"checkpoints/vae.py", "compiler/decoder.py", "graphs/export.py", "runtime/vae.py"} <= set(sources)
+    assert set(sources.values()) == {1}
 
 
 def test_another_decoder_makes_its_own_part_again(
