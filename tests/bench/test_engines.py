@@ -196,7 +196,12 @@ def test_ways_to_sample_use_covered_budgets_only() -> None:
 def test_rows_that_do_not_fit_are_refused_before_measuring(rows: int, sampling: bool, said: str) -> None:
     stages: list[str] = []
     with pytest.raises(InputError, match=said):
-        bench_of(pipeline_over(Range(1, 4, 4), Range(1, 1, 1)), rows=rows, sampling=sampling, on_stage=lambda name, _total: stages.append(name))
+        bench_of(
+            pipeline_over(Range(1, 4, 4), Range(1, 1, 1)),
+            rows=rows,
+            sampling=sampling,
+            on_stage=lambda name, _total: stages.append(name),
+        )
     assert stages == []
 
 

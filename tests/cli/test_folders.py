@@ -15,7 +15,7 @@ from tests.cli.test_cli import ok, only_json, refused
 from tests.test_architecture import HEAVY, modules_after
 from tests.text_models import text_model, text_spec
 
-REMEDY = 'give the file that does, as checkpoints.diffusers.save_interface writes it: `interface = "FILE"` in the recipe'
+REMEDY = 'give the file that does, as checkpoints.diffusers.save_interface writes it: `interface = "FILE"` in'
 RECIPE = """
 name = "text"
 checkpoint = "base"
