@@ -2,7 +2,7 @@
 
     python benchmarks/random_checkpoint.py ELIT-SiT-B/2 b2.safetensors --split 4-6-2
     elit-export build benchmarks/b2.toml --target cpu --checkpoint b2.safetensors --out b2
-    elit-export bench b2 --checkpoint b2.safetensors --rows 2
+    elit-export bench engines b2 --checkpoint b2.safetensors --rows 2
 
 No tensor is zero, so that nothing is skipped or hidden.
 """

@@ -144,6 +144,13 @@ def test_files_of_a_backend_meet_in_values_alone() -> None:
         if not is_below(name, BACKEND_FILES[path.stem] | {"bundle.atomic"})
         and not (name.startswith(f"backends.{path.parent.name}") and not name.endswith((".build", ".engine")))
     ]
+    wrong += [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for path in (PACKAGE / "backends").glob("*/*.py")
+        if path.stem != "build"
+        for name in own_imports(path)
+        if name.startswith("backends.") and name.endswith(".build")
+    ]
     assert wrong == []
 
 

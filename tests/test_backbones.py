@@ -1,6 +1,6 @@
 """Every backbone through the whole toolchain: graphs, engines of each backend, samplings, caches, training.
 
-The table "backbone × capability" of the README names these tests.
+The table "backbone × capability" of docs/backbones.md names these tests.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def test_embeddings_made_before_draw_the_same(bundle: Path, encoder: Path, tmp_p
 
 
 def test_guidance_and_time_grid_of_large_models_draw(bundle: Path, encoder: Path, tmp_path: Path) -> None:
-    """What the README shows: each option changes the picture, and all together draw one."""
+    """What docs/text-to-image.md shows: each option changes the picture, and all together draw one."""
 
     def latents_of(*options: str) -> np.ndarray:
         return drawn(bundle, tmp_path / "s.png", *FOX, "--encoder", encoder, "--steps", STEPS, *options)[1]

@@ -55,16 +55,16 @@ class Keys:
     # keys
 
     def graph(self, name: str) -> str:
-        return key_of(self.model, name, code("graphs"), versions_of(GRAPH_LIBRARIES))
+        return key_of(self.model, name, code("graphs", "cost"), versions_of(GRAPH_LIBRARIES))
 
     def quantized(self, exact: Graph, reference: Reference) -> str:
         """Of a graph, and of the comparison that let it pass."""
         libraries = version(QUANTIZING_LIBRARY), BACKENDS["onnxruntime"].loader().library_version()
-        source = code("graphs/quantize.py", "cost", "verify")
+        source = code("graphs/quantize.py", "bundle/calibration_inputs.py", "backends/onnxruntime", "cost", "verify")
         return key_of(exact.key, reference.key, self.target.precision, self.inputs_sha256, libraries, source)
 
     def reference(self, profiles: Sequence[Profile]) -> str:
-        return key_of(self.model, str(profiles), version("torch"), code("verify", "runtime"))
+        return key_of(self.model, str(profiles), version("torch"), code("verify", "runtime", "backends/protocols.py"))
 
     def plan(self, graph: Graph, profiles: Sequence[Profile], *, quantizes: bool) -> str:
         """`quantizes`: the backend does, by the calibration inputs, as it builds this plan."""
@@ -72,7 +72,8 @@ class Keys:
         fingerprint = backend.builder().fingerprint(self.target)
         options = self.target.model_dump(mode="json", exclude={"fused", "accept_below_tolerance"})
         inputs = self.inputs_sha256 if quantizes else ""
-        source = code(f"backends/{backend.folder}", "backends/__init__.py", "compiler", "cost")
+        shared = ("backends/__init__.py", "backends/protocols.py", "backends/target.py", "backends/versions.py")
+        source = code(f"backends/{backend.folder}", *shared, "compiler", "cost", "spec")
         return key_of(graph.artifact.name, str(profiles), options, fingerprint, inputs, source)
 
     def decoder_graph(self, sha256: str, spec: DecoderSpec, max_rows: int) -> str:

@@ -81,7 +81,7 @@ class ReferenceCase(_Facts):
 class ReferenceTrajectory(_Facts):
     """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled.
 
-    In models with text `labels` are numbers of prompts (`verify.subjects`), and `text` is how long these may be.
+    In models with text `labels` are numbers of prompts (`runtime.conditioning`), and `text` is how long these may be.
     """
 
     name: Name

@@ -70,7 +70,8 @@ def target_of(backend: str, device: str, precision: str, options: dict[str, Any]
     try:
         target: Target = TypeAdapter(AnyTarget).validate_python(values)
     except ValidationError as error:
-        problems = "; ".join(_problem_text(problem) for problem in error.errors())
+        below = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]  # the first is the backend's name
+        problems = "; ".join(_problem_text(problem) for problem in below)
         raise BundleError(
             f"its options cannot be: {problems}: change them in the recipe and build it again: "
             f"elit-export build RECIPE --out BUNDLE"

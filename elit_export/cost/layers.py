@@ -54,8 +54,10 @@ def layers_of(spec: ModelSpec, core_tokens: int | None = None, text: int = 0) ->
 
 
 def modules_kept_exact(spec: ModelSpec) -> tuple[str, ...]:
-    """Paths of modules whose products stay in floating point when a backend quantizes a whole graph."""
-    return tuple(layer.path for layer in layers_of(spec) if not layer.kind.quantizes)
+    """Paths of modules with no product that may be quantized, for a backend that quantizes a whole graph."""
+    layers = layers_of(spec)
+    quantized = {layer.path for layer in layers if layer.kind.quantizes}
+    return tuple(layer.path for layer in layers if layer.path not in quantized)
 
 
 # ---------------------------------------------------------------- counting

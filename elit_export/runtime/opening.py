@@ -112,8 +112,9 @@ def _plan_file(bundle: Bundle, plan: Plan, graph: GraphSpec) -> PlanFile:
 
 
 def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, Engine]:
+    target = plan_set_target(plan_set)
     try:
-        return _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
+        return _backend_of(plan_set).loader().open_engines(plans, target)
     except (BackendUnavailable, BundleError) as error:
         raise type(error)(f"target {plan_set.target}: {error}") from error
 

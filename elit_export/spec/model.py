@@ -24,7 +24,7 @@ class ModelSpec:
     """Everything that fixes the graph of a model, and nothing that its weights decide.
 
     The fields without a default are those of the released checkpoints; depths count blocks before Read (head),
-    between Read and Write (core) and after Write (tail). `backbone` names a row of `models.backbones`. `rope` turns
+    between Read and Write (core) and after Write (tail). `backbone` names a row of `models.registry`. `rope` turns
     queries and keys of self-attention by their 2-D positions; `qk_norm_kind` is the norm that `qk_norm` puts on them.
     The `coarse_depth` blocks in the middle of the core run on latents of which `merge` became one, so that the model
     keeps only multiples of `merge`. A model takes classes, or text embeddings of `text_width` numbers a token.

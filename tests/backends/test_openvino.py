@@ -352,8 +352,6 @@ def test_a_plan_of_another_version_is_refused_with_both_ways_out(openvino_bundle
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"threads": 1},
         {"threads": 10**6, "hint": "latency"},
         {"threads": "2", "hint": "latency"},
         {"threads": 0, "hint": 3},

@@ -350,6 +350,7 @@ def test_bench_refuses_the_checkpoint_of_another_model(tiny_bundle: Bundle, tmp_
         (["soak", "--plot", "p.png"], "No such option"),
         (["soak", "--checkpoint", "c.pt"], "No such option"),
         (["memory", "--rows", "2"], "No such option"),
+        (["engines", "--no-compile"], "give --checkpoint FILE too"),
     ],
 )
 def test_bench_refuses_before_it_measures(
@@ -381,6 +382,10 @@ def test_bench_as_it_was_typed_before_works_with_a_warning(
     result = run("bench", tiny_bundle.folder, *old)
     assert result.exit_code == 0, result.output
     assert f"is now `bench {command} BUNDLE" in result.stderr
+
+
+def test_a_mistyped_bench_is_not_taken_for_a_bundle(tiny_bundle: Bundle) -> None:
+    assert "No such command 'sampler'" in refused("bench", "sampler", tiny_bundle.folder)
 
 
 def test_quality_has_a_command_of_its_own(tiny_bundle: Bundle) -> None:

@@ -288,7 +288,7 @@ def sqnr_by_budget(graph: Graph, model: ElitSiT) -> Iterator[float]:
         yield min(difference(found[name], to_host(array)).sqnr_db for name, array in expected.items())
 
 
-LEAST_DB = {Precision.FP16: 61.0, Precision.BF16: 47.0}  # of the shipped model, as README says
+LEAST_DB = {Precision.FP16: 61.0, Precision.BF16: 47.0}  # of the shipped model, as docs/targets.md says
 MOST_DB = {Precision.FP16: 90.0, Precision.BF16: 70.0}  # beyond it, nothing was rounded
 
 

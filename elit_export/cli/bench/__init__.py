@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from elit_export.cli.bench.backends import backends
@@ -11,7 +13,7 @@ from elit_export.cli.bench.samplings import cache, samplers
 from elit_export.cli.common import say
 from elit_export.errors import InputError
 
-# Of version 0.1, whose `bench` was one command with flags: flag → the command, and what its options are called now.
+# Of the time when `bench` was one command with flags: flag → the command, and what its options are called now.
 FLAGS = {
     "--samplers": ("samplers", {"--rows": "--images"}),
     "--cache-sweep": ("cache", {"--rows": "--images"}),
@@ -21,10 +23,10 @@ FLAGS = {
 
 
 class BenchGroup(click.Group):
-    """Takes what version 0.1 took too, with a warning: `bench BUNDLE --cache-sweep` for `bench cache BUNDLE`."""
+    """Takes its first form too, with a warning: `bench BUNDLE --cache-sweep` for `bench cache BUNDLE`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
+        if args and args[0] not in self.commands and Path(args[0]).is_dir():
             args = _renamed(args)
         return super().parse_args(ctx, args)
 

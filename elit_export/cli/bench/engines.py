@@ -35,6 +35,7 @@ from elit_export.cli.tables.bench import (
     bench_tables,
     cost_table,
 )
+from elit_export.errors import InputError
 
 
 @click.command()
@@ -69,6 +70,8 @@ def engines(
     from elit_export.runtime.conditioning import tokens_of
 
     refuse_alone(interface, checkpoint)
+    if no_compile and not checkpoint:
+        raise InputError("--no-compile is of PyTorch's own times: give --checkpoint FILE too")
     limits, draw = load_limits(check) if check else [], drawer("plot_bench", plot)
     opened, plan_set = chosen(bundle, target, precision, json_to)
     decoder = plan_set.decoder
