@@ -40,9 +40,7 @@ Progress = Callable[[str, float], None]
 R = TypeVar("R", Graph, Plan, Reference, DecoderAnswers)
 LOCK = ".build.lock"
 STAGING = ".staging"
-TEMPORARY_MANIFEST = re.compile(
-    r"\.manifest\..*\.json"
-)  # of bundle.atomic, left behind by a kill
+TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # of bundle.atomic, left behind by a kill
 ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
 OWN_KEYS = (
     b'"schema_version"',
