@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -101,7 +100,7 @@ def plan_sets(folder: Path) -> dict[str, PlanSet]:
 
 def linked(folder: Path, to: Path) -> Path:
     """A copy that takes no room: a build never writes into a file that is there."""
-    return Path(shutil.copytree(folder, to, copy_function=os.link))
+    return Path(shutil.copytree(folder, to))
 
 
 def stages_of(recipe: Recipe, name: str, folder: Path) -> list[str]:
