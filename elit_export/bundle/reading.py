@@ -81,7 +81,7 @@ def read_manifest(path: Path, content: bytes) -> Manifest:
         raise KeptBundleError(
             f"{path}: schema {version} is newer than this version reads ({SCHEMA}): pip install -U elit-export"
         )
-    if version != SCHEMA and version not in STEPS:
+    if not isinstance(version, int) or version not in (*STEPS, SCHEMA):
         raise BundleError(f"{path}: schema {version!r}, this version reads {SCHEMA}; {_rebuild(path.parent)}")
     if values.pop(OWN_HASH, None) != _own_hash(values):
         raise BundleError(f"{path}: damaged: altered since the build (sha256); {_rebuild(path.parent)}")
