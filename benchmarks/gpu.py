@@ -27,7 +27,7 @@ from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.compiler.build import compile_bundle
 from elit_export.cost.flops import flops
-from elit_export.models.precision import in_precision
+from elit_export.graphs.rounding import in_precision
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import Budget, Precision

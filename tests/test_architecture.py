@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "spec": set(),
     "backends": {"spec"},
     "bundle": {"spec", "backends"},
-    "models": {"spec", "cost"},  # `cost.layers` says which layers a lower precision casts
+    "models": {"spec"},
     "cost": {"spec", "models"},  # `models.registry`, which needs no torch
     "checkpoints": {"spec", "models"},
     "training": {"spec", "models", "checkpoints", "evaluate"},

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from elit_export.bench.engines import OnStage, Runner, bench_inputs, check_rows, engine_runner, measured_budgets
+from elit_export.bench.engines import Runner, bench_inputs, check_rows, engine_runner, measured_budgets
 from elit_export.bench.samplings import Budgets
+from elit_export.bench.stages import OnStage
 from elit_export.bench.timing import Timing, timed_in_turn
 from elit_export.bundle.manifest import PlanSet
 from elit_export.cost.flops import flops
@@ -105,7 +106,7 @@ def compare_backends(
     timed = {}
     for name in budgets:
         on_budget(name, len(budgets))
-        timed[name] = _timed(competitors, baseline, spec, budgets, name, rows=rows, rounds=rounds)
+        timed[name] = _timed(competitors, baseline, budgets, name, rows=rows, rounds=rounds)
     over = next(iter(baseline), competitors[0].name)
     made = [_row(competitor, spec, budgets, timed, over, peaks, rows) for competitor in competitors]
     largest = next(iter(budgets))
@@ -136,7 +137,6 @@ def common_budgets(competitors: Sequence[Competitor]) -> Budgets:
 def _timed(
     competitors: Sequence[Competitor],
     baseline: Mapping[str, Runner],
-    spec: ModelSpec,
     budgets: Budgets,
     name: str,
     *,

@@ -11,11 +11,12 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from elit_export.arrays import HostArray
-from elit_export.bench.engines import OnStage
+from elit_export.bench.stages import OnStage, run_stages
 from elit_export.bench.timing import timed_in_turn
 from elit_export.runtime.choices import Choices
 from elit_export.runtime.conditioning import conditioning_rows, subjects_of, text_of, tokens_of
@@ -27,6 +28,7 @@ from elit_export.verify.metrics import difference
 REFERENCE_STEPS = 50  # Euler's, of the way that all others are compared with
 PART_ROUNDS = 7
 FEWER, MULTISTEP, SMALLER = CONTROLS = ("fewer steps", "ab3", "smaller budget")
+FINE = "reference solution"
 REFERENCE, CACHED, COMBINED, GUIDED = "euler 50", "cached", "cached ab3", "cheaper guidance"
 EULER_STEPS = (8, 12, 16, 20, 25, 33, 40)
 MULTISTEP_STEPS = (6, 8, 10, 14, 20, 30)
@@ -105,18 +107,20 @@ def sweep(
     chosen = list(ways(pipeline, schedule, guidance))
     for way in chosen:
         pipeline.steps(subjects, **way.choices).close()  # checked, not run
-    rest = [way for _ in range(rounds) for way in chosen]
-    total = len(rest) + 2
-    on_way("reference solution", total)
     fine = Choices(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
-    exact = pipeline.sample(subjects, **fine).latents
-    taken: dict[str, list[Sample]] = {way.name: [] for way in chosen}
-    for way in rest:
-        on_way(way.name, total)
-        taken[way.name].append(pipeline.sample(subjects, **way.choices))
-    on_way("parts", total)
-    parts = Parts(pipeline)
-    measured = [_row(way, taken[way.name], taken[REFERENCE], exact, parts) for way in chosen]
+    wanted = [(FINE, fine), *((way.name, way.choices) for _ in range(rounds) for way in chosen)]
+    taken: dict[str, list[Sample]] = {name: [] for name, _ in wanted}
+    parts, measured = Parts(pipeline), list[SweepRow]()
+
+    def take(name: str, choices: Choices) -> None:
+        taken[name].append(pipeline.sample(subjects, **choices))
+
+    def measure() -> None:
+        exact = taken[FINE][0].latents
+        measured.extend(_row(way, taken[way.name], taken[REFERENCE], exact, parts) for way in chosen)
+
+    stages = [(name, partial(take, name, choices)) for name, choices in wanted]
+    run_stages([*stages, ("parts", measure)], on_way)
     rows = [_with_controls(row, measured) for row in measured]
     first = taken[REFERENCE][0].records[0].calls[0]
     step = parts.of(first)

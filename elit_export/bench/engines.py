@@ -22,6 +22,7 @@ from elit_export.bench.samplings import (
     fine_choices,
     sampling_results,
 )
+from elit_export.bench.stages import OnStage, Stage, run_stages
 from elit_export.bench.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
 from elit_export.cost.flops import Cost, flops
 from elit_export.errors import InputError
@@ -31,7 +32,6 @@ from elit_export.spec import LATENTS, Budget, ModelSpec
 
 Inputs = dict[str, HostArray]
 Runner = Callable[[Inputs], object]
-OnStage = Callable[[str, int], None]  # hears each stage of the work before it is done, and how many there are
 ENGINE = "engine"
 DECODE_ROUNDS = 3
 
@@ -116,15 +116,13 @@ def bench(
     if sampling:
         check_samplings(pipeline, budgets, subjects)
     work = _Work(pipeline, others, budgets, subjects, rows, rounds)
-    stages: list[tuple[str, Callable[[], None]]] = [("memory", lambda: work.measure_memory(memory))]
+    stages: list[Stage] = [("memory", lambda: work.measure_memory(memory))]
     stages += [("matrix product", work.measure_peak)]
     stages += [(name, partial(work.time_budget, name)) for name in budgets]
     stages += [("switching", work.time_switching)]
     stages += [("reference solution", work.solve_finely), ("sampling", work.sample)] if sampling else []
     stages += [("decoder", partial(work.decode, decoder_bytes))] if decoder_bytes is not None else []
-    for name, run in stages:
-        on_stage(name, len(stages))
-        run()
+    run_stages(stages, on_stage)
     return work.result(plan_bytes)
 
 

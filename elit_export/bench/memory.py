@@ -72,9 +72,8 @@ def _held_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[Pro
 def held_bytes(folder: Path, plan_set: PlanSet) -> int:
     """How much this process grows by opening a plan set's bank and calling every profile once at its opt."""
     bundle = Bundle.open(folder)
-    open_bank(
-        bundle, plan_set.model_copy(update={"profiles": ()})
-    ).close()  # loads the library, which is not the bank's
+    empty = plan_set.model_copy(update={"profiles": ()})
+    open_bank(bundle, empty).close()  # loads the library, which is not the bank's
     before = _resident()
     with open_bank(bundle, plan_set) as bank:
         for slot in bank.slots:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -14,17 +15,10 @@ from elit_export.backends import BACKENDS
 from elit_export.backends.target import Target
 from elit_export.bundle.atomic import NAME_PATTERN
 from elit_export.errors import BundleError, RecipeError
-from elit_export.spec import (
-    LONGEST_TEXT,
-    Budget,
-    ModelSpec,
-    Profile,
-    Range,
-    default_profiles,
-    listed,
-)
+from elit_export.spec import LONGEST_TEXT, Budget, ModelSpec, Profile, Range, default_profiles, listed
 
 SHIPPED_RECIPE = "fashion.toml"
+OUT_OF_RANGE = ("less_than_equal", "greater_than_equal")  # problems of numbers, as pydantic calls them
 
 
 class _Table(BaseModel):
@@ -223,6 +217,8 @@ def _problem_text(problem: Any) -> str:
         near = difflib.get_close_matches(where[-1], known, n=1) if where[-1] not in known else []
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in OUT_OF_RANGE:
+        message += f", is {reprlib.repr(problem['input'])}"
     return f"{key}: {message[0].lower()}{message[1:]}" if key else message
 
 

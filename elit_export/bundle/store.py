@@ -42,11 +42,8 @@ LOCK = ".build.lock"
 STAGING = ".staging"
 TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # of bundle.atomic, left behind by a kill
 ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
-OWN_KEYS = (
-    b'"schema_version"',
-    b'"package_version"',
-    b'"plan_sets"',
-)  # two of them tell ours, damaged or not
+# Two of them tell ours, damaged or not.
+OWN_KEYS = (b'"schema_version"', b'"package_version"', b'"plan_sets"')
 
 
 def no_progress(_stage: str, _share: float) -> None:

@@ -6,15 +6,7 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import (
-    FILE,
-    FOLDER,
-    INTERFACE_OPTION,
-    build_progress,
-    progress_bar,
-    say,
-    show,
-)
+from elit_export.cli.common import FILE, FOLDER, INTERFACE_OPTION, build_progress, progress_bar, say, show
 from elit_export.cli.tables.inspect import inspection_tables
 
 DEFAULT_BUILD_FOLDER = Path("engines/build")

@@ -11,13 +11,7 @@ import numpy as np
 from elit_export.arrays import Pixels
 from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.reading import Bundle
-from elit_export.cli.common import (
-    FILE,
-    FOLDER,
-    progress_bar,
-    say,
-    say_accepted,
-)
+from elit_export.cli.common import FILE, FOLDER, progress_bar, say, say_accepted
 from elit_export.cli.prompts import Told, told_options
 from elit_export.errors import InputError
 from elit_export.runtime.choices import DEFAULTS, checked_choices

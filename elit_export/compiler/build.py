@@ -20,7 +20,8 @@ from elit_export.bundle.store import Progress, Store, no_progress, writing
 from elit_export.checkpoints.vae import DecoderFolder, read_decoder
 from elit_export.checkpoints.vae_decoder import check_installed
 from elit_export.compiler.decoder import make_decoder
-from elit_export.compiler.stages import Job, Source, make_graphs, make_plan_set, make_reference, verified
+from elit_export.compiler.job import Job, Source
+from elit_export.compiler.stages import make_graphs, make_plan_set, make_reference, verified
 from elit_export.errors import CalibrationError, RecipeError
 from elit_export.graphs.quantize import check_tools
 from elit_export.spec import DECODE

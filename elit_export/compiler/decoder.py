@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,13 +14,11 @@ from elit_export.bundle.recipe import DecoderTable
 from elit_export.bundle.store import Made, Progress, Stage
 from elit_export.checkpoints.vae import DecoderFolder
 from elit_export.checkpoints.vae_decoder import VaeDecoder, load_decoder
+from elit_export.compiler.job import Job
 from elit_export.graphs.formats import FORMATS
 from elit_export.spec import DECODE, DecoderSpec, Precision, Range
 from elit_export.verify.cases import REFERENCE_FILE, decoder_rows
 from elit_export.verify.reference import decoder_answers
-
-if TYPE_CHECKING:
-    from elit_export.compiler.stages import Job
 
 SHARE = 0.0  # of a build that is done: a damaged folder is found out before what takes long
 

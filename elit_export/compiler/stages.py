@@ -3,40 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from elit_export.backends import BACKENDS
 from elit_export.backends.protocols import GraphFile
-from elit_export.backends.target import Target
-from elit_export.bundle.calibration_inputs import CalibrationInputs
-from elit_export.bundle.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, Keys, versions_of
-from elit_export.bundle.manifest import Graph, ModelFacts, Parity, Plan, PlanSet, ProfileFacts, Reference
+from elit_export.bundle.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, versions_of
+from elit_export.bundle.manifest import Graph, Parity, Plan, PlanSet, ProfileFacts, Reference
 from elit_export.bundle.reading import Bundle
-from elit_export.bundle.store import Made, Progress, Stage, Store
-from elit_export.checkpoints.native import checkpoint_sha256, stored_checkpoint
+from elit_export.bundle.store import Made, Stage
 from elit_export.compiler.decoder import BuiltDecoder
+from elit_export.compiler.job import Job
 from elit_export.cost.layers import modules_kept_exact
 from elit_export.graphs.formats import FORMATS
 from elit_export.graphs.quantize import quantized_graph
-from elit_export.models.elit import Elit
 from elit_export.models.upcast import upcast_on_use
 from elit_export.runtime.opening import incompatibility, open_bank
-from elit_export.spec import (
-    CACHE_GRAPHS,
-    FUSED,
-    STEP,
-    GraphSpec,
-    Precision,
-    Profile,
-    Range,
-    covered_text,
-    covering,
-)
+from elit_export.spec import CACHE_GRAPHS, FUSED, GraphSpec, Precision, Profile, Range, covered_text, covering
 from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.compare import Comparison, require
 from elit_export.verify.parity import (
@@ -52,52 +37,9 @@ from elit_export.verify.parity import (
 from elit_export.verify.reference import reference_arrays
 
 # Shares of a build that are done when a stage begins.
-CHECKPOINT, REFERENCE, GRAPH, QUANTIZE, PLANS, VERIFY = 0.0, 0.1, 0.2, 0.4, 0.5, 0.8
+REFERENCE, GRAPH, QUANTIZE, PLANS, VERIFY = 0.1, 0.2, 0.4, 0.5, 0.8
 ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
 BEING_BUILT = Parity(status="not run", reason="being built")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The checkpoint of a build, read when something has to be made of it."""
-
-    path: str
-    interface: str | Path | None
-    architecture: dict[str, Any]
-    progress: Progress
-
-    @cached_property
-    def sha256(self) -> str:
-        return checkpoint_sha256(self.path, self.interface)
-
-    def model(self) -> Elit:
-        """With its weights as stored, read once."""
-        return self._model
-
-    @cached_property
-    def _model(self) -> Elit:
-        self.progress("read checkpoint", CHECKPOINT)
-        return stored_checkpoint(self.path, interface=self.interface, **self.architecture)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One build: what it is of, where it goes, and the keys of what it makes."""
-
-    store: Store
-    target: str
-    options: Target
-    source: Source
-    keys: Keys
-    facts: ModelFacts
-    profiles: tuple[Profile, ...]
-    inputs: CalibrationInputs | None
-    inputs_file: Path | None
-
-    @property
-    def graph_names(self) -> tuple[str, ...]:
-        """The graphs of the model that the target has plans of."""
-        return (STEP, *CACHE_GRAPHS, *((FUSED,) if self.options.fused else ()))
 
 
 # ---------------------------------------------------------------- PyTorch's outputs
@@ -203,10 +145,8 @@ def make_plan_set(job: Job, graphs: Mapping[str, Graph], reference: Reference, d
             _plan(job, graph, graphs[job.keys.stored_name(graph)], group, shared, (PLANS + index * share, share))
             for index, (graph, group) in enumerate(wanted)
         ]
-    of_groups, more = (
-        plans[: len(groups)],
-        {graph.name: plan for (graph, _), plan in zip(wanted[len(groups) :], plans[len(groups) :], strict=True)},
-    )
+    of_groups, of_graphs = plans[: len(groups)], plans[len(groups) :]
+    more = {graph.name: plan for (graph, _), plan in zip(wanted[len(groups) :], of_graphs, strict=True)}
     return PlanSet(
         target=job.target,
         backend=job.options.backend,
@@ -258,24 +198,19 @@ def _plan(
     """
     quantizes = not graph.exact and job.options.facts.casts_weights and job.options.precision.quantized
     before, share = part
-    names = [
-        profile.name for profile in profiles if profile.name != graph.name
-    ]  # `_covering` names one after its graph
+    names = [profile.name for profile in profiles if profile.name != graph.name]  # as `_covering` names its one
     what = f"build {', '.join([graph.name, *names])}"
 
     def make(folder: Path) -> Made:
         kept = modules_kept_exact(job.facts.spec) if quantizes else ()
-        built = (
-            BACKENDS[job.options.backend]
-            .builder()
-            .build_plan(
-                GraphFile(job.store.path(stored), graph, kept),
-                folder,
-                profiles,
-                job.options,
-                job.inputs if quantizes else None,
-                lambda done: job.store.progress(what, before + done * share),
-            )
+        builder = BACKENDS[job.options.backend].builder()
+        built = builder.build_plan(
+            GraphFile(job.store.path(stored), graph, kept),
+            folder,
+            profiles,
+            job.options,
+            job.inputs if quantizes else None,
+            lambda done: job.store.progress(what, before + done * share),
         )
         precision = Precision.FP32 if graph.exact else job.options.precision
         name = f"{graph.name}-{job.target}-{precision.value}-{built.label}"

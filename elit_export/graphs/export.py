@@ -29,10 +29,10 @@ from elit_export.errors import ExportError
 from elit_export.graphs.attention import attention_table
 from elit_export.graphs.check import check_graph
 from elit_export.graphs.fused import fused
+from elit_export.graphs.rounding import in_precision
 from elit_export.graphs.vae_frames import join_frames, of_one_frame
 from elit_export.graphs.weights import give_weights, weightless
 from elit_export.models.elit import Elit
-from elit_export.models.precision import in_precision
 from elit_export.spec import (
     LATENTS,
     LONGEST_TEXT,
@@ -62,7 +62,7 @@ def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Pr
     """Write the graph `step`, `fused` or one of CACHE_GRAPHS into `folder` (made if missing), once checked.
 
     The model's weights may be of any floating-point type, and mapped onto their file: they are read one by one. Inputs
-    and outputs are the same in every precision; `models.precision` says what is rounded.
+    and outputs are the same in every precision; `graphs.rounding` says what is rounded.
     Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)

@@ -88,7 +88,7 @@ def sincos_position_embedding(grid: int, width: int) -> Tensor:
 # ---------------------------------------------------------------- attention and MLP
 
 # Attention and MLP may hold weights of a lower precision than the float32 tokens around them
-# (`models.precision`); they round what comes in, and what they add to a float32 token is float32 again.
+# (`graphs.rounding`); they round what comes in, and what they add to a float32 token is float32 again.
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:

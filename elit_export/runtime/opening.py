@@ -64,10 +64,7 @@ def incompatibility(plan_set: PlanSet) -> str:
 
 def plan_set_target(plan_set: PlanSet) -> Target:
     """What the recipe said; raises BundleError for options that no build writes."""
-    try:
-        return target_of(plan_set.backend, plan_set.device, plan_set.precision.value, plan_set.options)
-    except BundleError as error:
-        raise BundleError(f"target {plan_set.target}: {error}") from error
+    return target_of(plan_set.backend, plan_set.device, plan_set.precision.value, plan_set.options)
 
 
 def _backend_of(plan_set: PlanSet) -> Backend:
@@ -112,9 +109,8 @@ def _plan_file(bundle: Bundle, plan: Plan, graph: GraphSpec) -> PlanFile:
 
 
 def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, Engine]:
-    target = plan_set_target(plan_set)
     try:
-        return _backend_of(plan_set).loader().open_engines(plans, target)
+        return _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
     except (BackendUnavailable, BundleError) as error:
         raise type(error)(f"target {plan_set.target}: {error}") from error
 

@@ -11,14 +11,7 @@ import numpy as np
 
 from elit_export.arrays import Arrays, HostArray
 from elit_export.backends.protocols import Array, Engine, to_host
-from elit_export.bundle.manifest import (
-    DecoderFacts,
-    Graph,
-    Parity,
-    PlanSet,
-    Reference,
-    ReferenceTrajectory,
-)
+from elit_export.bundle.manifest import DecoderFacts, Graph, Parity, PlanSet, Reference, ReferenceTrajectory
 from elit_export.bundle.readers import PlainArraysError, plain_arrays
 from elit_export.bundle.reading import Bundle
 from elit_export.errors import BundleError, EngineError

@@ -30,7 +30,7 @@ TOLERANCES = {
     # min, opt and max of both K and rows only). The worst state of the trajectories: 115.5 dB (shipped model, its
     # multistep one; the others reach 123), 124 dB (B/2 shape).
     Precision.FP32: Tolerance(step_db=115.0, trajectory_db=110.0),
-    # Linear layers of blocks and between them, and attention itself, rounded (`models.precision`). The shipped model
+    # Linear layers of blocks and between them, and attention itself, rounded (`graphs.rounding`). The shipped model
     # keeps 61 dB (fp16, ONNX Runtime) and 47 dB (bf16, rounded at every node) at every budget
     # (tests/graphs/test_precision.py). GPU kernels round in other places and have not been measured.
     Precision.FP16: Tolerance(step_db=55.0, trajectory_db=50.0),

@@ -9,7 +9,7 @@ import torch
 
 from elit_export.checkpoints.weights import meta_model
 from elit_export.cost.params import GPUS_GB, activation_bytes, expected_ms, fitting, parameters
-from elit_export.models.precision import in_precision
+from elit_export.graphs.rounding import in_precision
 from elit_export.models.registry import NAMES, named_spec
 from elit_export.spec import PIXELS, ModelSpec, Precision
 from tests.helpers import tiny_model

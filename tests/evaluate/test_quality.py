@@ -22,15 +22,7 @@ from elit_export.cli import main, plan_sets
 from elit_export.cli.plan_sets import able_plan_sets
 from elit_export.errors import BundleError, InputError
 from elit_export.evaluate.evaluator import SHIPPED, load_judge
-from elit_export.evaluate.quality import (
-    WAYS,
-    QualityResult,
-    Way,
-    batches,
-    choices_of,
-    quality,
-    resampled_within,
-)
+from elit_export.evaluate.quality import WAYS, QualityResult, Way, batches, choices_of, quality, resampled_within
 from elit_export.evaluate.statistics import ClassifierSpec, Floor, Gaussian, Judge, JudgeFacts, frechet_distance
 from elit_export.runtime.noise import SeededNoise
 from elit_export.spec import SD_VAE, DataFacts, Precision

@@ -14,8 +14,8 @@ import torch
 from elit_export.graphs.export import export_graph
 from elit_export.graphs.fused import fused
 from elit_export.graphs.program import export_program
+from elit_export.graphs.rounding import in_precision
 from elit_export.models.mmdit import ElitMMDiT
-from elit_export.models.precision import in_precision
 from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, Precision, Role
 from elit_export.spec.graphs import FUSED_SETTINGS
 from tests.helpers import max_relative

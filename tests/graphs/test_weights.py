@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from elit_export.checkpoints.native import load_checkpoint, save_checkpoint, stored_checkpoint
 from elit_export.errors import ExportError
 from elit_export.graphs.export import export_graph, graph_model
+from elit_export.graphs.rounding import in_precision
 from elit_export.graphs.weights import weightless
 from elit_export.models.elit import Elit
-from elit_export.models.precision import in_precision
 from elit_export.spec import STEP, Precision
 from tests.conftest import unremembered_export
 from tests.helpers import tiny_model

@@ -17,10 +17,10 @@ from elit_export.checkpoints.diffusers import diffusers_name, own_tensor, save_i
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.cost.flops import Cost, flops, flops_without_interface, guided_shares, layer_flops
 from elit_export.errors import InputError
+from elit_export.graphs.rounding import in_precision
 from elit_export.models.elit import initialise
 from elit_export.models.interface import group
 from elit_export.models.mmdit import ElitMMDiT, run_joint
-from elit_export.models.precision import in_precision
 from elit_export.models.registry import named_spec, new_model
 from elit_export.models.rope import MASKED, joint_rope_tables
 from elit_export.spec import STEP, Budget, ModelSpec, Precision

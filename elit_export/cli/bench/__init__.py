@@ -1,4 +1,4 @@
-"""bench: what a bundle's engines cost, a command for each question."""
+"""bench: measure what a bundle's engines cost, a command for each question."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench backends."""
+"""bench backends: time plan sets side by side."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ from elit_export.cli.common import (
     say,
 )
 from elit_export.cli.plan_sets import able_plan_sets
-from elit_export.cli.tables.bench import (
-    backends_tables,
-)
+from elit_export.cli.tables.bench import backends_tables
 from elit_export.errors import BackendUnavailable
 from elit_export.spec import Precision
 

@@ -1,4 +1,4 @@
-"""bench engines."""
+"""bench engines: time each budget beside PyTorch, and whole samplings."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ from elit_export.cli.common import (
     refuse_alone,
     show,
 )
-from elit_export.cli.tables.bench import (
-    bench_tables,
-    cost_table,
-)
+from elit_export.cli.tables.bench import bench_tables, cost_table
 from elit_export.errors import InputError
 
 

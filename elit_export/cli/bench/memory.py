@@ -1,4 +1,4 @@
-"""bench memory, bench soak."""
+"""bench memory and bench soak: tell what engines hold, now and over many samplings."""
 
 from __future__ import annotations
 
@@ -8,23 +8,9 @@ from pathlib import Path
 import click
 
 from elit_export.bench.limits import load_limits
-from elit_export.cli.bench.options import (
-    BUNDLE,
-    COUNT,
-    chosen,
-    opened_pipeline,
-)
-from elit_export.cli.common import (
-    CHECK_OPTION,
-    JSON_OPTION,
-    TARGET_OPTIONS,
-    conclude,
-    progress_bar,
-)
-from elit_export.cli.tables.bench import (
-    memory_table,
-    soak_table,
-)
+from elit_export.cli.bench.options import BUNDLE, COUNT, chosen, opened_pipeline
+from elit_export.cli.common import CHECK_OPTION, JSON_OPTION, TARGET_OPTIONS, conclude, progress_bar
+from elit_export.cli.tables.bench import memory_table, soak_table
 
 
 @click.command()

@@ -12,10 +12,7 @@ from rich.progress import Progress, TaskID
 
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
-from elit_export.cli.common import (
-    FOLDER,
-    say_accepted,
-)
+from elit_export.cli.common import FOLDER, say_accepted
 from elit_export.runtime.opening import chosen_plan_set
 from elit_export.runtime.pipeline import Pipeline
 

@@ -1,4 +1,4 @@
-"""bench samplers, bench cache."""
+"""bench samplers and bench cache: weigh error against time."""
 
 from __future__ import annotations
 
@@ -19,18 +19,8 @@ from elit_export.cli.bench.options import (
     drawer,
     opened_pipeline,
 )
-from elit_export.cli.common import (
-    CHECK_OPTION,
-    FILE,
-    JSON_OPTION,
-    TARGET_OPTIONS,
-    conclude,
-    progress_bar,
-)
-from elit_export.cli.tables.bench import (
-    samplers_table,
-    sweep_tables,
-)
+from elit_export.cli.common import CHECK_OPTION, FILE, JSON_OPTION, TARGET_OPTIONS, conclude, progress_bar
+from elit_export.cli.tables.bench import samplers_table, sweep_tables
 
 
 @click.command()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elit_export.models.precision import in_precision
+from elit_export.graphs.rounding import in_precision
 from elit_export.models.sit import ElitSiT
 from elit_export.spec import Precision
 from elit_export.verify.metrics import difference
