@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 from elit_export import Pipeline, compile_bundle  # noqa: E402
+from elit_export.bench import peaks, timing  # noqa: E402
 from elit_export.bundle.calibration_inputs import save_inputs  # noqa: E402
 from elit_export.bundle.reading import Bundle  # noqa: E402
 from elit_export.bundle.recipe import Recipe, recipe_from_values, shipped_recipe  # noqa: E402
@@ -85,6 +87,9 @@ from elit_export.checkpoints.native import load_checkpoint, save_checkpoint  # n
 from elit_export.models.sit import ElitSiT  # noqa: E402
 from tests.helpers import Golden, golden, tiny_model  # noqa: E402
 
+# Exports make millions of objects that live till their end: looking through them for cycles is a tenth of their time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 torch.set_num_threads(1)  # the models here are tiny; a second thread only waits for the first
 # Fuzzing anew at every run and for longer than `make test` does:
 #     python -m pytest tests/test_corruption.py --hypothesis-profile=long
@@ -98,6 +103,15 @@ def fingerprint(model: Elit) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _small_matrix_products() -> Iterator[None]:
+    """Those that benches take for the peak of a machine take seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (timing, peaks):
+            patch.setattr(module, "PEAK_SIZES", (64,))
+        yield
 
 
 @pytest.fixture(scope="session", params=["tiny_g4", "tiny_g2_qknorm"])

@@ -112,7 +112,7 @@ def tiny_spec(**changes: Any) -> ModelSpec:
         "in_channels": 1,
         "input_size": 8,
         "patch_size": 2,
-        "hidden_size": 16,
+        "hidden_size": 32,
         "num_heads": 2,
         "head_depth": 1,
         "core_depth": 2,
@@ -134,13 +134,18 @@ def tiny_model(**changes: Any) -> Elit:
 
 
 # What makes a tiny spec one of each kind of transformer that the paper shows ELIT on, and of the released one.
-WIDE = {"hidden_size": 32, "num_heads": 2}  # heads that half precision takes
 VARIANTS: dict[str, dict[str, Any]] = {
-    "ELIT-SiT": WIDE,
-    "ELIT-DiT": WIDE | {"rope": True, "qk_norm": True, "qk_norm_kind": "rms", "in_channels": 16},
-    "ELIT-U-ViT": WIDE | {"backbone": "ELIT-U-ViT", "core_depth": 3},
-    "ELIT-HDiT": WIDE
-    | {"backbone": "ELIT-HDiT", "core_depth": 3, "merge": 4, "coarse_depth": 1, "input_size": 16, "group_size": 4},
+    "ELIT-SiT": {},
+    "ELIT-DiT": {"rope": True, "qk_norm": True, "qk_norm_kind": "rms", "in_channels": 16},
+    "ELIT-U-ViT": {"backbone": "ELIT-U-ViT", "core_depth": 3},
+    "ELIT-HDiT": {
+        "backbone": "ELIT-HDiT",
+        "core_depth": 3,
+        "merge": 4,
+        "coarse_depth": 1,
+        "input_size": 16,
+        "group_size": 4,
+    },
 }
 
 

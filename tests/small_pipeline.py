@@ -40,7 +40,7 @@ threads = 1
 
 def save_pipeline(folder: Path) -> Path:
     """Write it all into `folder`; gives the pipeline's own folder."""
-    pipeline, model = folder / "pipeline", text_model(in_channels=CHANNELS)
+    pipeline, model = folder / "pipeline", text_model(in_channels=CHANNELS, core_depth=1, tail_depth=0)
     model.data = LATENTS[CHANNELS]
     written_base(model, pipeline / "transformer", torch.bfloat16)
     save_interface(folder / "interface.safetensors", model)

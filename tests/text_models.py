@@ -44,6 +44,16 @@ def text_model(**changes: Any) -> ElitMMDiT:
     return model.eval()
 
 
+def shallow_text_model() -> ElitMMDiT:
+    """4×4 tokens in 4 groups of 4 latents, a block on tokens and one on latents: exports of others take long.
+
+    Its weights are numbers that bf16 holds, so that it is the same model whatever they are stored in.
+    """
+    model = text_model(input_size=8, group_size=2, core_depth=1, tail_depth=0)
+    model.load_state_dict({name: tensor.bfloat16().float() for name, tensor in model.state_dict().items()})
+    return model
+
+
 def mask_of(lengths: list[int], longest: int) -> Tensor:
     return (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
 

@@ -35,7 +35,7 @@ from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values, shipped_recipe
 from elit_export.bundle.store import STAGING
 from elit_export.cli import main
-from elit_export.compiler import stages
+from elit_export.compiler import job, stages
 from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.errors import BackendUnavailable, BuildError, BundleError, RecipeError
 from elit_export.graphs import formats
@@ -54,7 +54,7 @@ BUILDER = BACKENDS["tensorrt-rtx"].builder()
 NO_DRIVER = BACKENDS["tensorrt-rtx"].loader().device_problem("cuda")[0]
 # What a build says of how far it is before the library reports anything.
 STARTS = {
-    *(stages.CHECKPOINT, stages.REFERENCE, stages.GRAPH),
+    *(job.CHECKPOINT, stages.REFERENCE, stages.GRAPH),
     *(stages.QUANTIZE, stages.PLANS, stages.VERIFY),
 }
 needs_no_gpu = pytest.mark.skipif(not NO_DRIVER, reason="this machine has a GPU")

@@ -81,7 +81,7 @@ def taken_by(program: Any) -> list[Any]:
 
 
 def test_text_has_a_range_of_its_own(library: Library, tmp_path: Path) -> None:
-    found = asked(library, text_model(), STEP, Profile("full", LATENTS, ROWS, TEXT), tmp_path)
+    found = asked(library, text_model(core_depth=1, tail_depth=0), STEP, Profile("full", LATENTS, ROWS, TEXT), tmp_path)
     pairs = list(zip(ROWS.corners(), TEXT.corners(), strict=True))
     assert found["text"] == [(rows, tokens, 24) for rows, tokens in pairs]
     assert found["text_mask"] == pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from elit_export import Pipeline
-from elit_export.bench import timing
 from elit_export.bench.engines import ENGINE, BenchResult, bench, measured_budgets
 from elit_export.bench.limits import load_limits, misses
 from elit_export.bench.memory import BankMemory
@@ -27,14 +26,6 @@ from elit_export.verify.reference import torch_engine
 from tests.helpers import tiny_model
 
 BARS = Path(__file__).parent.parent.parent / "benchmarks" / "limits.json"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_peak() -> Iterator[None]:
-    """The matrix products that the peak is measured with take seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(timing, "PEAK_SIZES", (64,))
-        yield
 
 
 def ignore(_stage: str, _total: int) -> None:

@@ -13,7 +13,7 @@ from elit_export.models.mmdit import ElitMMDiT
 from tests.checkpoints.test_diffusers import written_base
 from tests.cli.test_cli import ok, only_json, refused
 from tests.test_architecture import HEAVY, modules_after
-from tests.text_models import text_model, text_spec
+from tests.text_models import shallow_text_model, text_model, text_spec
 
 REMEDY = 'give the file that does, as checkpoints.diffusers.save_interface writes it: `interface = "FILE"` in'
 RECIPE = """
@@ -31,10 +31,10 @@ precision = "fp32"
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` and `interface.safetensors` of a small model. Do not change them."""
+    """`base`, with its weights in bf16, and `interface.safetensors` of a small model. Do not change them."""
     folder = tmp_path_factory.mktemp("folders")
-    model = text_model(input_size=8, group_size=2, core_depth=1, tail_depth=0)
-    written_base(model, folder / "base")
+    model = shallow_text_model()
+    written_base(model, folder / "base", torch.bfloat16)
     save_interface(folder / "interface.safetensors", model)
     return folder
 
@@ -92,43 +92,41 @@ def test_build_takes_the_interface_of_the_recipe_or_of_the_command_line(
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` with its weights in bf16, `interface.safetensors`, and `bundle`, built of them. Do not change them."""
-    folder = tmp_path_factory.mktemp("half")
-    model = text_model(input_size=8, group_size=2, core_depth=1, tail_depth=0)
-    written_base(model, folder / "base", torch.bfloat16)
-    save_interface(folder / "interface.safetensors", model)
-    (folder / "r.toml").write_text(RECIPE.format(interface='interface = "interface.safetensors"'))
-    ok("build", folder / "r.toml", "--out", folder / "bundle")
-    return folder
+def bundle(here: Path) -> Path:
+    """Built of what is `here`. Do not change it."""
+    (here / "r.toml").write_text(RECIPE.format(interface='interface = "interface.safetensors"'))
+    ok("build", here / "r.toml", "--out", here / "bundle")
+    return here / "bundle"
 
 
-def test_a_bundle_of_a_folder_is_verified_live_and_stored(half: Path) -> None:
+def test_a_bundle_of_a_folder_is_verified_live_and_stored(here: Path, bundle: Path) -> None:
     """Stored answers are of weights widened one by one, live ones too; engines hold the same weights in fp32."""
-    live = ("--checkpoint", half / "base", "--interface", half / "interface.safetensors")
-    stored, again = (only_json("verify", half / "bundle", *options) for options in ((), live))
+    live = ("--checkpoint", here / "base", "--interface", here / "interface.safetensors")
+    stored, again = (only_json("verify", bundle, *options) for options in ((), live))
     assert len(stored) == len(again) > 10
     assert all(comparison["passed"] for comparison in (*stored, *again))
     assert [comparison["found"] for comparison in stored] == [comparison["found"] for comparison in again]
 
 
-def test_a_bundle_of_a_folder_is_measured_beside_pytorch(half: Path) -> None:
+def test_a_bundle_of_a_folder_is_measured_beside_pytorch(here: Path, bundle: Path) -> None:
     quick = ("--no-compile", "--no-sampling", "--rounds", "1", "--rows", "1")
-    live = ("--checkpoint", half / "base", "--interface", half / "interface.safetensors")
-    facts = only_json("bench", "engines", half / "bundle", *live, *quick)
+    live = ("--checkpoint", here / "base", "--interface", here / "interface.safetensors")
+    facts = only_json("bench", "engines", bundle, *live, *quick)
     assert all(budget["speedups"]["eager"] > 0 for budget in facts["budgets"])
-    side_by_side = only_json("bench", "backends", half / "bundle", *live, "--rounds", "1", "--rows", "1")
+    side_by_side = only_json("bench", "backends", bundle, *live, "--rounds", "1", "--rows", "1")
     assert side_by_side["backends"]
 
 
-def test_read_and_write_of_another_training_are_not_those_of_the_bundle(half: Path, tmp_path: Path) -> None:
+def test_read_and_write_of_another_training_are_not_those_of_the_bundle(
+    here: Path, bundle: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other.safetensors"
     save_interface(other, ElitMMDiT(text_spec(input_size=8, group_size=2, core_depth=1, tail_depth=0)))
     for command in (("verify",), ("bench", "engines")):
-        said = refused(*command, half / "bundle", "--checkpoint", half / "base", "--interface", other)
-        assert f"was not built from {half / 'base'} with {other} (sha256 differs)" in said
-        assert REMEDY in refused(*command, half / "bundle", "--checkpoint", half / "base")
-        assert "--checkpoint FOLDER" in refused(*command, half / "bundle", "--interface", other)
+        said = refused(*command, bundle, "--checkpoint", here / "base", "--interface", other)
+        assert f"was not built from {here / 'base'} with {other} (sha256 differs)" in said
+        assert REMEDY in refused(*command, bundle, "--checkpoint", here / "base")
+        assert "--checkpoint FOLDER" in refused(*command, bundle, "--interface", other)
 
 
 def test_a_folder_that_is_neither_bundle_nor_checkpoint_is_no_bundle(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def checkpoints(base: Path) -> dict[int, Path]:
     """Models of 8 × 8 latents, by channels."""
     found = {channels: base / f"c{channels}.safetensors" for channels in LATENTS}
     for channels, path in found.items():
-        model = tiny_model(in_channels=channels)
+        model = tiny_model(in_channels=channels, core_depth=1, tail_depth=0)
         model.data = LATENTS[channels]
         save_checkpoint(path, model)
     return found

@@ -435,7 +435,7 @@ def test_a_backend_that_cannot_choose_inside_says_so() -> None:
 @pytest.fixture(scope="module")
 def half_model() -> ElitSiT:
     """With heads wide enough for half precision."""
-    return tiny_model(hidden_size=32, head_depth=1, core_depth=0, tail_depth=0)
+    return tiny_model(head_depth=1, core_depth=0, tail_depth=0)
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def graph(request: pytest.FixtureRequest, fashion_graphs: dict[Precision, Path])
 
 @pytest.fixture(scope="module")
 def qk_model() -> ElitSiT:
-    return tiny_model(hidden_size=32, qk_norm=True, head_depth=0, core_depth=1, tail_depth=0)
+    return tiny_model(qk_norm=True, head_depth=0, core_depth=1, tail_depth=0)
 
 
 @pytest.fixture(scope="module", params=TYPES, ids=str)
@@ -324,7 +324,7 @@ def test_heads_that_no_kernel_takes_are_refused(tmp_path: Path, precision: Preci
 @pytest.mark.parametrize("precision", TYPES, ids=str)
 def test_one_latent_per_group_is_refused_in_every_precision(tmp_path: Path, precision: Precision) -> None:
     with pytest.raises(ExportError, match="one budget only"):
-        export_graph(tiny_model(hidden_size=32, group_size=1), "step", tmp_path, precision)
+        export_graph(tiny_model(group_size=1), "step", tmp_path, precision)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -25,7 +25,7 @@ ROUNDED = re.compile(
 
 @pytest.fixture(scope="module")
 def model() -> ElitSiT:
-    return tiny_model(hidden_size=32, qk_norm=True)
+    return tiny_model(qk_norm=True)
 
 
 def stepped(model: ElitSiT, kept: int) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ def test_what_is_not_rounded_is_shared(model: ElitSiT, precision: Precision) -> 
 
 @pytest.mark.parametrize("precision", HALVES)
 def test_the_model_given_stays_as_it_is(precision: Precision) -> None:
-    given = tiny_model(hidden_size=32).train()
+    given = tiny_model().train()
     parameters = dict(given.named_parameters())
     values = {name: tensor.clone() for name, tensor in given.state_dict().items()}
     in_precision(given, precision)

@@ -284,7 +284,7 @@ def test_shapes_of_a_small_model() -> None:
 NO_SHAPES: list[tuple[dict[str, Any], str]] = [
     ({"input_size": 9}, "input_size 9 is not divisible by patch_size 2"),
     ({"group_size": 3}, "token grid 4 is not divisible by group_size 3"),
-    ({"num_heads": 3}, "hidden_size 16 is not divisible by num_heads 3"),
+    ({"num_heads": 3}, "hidden_size 32 is not divisible by num_heads 3"),
     ({"hidden_size": 18}, "hidden_size 18 is not divisible by .* position code 4"),
     ({"patch_size": 0}, "patch_size is 0, must be at least 1"),
     ({"num_classes": 0}, "num_classes is 0, must be at least 1"),
