@@ -1,45 +1,55 @@
 """The command line, one file a command.
 
 Takes: arguments.  Gives: text on standard output and error, files, an exit status.  May touch: what is named.
-This folder is the only place that prints or exits.
+This folder is the only place that prints or exits. A command's file is imported when the command is called, and
+imports what it runs inside its functions, so that help comes at once.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 
 import click
-from rich.logging import RichHandler
 
-from elit_export.cli.bench import bench
-from elit_export.cli.build import build
-from elit_export.cli.calibrate import calibrate
-from elit_export.cli.common import Commands
-from elit_export.cli.demo import demo
-from elit_export.cli.doctor import doctor
-from elit_export.cli.embed import embed
-from elit_export.cli.evaluate import evaluate
-from elit_export.cli.export import export
-from elit_export.cli.inspect import inspect
-from elit_export.cli.sample import sample
-from elit_export.cli.train import train
-from elit_export.cli.train_classifier import train_classifier
-from elit_export.cli.verify import verify
+from elit_export.cli.groups import Commands, Deferred
 
-COMMANDS = (
-    *(demo, train, train_classifier, export, build, calibrate, embed, sample),
-    *(verify, bench, evaluate, inspect, doctor),
-)
+# command → the first sentence of its help
+COMMANDS = {
+    "demo": "Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them.",
+    "train": "Train a model on DATA: IDX files, or one folder of images per class.",
+    "train-classifier": (
+        "Train what `evaluate` judges samples by, on DATA: IDX files, or one folder of images per class."
+    ),
+    "export": "Export CHECKPOINT as one ONNX graph for every budget.",
+    "build": "Build RECIPE's engines into a bundle and compare each profile with PyTorch.",
+    "calibrate": "Measure what a bundle's engines do along real trajectories, for the step cache and for quantization.",
+    "embed": "Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it.",
+    "sample": "Sample images from BUNDLE into a PNG grid and a .npz.",
+    "verify": "Compare BUNDLE's engines with PyTorch: every profile at its corners, and whole trajectories.",
+    "bench": "Measure BUNDLE's engines.",
+    "evaluate": "Measure the quality of BUNDLE's samples, as a classifier of real images sees it.",
+    "inspect": "Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.",
+    "doctor": "Show which backends and tools work on this machine, which do not, why, and what to type.",
+}
+
+
+def _plain_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """Leave out the file and the line, which are of this package."""
+    return f"warning: {message}\n"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="elit-export")
 def main() -> None:
     """Compile ELIT checkpoints into one engine per compute budget, and sample with them."""
+    from rich.logging import RichHandler
+
+    warnings.formatwarning = _plain_warning
     logging.basicConfig(
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
     )
 
 
-for command in COMMANDS:
-    main.add_command(command)
+for name, short_help in COMMANDS.items():
+    main.add_command(Deferred(name, short_help))

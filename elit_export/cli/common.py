@@ -8,49 +8,26 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from elit_export.bench.limits import Limit, misses
 from elit_export.bundle.atomic import write_text
-from elit_export.bundle.manifest import PlanSet
-from elit_export.bundle.reading import Bundle
-from elit_export.cli.tools import TOOLS
-from elit_export.errors import ElitExportError, InputError
-from elit_export.verify.parity import accepted_miss
+from elit_export.errors import InputError
+
+if TYPE_CHECKING:
+    from elit_export.bench.limits import Limit
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
-
-
-class Commands(click.Group):
-    """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ElitExportError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(2)
-        except ModuleNotFoundError as error:
-            if error.name not in TOOLS:
-                raise
-            extra = TOOLS[error.name].extra
-            click.echo(f"error: this command needs {error.name}: pip install 'elit-export[{extra}]'", err=True)
-            ctx.exit(2)
-        except OSError as error:
-            click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
-            ctx.exit(2)
-        except KeyboardInterrupt:
-            click.echo("interrupted; nothing half-written was left behind", err=True)
-            ctx.exit(130)
 
 
 def progress_bar() -> Progress:
@@ -100,6 +77,8 @@ def say(text: str, *, json_to: str | None = None) -> None:
 
 def say_accepted(bundle: Bundle, plan_set: PlanSet, *, json_to: str | None = None) -> None:
     """Warn of plans that are below their tolerance, by the recipe's own leave."""
+    from elit_export.verify.parity import accepted_miss
+
     if reason := accepted_miss(plan_set, bundle.manifest.graphs):
         say(f"{plan_set.target} {plan_set.precision.value} is below its tolerance, accepted: {reason}", json_to=json_to)
 
@@ -149,6 +128,8 @@ def TARGET_OPTIONS(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: 
 
 def conclude(tables: Sequence[Table], facts: Any, limits: Sequence[Limit], json_to: str | None) -> None:
     """Show, write, and end with status 1 where a limit does not hold."""
+    from elit_export.bench.limits import misses
+
     show(*tables, json_to=json_to)
     write_json(facts, json_to)
     missed = misses(limits, facts)

@@ -9,21 +9,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.arrays import Pixels
 from elit_export.bundle.atomic import atomic_write
-from elit_export.bundle.reading import Bundle
-from elit_export.bundle.recipe import shipped_recipe
 from elit_export.cli.common import FOLDER, JSON_OPTION, build_progress, progress_bar, say, show, write_json
 from elit_export.cli.tables.inspect import table
-from elit_export.cli.tools import TOOLS
-from elit_export.cost.flops import flops_per_image
-from elit_export.errors import BackendUnavailable, InputError
-from elit_export.runtime.images import DECODER_REMEDY, grid, zoom_of
-from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.cli.tools import naming_the_extra
+from elit_export.errors import InputError
 from elit_export.spec import listed
 
 if TYPE_CHECKING:
+    from elit_export.arrays import Pixels
     from elit_export.bundle.store import Progress
+    from elit_export.runtime.pipeline import Pipeline, Sample
 
 STEPS = 15
 SAMPLER = "ab3"
@@ -59,7 +55,9 @@ class DemoRow:
 
 def build_demo(folder: Path, progress: Progress) -> Pipeline:
     """Build the shipped recipe's CPU target and open it; needs torch."""
+    from elit_export.bundle.recipe import shipped_recipe
     from elit_export.compiler.build import compile_bundle
+    from elit_export.runtime.pipeline import Pipeline
 
     compile_bundle(shipped_recipe(), "cpu", out=folder / "bundle", progress=progress)
     return Pipeline.load(folder / "bundle", target="cpu")
@@ -67,7 +65,11 @@ def build_demo(folder: Path, progress: Progress) -> Pipeline:
 
 def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pipeline:
     """Open a bundle that is already built; raises InputError if it takes text, or no pictures can be made of it."""
-    if Bundle.open(bundle).manifest.model.spec.text_width:
+    from elit_export.bundle.reading import Bundle
+    from elit_export.runtime.images import DECODER_REMEDY
+    from elit_export.runtime.pipeline import Pipeline
+
+    if Bundle.open(bundle).manifest.model.spec.takes_text:
         raise InputError(
             f"the demo draws classes, and {bundle} takes text: elit-export sample {bundle} --prompt TEXT "
             f"--encoder FOLDER, or --prompts FILE.npz"
@@ -84,11 +86,11 @@ def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pip
 
 def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
     """Every named budget that the engines cover, with CFG, then a mixed schedule with cheap CFG."""
-    names = [name for name, budget in pipeline.spec.named_budgets.items() if budget in pipeline.bank.covered]
+    names = [name for name, budget in pipeline.spec.named_budgets.items() if budget in pipeline.coverage.covered]
     if not names:
         raise InputError(
             f"no profile covers any of {', '.join(pipeline.spec.named_budgets)}, the budgets of the demo; "
-            f"the engines cover {listed(pipeline.bank.covered)}: elit-export sample BUNDLE --schedule BUDGET"
+            f"the engines cover {listed(pipeline.coverage.covered)}: elit-export sample BUNDLE --schedule BUDGET"
         )
     ways = [DemoWay(name, name, f"cfg:{SCALE}") for name in names]
     if len(names) > 1:
@@ -100,6 +102,8 @@ def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
 
 def demo_rows(pipeline: Pipeline, ways: list[DemoWay]) -> Iterator[DemoRow]:
     """The first classes once each way; the same seeds."""
+    from elit_export.cost.flops import flops_per_image
+
     labels = list(range(min(IMAGES, pipeline.spec.num_classes)))
     pipeline.sample(labels, steps=2, schedule=ways[0].name, guidance=ways[0].guidance)  # warm up
     for way in ways:
@@ -111,6 +115,8 @@ def demo_rows(pipeline: Pipeline, ways: list[DemoWay]) -> Iterator[DemoRow]:
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:
+    from elit_export.runtime.images import grid, zoom_of
+
     picture = grid([row.images for row in rows], zoom=zoom_of(rows[0].images, ZOOM))
     with atomic_write(path) as temporary:
         picture.save(temporary, optimize=True)
@@ -142,16 +148,9 @@ def demo(out: Path, bundle: Path | None, target: str | None, precision: str | No
 
 def built_demo(out: Path) -> Pipeline:
     """Raises BackendUnavailable where the libraries of building are not installed."""
-    try:
-        with progress_bar() as progress:
-            return build_demo(out, build_progress(progress))
-    except ModuleNotFoundError as error:
-        if error.name not in TOOLS:
-            raise
-        raise BackendUnavailable(
-            f"building the shipped model needs {error.name}: pip install 'elit-export[{TOOLS[error.name].extra}]', "
-            f"or draw from a bundle that was built elsewhere: elit-export demo --bundle BUNDLE"
-        ) from error
+    elsewhere = ", or draw from a bundle that was built elsewhere: elit-export demo --bundle BUNDLE"
+    with naming_the_extra("building the shipped model", otherwise=elsewhere), progress_bar() as progress:
+        return build_demo(out, build_progress(progress))
 
 
 def show_demo(rows: list[DemoRow], json_to: str | None) -> None:

@@ -1,27 +1,32 @@
 """What works on this machine, what does not, why, and what to type.
 
 Backends that are installed are loaded here, each tool in a process of its own, so that a broken one brings nothing
-else down.
+else down. With `--quick` nothing is loaded.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.backends import BACKENDS, Backend
-from elit_export.cli.common import JSON_OPTION, show, write_json
-from elit_export.cli.tables.inspect import table
+from elit_export.cli.common import JSON_OPTION, say, write_json
 from elit_export.cli.tools import TOOLS, Tool
 from elit_export.errors import BackendUnavailable
 
+if TYPE_CHECKING:
+    from elit_export.backends import Backend
+
 IMPORT_SECONDS = 120  # of one tool; torch takes two on an idle machine
+TOOLS_AT_ONCE = 2  # each keeps a core busy and may hold a gigabyte
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,24 @@ class Finding:
     def works(self) -> bool:
         return not self.problem
 
+    def text(self, good: str) -> str:
+        """A line that begins with `good` or `no`, and the remedy whole on a line of its own."""
+        state, problem = ("no", f": {self.problem}") if self.problem else (good, "")
+        remedy = f"\n{'':<7}{self.remedy}" if self.remedy else ""
+        return f"{state:<7}{self.what:<24}{self.detail}{problem}{remedy}"
 
-def findings() -> Iterator[Finding]:
-    """Backends with each of their devices first, then the tools."""
+
+# ---------------------------------------------------------------- what works
+
+
+def working() -> Iterator[Finding]:
+    """Backends with each of their devices first, then the tools; each as soon as it and those before it are known."""
+    from elit_export.backends import BACKENDS
+
     for backend in BACKENDS.values():
         yield from _backend_findings(backend)
-    for library, tool in TOOLS.items():
-        yield _tool_finding(library, tool)
+    with ThreadPoolExecutor(TOOLS_AT_ONCE) as pool:
+        yield from pool.map(_tool_finding, TOOLS, TOOLS.values())
 
 
 def _backend_findings(backend: Backend) -> Iterator[Finding]:
@@ -51,8 +67,7 @@ def _backend_findings(backend: Backend) -> Iterator[Finding]:
         loader = backend.loader()
         version_here = loader.library_version()
     except BackendUnavailable as error:
-        problem, _, remedy = str(error).rpartition(": ")
-        yield Finding(f"backend {backend.name}", ", ".join(backend.devices), problem, remedy)
+        yield Finding(f"backend {backend.name}", ", ".join(backend.devices), error.problem, error.remedy)
         return
     for device in backend.devices:
         problem, remedy = loader.device_problem(device)
@@ -60,15 +75,10 @@ def _backend_findings(backend: Backend) -> Iterator[Finding]:
 
 
 def _tool_finding(library: str, tool: Tool) -> Finding:
-    install, use = f"'elit-export[{tool.extra}]'", f"for {tool.used_for}"
-    if find_spec(library) is None:
-        return Finding(library, use, "not installed", f"pip install {install}")
-    try:
-        use = f"{version(tool.package or library)}, {use}"
-    except PackageNotFoundError:
-        use = f"unknown version, {use}"
-    problem = _import_problem(library)
-    return Finding(library, use, problem, f"pip install --force-reinstall {install}" if problem else "")
+    found = _installed(library, (library,), tool.used_for, tool.extra)
+    if not found.problem and (problem := _import_problem(library)):
+        return replace(found, problem=problem, remedy=f"pip install --force-reinstall 'elit-export[{tool.extra}]'")
+    return found
 
 
 def _import_problem(library: str) -> str:
@@ -84,15 +94,52 @@ def _import_problem(library: str) -> str:
     return f"installed but broken: {last}"
 
 
+# ---------------------------------------------------------------- what is installed
+
+
+def installed() -> Iterator[Finding]:
+    """The same with versions alone. Nothing is loaded, so what is broken is not found."""
+    from elit_export.backends import BACKENDS
+
+    for backend in BACKENDS.values():
+        libraries, devices = (backend.library, *backend.needs), ", ".join(backend.devices)
+        yield _installed(f"backend {backend.name}", libraries, devices, backend.extra)
+    for library, tool in TOOLS.items():
+        yield _installed(library, (library,), tool.used_for, tool.extra)
+
+
+def _installed(what: str, libraries: Sequence[str], used_for: str, extra: str) -> Finding:
+    """The version of the first library, or that one of them is missing."""
+    for library in libraries:
+        if find_spec(library.partition(".")[0]) is None:
+            return Finding(
+                what, f"for {used_for}", f"{library} is not installed", f"pip install 'elit-export[{extra}]'"
+            )
+    return Finding(what, f"{_version_of(libraries[0])}, for {used_for}")
+
+
+def _version_of(library: str) -> str:
+    """That of the package which brings the library, whatever its name for pip."""
+    packages = _packages().get(library)
+    return version(packages[0]) if packages else "unknown version"
+
+
+@cache
+def _packages() -> Mapping[str, Sequence[str]]:
+    """Library → packages. Reads the list of files of every package that is installed."""
+    return packages_distributions()
+
+
 # ---------------------------------------------------------------- the command
 
 
 @click.command()
+@click.option("--quick", is_flag=True, help="Versions alone, at once: nothing is loaded, so nothing broken is found.")
 @JSON_OPTION
-def doctor(json_to: str | None) -> None:
+def doctor(quick: bool, json_to: str | None) -> None:
     """Show which backends and tools work on this machine, which do not, why, and what to type."""
-
-    found = list(findings())
-    rows = [(f.what, f.detail, "works" if f.works else f.problem, f.remedy) for f in found]
-    show(table("this machine", ("what", "detail", "state", "what to do"), rows), json_to=json_to)
-    write_json([asdict(finding) | {"works": finding.works} for finding in found], json_to)
+    facts = []
+    for finding in installed() if quick else working():
+        say(finding.text(good="found" if quick else "works"), json_to=json_to)
+        facts.append(asdict(finding) | ({} if quick else {"works": finding.works}))
+    write_json(facts, json_to)

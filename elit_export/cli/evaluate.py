@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.progress import Progress
 
-from elit_export.bench.limits import load_limits
-from elit_export.bundle.manifest import PlanSet
-from elit_export.bundle.reading import Bundle
 from elit_export.cli.common import CHECK_OPTION, FOLDER, JSON_OPTION, conclude, progress_bar, say_accepted
-from elit_export.cli.plan_sets import able_plan_sets
-from elit_export.cli.tables.bench import quality_table
-from elit_export.evaluate.quality import WAYS, Way, quality
-from elit_export.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
+    from elit_export.runtime.pipeline import Pipeline
 
 COUNT = click.IntRange(min=1)
 
@@ -46,7 +45,12 @@ def evaluate(
 
     Plan sets take turns, the most precise first; each is open only while it is measured.
     """
+    from elit_export.bench.limits import load_limits
+    from elit_export.bundle.reading import Bundle
+    from elit_export.cli.plan_sets import able_plan_sets
+    from elit_export.cli.tables.bench import quality_table
     from elit_export.evaluate.evaluator import SHIPPED, load_judge
+    from elit_export.evaluate.quality import WAYS, Way, quality
 
     limits = load_limits(check) if check else []
     chosen = tuple(Way.parse(way) for way in dict.fromkeys(ways)) or WAYS
@@ -73,6 +77,8 @@ def evaluate(
 
 def opened_in_turn(bundle: Bundle, plan_sets: Sequence[PlanSet], progress: Progress) -> Iterator[tuple[str, Pipeline]]:
     """A pipeline each, with a bar of its own."""
+    from elit_export.runtime.pipeline import Pipeline
+
     for plan_set in plan_sets:
         name = plan_set.precision.value
         with Pipeline.load(bundle.folder, target=plan_set.target, precision=name) as pipeline:

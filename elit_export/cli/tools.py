@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from elit_export.errors import BackendUnavailable
 
 
 @dataclass(frozen=True)
 class Tool:
-    """What a library is for, the extra that brings it, and its name for pip if that is another."""
+    """What a library is for, and the extra that brings it."""
 
     used_for: str
     extra: str
-    package: str = ""
 
 
 # What commands beside sampling need.
@@ -22,8 +25,20 @@ TOOLS = {
     "onnxscript": Tool("export, build", "export"),
     "safetensors": Tool("checkpoints", "export"),
     "nncf": Tool("int8 plans of OpenVINO", "openvino"),
-    "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize", package="nvidia-modelopt"),
+    "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize"),
     "diffusers": Tool("VAE decoders", "diffusers"),
     "transformers": Tool("text encoders", "text"),
     "matplotlib": Tool("plots", "report"),
 }
+
+
+@contextmanager
+def naming_the_extra(what: str, *, otherwise: str = "") -> Iterator[None]:
+    """Say which extra brings a library that `what` needs and does not find; `otherwise` is another way out."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in TOOLS:
+            raise
+        remedy = f"pip install 'elit-export[{TOOLS[error.name].extra}]'"
+        raise BackendUnavailable(f"{what} needs {error.name}", f"{remedy}{otherwise}") from error

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
-from elit_export.cli.tables.bench import floors_table
 from elit_export.errors import InputError
 
 POSITIVE = click.IntRange(min=1)
@@ -45,6 +44,7 @@ def train_classifier(
 
     Held-out images (IDX t10k, or a folder test/) give its accuracy, and how far real images are from each other.
     """
+    from elit_export.cli.tables.bench import floors_table
     from elit_export.evaluate.evaluator import save_judge
     from elit_export.evaluate.statistics import ClassifierSpec
     from elit_export.training import classifier

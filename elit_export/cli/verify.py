@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.bundle.manifest import PlanSet
-from elit_export.bundle.reading import Bundle
 from elit_export.cli.common import (
     FOLDER,
     INTERFACE_OPTION,
@@ -19,11 +18,13 @@ from elit_export.cli.common import (
     show,
     write_json,
 )
-from elit_export.cli.tables.inspect import parity_tables
-from elit_export.cli.tools import TOOLS
+from elit_export.cli.tools import naming_the_extra
 from elit_export.errors import ElitExportError
-from elit_export.runtime.opening import chosen_plan_set
-from elit_export.verify.compare import Comparison
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
+    from elit_export.verify.compare import Comparison
 
 
 @click.command()
@@ -48,6 +49,9 @@ def verify(
     Ends with status 1 if anything misses its tolerance. Without --checkpoint neither torch nor the
     checkpoint is needed.
     """
+    from elit_export.bundle.reading import Bundle
+    from elit_export.cli.tables.inspect import parity_tables
+    from elit_export.runtime.opening import chosen_plan_set
     from elit_export.verify.check import record_success, verify_plan_set
     from elit_export.verify.parity import comparisons_of
 
@@ -81,13 +85,9 @@ def verify(
 def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -> None:
     """Bisect at the case that missed, or for a trajectory at the first case. A miss stays one if that fails."""
     try:
-        from elit_export.verify.bisect import bisect
+        with naming_the_extra("this"):
+            from elit_export.verify.bisect import bisect
 
-        click.echo(str(bisect(bundle, plan_set, case=missed.case or 0)), err=True)
+            click.echo(str(bisect(bundle, plan_set, case=missed.case or 0)), err=True)
     except (ElitExportError, OSError) as error:
         click.echo(f"cannot bisect: {error}", err=True)
-    except ModuleNotFoundError as error:
-        if error.name not in TOOLS:
-            raise
-        extra = TOOLS[error.name].extra
-        click.echo(f"cannot bisect: this needs {error.name}: pip install 'elit-export[{extra}]'", err=True)

@@ -6,14 +6,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from elit_export.backends import BACKENDS
-from elit_export.bench.limits import load_limits
-from elit_export.bundle.manifest import PlanSet
-from elit_export.bundle.reading import Bundle
 from elit_export.cli.bench.options import (
     BUNDLE,
     CHECKPOINT_OPTION,
@@ -32,10 +28,12 @@ from elit_export.cli.common import (
     refuse_alone,
     say,
 )
-from elit_export.cli.plan_sets import able_plan_sets
-from elit_export.cli.tables.bench import backends_tables
 from elit_export.errors import BackendUnavailable
-from elit_export.spec import Precision
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
+    from elit_export.spec import Precision
 
 
 @click.command()
@@ -61,6 +59,10 @@ def backends(
 ) -> None:
     """All plan sets that run here, side by side."""
     from elit_export.bench.backends import compare_backends
+    from elit_export.bench.limits import load_limits
+    from elit_export.bundle.reading import Bundle
+    from elit_export.cli.plan_sets import able_plan_sets
+    from elit_export.cli.tables.bench import backends_tables
 
     refuse_alone(interface, checkpoint)
     limits, opened = load_limits(check) if check else [], Bundle.open(bundle)
@@ -106,6 +108,8 @@ def _pytorch(
 
 def _without_plans(bundle: Bundle) -> dict[str, str]:
     """Backends that are installed and have a device here, of which the bundle has no plans."""
+    from elit_export.backends import BACKENDS
+
     present = {plan_set.backend for plan_set in bundle.manifest.plan_sets}
     return {
         name: "no plans of it in this bundle: elit-export build RECIPE --target TARGET"
@@ -115,6 +119,8 @@ def _without_plans(bundle: Bundle) -> dict[str, str]:
 
 
 def _works(name: str) -> bool:
+    from elit_export.backends import BACKENDS
+
     backend = BACKENDS[name]
     try:
         loader = backend.loader()

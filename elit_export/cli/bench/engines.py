@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from elit_export.bench.limits import load_limits
 from elit_export.cli.bench.options import (
     BUNDLE,
     CHECKPOINT_OPTION,
@@ -31,7 +30,6 @@ from elit_export.cli.common import (
     refuse_alone,
     show,
 )
-from elit_export.cli.tables.bench import bench_tables, cost_table
 from elit_export.errors import InputError
 
 
@@ -63,8 +61,9 @@ def engines(
 ) -> None:
     """Time and error per budget, cost of switching, ways to sample."""
     from elit_export.bench import engines as measured
+    from elit_export.bench.limits import load_limits
     from elit_export.bench.memory import bank_memory
-    from elit_export.runtime.conditioning import tokens_of
+    from elit_export.cli.tables.bench import bench_tables, cost_table
 
     refuse_alone(interface, checkpoint)
     if no_compile and not checkpoint:
@@ -73,7 +72,7 @@ def engines(
     opened, plan_set = chosen(bundle, target, precision, json_to)
     decoder = plan_set.decoder
     with opened_pipeline(bundle, plan_set) as pipeline:
-        show(cost_table(pipeline.spec, tokens_of(pipeline)), json_to=json_to)
+        show(cost_table(pipeline.spec, pipeline.coverage.tokens), json_to=json_to)
         others = torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
         with progress_bar() as progress:
             result = measured.bench(

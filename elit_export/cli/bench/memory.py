@@ -7,10 +7,8 @@ from pathlib import Path
 
 import click
 
-from elit_export.bench.limits import load_limits
 from elit_export.cli.bench.options import BUNDLE, COUNT, chosen, opened_pipeline
 from elit_export.cli.common import CHECK_OPTION, JSON_OPTION, TARGET_OPTIONS, conclude, progress_bar
-from elit_export.cli.tables.bench import memory_table, soak_table
 
 
 @click.command()
@@ -20,7 +18,9 @@ from elit_export.cli.tables.bench import memory_table, soak_table
 @JSON_OPTION
 def memory(bundle: Path, check: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
     """What all engines hold, over what one of them does."""
+    from elit_export.bench.limits import load_limits
     from elit_export.bench.memory import bank_memory
+    from elit_export.cli.tables.bench import memory_table
 
     limits = load_limits(check) if check else []
     opened, plan_set = chosen(bundle, target, precision, json_to)
@@ -46,7 +46,9 @@ def soak(
     json_to: str | None,
 ) -> None:
     """Memory over many short samplings in one process."""
+    from elit_export.bench.limits import load_limits
     from elit_export.bench.soak import soak as soaked
+    from elit_export.cli.tables.bench import soak_table
 
     limits = load_limits(check) if check else []
     _, plan_set = chosen(bundle, target, precision, json_to)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.progress import Progress, TaskID
 
-from elit_export.bundle.manifest import PlanSet
-from elit_export.bundle.reading import Bundle
 from elit_export.cli.common import FOLDER, say_accepted
-from elit_export.runtime.opening import chosen_plan_set
-from elit_export.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
+    from elit_export.runtime.pipeline import Pipeline
 
 COUNT = click.IntRange(min=1)
 BUNDLE = click.argument("bundle", type=FOLDER)
@@ -33,6 +34,9 @@ def advancing(progress: Progress, task: TaskID) -> Callable[[str, int], None]:
 
 
 def chosen(bundle: Path, target: str | None, precision: str | None, json_to: str | None) -> tuple[Bundle, PlanSet]:
+    from elit_export.bundle.reading import Bundle
+    from elit_export.runtime.opening import chosen_plan_set
+
     opened = Bundle.open(bundle)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     say_accepted(opened, plan_set, json_to=json_to)
@@ -40,6 +44,8 @@ def chosen(bundle: Path, target: str | None, precision: str | None, json_to: str
 
 
 def opened_pipeline(bundle: Path, plan_set: PlanSet) -> Pipeline:
+    from elit_export.runtime.pipeline import Pipeline
+
     return Pipeline.load(bundle, target=plan_set.target, precision=plan_set.precision.value)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from elit_export.bench.limits import load_limits
 from elit_export.cli.bench.options import (
     BUNDLE,
     COUNT,
@@ -20,7 +19,6 @@ from elit_export.cli.bench.options import (
     opened_pipeline,
 )
 from elit_export.cli.common import CHECK_OPTION, FILE, JSON_OPTION, TARGET_OPTIONS, conclude, progress_bar
-from elit_export.cli.tables.bench import samplers_table, sweep_tables
 
 
 @click.command()
@@ -40,14 +38,16 @@ def samplers(
     json_to: str | None,
 ) -> None:
     """The error of every sampler."""
+    from elit_export.bench.limits import load_limits
     from elit_export.bench.samplers import COMPARED, EXACT_STEPS, solver_errors
-    from elit_export.runtime.conditioning import subjects_of, text_of
+    from elit_export.cli.tables.bench import samplers_table
+    from elit_export.runtime.conditioning import numbered
 
     limits = load_limits(check) if check else []
     _, plan_set = chosen(bundle, target, precision, json_to)
     with opened_pipeline(bundle, plan_set) as pipeline, progress_bar() as progress:
-        subjects = subjects_of(pipeline.spec, range(images), text_of(pipeline))
-        errors = solver_errors(pipeline, subjects, schedule="full", guidance=guidance, seed=0)
+        conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
+        errors = solver_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
         found = list(progress.track(errors, total=len(COMPARED), description="sampling"))
     title = f"{images} samples, guidance {guidance}, against Heun at {EXACT_STEPS} steps"
     facts = {"samplers": [asdict(error) for error in found]}
@@ -80,6 +80,8 @@ def cache(
 ) -> None:
     """What step caching is worth, beside what else the time could buy."""
     from elit_export.bench.cache import sweep
+    from elit_export.bench.limits import load_limits
+    from elit_export.cli.tables.bench import sweep_tables
 
     limits, draw = load_limits(check) if check else [], drawer("plot_sweep", plot)
     _, plan_set = chosen(bundle, target, precision, json_to)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from elit_export.bundle.manifest import CacheCalibration
 from elit_export.spec import by_channel_text
-from elit_export.verify.compare import Comparison
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import CacheCalibration
+    from elit_export.verify.compare import Comparison
 
 Facts = dict[str, Any]
 UNITS = ("B", "kB", "MB", "GB")
@@ -50,6 +52,8 @@ def inspection_tables(facts: Facts) -> Iterator[Table]:
         if decoder := plan_set["decoder"]:
             yield _decoder_table(plan_set["target"], decoder)
     if calibration := facts.get("cache_calibration"):
+        from elit_export.bundle.manifest import CacheCalibration
+
         yield calibration_table(CacheCalibration.model_validate(calibration))
 
 

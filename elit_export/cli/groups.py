@@ -1,0 +1,50 @@
+"""Commands that are imported when they are called, and errors as exit status.
+
+Help of all commands needs none of them, so that it comes at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import click
+
+from elit_export.cli.tools import naming_the_extra
+from elit_export.errors import ElitExportError
+
+
+class Deferred(click.Command):
+    """Name and short help of a command; its own file, `elit_export/cli/NAME.py`, is imported on its first use."""
+
+    def __init__(self, name: str, short_help: str) -> None:
+        super().__init__(name, short_help=short_help)
+        self.attribute = name.replace("-", "_")
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """A context of the command itself, which click then asks for everything else."""
+        return self.imported().make_context(info_name, args, parent, **extra)
+
+    def imported(self) -> click.Command:
+        command: click.Command = getattr(import_module(f"elit_export.cli.{self.attribute}"), self.attribute)
+        return command
+
+
+class Commands(click.Group):
+    """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with naming_the_extra("this command"):
+                return super().invoke(ctx)
+        except ElitExportError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing half-written was left behind", err=True)
+            ctx.exit(130)
