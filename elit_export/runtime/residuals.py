@@ -8,21 +8,22 @@ nearer to the uncached trajectory than to forget the slope, in 22 of 24 mixed sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from elit_export.arrays import Float32
 from elit_export.backends.protocols import Array, to_host
-from elit_export.runtime.cache import StepCache
+from elit_export.runtime.step_cache.ready import StepCache
 from elit_export.spec import Budget
 
+MemoryKey = tuple[tuple[str, ...], int]  # roles of the branches of a call, stage of the step
 Probe = Callable[[Array], Mapping[str, Array]]  # signal of the step before → signal, distance
 # Why a step computed.
 FORCED = "fixed before sampling"
 FIRST = "nothing to reuse"
-MOST = "most reuses in a row"
+MAX_SKIP = "max_skip reuses in a row"
 RANGE = "outside the calibrated range"
 THRESHOLD = "threshold"
 
@@ -79,9 +80,9 @@ class RequestCache:
 
     def __init__(self, cache: StepCache) -> None:
         self._cache = cache
-        self._memories: dict[Hashable, Memory] = {}
+        self._memories: dict[MemoryKey, Memory] = {}
 
-    def memory(self, key: Hashable, step: int) -> Memory:
+    def memory(self, key: MemoryKey, step: int) -> Memory:
         """The memory of a branch at a step; what was idle in the step before is gone, and starts anew."""
         self._memories = {name: memory for name, memory in self._memories.items() if step - memory.step <= 1}
         memory = self._memories.setdefault(key, Memory())
@@ -105,8 +106,8 @@ class RequestCache:
             return FORCED
         if not memory.computed:
             return FIRST
-        if memory.reused >= self._cache.policy.most:
-            return MOST
+        if memory.reused >= self._cache.policy.max_skip:
+            return MAX_SKIP
         return "" if distance is None else self._measured_reason(memory, budget, distance)
 
     def _measured(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Float32 | None:
@@ -126,7 +127,7 @@ class RequestCache:
         assert self._cache.fits
         if not self._cache.fits[budget].covers(distance).all():
             return RANGE
-        return THRESHOLD if (memory.accumulated >= self._cache.threshold).any() else ""
+        return THRESHOLD if self._cache.policy.rule.is_reached(memory.accumulated) else ""
 
     def forecast(self, memory: Memory, t: float) -> tuple[Array, Array, float]:
         """As Memory.forecast, in the order of the policy."""

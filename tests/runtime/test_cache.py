@@ -21,9 +21,16 @@ from elit_export.cost.flops import flops, flops_per_image
 from elit_export.errors import BundleError, CalibrationError, InputError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.cache import CachePolicy, Every, Fit, Mask, Rule, TeaCache, TimeDistance
 from elit_export.runtime.opening import cache_fits
 from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.runtime.sampling import step_cache_of
+from elit_export.runtime.step_cache.base import Rule
+from elit_export.runtime.step_cache.every import Every
+from elit_export.runtime.step_cache.fit import Fit
+from elit_export.runtime.step_cache.mask import Mask
+from elit_export.runtime.step_cache.policy import CachePolicy
+from elit_export.runtime.step_cache.teacache import TeaCache
+from elit_export.runtime.step_cache.time_distance import TimeDistance
 from elit_export.spec import PIXELS, Precision, Range
 from elit_export.verify.metrics import difference
 from tests.helpers import calibrate, fit_of
@@ -57,9 +64,9 @@ def digits(computes: Sequence[bool]) -> str:
 # ---------------------------------------------------------------- policies as text
 
 
-@given(rule=rules, order=st.integers(0, 1), most=st.integers(1, 999_999), warmup=st.integers(1, 999_999))
-def test_a_policy_reads_what_it_prints(rule: Rule, order: int, most: int, warmup: int) -> None:
-    policy = CachePolicy(rule, order=order, most=most, warmup=warmup)
+@given(rule=rules, order=st.integers(0, 1), max_skip=st.integers(1, 999_999), warmup=st.integers(1, 999_999))
+def test_a_policy_reads_what_it_prints(rule: Rule, order: int, max_skip: int, warmup: int) -> None:
+    policy = CachePolicy(rule, order=order, max_skip=max_skip, warmup=warmup)
     assert CachePolicy.parse(str(policy)) == policy
 
 
@@ -72,17 +79,17 @@ def test_a_threshold_of_any_kind_of_number_is_printed_as_text(
 
 
 def test_what_is_left_out_has_its_default() -> None:
-    assert policy_of("teacache:0.2") == CachePolicy(TeaCache(0.2), order=1, most=4, warmup=1)
-    assert policy_of(" static:every@3,warmup=2 ") == CachePolicy(Every(3), order=1, most=2, warmup=2)
+    assert policy_of("teacache:0.2") == CachePolicy(TeaCache(0.2), order=1, max_skip=4, warmup=1)
+    assert policy_of(" static:every@3,warmup=2 ") == CachePolicy(Every(3), order=1, max_skip=2, warmup=2)
 
 
 @pytest.mark.parametrize(
     ("cache", "mask"),
     [
         ("static:every@8", "1000000010000001"),
-        ("static:every@8,most=3", "1000100010001001"),
+        ("static:every@8,max_skip=3", "1000100010001001"),
         ("static:mask@1000000000000000", "1000000000000001"),
-        ("static:mask@1000000000100000,most=4", "1000010000100001"),
+        ("static:mask@1000000000100000,max_skip=4", "1000010000100001"),
     ],
 )
 def test_what_counts_or_names_steps_is_capped_only_if_asked(cache: str, mask: str) -> None:
@@ -90,6 +97,14 @@ def test_what_counts_or_names_steps_is_capped_only_if_asked(cache: str, mask: st
     assert "".join("01"[compute] for compute in computes) == mask
     sample = carrying().pipeline.sample([0], steps=16, sampler="euler", cache=cache)
     assert "".join("10"[record.calls[0].reused] for record in sample.records) == mask
+
+
+def test_the_earlier_name_of_max_skip_is_read_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="the option most is now called max_skip: write max_skip=3") as warned:
+        policy = policy_of("static:every@8,order=0,most=3")
+    assert policy == policy_of("static:every@8,order=0,max_skip=3")
+    assert str(policy).endswith("order=0,max_skip=3,warmup=1")
+    assert [warning.filename for warning in warned] == [__file__]  # where it is to be changed
 
 
 def test_none_is_no_policy() -> None:
@@ -105,7 +120,7 @@ NO_POLICIES = [
     ("static:every@nan", "none of"),
     ("static:every@", "none of"),
     ("static:every@2,order=2", "order=2"),
-    ("static:every@2,most=0", "most=0"),
+    ("static:every@2,max_skip=0", "max_skip=0"),
     ("static:every@2,warmup=0", "warmup=0"),
     ("static:every@2,warmup=-1", "unknown option 'warmup=-1'"),
     ("static:every@2,speed=3", "unknown option 'speed=3'"),
@@ -117,7 +132,9 @@ NO_POLICIES = [
     ("static:mask@١٠", "one digit a step"),
     ("static:", "none of"),
     ("static", "none of"),
-    ("static:other@3", "no mask there"),
+    ("static:every", "none of"),
+    ("static:other@3", r"no mask there \(.*\); use static:every@N, .*teacache:THRESHOLD, with .* ,max_skip=N"),
+    ("teacache@3", "none of"),
     ("none,order=1", "none of"),
     ("every@2", "none of"),
     ("", "none of"),
@@ -185,8 +202,8 @@ def test_first_and_last_step_and_the_warm_up_compute(text: str, expected: str) -
         ("static:time@1", "1001001001"),
         ("static:time@1,warmup=2", "1100100101"),
         ("static:time@1,warmup=3", "1110010011"),  # not at step 3, though 1.2 had added up since step 0
-        ("static:time@1,most=1", "1010101011"),  # nor at any odd step
-        ("static:time@100,most=3", "1000100011"),
+        ("static:time@1,max_skip=1", "1010101011"),  # nor at any odd step
+        ("static:time@100,max_skip=3", "1000100011"),
         ("static:time@0", "1111111111"),
         ("static:time@0.4", "1111111111"),  # what reaches the threshold computes
     ],
@@ -198,26 +215,26 @@ def test_a_step_that_computes_for_any_reason_starts_the_sum_anew(text: str, expe
 @given(
     changes=st.lists(st.floats(0, 1), min_size=1, max_size=30),
     threshold=st.floats(0, 3),
-    most=st.integers(1, 5),
+    max_skip=st.integers(1, 5),
     warmup=st.integers(1, 5),
 )
 def test_between_computed_steps_less_than_the_threshold_adds_up(
-    changes: list[float], threshold: float, most: int, warmup: int
+    changes: list[float], threshold: float, max_skip: int, warmup: int
 ) -> None:
     """And none computes without a reason."""
-    computes = CachePolicy(TimeDistance(threshold), most=most, warmup=warmup).computes(
+    computes = CachePolicy(TimeDistance(threshold), max_skip=max_skip, warmup=warmup).computes(
         len(changes) + 1, lambda: changes
     )
     last = 0
     for step in range(1, len(computes)):
         total = sum(changes[last:step])
         if computes[step]:
-            reasons = (total >= threshold, step < warmup, step - last - 1 == most, step == len(computes) - 1)
+            reasons = (total >= threshold, step < warmup, step - last - 1 == max_skip, step == len(computes) - 1)
             assert any(reasons)
             last = step
         else:
             assert total < threshold
-            assert step - last <= most
+            assert step - last <= max_skip
 
 
 @pytest.mark.parametrize(
@@ -255,9 +272,8 @@ def test_engines_without_the_graphs_of_a_policy_cannot_cache(cache: str, needed:
 
     def with_graphs(names: set[str]) -> Pipeline:
         engines = {name: whole.bank.cache[name] for name in names}
-        return Pipeline(
-            EngineBank(whole.bank.slots, SPEC.budgets, Precision.FP32, engines), SPEC, PIXELS, fits=whole.fits
-        )
+        bank = EngineBank(whole.bank.slots, SPEC.budgets, Precision.FP32, engines)
+        return Pipeline(bank, SPEC, PIXELS, fits=whole.coverage.fits)
 
     assert with_graphs(needed).sample([0], steps=4, cache=cache)
     for name in needed:
@@ -344,7 +360,7 @@ def test_a_calibration_that_says_nothing_is_not_read(copied: Path, wrong: dict[s
 # ---------------------------------------------------------------- the embedding of t
 
 
-def mask_by_hand(model: ElitSiT, times: Sequence[float], threshold: float, most: int, warmup: int) -> str:
+def mask_by_hand(model: ElitSiT, times: Sequence[float], threshold: float, max_skip: int, warmup: int) -> str:
     """`static:time@` as one reads it, from the model's own embedder in float64."""
     embedder = model.t_embedder
     with torch.no_grad():
@@ -352,7 +368,7 @@ def mask_by_hand(model: ElitSiT, times: Sequence[float], threshold: float, most:
     mask, total, reused = "1", 0.0, 0
     for step in range(1, len(times)):
         total += np.abs(embedded[step] - embedded[step - 1]).mean() / np.abs(embedded[step - 1]).mean()
-        computes = total >= threshold or step < warmup or reused == most or step == len(times) - 1
+        computes = total >= threshold or step < warmup or reused == max_skip or step == len(times) - 1
         mask += "1" if computes else "0"
         total, reused = (0.0, 0) if computes else (total, reused + 1)
     return mask
@@ -366,12 +382,14 @@ def test_time_distances_are_those_of_the_models_own_embedder(
     """One row a call, and more rows than steps."""
     found = set()
     with Pipeline.load(fashion_bundle.folder) as pipeline:
-        for steps, threshold, most, warmup in ((12, 0.25, 9, 1), (40, 0.1, 9, 3), (40, 0.3, 4, 1), (40, 0.3, 20, 1)):
-            cache = f"static:time@{threshold},most={most},warmup={warmup}"
+        settings = ((12, 0.25, 9, 1), (40, 0.1, 9, 3), (40, 0.3, 4, 1), (40, 0.3, 20, 1))
+        for steps, threshold, max_skip, warmup in settings:
+            cache = f"static:time@{threshold},max_skip={max_skip},warmup={warmup}"
             request = pipeline.request([3] * rows, steps=steps, sampler=sampler, cache=cache)
-            assert request.cache
-            mask = digits(request.cache.computes)
-            assert mask == mask_by_hand(fashion_model, request.times[:-1].tolist(), threshold, most, warmup)
+            cached = step_cache_of(pipeline.bank, request)
+            assert cached
+            mask = digits(cached.computes)
+            assert mask == mask_by_hand(fashion_model, request.times[:-1].tolist(), threshold, max_skip, warmup)
             found.add(mask)
     assert all("01" in mask[:-3] and "10" in mask for mask in found)
     assert len(found) == 4
@@ -389,11 +407,11 @@ def test_embeddings_do_not_depend_on_how_many_go_into_a_call(rows: int) -> None:
 
 def test_the_embedding_of_t_is_asked_before_the_first_step_alone() -> None:
     made = carrying()
-    steps = made.pipeline.steps([0, 1], steps=6, cache="static:time@0.2")
+    list(made.pipeline.steps([0, 1], steps=6, cache="static:time@0.2"))
     asked = [one.graph for one in made.ledger]
-    assert set(asked) == {"time"}
-    list(steps)
-    assert [one.graph for one in made.ledger].count("time") == len(asked)
+    before = asked.index("step")
+    assert set(asked[:before]) == {"time"}
+    assert "time" not in asked[before:]
     assert made.asked("probe") == []
 
 

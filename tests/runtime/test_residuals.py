@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -17,12 +18,11 @@ from elit_export.arrays import HostArray
 from elit_export.backends.protocols import FunctionEngine, HostOutput, to_host
 from elit_export.cost.flops import flops, flops_per_image
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.cache import CachePolicy, Every, Fit, StepCache
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.runtime.residuals import (
     FIRST,
     FORCED,
-    MOST,
+    MAX_SKIP,
     RANGE,
     THRESHOLD,
     Computed,
@@ -31,7 +31,11 @@ from elit_export.runtime.residuals import (
     RequestCache,
 )
 from elit_export.runtime.sampling import Call, StepRecord
-from elit_export.spec import PIXELS, Precision
+from elit_export.runtime.step_cache.every import Every
+from elit_export.runtime.step_cache.fit import Fit
+from elit_export.runtime.step_cache.policy import CachePolicy
+from elit_export.runtime.step_cache.ready import StepCache
+from elit_export.spec import PIXELS, Precision, Range
 from tests.runtime.carrying import (
     GUIDED,
     IDENTITY,
@@ -47,7 +51,7 @@ from tests.runtime.carrying import (
 )
 
 RESIDUALS = ("residual", "residual_prev")
-CACHES = ("static:every@3", "static:time@0.1", "teacache:0.7", "teacache:0.7,order=0,most=2,warmup=3")
+CACHES = ("static:every@3", "static:time@0.1", "teacache:0.7", "teacache:0.7,order=0,max_skip=2,warmup=3")
 
 
 def euler(labels: Sequence[int], cache: str, *, steps: int = 10, fit: Fit = IDENTITY, **choices: Any) -> Sample:
@@ -206,18 +210,18 @@ def test_a_distance_that_is_no_number_computes_and_is_forgotten(value: float) ->
     assert found[4].accumulated == (pytest.approx(0.1), pytest.approx(0.1))
 
 
-def test_most_reuses_in_a_row() -> None:
-    assert reuses(euler([0], "static:every@100,most=3", steps=12)) == "011101110110"
-    found = decisions(euler([0], "teacache:100,most=3", steps=12))
+def test_max_skip_reuses_in_a_row() -> None:
+    assert reuses(euler([0], "static:every@100,max_skip=3", steps=12)) == "011101110110"
+    found = decisions(euler([0], "teacache:100,max_skip=3", steps=12))
     assert "".join("01"[decision.reused] for decision in found) == "011101110110"
-    assert [decision.because for decision in found if not decision.reused] == [FORCED, MOST, MOST, FORCED]
+    assert [decision.because for decision in found if not decision.reused] == [FORCED, MAX_SKIP, MAX_SKIP, FORCED]
 
 
 @pytest.mark.parametrize("cache", ["static:every@100", "static:mask@" + "0" * 10, "static:time@100", "teacache:100"])
 def test_the_steps_of_the_warm_up_compute_and_so_do_the_first_and_the_last(cache: str) -> None:
-    assert reuses(euler([0], f"{cache},most=100")) == "0111111110"
-    assert reuses(euler([0], f"{cache},most=100,warmup=4")) == "0000111110"
-    assert reuses(euler([0], f"{cache},most=100,warmup=40")) == "0" * 10
+    assert reuses(euler([0], f"{cache},max_skip=100")) == "0111111110"
+    assert reuses(euler([0], f"{cache},max_skip=100,warmup=4")) == "0000111110"
+    assert reuses(euler([0], f"{cache},max_skip=100,warmup=40")) == "0" * 10
 
 
 def test_what_added_up_in_the_warm_up_is_gone_with_it() -> None:
@@ -245,7 +249,7 @@ def test_each_budget_has_its_own_fit() -> None:
     still = Fit((0.0, 0.0), 0.0, 10.0)
     fits = {budget: still if budget.kept == 2 else IDENTITY for budget in SPEC.budgets}
     pipeline = Pipeline(made.pipeline.bank, SPEC, PIXELS, fits=fits)
-    choices: dict[str, Any] = {"steps": 10, "sampler": "euler", "cache": "teacache:0.15,most=100"}
+    choices: dict[str, Any] = {"steps": 10, "sampler": "euler", "cache": "teacache:0.15,max_skip=100"}
     assert reuses(pipeline.sample([0], schedule="2", **choices)) == "0111111110"
     assert reuses(pipeline.sample([0], schedule="full", **choices)) == "0101010100"
     assert reuses(pipeline.sample([0], schedule="0-4:2,5-9:full", **choices)) == "0111110100"
@@ -272,11 +276,11 @@ def test_what_is_idle_is_let_go_at_the_next_step() -> None:
     """Not at the end of the request: residuals are large."""
     cache = RequestCache(StepCache(CachePolicy(Every(2)), (True,) * 4, (2, 2)))
     for role in ("strong", "weak"):
-        cache.memory((role, 0), 0).note_computed(computed(1.0, 1.0))
-    idle = weakref.ref(cache.memory(("weak", 0), 0))
-    assert cache.memory(("strong", 0), 1).computed
+        cache.memory(((role,), 0), 0).note_computed(computed(1.0, 1.0))
+    idle = weakref.ref(cache.memory((("weak",), 0), 0))
+    assert cache.memory((("strong",), 0), 1).computed
     assert idle()
-    assert cache.memory(("strong", 0), 2).computed
+    assert cache.memory((("strong",), 0), 2).computed
     assert not idle()
 
 
@@ -293,13 +297,26 @@ def test_what_a_branch_knew_before_it_was_idle_is_gone() -> None:
 def test_the_memory_outlives_a_change_of_budget() -> None:
     """The residual has the same shape at every budget, and so has the slope of two that differ in it."""
     made = carrying()
-    choices: dict[str, Any] = {"schedule": "0-3:2,4-9:full", "cache": "static:mask@1100001001,most=9"}
+    choices: dict[str, Any] = {"schedule": "0-3:2,4-9:full", "cache": "static:mask@1100001001,max_skip=9"}
     made.pipeline.sample([0], steps=10, sampler="euler", **choices)
     kept = [tuple(int(facts_of(asked.inputs[name])[2][0]) for name in RESIDUALS) for asked in made.asked("reuse")]
     weights = [float(asked.inputs["forecast"][0]) for asked in made.asked("reuse")]
     assert kept == [(2, 2)] * 4 + [(4, 2)] * 2
     # computed at t = 1, 0.9, 0.4: so many times the step between the last two to go on
     assert weights == pytest.approx([1, 2, 3, 4, 0.2, 0.4])
+
+
+def test_a_reused_call_tells_the_profile_that_would_have_served_it() -> None:
+    made = carrying()
+    (slot,) = made.pipeline.bank.slots
+    halves = (Range(1, 1, 3), Range(4, 4, 4))
+    slots = [replace(slot, profile=replace(slot.profile, name=str(half.max), latents=half)) for half in halves]
+    bank = EngineBank(slots, SPEC.budgets, Precision.FP32, made.pipeline.bank.cache)
+    choices: dict[str, Any] = {"schedule": "0-1:2,2-4:full,5:2", "cache": "static:mask@100001,max_skip=9"}
+    sample = Pipeline(bank, SPEC, PIXELS).sample([0, 1], steps=6, sampler="euler", guidance="ccfg:2@1", **choices)
+    assert reuses(sample) == reuses(sample, "weak") == "011110"
+    assert [call.profile for call in sample.calls if call.role == "strong"] == ["3", "3", "4", "4", "4", "3"]
+    assert {call.profile for call in sample.calls if call.role == "weak"} == {"3"}
 
 
 # ---------------------------------------------------------------- every sampler and guidance

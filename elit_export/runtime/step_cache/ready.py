@@ -1,0 +1,25 @@
+"""A cache policy made ready for one sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from elit_export.runtime.step_cache.fit import Fit
+from elit_export.runtime.step_cache.policy import CachePolicy
+from elit_export.spec import Budget
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """A policy made ready for one sampling.
+
+    `computes` says which steps compute whatever happens. Of the others, all reuse where `fits` is None, as far
+    as there is something to reuse and `max_skip` allows; else the fit of the budget and the rule decide too.
+    `signal_shape` is (N, D).
+    """
+
+    policy: CachePolicy
+    computes: tuple[bool, ...]
+    signal_shape: tuple[int, int]
+    fits: Mapping[Budget, Fit] | None = None
