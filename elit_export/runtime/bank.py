@@ -6,15 +6,16 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
 from elit_export.arrays import Float32, Float64, HostArray
 from elit_export.backends.protocols import Array, Engine, to_host
-from elit_export.errors import EngineError, InputError
+from elit_export.errors import EngineError
+from elit_export.runtime.coverage import Coverage
 from elit_export.runtime.prompts import filled
-from elit_export.spec import DECODE, LATENTS, TEXT, TEXT_MASK, Budget, Precision, Profile, listed
+from elit_export.spec import DECODE, LATENTS, TEXT, TEXT_MASK, Budget, Precision, Profile
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,13 @@ class Slot:
     profile: Profile
     engine: Engine
 
-    def tokens(self, text: int) -> int:
-        """How many tokens the engine runs on where it is given so many: what is shorter is filled up with padding."""
-        return max(text, self.profile.text.min) if self.profile.text else text
+
+class Served(NamedTuple):
+    """What a call gave, the slot that serves a step of its size, and the tokens of text of a row with its padding."""
+
+    outputs: Mapping[str, Array]
+    slot: Slot
+    text: int
 
 
 class EngineBank:
@@ -51,62 +56,31 @@ class EngineBank:
         self.cache = dict(cache or {})
         self.decoder = decoder
         self.precision = precision
-        self._budgets = tuple(budgets)
-        self._known = frozenset(budgets)  # asked for at every call
+        self.coverage = Coverage(tuple(slot.profile for slot in slots), tuple(budgets), frozenset(self.cache))
+        self._by_profile = {slot.profile: slot for slot in slots}
         self._lock = threading.Lock()
         self._closed = False
 
-    @property
-    def covered(self) -> tuple[Budget, ...]:
-        return tuple(budget for budget in self._budgets if self._serving(budget))
-
-    @property
-    def not_covered(self) -> tuple[Budget, ...]:
-        return tuple(budget for budget in self._budgets if not self._serving(budget))
-
     def slot_for(self, budget: Budget, rows: int, text: int = 0) -> Slot:
-        """The slot whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError.
+        """The slot that serves a call of so many rows and tokens of text; raises InputError if none does."""
+        return self._by_profile[self.coverage.profile_for(budget, rows, text)]
 
-        Where text is shorter than any takes it, the one that needs the least padding.
-        """
-        serving = self._serving(budget)
-        if not serving:
-            raise InputError(
-                f"no profile covers budget {budget}; covered: {listed(self.covered)}. "
-                f"Choose one of these or add a profile to the recipe and build again"
-            )
-        fitting = [slot for slot in serving if rows in slot.profile.rows]
-        if not fitting:
-            limits = ", ".join(f"{slot.profile.name} takes {slot.profile.rows} rows" for slot in serving)
-            raise InputError(
-                f"{rows} rows at budget {budget}: profile {limits} (min..opt..max). "
-                f"Sample fewer images at once (guidance may need two rows an image) or build with other `rows`"
-            )
-        reading = [slot for slot in fitting if slot.profile.text is None or slot.tokens(text) in slot.profile.text]
-        if not reading:
-            limits = ", ".join(f"{slot.profile.name} takes {slot.profile.text}" for slot in fitting)
-            raise InputError(
-                f"prompts of {text} tokens: profile {limits} (min..opt..max). "
-                f"Choose other prompts or build with another `text`"
-            )
-        return min(reading, key=lambda slot: (slot.tokens(text), abs(slot.profile.latents.opt - budget.kept)))
-
-    def _serving(self, budget: Budget) -> list[Slot]:
-        if budget not in self._known:
-            raise InputError(f"this model cannot run budget {budget}; it runs {listed(self._budgets)}")
-        return [slot for slot in self.slots if budget.kept in slot.profile.latents]
-
-    def __call__(self, budget: Budget, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def __call__(self, budget: Budget, inputs: Mapping[str, Array]) -> Served:
         """Run one step at `budget`; `inputs` are the step's without `latents`, with text of any length up to the most.
 
         Raises EngineError if the velocity is not finite, naming profile and precision.
         """
+        slot, text = self._slot_of(budget, inputs)
+        latents = np.arange(budget.kept, dtype=np.int64)
+        outputs = self._run(slot.engine, {**filled(inputs, text), LATENTS: latents})
+        _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
+        return Served(outputs, slot, text)
+
+    def _slot_of(self, budget: Budget, inputs: Mapping[str, Array]) -> tuple[Slot, int]:
+        """The slot that serves a step, and the tokens of text that it is given with its padding."""
         rows, text = sizes_of(inputs)
         slot = self.slot_for(budget, rows, text)
-        latents = np.arange(budget.kept, dtype=np.int64)
-        outputs = self._run(slot.engine, {**filled(inputs, slot.tokens(text)), LATENTS: latents})
-        _check_finite(outputs, f"profile {slot.profile.name} ({self.precision.value}) at budget {budget}")
-        return outputs
+        return slot, slot.profile.tokens(text)
 
     # the graphs of the step cache, which a bank may lack (`cache`)
 
@@ -115,17 +89,18 @@ class EngineBank:
         return self._run(self.cache["probe"], {**without_text(inputs), "signal_prev": signal_prev})
 
     def reuse(
-        self, inputs: Mapping[str, Array], residual: Array, residual_prev: Array, weight: float
-    ) -> Mapping[str, Array]:
-        """The velocity with residual + weight · (residual − residual_prev) in place of the blocks.
+        self, budget: Budget, inputs: Mapping[str, Array], residual: Array, residual_prev: Array, weight: float
+    ) -> Served:
+        """The velocity of a step at `budget`, its blocks replaced by residual + weight · (residual − residual_prev).
 
         Raises EngineError as a step does.
         """
+        slot, text = self._slot_of(budget, inputs)
         forecast = np.full(len(to_host(inputs["x"])), weight, np.float32)
         older = {"residual": residual, "residual_prev": residual_prev, "forecast": forecast}
         outputs = self._run(self.cache["reuse"], {**without_text(inputs), **older})
         _check_finite(outputs, "the graph `reuse`")
-        return outputs
+        return Served(outputs, slot, text)
 
     def time_embeddings(self, times: Float64, rows: int) -> HostArray:
         """The embedding of each time (len(times), D), so many rows a call."""

@@ -1,4 +1,4 @@
-"""Guidance: which second call steers the first, and how the two combine.
+"""Guidance: which branches an evaluation has, which of them share an engine call, and how they combine.
 
     v = v_weak + scale · (v_strong − v_weak), where scale > 1 and low ≤ t ≤ high
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -30,10 +31,14 @@ class Kind(StrEnum):
     AUTOGUIDANCE = "autoguidance"
 
 
+STRONG, WEAK = "strong", "weak"  # roles
+
+
 @dataclass(frozen=True)
 class Branch:
-    """One of the two calls of a guided evaluation."""
+    """One velocity of an evaluation; `role` tells it from the others."""
 
+    role: str
     budget: Budget
     null_class: bool
 
@@ -77,19 +82,53 @@ class Guidance:
         weak = spec.budget(match[3]) if match[3] else None
         return cls(Kind(match[1]), scale, weak, *interval, norm=bool(match[4]))
 
+    @property
+    def guides(self) -> bool:
+        return self.kind is not Kind.NONE
+
+    @property
+    def one_budget(self) -> bool:
+        """Whether every branch runs at the budget of the step."""
+        return self.weak is None
+
+    def with_weak(self, budget: Budget) -> Guidance:
+        """The same with the weak branch, which has no class, at a budget of its own."""
+        return replace(self, kind=Kind.CCFG, weak=budget)
+
     def active(self, t: float) -> bool:
-        return self.kind is not Kind.NONE and self.scale > 1 and self.low <= t <= self.high
+        return self.guides and self.scale > 1 and self.low <= t <= self.high
 
     def branches(self, budget: Budget, t: float) -> tuple[Branch, ...]:
         """The strong branch, and the weak one where guidance is active at t."""
-        strong = Branch(budget, null_class=False)
-        return (strong, self.weak_branch(budget)) if self.active(t) else (strong,)
+        strong = Branch(STRONG, budget, null_class=False)
+        weak = Branch(WEAK, self.weak or budget, null_class=self.kind is not Kind.AUTOGUIDANCE)
+        return (strong, weak) if self.active(t) else (strong,)
 
-    def weak_branch(self, strong: Budget) -> Branch:
-        return Branch(self.weak or strong, null_class=self.kind is not Kind.AUTOGUIDANCE)
+    def shares_batch(self, one: Branch, other: Branch) -> bool:
+        """Whether one engine call serves both branches: all rows of a call keep the same K."""
+        return one.budget == other.budget
 
-    def combined(self, strong: HostArray, weak: HostArray, *, patch: int) -> Float64:  # (B, C, H, W) float32
-        """The guided velocity; a token is a square of `patch` × `patch` places in all channels."""
+    def batches(self, budget: Budget, t: float) -> list[tuple[Branch, ...]]:
+        """The branches of each engine call; calls and branches in the order of `branches`."""
+        batches: list[tuple[Branch, ...]] = []
+        waiting = self.branches(budget, t)
+        while waiting:
+            batches.append(tuple(branch for branch in waiting if self.shares_batch(waiting[0], branch)))
+            waiting = tuple(branch for branch in waiting if branch not in batches[-1])
+        return batches
+
+    def rows_per_image(self, budget: Budget) -> int:
+        """The most rows of one engine call that an image takes in a step at `budget`."""
+        return max(len(batch) for batch in self.batches(budget, self.low))
+
+    def combine(self, velocities: Sequence[HostArray], *, patch: int) -> Float64:  # of (B, C, H, W) float32
+        """The guided velocity from those of `branches`, in their order.
+
+        A token is a square of `patch` × `patch` places in all channels.
+        """
+        if len(velocities) == 1:
+            return velocities[0].astype(np.float64)
+        strong, weak = velocities
         velocity: Float64 = np.subtract(strong, weak, dtype=np.float64)  # weak + scale · (strong − weak), in place
         velocity *= self.scale
         velocity += weak

@@ -7,65 +7,53 @@ it cancels a request between two steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 
 from elit_export.arrays import Float64, HostArray
-from elit_export.backends.protocols import Array, to_host
+from elit_export.backends.protocols import to_host
 from elit_export.errors import EngineError
-from elit_export.runtime.bank import EngineBank, Slot, sizes_of
-from elit_export.runtime.cache import StepCache
-from elit_export.runtime.choices import branches_needed
-from elit_export.runtime.guidance import Branch, Guidance
+from elit_export.runtime.bank import EngineBank, Served
+from elit_export.runtime.guidance import Branch
+from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.prompts import joined
+from elit_export.runtime.request import Request
 from elit_export.runtime.residuals import Computed, Decision, RequestCache
-from elit_export.runtime.samplers.base import Noise, Sampler
-from elit_export.spec import TEXT, Budget
+from elit_export.runtime.samplers.base import Evaluation, Noise
+from elit_export.runtime.step_cache.ready import StepCache
+from elit_export.spec import Budget
 
-Conditioning = Mapping[str, HostArray]
 Inputs = Mapping[str, HostArray]
-Outputs = Mapping[str, Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One sampling, checked: every step has a budget, every array its shape."""
-
-    start: Float64  # (B, C, H, W)
-    times: Float64  # (steps + 1,)
-    schedule: tuple[Budget, ...]
-    guidance: Guidance
-    sampler: Sampler
-    conditioning: Conditioning
-    null_conditioning: Conditioning
-    noise: Noise
-    patch: int  # the side of a token's square in x
-    cache: StepCache | None = None
-
 
 NOT_CACHED = Decision(reused=False)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One evaluation of a branch of guidance. Two branches at one budget share a call with twice the rows.
+    """One engine call: the branches of guidance that share it, the rows of each below those of the one before.
 
-    `role` is "strong", "weak" or, for both, "joined". `text` is how many tokens every row has, padding among them, 0 in
-    models without. `cached` is what the step cache decided: where it reused, no block ran. `engine_ms` includes a
-    probe, and waiting for another request's call where a bank is shared.
+    `role` is that of its branch or, where several share the call, "joined". `text` is how many tokens every row has,
+    padding among them, 0 in models without. `cached` is what the step cache decided: where it reused, no block ran.
+    `engine_ms` includes a probe, and waiting for another request's call where a bank is shared.
     """
 
-    role: str
-    budget: Budget
+    branches: tuple[Branch, ...]
     rows: int
     text: int
     profile: str
     engine_ms: float
     cached: Decision = NOT_CACHED
+
+    @property
+    def role(self) -> str:
+        return self.branches[0].role if len(self.branches) == 1 else "joined"
+
+    @property
+    def budget(self) -> Budget:
+        return self.branches[0].budget
 
     @property
     def reused(self) -> bool:
@@ -85,25 +73,40 @@ class StepRecord:
 
 
 def sampling_steps(bank: EngineBank, request: Request) -> Generator[StepRecord, None, None]:
-    """Sample; raises EngineError naming the step if an engine fails or gives numbers that are not finite."""
-    velocity = GuidedVelocity(bank, request)
-    states = request.sampler.run(velocity, request.start, request.times, request.noise)
+    """Sample; raises EngineError naming the step if an engine fails or gives numbers that are not finite.
+
+    What a cache policy asks of engines before the first step it asks at once.
+    """
+    return _records(request, GuidedVelocity(bank, request))
+
+
+def _records(request: Request, velocity: GuidedVelocity) -> Generator[StepRecord, None, None]:
+    states = request.sampler.run(velocity, request.start, request.times, step_noise_of(request))
     for index, x in enumerate(states):
         x.flags.writeable = False
         t, t_next = float(request.times[index]), float(request.times[index + 1])
         yield StepRecord(index, t, t_next, request.schedule[index], velocity.take_calls(), x)
 
 
+def step_noise_of(request: Request) -> Noise:
+    """The noise of each step of one run: what was given, or the seed's after that of the start."""
+    if request.step_noise is not None:
+        return iter(np.asarray(request.step_noise)).__next__
+    seeded = SeededNoise(request.seed, len(request.start), request.start.shape[1:])
+    if request.sampler.uses_noise:
+        seeded()
+    return seeded
+
+
 class GuidedVelocity:
-    """The velocity a sampler sees: one or two branches, each at its own budget, combined."""
+    """The velocity a sampler sees: the branches of guidance, each at its own budget, combined."""
 
     def __init__(self, bank: EngineBank, request: Request) -> None:
         self._bank = bank
         self._request = request
-        self._cache = RequestCache(request.cache) if request.cache else None
-        self._step, self._evaluation = -1, 0  # which evaluation of the step this is; Heun has two
+        cache = step_cache_of(bank, request)
+        self._cache = RequestCache(cache) if cache else None
         self._calls: list[Call] = []
-        self._slots: dict[CallSize, Slot] = {}
         self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
 
     def take_calls(self) -> tuple[Call, ...]:
@@ -112,58 +115,43 @@ class GuidedVelocity:
         self._calls.clear()
         return calls
 
-    def __call__(self, x: Float64, t: float, step: int) -> Float64:
-        branches = self._request.guidance.branches(self._request.schedule[step], t)
-        self._evaluation = self._evaluation + 1 if step == self._step else 0
-        self._step = step
+    def __call__(self, x: Float64, t: float, step: int, stage: int) -> Float64:
+        guidance, budget = self._request.guidance, self._request.schedule[step]
+        found: dict[str, HostArray] = {}  # by role, (B, C, H, W) float32
         try:
-            velocities = self._evaluate(x, t, branches)
+            for branches in guidance.batches(budget, t):
+                velocity = self._call(x, Evaluation(t, step, stage), branches)
+                found |= zip((branch.role for branch in branches), np.split(velocity, len(branches)), strict=True)
         except EngineError as error:
-            raise EngineError(f"step {step} (t={t:.4g}): {error}") from error
-        if len(velocities) == 1:
-            return velocities[0].astype(np.float64)
-        return self._request.guidance.combined(*velocities, patch=self._request.patch)
+            raise EngineError(f"step {step} (t={t:.4g}): {error.problem}", error.remedy) from error
+        velocities = [found[branch.role] for branch in guidance.branches(budget, t)]
+        return guidance.combine(velocities, patch=self._request.patch)
 
-    def _evaluate(self, x: Float64, t: float, branches: Sequence[Branch]) -> list[HostArray]:
-        """The velocity of each branch, (B, C, H, W) float32."""
-        budgets = {branch.budget for branch in branches}
-        if len(budgets) == 1:  # the branches share a call
-            joined = self._call(x, t, branches, "joined" if len(branches) > 1 else "strong")
-            return [joined[start : start + len(x)] for start in range(0, len(joined), len(x))]
-        return [self._call(x, t, (branch,), role) for branch, role in zip(branches, ("strong", "weak"), strict=True)]
-
-    def _call(self, x: Float64, t: float, branches: Sequence[Branch], role: str) -> HostArray:
-        budget = branches[0].budget
-        inputs = self._inputs(x, t, branches)
-        size = CallSize(budget, *sizes_of(inputs))
+    def _call(self, x: Float64, at: Evaluation, branches: tuple[Branch, ...]) -> HostArray:
+        """The velocities of branches that share a call, one below the other."""
+        inputs = self._inputs(x, at.t, branches)
         started = time.perf_counter()
-        outputs, cached = self._run(budget, inputs, t, role)
+        served, cached = self._run(inputs, at, branches)
         engine_ms = (time.perf_counter() - started) * 1e3
-        slot = self._slot(size)
-        text = slot.tokens(size.text)
-        self._calls.append(Call(role, budget, size.rows, text, slot.profile.name, engine_ms, cached))
-        return to_host(outputs["velocity"])
+        self._calls.append(Call(branches, len(inputs["x"]), served.text, served.slot.profile.name, engine_ms, cached))
+        return to_host(served.outputs["velocity"])
 
-    def _run(self, budget: Budget, inputs: Inputs, t: float, role: str) -> tuple[Outputs, Decision]:
+    def _run(self, inputs: Inputs, at: Evaluation, branches: Sequence[Branch]) -> tuple[Served, Decision]:
         """What the engines give, and what the cache decided. The rows of a call compute or reuse together.
 
-        Each role in guidance has its own memory, and so has each evaluation of a step.
+        The same branches have their own memory in each stage of a step.
         """
+        budget = branches[0].budget
         if self._cache is None:
             return self._bank(budget, inputs), NOT_CACHED
-        memory = self._cache.memory((role, self._evaluation), self._step)
+        key = tuple(branch.role for branch in branches), at.stage
+        memory = self._cache.memory(key, at.step)
         decision = self._cache.decide(memory, budget, len(inputs["x"]), partial(self._bank.probe, inputs))
         if decision.reused:
-            return self._bank.reuse(inputs, *self._cache.forecast(memory, t)), decision
-        outputs = self._bank(budget, inputs)
-        memory.note_computed(Computed(t, outputs["residual"]))
-        return outputs, decision
-
-    def _slot(self, size: CallSize) -> Slot:
-        """What served, looked up once per size of a sampling."""
-        if size not in self._slots:
-            self._slots[size] = self._bank.slot_for(*size)
-        return self._slots[size]
+            return self._bank.reuse(budget, inputs, *self._cache.forecast(memory, at.t)), decision
+        served = self._bank(budget, inputs)
+        memory.note_computed(Computed(at.t, served.outputs["residual"]))
+        return served, decision
 
     def _inputs(self, x: Float64, t: float, branches: Sequence[Branch]) -> dict[str, HostArray]:
         x = x.astype(np.float32)
@@ -181,24 +169,16 @@ class GuidedVelocity:
         return self._conditioning[kinds]
 
 
-class CallSize(NamedTuple):
-    """What an engine is given in a call: K, rows, tokens of text (0 in models without) before it is filled up."""
-
-    budget: Budget
-    rows: int
-    text: int
-
-
-def calls_needed(request: Request) -> Iterator[CallSize]:
-    """The size of every call that a request needs, so that it can be refused before the first step."""
-    for branches in branches_needed(request.sampler, request.times, request.schedule, request.guidance):
-        shared = len({branch.budget for branch in branches}) == 1
-        for together in [branches] if shared else [(branch,) for branch in branches]:
-            yield _size_of(request, together)
+def step_cache_of(bank: EngineBank, request: Request) -> StepCache | None:
+    """The cache policy of a request made ready for its steps; asks the graph `time` where the policy goes by t."""
+    if request.policy is None:
+        return None
+    computes = request.policy.computes(len(request.schedule), partial(_time_changes, bank, request))
+    return StepCache(request.policy, computes, request.signal_shape, request.fits)
 
 
-def _size_of(request: Request, branches: Sequence[Branch]) -> CallSize:
-    """Of one call for all of the branches: the longest of their texts counts."""
-    kinds = [request.null_conditioning if branch.null_class else request.conditioning for branch in branches]
-    text = max(kind[TEXT].shape[1] if TEXT in kind else 0 for kind in kinds)
-    return CallSize(branches[0].budget, len(request.start) * len(branches), text)
+def _time_changes(bank: EngineBank, request: Request) -> list[float]:
+    """How much the embedding of t changes from each step to the next, relative to what it was."""
+    embedded = bank.time_embeddings(request.times[:-1], request.sizes[0].rows)  # rows that the engines take
+    changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
+    return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]

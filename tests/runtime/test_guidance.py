@@ -1,16 +1,18 @@
-"""Guidance: how it is written, when it acts, and which two branches it compares."""
+"""Guidance: how it is written, when it acts, and which branches it compares."""
 
 from __future__ import annotations
 
 import math
 import re
 
+import numpy as np
 import pytest
 
 from elit_export.errors import InputError
-from elit_export.runtime.guidance import Branch, Guidance, Kind
+from elit_export.runtime.guidance import STRONG, WEAK, Branch, Guidance, Kind
 from elit_export.spec import Budget
 from tests.helpers import tiny_spec
+from tests.runtime.three_branches import Three
 from tests.spec.refusals import wrong_refusals
 
 SPEC = tiny_spec(input_size=16, group_size=4)  # 16 latents
@@ -84,22 +86,55 @@ def test_both_ends_of_the_interval_are_inside() -> None:
 
 @pytest.mark.parametrize("text", ["none", "cfg:1", "ccfg:1@1"])
 def test_without_a_scale_above_one_there_is_one_branch(text: str) -> None:
-    assert Guidance.parse(text, SPEC).branches(FULL, 0.5) == (Branch(FULL, null_class=False),)
+    assert Guidance.parse(text, SPEC).branches(FULL, 0.5) == (Branch(STRONG, FULL, null_class=False),)
 
 
 @pytest.mark.parametrize(
     ("text", "weak"),
     [
-        ("cfg:3", Branch(HALF, null_class=True)),
-        ("ccfg:3@1", Branch(ONE, null_class=True)),
-        ("autoguidance:3@1", Branch(ONE, null_class=False)),
+        ("cfg:3", Branch(WEAK, HALF, null_class=True)),
+        ("ccfg:3@1", Branch(WEAK, ONE, null_class=True)),
+        ("autoguidance:3@1", Branch(WEAK, ONE, null_class=False)),
     ],
 )
 def test_the_weak_branch(text: str, weak: Branch) -> None:
-    assert Guidance.parse(text, SPEC).branches(HALF, 0.5) == (Branch(HALF, null_class=False), weak)
+    assert Guidance.parse(text, SPEC).branches(HALF, 0.5) == (Branch(STRONG, HALF, null_class=False), weak)
 
 
 def test_outside_the_interval_there_is_one_branch() -> None:
     guidance = Guidance.parse("ccfg:3@1", SPEC, interval=(0.0, 0.5))
     assert len(guidance.branches(FULL, 0.5)) == 2
     assert len(guidance.branches(FULL, 0.6)) == 1
+
+
+# ---------------------------------------------------------------- engine calls
+
+
+def test_branches_at_one_budget_share_a_call() -> None:
+    guidance = Three(Kind.CCFG, 2.0, ONE)
+    strong, weak, null = guidance.branches(FULL, 0.5)
+    assert guidance.batches(FULL, 0.5) == [(strong, null), (weak,)]
+    assert guidance.batches(ONE, 0.5) == [guidance.branches(ONE, 0.5)]
+    assert [guidance.rows_per_image(budget) for budget in (FULL, ONE)] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "one_budget", "rows"),
+    [("none", True, (1, 1)), ("cfg:3", True, (2, 2)), ("cfg:1", True, (1, 1)), ("ccfg:3@1", False, (1, 2))],
+)
+def test_how_many_rows_a_call_has_for_an_image(text: str, one_budget: bool, rows: tuple[int, int]) -> None:
+    guidance = Guidance.parse(text, SPEC, interval=(0.2, 0.4))
+    assert guidance.one_budget == one_budget
+    assert (guidance.rows_per_image(FULL), guidance.rows_per_image(ONE)) == rows
+
+
+def test_one_velocity_is_taken_as_it_is() -> None:
+    velocity = np.linspace(0, 1, 4, dtype=np.float32).reshape(1, 1, 2, 2)
+    found = Guidance.parse("cfg:3", SPEC).combine([velocity], patch=2)
+    assert found.dtype == np.float64
+    assert np.array_equal(found, velocity)
+
+
+def test_a_weak_branch_at_a_budget_of_its_own_keeps_the_rest() -> None:
+    guidance = Guidance.parse("cfg:3,norm", SPEC, interval=(0.2, 0.4))
+    assert guidance.with_weak(ONE) == Guidance.parse("ccfg:3@1,norm", SPEC, interval=(0.2, 0.4))

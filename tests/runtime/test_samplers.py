@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from elit_export.errors import InputError
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
 from elit_export.runtime.samplers.adams_bashforth import integration_weights, step_weights, weighted
-from elit_export.runtime.samplers.base import Sampler
+from elit_export.runtime.samplers.base import Evaluation, Sampler, Velocity
 from elit_export.runtime.samplers.euler_maruyama import sde_times
 
 Floats = npt.NDArray[np.float64]
@@ -35,7 +35,7 @@ def variances(t: float) -> Floats:
     return (1 - t) ** 2 * DEVIATIONS**2 + t**2
 
 
-def mixture_velocity(x: Floats, t: float, _step: int) -> Floats:
+def mixture_velocity(x: Floats, t: float, _step: int = 0, _stage: int = 0) -> Floats:
     """E[noise − data | x] for x = (1−t)·data + t·noise."""
     variance, distance = variances(t), x[:, None] - (1 - t) * MEANS
     likelihood = SHARES * np.exp(-(distance**2) / (2 * variance)) / np.sqrt(variance)
@@ -67,9 +67,7 @@ def no_noise() -> Floats:
     raise AssertionError("a deterministic sampler drew noise")
 
 
-def states(
-    name: str, velocity: Callable[[Floats, float, int], Floats], times: Floats, start: Floats = START
-) -> list[Floats]:
+def states(name: str, velocity: Velocity, times: Floats, start: Floats = START) -> list[Floats]:
     return list(SAMPLERS[name].run(velocity, start, times, no_noise))
 
 
@@ -91,12 +89,13 @@ def mixture_error(name: str, start: float = 1.0, end: float = 0.0) -> Callable[[
 def test_the_known_flow_satisfies_its_differential_equation() -> None:
     around = mixture_flow(START, 1.0, 0.5 + 1e-4), mixture_flow(START, 1.0, 0.5 - 1e-4)
     slope = (around[0] - around[1]) / 2e-4
-    assert np.allclose(slope, mixture_velocity(mixture_flow(START, 1.0, 0.5), 0.5, 0), rtol=0, atol=1e-6)
+    assert np.allclose(slope, mixture_velocity(mixture_flow(START, 1.0, 0.5), 0.5), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("heun", 2), ("ab2", 2), ("ab3", 3)])
 def test_order(name: str, expected: int) -> None:
     assert order(mixture_error(name)) == pytest.approx(expected, abs=0.05)
+    assert SAMPLERS[name].order() == expected
 
 
 def test_a_start_by_euler_would_cost_ab3_an_order() -> None:
@@ -108,7 +107,7 @@ def test_a_start_by_euler_would_cost_ab3_an_order() -> None:
         x = START
         times = np.linspace(1, 0, steps + 1)
         for t, weights in zip(times, step_weights(times, order=3), strict=False):
-            history = [mixture_velocity(x, t, 0), *history[:2]]
+            history = [mixture_velocity(x, t), *history[:2]]
             x = x + weighted(history, weights)
         return float(np.abs(x - expected).max())
 
@@ -121,7 +120,7 @@ def test_a_start_by_euler_would_cost_ab3_an_order() -> None:
 @pytest.mark.parametrize("name", ["euler", "heun", "ab2", "ab3"])
 def test_a_constant_velocity_is_exact_on_any_grid(name: str) -> None:
     times = np.array([1.0, 0.9, 0.4, 0.35, 0.0])
-    found = states(name, lambda x, _t, _step: np.full_like(x, 2.0), times)
+    found = states(name, lambda x, _t, _step, _stage: np.full_like(x, 2.0), times)
     assert np.allclose(found, START + 2.0 * (times[1:, None] - 1.0), rtol=0, atol=1e-14)
 
 
@@ -129,7 +128,7 @@ def test_ab2_is_its_closed_form_on_variable_steps() -> None:
     times = np.array([1.0, 0.93, 0.7, 0.66, 0.3, 0.0])
     x, h_previous, v_previous = START, math.inf, np.zeros_like(START)
     for (t, t_next), found in zip(pairwise(times), states("ab2", mixture_velocity, times), strict=True):
-        h, v = t_next - t, mixture_velocity(x, t, 0)
+        h, v = t_next - t, mixture_velocity(x, t)
         r = h / h_previous
         x = x + h * ((1 + r / 2) * v - (r / 2) * v_previous)
         h_previous, v_previous = h, v
@@ -138,7 +137,7 @@ def test_ab2_is_its_closed_form_on_variable_steps() -> None:
 
 def test_heun_averages_both_ends_and_ends_with_euler() -> None:
     def v(x: Floats, t: float) -> Floats:
-        return mixture_velocity(x, t, 0)
+        return mixture_velocity(x, t)
 
     first, last = states("heun", mixture_velocity, np.array([1.0, 0.4, 0.0]))
     predicted = START - 0.6 * v(START, 1.0)
@@ -191,7 +190,7 @@ def test_the_first_step_of_euler_maruyama() -> None:
     """At t = 1 the score is −x and w = 2, so x ← x + h·(v + x) + √(2|h|)·noise."""
     noise = np.arange(5.0)
     first, _ = SAMPLERS["euler-maruyama"].run(mixture_velocity, START, np.array([1.0, 0.4, 0.0]), lambda: noise)
-    drift = mixture_velocity(START, 1.0, 0) + START
+    drift = mixture_velocity(START, 1.0) + START
     assert np.allclose(first, START - 0.6 * drift + math.sqrt(1.2) * noise, rtol=0, atol=1e-14)
 
 
@@ -210,16 +209,14 @@ def test_euler_maruyama_samples_the_data() -> None:
 
 # ---------------------------------------------------------------- every sampler
 
-Evaluation = tuple[float, int]
-
 
 def run_recording(sampler: Sampler, steps: int) -> tuple[list[Floats], list[list[Evaluation]]]:
-    """The states, and the (t, step) of the evaluations that each step made."""
+    """The states, and the evaluations that each step made."""
     seen: list[Evaluation] = []
 
-    def velocity(x: Floats, t: float, step: int) -> Floats:
-        seen.append((float(t), step))
-        return mixture_velocity(x, t, step)
+    def velocity(x: Floats, t: float, step: int, stage: int) -> Floats:
+        seen.append(Evaluation(float(t), step, stage))
+        return mixture_velocity(x, t)
 
     found, by_step = [], []
     for x in sampler.run(velocity, START, sampler.times(steps), lambda: np.ones_like(START)):
@@ -238,12 +235,10 @@ def test_a_run_costs_what_the_table_says(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [2, 5])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_the_table_says_which_steps_evaluate_their_end(name: str, steps: int) -> None:
-    _, evaluations = run_recording(SAMPLERS[name], steps)
-    times = SAMPLERS[name].times(steps)
-    for step, made in enumerate(evaluations):
-        ends = [times[step + 1]] if SAMPLERS[name].evaluates_end(step, steps) else []
-        assert [t for t, _ in made] == [times[step], *ends]
+def test_the_table_says_what_every_step_evaluates(name: str, steps: int) -> None:
+    sampler = SAMPLERS[name]
+    _, evaluations = run_recording(sampler, steps)
+    assert [one for made in evaluations for one in made] == list(sampler.evaluations(sampler.times(steps)))
 
 
 @pytest.mark.parametrize(
@@ -261,22 +256,29 @@ def test_evaluations_of_each_step(name: str, expected: list[int]) -> None:
     assert [len(step) for step in evaluations] == expected
 
 
+@pytest.mark.parametrize(("name", "steps"), [("euler", 20), ("heun", 10), ("ab2", 20), ("ab3", 19)])
+def test_the_most_steps_within_so_many_calls(name: str, steps: int) -> None:
+    sampler = SAMPLERS[name]
+    assert sampler.steps_within(20) == steps
+    assert sampler.calls(steps) <= 20 < sampler.calls(steps + 1)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_evaluations_know_their_step_and_time(name: str) -> None:
-    """A step's first evaluation is at its own t, its second at the next."""
+    """A step's first evaluation, stage 0, is at its own t, its second at the next."""
     times = SAMPLERS[name].times(4)
     found, evaluations = run_recording(SAMPLERS[name], 4)
     assert len(found) == 4
     for index, step in enumerate(evaluations):
-        assert step == [(times[index], index), (times[index + 1], index)][: len(step)]
+        assert step == [(times[index], index, 0), (times[index + 1], index, 1)][: len(step)]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_state_stays_float64_when_the_velocity_is_float32(name: str) -> None:
     sampler = SAMPLERS[name]
 
-    def velocity(x: Floats, t: float, step: int) -> Floats:
-        return mixture_velocity(x, t, step).astype(np.float32)
+    def velocity(x: Floats, t: float, _step: int, _stage: int) -> Floats:
+        return mixture_velocity(x, t).astype(np.float32)
 
     run = sampler.run(velocity, START, sampler.times(4), lambda: np.ones_like(START))
     assert [x.dtype for x in run] == [np.dtype(np.float64)] * 4

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from elit_export.arrays import Float64
-from elit_export.runtime.samplers.base import Noise, Velocity
+from elit_export.runtime.samplers.base import Noise, Sampler, Velocity
 
 
 def ab2(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:
     history: list[Float64] = []
     for step, weights in enumerate(step_weights(times, order=2)):
-        history = [velocity(x, times[step], step), *history[:1]]
+        history = [velocity(x, times[step], step, 0), *history[:1]]
         x = x + weighted(history, weights)
         yield x
 
@@ -28,9 +28,9 @@ def ab3(velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterat
     history: list[Float64] = []
     for step, weights in enumerate(step_weights(times, order=3)):
         t, t_next = times[step], times[step + 1]
-        history = [velocity(x, t, step), *history[:2]]
+        history = [velocity(x, t, step, 0), *history[:2]]
         if step == 0:
-            v_next = velocity(x + (t_next - t) * history[0], t_next, step)
+            v_next = velocity(x + (t_next - t) * history[0], t_next, step, 1)
             x = x + (t_next - t) * (history[0] + v_next) / 2
         else:
             x = x + weighted(history, weights)
@@ -70,3 +70,11 @@ def integration_weights(nodes: npt.ArrayLike, start: npt.ArrayLike, end: npt.Arr
         offsets[..., None, :] ** powers[:, None], np.broadcast_to(moments, (*h.shape, *moments.shape))
     )
     return np.asarray(h[..., None] * solved[..., 0], np.float64)
+
+
+def ab3_nodes(step: int, _steps: int) -> tuple[float, ...]:
+    return (0.0, 1.0) if step == 0 else (0.0,)
+
+
+AB2 = Sampler("ab2", ab2, accuracy=2)
+AB3 = Sampler("ab3", ab3, accuracy=3, nodes=ab3_nodes)

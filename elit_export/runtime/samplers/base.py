@@ -2,18 +2,21 @@
 
 Time runs from t=1 (noise) to t=0 (data); the state is float64, (B, C, H, W). A sampler yields the
 state after each step and keeps no state between runs. Adding one: a file, and a row in the table.
+A step may evaluate the velocity several times; stage 0 is the first of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from elit_export.arrays import Float64
 
-Velocity = Callable[[Float64, float, int], Float64]  # (x, t, step) → dx/dt, guidance already combined
+Velocity = Callable[[Float64, float, int, int], Float64]  # (x, t, step, stage) → dx/dt, guidance already combined
 Noise = Callable[[], Float64]
 Run = Callable[[Velocity, Float64, Float64, Noise], Iterator[Float64]]
 
@@ -23,24 +26,49 @@ def even_times(steps: int) -> Float64:
     return np.arange(steps, -1, -1) / steps  # correctly rounded, unlike linspace: 0.3 is 0.3
 
 
-def never(_step: int, _steps: int) -> bool:
-    return False
+class Evaluation(NamedTuple):
+    """One evaluation of the velocity, as a sampler asks for it."""
+
+    t: float
+    step: int
+    stage: int
+
+
+def at_start(_step: int, _steps: int) -> tuple[float, ...]:
+    return (0.0,)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """A row of the table. Every step evaluates the velocity where it begins.
+    """A method and what its file states of it.
 
-    `evaluates_end` says of a step, of so many, whether it does so too where it ends.
+    `accuracy` is the p of an error that falls as hᵖ. `nodes` says of a step, of so many, where each stage evaluates
+    the velocity: 0 is where the step begins, 1 where it ends.
     """
 
     name: str
     run: Run
-    evaluates_end: Callable[[int, int], bool] = never
+    accuracy: int
+    nodes: Callable[[int, int], tuple[float, ...]] = at_start
     min_steps: int = 1
     uses_noise: bool = False
     times: Callable[[int], Float64] = even_times
 
+    def order(self) -> int:
+        """The order of accuracy."""
+        return self.accuracy
+
     def calls(self, steps: int) -> int:
         """The velocity evaluations of a run of so many steps."""
-        return steps + sum(self.evaluates_end(step, steps) for step in range(steps))
+        return sum(len(self.nodes(step, steps)) for step in range(steps))
+
+    def steps_within(self, calls: int) -> int:
+        """The most steps that take no more than so many velocity evaluations; 0 if there are none."""
+        fitting = (steps for steps in range(calls, self.min_steps - 1, -1) if self.calls(steps) <= calls)
+        return next(fitting, 0)
+
+    def evaluations(self, times: Float64) -> Iterator[Evaluation]:
+        """Every evaluation of a run along a time grid, in its order."""
+        for step, (t, t_next) in enumerate(pairwise(times)):
+            for stage, node in enumerate(self.nodes(step, len(times) - 1)):
+                yield Evaluation(float((1 - node) * t + node * t_next), step, stage)  # exact at both ends

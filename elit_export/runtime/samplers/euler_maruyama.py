@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 
 from elit_export.arrays import Float64
-from elit_export.runtime.samplers.base import Noise, Velocity
+from elit_export.runtime.samplers.base import Noise, Sampler, Velocity
 
 LAST_NOISY_TIME = 0.04
 
@@ -28,10 +28,13 @@ def euler_maruyama(velocity: Velocity, x: Float64, times: Float64, noise: Noise)
     last = len(times) - 2
     for step, (t, t_next) in enumerate(pairwise(times)):
         h = t_next - t
-        v = velocity(x, t, step)
+        v = velocity(x, t, step, 0)
         score = (-(1 - t) * v - x) / (t**2 + (1 - t) * t)
         diffusion = 2 * t
         x = x + h * (v - 0.5 * diffusion * score)
         if step < last:
             x = x + np.sqrt(diffusion) * noise() * np.sqrt(abs(h))
         yield x
+
+
+EULER_MARUYAMA = Sampler("euler-maruyama", euler_maruyama, accuracy=1, min_steps=2, uses_noise=True, times=sde_times)
