@@ -19,7 +19,15 @@ from __future__ import annotations
 
 
 class ElitExportError(Exception):
-    """Base of all errors below; the command line turns it into exit status 2."""
+    """Base of all errors below; the command line turns it into exit status 2.
+
+    `problem` says what is wrong, `remedy` what to type or do; where an error has no remedy of its own, `problem` is the
+    whole message.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem}: {remedy}" if remedy else problem)
+        self.problem, self.remedy = problem, remedy
 
 
 class CheckpointError(ElitExportError):

@@ -53,17 +53,17 @@ class Backend:
         return loaders[self.name]
 
     def _import(self, file: str) -> ModuleType:
-        """Raises BackendUnavailable if a library is missing or broken; what follows the last ": " is the remedy."""
+        """Raises BackendUnavailable if a library is missing or broken."""
         extra = f"'elit-export[{self.extra}]'"
         for library in (self.library, *self.needs):
             try:
                 import_module(library)
             except Exception as error:  # a broken library raises what it likes
                 if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
-                    raise BackendUnavailable(f"backend {self.name} needs {library}: pip install {extra}") from error
+                    raise BackendUnavailable(f"backend {self.name} needs {library}", f"pip install {extra}") from error
                 raise BackendUnavailable(
-                    f"backend {self.name}: {library} is installed but broken, {first_line(error)}: "
-                    f"pip install --force-reinstall {extra}"
+                    f"backend {self.name}: {library} is installed but broken, {first_line(error)}",
+                    f"pip install --force-reinstall {extra}",
                 ) from error
         return import_module(f"{__name__}.{self.folder}.{file}")
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from elit_export.bench.timing import PEAK_REPEATS, PEAK_SIZES, once_ms
+import torch
+from torch import Tensor
+
+from elit_export.bench.timing import matmul_peak_gflops
 from elit_export.spec import Precision
 
 
 def matmul_peaks_gflops() -> dict[Precision, float]:
-    """Best rate of a square matrix product in PyTorch, by precision (2 FLOPs per multiply-add)."""
+    """Best rate of a square matrix product in PyTorch, by precision."""
     types = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
-    return {precision: max(_matmul_gflops(size, dtype) for size in PEAK_SIZES) for precision, dtype in types.items()}
+    return {precision: matmul_peak_gflops(partial(_ones, dtype=dtype)) for precision, dtype in types.items()}
 
 
-def _matmul_gflops(size: int, dtype: torch.dtype) -> float:
-    a = torch.ones(size, size, dtype=dtype)
-    best_ms = min(once_ms(lambda: a @ a) for _ in range(PEAK_REPEATS))
-    return 2 * size**3 / best_ms / 1e6
+def _ones(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.ones(size, size, dtype=dtype)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -61,13 +62,19 @@ def _timing(values: list[float]) -> Timing:
     return Timing(float(median), float(low), float(high), len(values))
 
 
-def matmul_peak_gflops() -> float:
-    """Best rate of a float32 matrix product over three sizes, in GFLOP/s (2 FLOPs per multiply-add)."""
-    return max(_matmul_gflops(size) for size in PEAK_SIZES)
+def _ones(size: int) -> Any:
+    return np.ones((size, size), np.float32)
 
 
-def _matmul_gflops(size: int) -> float:
-    a = np.ones((size, size), np.float32)
+def matmul_peak_gflops(square: Callable[[int], Any] = _ones) -> float:
+    """Best rate of a matrix product over three sizes, in GFLOP/s (2 FLOPs per multiply-add).
+
+    `square` makes a matrix of so many rows and columns: NumPy's in float32, or another library's.
+    """
+    return max(_matmul_gflops(square(size), size) for size in PEAK_SIZES)
+
+
+def _matmul_gflops(a: Any, size: int) -> float:
     best_ms = min(once_ms(lambda: a @ a) for _ in range(PEAK_REPEATS))
     return 2 * size**3 / best_ms / 1e6
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elit_export.bundle.readers import read_json_object
-from elit_export.checkpoints.hf_folder import shards_of
+from elit_export.checkpoints.hf_folder import CONFIG, part_folder, shards_of
 from elit_export.checkpoints.weights import (
     Weights,
     check_overrides,
@@ -35,7 +35,6 @@ INTERFACE = ("read.", "write.")
 CLASS_NAME = "QwenImageTransformer2DModel"
 BACKBONE = "ELIT-MM-DiT"
 PIPELINE_PART = "transformer"
-CONFIG = "config.json"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
@@ -93,13 +92,8 @@ def interface_file(interface: str | Path | None, folder: str | Path) -> Path:
 
 def transformer_folder(folder: Path) -> Path:
     """The folder itself or, of a pipeline, that of its transformer; raises CheckpointError."""
-    for found in (folder, folder / PIPELINE_PART):
-        if (found / CONFIG).is_file():
-            return found
-    raise CheckpointError(
-        f"no checkpoint at {folder}: neither it nor {PIPELINE_PART}/ in it has a {CONFIG}; give the folder of a "
-        f"{CLASS_NAME}, or of a pipeline with one, as save_pretrained of diffusers writes it"
-    )
+    remedy = f"give the folder of a {CLASS_NAME}, or of a pipeline with one, as save_pretrained of diffusers writes it"
+    return part_folder(folder, PIPELINE_PART, "checkpoint", remedy)
 
 
 def diffusers_files(folder: Path) -> tuple[Path, ...]:

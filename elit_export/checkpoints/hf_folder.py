@@ -1,4 +1,7 @@
-"""Folders in the layout of Hugging Face's libraries: a JSON index beside safetensors files. Needs no torch."""
+"""Folders in the layout of Hugging Face's libraries: a part by itself or of a pipeline, an index beside its files.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,18 @@ from pathlib import Path
 
 from elit_export.bundle.readers import read_json_object
 from elit_export.errors import CheckpointError
+
+CONFIG = "config.json"
+
+
+def part_folder(folder: Path, part: str, what: str, remedy: str) -> Path:
+    """`folder` itself or its `part`, whichever has a configuration; raises CheckpointError with the remedy."""
+    if not folder.is_dir():
+        raise CheckpointError(f"no {what} at {folder}", remedy)
+    for path in (folder, folder / part):
+        if (path / CONFIG).is_file():
+            return path
+    raise CheckpointError(f"no {what} at {folder}: no {CONFIG} in it or in its `{part}`", remedy)
 
 
 def shards_of(index: Path) -> list[Path]:

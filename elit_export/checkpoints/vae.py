@@ -16,10 +16,10 @@ from typing import Any
 
 from elit_export.bundle.atomic import sha256_of
 from elit_export.bundle.readers import read_json_object
+from elit_export.checkpoints.hf_folder import CONFIG, part_folder
 from elit_export.errors import CheckpointError, RecipeError
 from elit_export.spec import DataFacts, DecoderSpec, ModelSpec, by_channel_text
 
-CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OF_PIPELINE = "vae"  # where a whole pipeline keeps its VAE
 IMAGE_CHANNELS = (1, 3)
@@ -88,22 +88,13 @@ class DecoderFolder:
 
 def read_decoder(folder: str | Path) -> DecoderFolder:
     """Read the configuration in `folder`, or in its `vae`; raises CheckpointError."""
-    path = _decoder_path(Path(folder))
+    path = part_folder(Path(folder), OF_PIPELINE, "decoder", "give a folder that diffusers saved (save_pretrained)")
     config = read_json_object(path / CONFIG)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise CheckpointError(f"{path}: its class is {name!r}; known: {', '.join(KINDS)}")
     _check_weights(path, name)
     return _described(path, name, _Config(path / CONFIG, {**KINDS[name].defaults, **config}))
-
-
-def _decoder_path(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CheckpointError(f"no decoder at {folder}: give a folder that diffusers saved (save_pretrained)")
-    for path in (folder, folder / OF_PIPELINE):
-        if (path / CONFIG).is_file():
-            return path
-    raise CheckpointError(f"{folder}: no {CONFIG} in it or in its `{OF_PIPELINE}`; give a folder that diffusers saved")
 
 
 def _check_weights(path: Path, class_name: str) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elit_export.checkpoints.vae import CONFIG, WEIGHTS, DecoderFolder
+from elit_export.checkpoints.hf_folder import CONFIG
+from elit_export.checkpoints.vae import WEIGHTS, DecoderFolder
 from elit_export.errors import BackendUnavailable, CheckpointError, first_lines
 
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
@@ -45,13 +46,13 @@ class VaeDecoder(nn.Module):
 def check_installed() -> None:
     """Raise BackendUnavailable if diffusers is not here."""
     if find_spec("diffusers") is None:
-        raise BackendUnavailable("a [decoder] needs diffusers: pip install 'elit-export[diffusers]'")
+        raise BackendUnavailable("a [decoder] needs diffusers", "pip install 'elit-export[diffusers]'")
 
 
 def load_decoder(folder: DecoderFolder) -> VaeDecoder:
     """The module with its weights; raises CheckpointError if they are damaged or not those of the configuration."""
     decoder = VaeDecoder(_autoencoder(folder), has_frames=folder.kind.has_frames)
-    decoder.float().eval().requires_grad_(False)
+    decoder.float().eval().requires_grad_(requires_grad=False)
     with _named(folder), torch.inference_mode():
         pixels = decoder(torch.zeros(1, folder.channels, 2, 2))
     wanted = (1, folder.image_channels, 2 * folder.factor, 2 * folder.factor)

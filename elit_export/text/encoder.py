@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from elit_export.arrays import Float32
+from elit_export.checkpoints.hf_folder import CONFIG
 from elit_export.errors import BackendUnavailable, CheckpointError, InputError, first_lines
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import LONGEST_TEXT
-from elit_export.text.folder import CONFIG, EncoderFolder, read_encoder
+from elit_export.text.folder import EncoderFolder, read_encoder
 
 LOADING = threading.Lock()
 OPTIONS = {"local_files_only": True, "trust_remote_code": False}
@@ -172,8 +173,9 @@ def check_installed() -> None:
     """Raise BackendUnavailable if transformers or torch are not here."""
     if missing := [name for name in ("transformers", "torch") if find_spec(name) is None]:
         raise BackendUnavailable(
-            f"a text encoder needs {missing[0]}: pip install 'elit-export[text]', or embed prompts elsewhere and "
-            f"give the file: elit-export sample BUNDLE --prompts FILE.npz"
+            f"a text encoder needs {missing[0]}",
+            "pip install 'elit-export[text]', or embed prompts elsewhere and give the file: "
+            "elit-export sample BUNDLE --prompts FILE.npz",
         )
 
 
@@ -222,7 +224,7 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
             f"{folder.path}: its weights do not fit {CONFIG}: {', '.join(wrong[:3])}"
             f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; copy the folder again"
         )
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager
@@ -251,8 +253,9 @@ def _told(path: Path, to: str) -> Iterator[None]:
     except Exception as error:
         if _is_of_memory(error):
             raise BackendUnavailable(
-                f"{path}: not enough memory ({first_lines(error)}): take half with --encoder-weights stored, or run "
-                f"elit-export embed on a larger machine and give its file: elit-export sample BUNDLE --prompts FILE.npz"
+                f"{path}: not enough memory ({first_lines(error)})",
+                "take half with --encoder-weights stored, or run elit-export embed on a larger machine and give its "
+                "file: elit-export sample BUNDLE --prompts FILE.npz",
             ) from error
         raise CheckpointError(
             f"{path}: transformers cannot {to} it: {first_lines(error)}; copy the folder again"

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from elit_export.bundle.readers import read_json_object
-from elit_export.checkpoints.hf_folder import shards_of
+from elit_export.checkpoints.hf_folder import CONFIG, part_folder, shards_of
 from elit_export.errors import CheckpointError, InputError
 from elit_export.spec import ModelSpec
 
-CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 ENCODER_PART = "text_encoder"  # where a whole pipeline keeps them
 TOKENIZER_PART = "tokenizer"
+REMEDY = f"give a folder with {ENCODER_PART}/ and {TOKENIZER_PART}/, as diffusers saves a pipeline"
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either will do
 
 
@@ -81,26 +81,12 @@ def read_encoder(folder: str | Path) -> EncoderFolder:
 
     The tokenizer of an encoder lies in the same folder or in `tokenizer` beside it.
     """
-    path = _encoder_path(Path(folder))
+    path = part_folder(Path(folder), ENCODER_PART, "text encoder", REMEDY)
     config = read_json_object(path / CONFIG)
     kind = _kind(path, config)
     width = _width(path, config)
     _check_weights(path, kind)
     return EncoderFolder(path, _tokenizer_path(path), kind, width)
-
-
-def _encoder_path(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"no text encoder at {folder}: give a folder with {ENCODER_PART}/ and {TOKENIZER_PART}/, as diffusers "
-            f"saves a pipeline"
-        )
-    for path in (folder, folder / ENCODER_PART):
-        if (path / CONFIG).is_file():
-            return path
-    raise CheckpointError(
-        f"{folder}: no {CONFIG} in it or in its `{ENCODER_PART}`; give the folder of a pipeline or of its text encoder"
-    )
 
 
 def _kind(path: Path, config: Mapping[str, Any]) -> Kind:

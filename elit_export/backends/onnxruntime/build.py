@@ -28,7 +28,7 @@ class OnnxRuntimeBuilder:
         provider = PROVIDERS[target.device]
         if provider not in ort.get_available_providers():
             raise BackendUnavailable(
-                f"device {target.device!r}: this onnxruntime has no {provider}; elit-export doctor says what to do"
+                f"device {target.device!r}: this onnxruntime has no {provider}", "elit-export doctor says what to do"
             )
 
     def fingerprint(self, target: OnnxRuntimeTarget) -> dict[str, str]:
@@ -55,8 +55,8 @@ class OnnxRuntimeBuilder:
             raise BuildError(f"onnxruntime cannot build {name}: {error}") from error
         if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
             raise BackendUnavailable(
-                f"onnxruntime could not start {provider} (it offers {', '.join(session.get_providers())}): "
-                f"build target device {target.device!r} on a machine that has it, with elit-export[onnxruntime-gpu]"
+                f"onnxruntime could not start {provider} (it offers {', '.join(session.get_providers())})",
+                f"build target device {target.device!r} on a machine that has it, with elit-export[onnxruntime-gpu]",
             )
         progress(1.0)
         return BuiltPlan(

@@ -99,7 +99,7 @@ class OnnxRuntimeEngine(Engine):
     ) -> None:
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
-            raise BackendUnavailable(f"this onnxruntime has no {provider}; elit-export doctor says what to do")
+            raise BackendUnavailable(f"this onnxruntime has no {provider}", "elit-export doctor says what to do")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = ERRORS
@@ -111,8 +111,8 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(f"onnxruntime cannot open {plan}: {first_line(error)}") from error
         if self._session.get_providers()[0] != provider:  # it falls back to the CPU without a word
             raise BackendUnavailable(
-                f"onnxruntime could not start {provider} for {plan.name}; elit-export doctor says what to do, "
-                f"or build a target with device = 'cpu'"
+                f"onnxruntime could not start {provider} for {plan.name}",
+                "elit-export doctor says what to do, or build a target with device = 'cpu'",
             )
         self._device = device
         self._outputs = [output.name for output in self._session.get_outputs()]

@@ -40,10 +40,13 @@ class OpenVinoBuilder:
         if needed and needed not in _capabilities():
             raise BackendUnavailable(
                 f"precision {target.precision.value}: this CPU has no {needed} arithmetic, openvino would emulate it "
-                f"slowly: build a target with precision fp32"
+                f"slowly",
+                "build a target with precision fp32",
             )
         if target.precision.quantized and find_spec("nncf") is None:
-            raise BackendUnavailable("precision int8: openvino needs nncf for it: pip install 'elit-export[openvino]'")
+            raise BackendUnavailable(
+                "precision int8: openvino needs nncf for it", "pip install 'elit-export[openvino]'"
+            )
 
     def fingerprint(self, target: OpenVinoTarget) -> dict[str, str]:
         return {**_versions(target.precision), "cpu_features": cpu_features()}
@@ -122,8 +125,8 @@ def _nncf() -> ModuleType:
             import nncf
     except Exception as error:  # a broken library raises what it likes
         raise BackendUnavailable(
-            f"precision int8: nncf is installed but broken, {first_line(error)}: "
-            f"pip install --force-reinstall 'elit-export[openvino]'"
+            f"precision int8: nncf is installed but broken, {first_line(error)}",
+            "pip install --force-reinstall 'elit-export[openvino]'",
         ) from error
     finally:
         if before is None:

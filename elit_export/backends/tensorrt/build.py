@@ -90,7 +90,7 @@ def _check_version(trt: Any, target: TensorRTTarget) -> None:
     if version_numbers(trt.__version__, 2) < oldest:
         wanted = ".".join(map(str, oldest))
         raise BackendUnavailable(
-            f"{target.backend} {trt.__version__} is too old: pip install -U '{target.backend}>={wanted}'"
+            f"{target.backend} {trt.__version__} is too old", f"pip install -U '{target.backend}>={wanted}'"
         )
 
 
@@ -125,7 +125,7 @@ def _check_known(trt: Any, wanted: Iterable[str]) -> None:
 def _check_local(target: TensorRTTarget) -> None:
     problem, remedy = cuda_layer.device_problem()
     if problem:
-        raise BackendUnavailable(f"{target.backend} builds on the GPU it builds for; {problem}: {remedy}")
+        raise BackendUnavailable(f"{target.backend} builds on the GPU it builds for; {problem}", remedy)
     here = cuda_layer.Cuda().compute_capability()
     if target.compute_capabilities != (here,):
         raise BuildError(

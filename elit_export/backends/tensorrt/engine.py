@@ -256,7 +256,7 @@ class TensorRTEngine(Engine):
         if graph is not None:
             self._device.cuda.destroy_graph(graph)
 
-    def _require(self, done: bool, call: str) -> None:
+    def _require(self, done: object, call: str) -> None:
         if not done:
             raise EngineError(f"{self._plan.trt.__name__}: {call} failed; its reason was written to the error output")
 

@@ -39,9 +39,9 @@ class OpenedPlan:
         self._config: Any = None
         if flavour.compiles_on_device:
             self._cache_file = _cache_file(f"{path.parent.name}-{trt.__name__}-{trt.__version__}")
-            self._config = self._runtime_config(target.cuda_graphs)
+            self._config = self._runtime_config(captures=target.cuda_graphs)
 
-    def _runtime_config(self, captures: bool) -> Any:
+    def _runtime_config(self, *, captures: bool) -> Any:
         trt, config = self.trt, self.engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if captures:
