@@ -13,25 +13,69 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elit_export.checkpoints.native import load_checkpoint
     from elit_export.compiler.build import compile_bundle
-    from elit_export.errors import ElitExportError
-    from elit_export.runtime.pipeline import Pipeline
+    from elit_export.errors import (
+        BackendUnavailable,
+        BuildError,
+        BundleError,
+        CalibrationError,
+        CheckpointError,
+        ElitExportError,
+        EngineError,
+        ExportError,
+        InputError,
+        ParityError,
+        RecipeError,
+    )
+    from elit_export.runtime.conditioning import Labels
+    from elit_export.runtime.pipeline import Pipeline, Sample
+    from elit_export.runtime.prompts import Prompts
+    from elit_export.runtime.sampling import StepRecord
     from elit_export.spec import Budget, ModelSpec
 
-__all__ = ["Budget", "ElitExportError", "ModelSpec", "Pipeline", "compile_bundle", "load_checkpoint"]
+__all__ = [
+    "BackendUnavailable",
+    "Budget",
+    "BuildError",
+    "BundleError",
+    "CalibrationError",
+    "CheckpointError",
+    "ElitExportError",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "Labels",
+    "ModelSpec",
+    "ParityError",
+    "Pipeline",
+    "Prompts",
+    "RecipeError",
+    "Sample",
+    "StepRecord",
+    "compile_bundle",
+    "load_checkpoint",
+]
 
 _HOMES = {
     "Budget": "elit_export.spec",
-    "ElitExportError": "elit_export.errors",
+    "Labels": "elit_export.runtime.conditioning",
     "ModelSpec": "elit_export.spec",
     "Pipeline": "elit_export.runtime.pipeline",
+    "Prompts": "elit_export.runtime.prompts",
+    "Sample": "elit_export.runtime.pipeline",
+    "StepRecord": "elit_export.runtime.sampling",
     "compile_bundle": "elit_export.compiler.build",
     "load_checkpoint": "elit_export.checkpoints.native",
 }
+_ERRORS = "elit_export.errors"  # the home of the others
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until an application listens
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES.get(name, _ERRORS)), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -19,7 +19,6 @@ from elit_export.bench.timing import Timing, timed_in_turn
 from elit_export.bundle.manifest import PlanSet
 from elit_export.cost.flops import flops
 from elit_export.errors import InputError
-from elit_export.runtime.conditioning import tokens_of
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import ModelSpec, Precision
 
@@ -127,7 +126,7 @@ def common_budgets(competitors: Sequence[Competitor]) -> Budgets:
     found = {
         name: budget
         for name, budget in measured_budgets(competitors[0].pipeline).items()
-        if all(budget in competitor.pipeline.bank.covered for competitor in competitors)
+        if all(budget in competitor.pipeline.coverage.covered for competitor in competitors)
     }
     if not found:
         raise InputError("these plan sets cover no budget in common: choose one with --target")
@@ -160,7 +159,7 @@ def _row(
 ) -> BackendRow:
     largest, *_ = budgets
     plan_set, name = competitor.plan_set, competitor.name
-    peak, text = peaks.get(plan_set.precision), tokens_of(competitor.pipeline)
+    peak, text = peaks.get(plan_set.precision), competitor.pipeline.coverage.tokens
 
     def time_of(budget: str) -> BackendTime:
         timing, cost = timed[budget][name], flops(spec, budgets[budget], text=text).total

@@ -12,17 +12,19 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from elit_export.arrays import HostArray
 from elit_export.bench.stages import OnStage, run_stages
 from elit_export.bench.timing import timed_in_turn
-from elit_export.runtime.choices import Choices
-from elit_export.runtime.conditioning import conditioning_rows, subjects_of, text_of, tokens_of
-from elit_export.runtime.guidance import Guidance, Kind
+from elit_export.runtime.conditioning import numbered, random_rows
+from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.runtime.sampling import Call
+from elit_export.runtime.step_cache import bench_policies
 from elit_export.verify.metrics import difference
 
 REFERENCE_STEPS = 50  # Euler's, of the way that all others are compared with
@@ -32,8 +34,6 @@ FINE = "reference solution"
 REFERENCE, CACHED, COMBINED, GUIDED = "euler 50", "cached", "cached ab3", "cheaper guidance"
 EULER_STEPS = (8, 12, 16, 20, 25, 33, 40)
 MULTISTEP_STEPS = (6, 8, 10, 14, 20, 30)
-STATIC = ("static:every@2", "static:every@3", "static:every@4", "static:time@0.05", "static:time@0.1")
-MEASURED = ("teacache:0.05", "teacache:0.1", "teacache:0.2")
 COMBINED_STEPS = (14, 20, 30)
 # Of the error of 50 Euler steps, in dB: the levels at which the cheapest way is named.
 LEVELS_DB = (-10.0, 0.0, 6.0)
@@ -45,7 +45,7 @@ class Way:
 
     name: str
     family: str
-    choices: Choices
+    options: SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class SweepRow:
 
     name: str
     family: str
-    choices: dict[str, str | int]
+    options: dict[str, str | float]
     computed: int
     reused: int
     probes: int
@@ -103,23 +103,23 @@ def sweep(
     on_way: OnStage,
 ) -> SweepResult:
     """Sample every way `rounds` times, in turn, from the same noise; raises CalibrationError before anything runs."""
-    subjects = subjects_of(pipeline.spec, range(images), text_of(pipeline))
+    conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
     chosen = list(ways(pipeline, schedule, guidance))
     for way in chosen:
-        pipeline.steps(subjects, **way.choices).close()  # checked, not run
-    fine = Choices(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
-    wanted = [(FINE, fine), *((way.name, way.choices) for _ in range(rounds) for way in chosen)]
+        pipeline.prepared(conditioning, way.options)
+    fine = SamplingOptions(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
+    wanted = [(FINE, fine), *((way.name, way.options) for _ in range(rounds) for way in chosen)]
     taken: dict[str, list[Sample]] = {name: [] for name, _ in wanted}
     parts, measured = Parts(pipeline), list[SweepRow]()
 
-    def take(name: str, choices: Choices) -> None:
-        taken[name].append(pipeline.sample(subjects, **choices))
+    def take(name: str, options: SamplingOptions) -> None:
+        taken[name].append(pipeline.sampled(conditioning, options))
 
     def measure() -> None:
         exact = taken[FINE][0].latents
         measured.extend(_row(way, taken[way.name], taken[REFERENCE], exact, parts) for way in chosen)
 
-    stages = [(name, partial(take, name, choices)) for name, choices in wanted]
+    stages = [(name, partial(take, name, options)) for name, options in wanted]
     run_stages([*stages, ("parts", measure)], on_way)
     rows = [_with_controls(row, measured) for row in measured]
     first = taken[REFERENCE][0].records[0].calls[0]
@@ -130,8 +130,8 @@ def sweep(
         guidance=guidance,
         images=images,
         fine_steps=fine_steps,
-        reuse_over_step=parts.graph("reuse", first.rows) / step,
-        probe_over_step=parts.graph("probe", first.rows) / step,
+        reuse_over_step=parts.graph("reuse", first) / step,
+        probe_over_step=parts.graph("probe", first) / step,
         worst_over_parts=max(row.over_parts for row in rows if row.reused),
         best_speedup=next(row.speedup for row in rows if row.name == best["+0 dB"]),
         rows=rows,
@@ -145,9 +145,10 @@ def sweep(
 def ways(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[Way]:
     """The reference first, then the controls, then what is cached."""
 
-    def way(name: str, family: str, **more: str | int) -> Way:
-        common = {"steps": REFERENCE_STEPS, "sampler": "euler", "schedule": schedule, "guidance": guidance}
-        return Way(name, family, Choices(**{**common, **more}))  # type: ignore[typeddict-item]
+    common = SamplingOptions(steps=REFERENCE_STEPS, sampler="euler", schedule=schedule, guidance=guidance)
+
+    def way(name: str, family: str, **more: Any) -> Way:
+        return Way(name, family, replace(common, **more))
 
     yield way(REFERENCE, REFERENCE)
     for steps in EULER_STEPS:
@@ -156,26 +157,25 @@ def ways(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[Way]:
         yield way(f"ab3 {steps}", MULTISTEP, steps=steps, sampler="ab3")
     for name in smaller_budgets(pipeline, schedule):
         yield way(f"euler 50, all at {name}", SMALLER, schedule=name)
-    for policy in (*STATIC, *MEASURED):
+    for policy in bench_policies():
         for order in (0, 1):
             cache = f"{policy},order={order}"
             yield way(cache.removeprefix("static:"), CACHED, cache=cache)
     for steps in COMBINED_STEPS:
         yield way(f"ab3 {steps}, every@2", COMBINED, steps=steps, sampler="ab3", cache="static:every@2")
     chosen = Guidance.parse(guidance, pipeline.spec)
-    if chosen.kind is Kind.CFG:
+    if chosen.guides and chosen.one_budget:
         for weak in smaller_budgets(pipeline, schedule):
-            cheaper = replace(chosen, kind=Kind.CCFG, weak=pipeline.spec.budget(weak))
-            cheap: dict[str, str | int] = {"sampler": "ab3", "guidance": str(cheaper)}
+            cheaper = str(chosen.with_weak(pipeline.spec.budget(weak)))
+            cheap: dict[str, Any] = {"sampler": "ab3", "guidance": cheaper}
             yield way(f"ab3 14, weak at {weak}", GUIDED, steps=14, **cheap)
             yield way(f"ab3 30, weak at {weak}, every@2", GUIDED, steps=30, cache="static:every@2", **cheap)
 
 
 def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
     """The named budgets below the least of the schedule."""
-    subjects = subjects_of(pipeline.spec, [0], text_of(pipeline))
-    budget = min(pipeline.request(subjects, schedule=schedule).schedule)
-    covered = pipeline.bank.covered
+    budget = min(resolve(pipeline.spec, SamplingOptions(schedule=schedule)).schedule)
+    covered = pipeline.coverage.covered
     named = pipeline.spec.named_budgets.items()
     return [name for name, smaller in named if smaller.kept < budget.kept and smaller in covered]
 
@@ -192,24 +192,24 @@ class Parts:
 
     def of(self, call: Call) -> float:
         """What a call should take."""
-        probed = self.graph("probe", call.rows) if call.cached.probed else 0.0
-        return probed + (self.graph("reuse", call.rows) if call.reused else self.step(call))
+        probed = self.graph("probe", call) if call.cached.probed else 0.0
+        return probed + (self.graph("reuse", call) if call.reused else self.step(call))
 
     def step(self, call: Call) -> float:
         """Of all blocks, at the budget of a call with as many rows and as long a text."""
         bank, inputs = self._pipeline.bank, self._inputs(call.rows, call.text)
         return self._timed(("step", call.budget.kept, call.rows, call.text), lambda: bank(call.budget, inputs))
 
-    def graph(self, name: str, rows: int) -> float:
-        """Of `reuse` or `probe`."""
+    def graph(self, name: str, call: Call) -> float:
+        """Of `reuse` or `probe`, of which the rows alone count: they read no text and run no block."""
         spec, bank = self._pipeline.spec, self._pipeline.bank
-        inputs = self._inputs(rows, tokens_of(self._pipeline))  # which these graphs do not read
-        tokens = np.ones((rows, spec.tokens, spec.hidden_size), np.float32)
+        inputs = self._inputs(call.rows, call.text)
+        tokens = np.ones((call.rows, spec.tokens, spec.hidden_size), np.float32)
         run = {
             "probe": lambda: bank.probe(inputs, tokens),
-            "reuse": lambda: bank.reuse(inputs, tokens, tokens, 1.0),
+            "reuse": lambda: bank.reuse(call.budget, inputs, tokens, tokens, 1.0),
         }
-        return self._timed((name, 0, rows, 0), run[name])
+        return self._timed((name, 0, call.rows, 0), run[name])
 
     def _timed(self, key: tuple[str, int, int, int], run: Callable[[], object]) -> float:
         if key not in self._known:
@@ -219,7 +219,7 @@ class Parts:
     def _inputs(self, rows: int, text: int) -> Mapping[str, HostArray]:
         spec = self._pipeline.spec
         moment = {"x": np.ones((rows, *spec.sample_shape), np.float32), "t": np.full(rows, 0.5, np.float32)}
-        return moment | conditioning_rows(spec, rows, text, np.random.default_rng(0))
+        return moment | random_rows(spec, rows, text, np.random.default_rng(0))
 
 
 def _row(way: Way, samples: Sequence[Sample], reference: Sequence[Sample], exact: HostArray, parts: Parts) -> SweepRow:
@@ -231,7 +231,7 @@ def _row(way: Way, samples: Sequence[Sample], reference: Sequence[Sample], exact
     return SweepRow(
         name=way.name,
         family=way.family,
-        choices={key: value for key, value in way.choices.items() if isinstance(value, str | int)},
+        options=way.options.scalars,
         computed=sum(not call.reused for call in calls),
         reused=sum(call.reused for call in calls),
         probes=sum(call.cached.probed for call in calls),

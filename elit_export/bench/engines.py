@@ -19,15 +19,16 @@ from elit_export.bench.samplings import (
     SamplingResult,
     budget_error,
     check_samplings,
-    fine_choices,
+    guided_images,
+    reference_solution,
     sampling_results,
 )
 from elit_export.bench.stages import OnStage, Stage, run_stages
 from elit_export.bench.timing import Timing, matmul_peak_gflops, resident_bytes, timed_in_turn
 from elit_export.cost.flops import Cost, flops
 from elit_export.errors import InputError
-from elit_export.runtime.conditioning import conditioning_rows, subjects_of, text_of, tokens_of
-from elit_export.runtime.pipeline import Pipeline, Subjects
+from elit_export.runtime.conditioning import LabelsLike, numbered, random_rows
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import LATENTS, Budget, ModelSpec
 
 Inputs = dict[str, HostArray]
@@ -112,10 +113,11 @@ def bench(
     """
     budgets = measured_budgets(pipeline)
     check_rows(pipeline, budgets, rows)
-    subjects = subjects_of(pipeline.spec, range(max(1, rows // 2)), text_of(pipeline))  # cfg doubles the rows
+    images = range(guided_images(pipeline.spec, rows))
+    conditioning = numbered(pipeline.spec, images, pipeline.coverage.text)
     if sampling:
-        check_samplings(pipeline, budgets, subjects)
-    work = _Work(pipeline, others, budgets, subjects, rows, rounds)
+        check_samplings(pipeline, budgets, conditioning)
+    work = _Work(pipeline, others, budgets, conditioning, rows, rounds)
     stages: list[Stage] = [("memory", lambda: work.measure_memory(memory))]
     stages += [("matrix product", work.measure_peak)]
     stages += [(name, partial(work.time_budget, name)) for name in budgets]
@@ -134,11 +136,12 @@ class _Work:
         pipeline: Pipeline,
         others: Mapping[str, Runner],
         budgets: Budgets,
-        subjects: Subjects,
+        conditioning: LabelsLike,
         rows: int,
         rounds: int,
     ) -> None:
-        self.pipeline, self.others, self.budgets, self.subjects = pipeline, others, budgets, subjects
+        self.pipeline, self.others, self.budgets = pipeline, others, budgets
+        self.conditioning = conditioning
         self.rows, self.rounds = rows, rounds
         self.held: BankMemory | None = None
         self.peak_gflops = math.nan
@@ -166,20 +169,20 @@ class _Work:
         self.switching = switching_ratio(self.pipeline, budgets, rows=self.rows, rounds=self.rounds)
 
     def solve_finely(self) -> None:
-        self.exact = self.pipeline.sample(self.subjects, **fine_choices(self.budgets)).latents
+        self.exact = reference_solution(self.pipeline, self.budgets, self.conditioning)
 
     def sample(self) -> None:
         assert self.exact is not None
-        self.errors = {name: budget_error(self.pipeline, name, self.subjects, self.exact) for name in self.budgets}
-        self.samplings = list(sampling_results(self.pipeline, self.budgets, self.subjects, self.exact))
+        self.errors = {name: budget_error(self.pipeline, name, self.conditioning, self.exact) for name in self.budgets}
+        self.samplings = list(sampling_results(self.pipeline, self.budgets, self.conditioning, self.exact))
         self.resident = resident_bytes()
 
     def decode(self, plan_bytes: int) -> None:
-        images = len(self.subjects)
+        images = len(self.conditioning)
         self.decoded = DecodeResult(images, decode_ms(self.pipeline, images), plan_bytes)
 
     def result(self, plan_bytes: int) -> BenchResult:
-        text = tokens_of(self.pipeline)
+        text = self.pipeline.coverage.tokens
         budgets = budget_results(
             self.pipeline.spec, self.budgets, self.timed, rows=self.rows, text=text, peak=self.peak_gflops
         )
@@ -199,7 +202,7 @@ class _Work:
 
 def measured_budgets(pipeline: Pipeline) -> Budgets:
     """The largest budget that is covered, and the named ones that are."""
-    covered = pipeline.bank.covered
+    covered = pipeline.coverage.covered
     named = {name: budget for name, budget in pipeline.spec.named_budgets.items() if budget in covered}
     return named if covered[-1] in named.values() else {str(covered[-1]): covered[-1], **named}
 
@@ -207,7 +210,7 @@ def measured_budgets(pipeline: Pipeline) -> Budgets:
 def check_rows(pipeline: Pipeline, budgets: Budgets, rows: int) -> None:
     try:
         for budget in budgets.values():
-            pipeline.bank.slot_for(budget, rows, tokens_of(pipeline))
+            pipeline.coverage.profile_for(budget, rows, pipeline.coverage.tokens)
     except InputError as error:
         raise InputError(f"a bench of {rows} rows a call does not fit: {error}; choose other --rows") from error
 
@@ -268,7 +271,7 @@ def bench_inputs(pipeline: Pipeline, budget: Budget, rows: int) -> Inputs:
     return {
         "x": generator.standard_normal((rows, *spec.sample_shape)).astype(np.float32),
         "t": np.full(rows, 0.5, np.float32),
-        **conditioning_rows(spec, rows, tokens_of(pipeline), generator),
+        **random_rows(spec, rows, pipeline.coverage.tokens, generator),
         LATENTS: np.arange(budget.kept),
     }
 

@@ -6,20 +6,26 @@ The exact solution is Heun's with many steps from the same noise; errors are of 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from elit_export.runtime.pipeline import Pipeline, Subjects
+from elit_export.runtime.conditioning import LabelsLike
+from elit_export.runtime.options import SamplingOptions
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.verify.metrics import difference
 
 EXACT_STEPS = 200  # Heun's, of the solution that samplers are measured against
 EULER_STEPS = 50
-# (sampler, steps): about as many calls in each block, after the reference of 50 Euler steps.
+CALLS = (15, 20, 25)  # the most of each block
+# (sampler, steps): after the reference of 50 Euler steps, in each block those that draw no noise.
 COMPARED = (
     ("euler", EULER_STEPS),
-    *(("euler", 15), ("heun", 8), ("ab2", 15), ("ab3", 14)),
-    *(("euler", 20), ("heun", 10), ("ab2", 20), ("ab3", 19)),
-    *(("euler", 25), ("heun", 13), ("ab2", 25), ("ab3", 24)),
+    *(
+        (sampler.name, sampler.steps_within(calls))
+        for calls in CALLS
+        for sampler in SAMPLERS.values()
+        if not sampler.uses_noise
+    ),
 )
 
 
@@ -34,13 +40,13 @@ class SolverError:
 
 
 def solver_errors(
-    pipeline: Pipeline, subjects: Subjects, *, schedule: str, guidance: str, seed: int
+    pipeline: Pipeline, conditioning: LabelsLike, *, schedule: str, guidance: str, seed: int
 ) -> Iterator[SolverError]:
     """Compare all samplers on the same noise."""
-    exact = pipeline.sample(
-        subjects, sampler="heun", steps=EXACT_STEPS, schedule=schedule, guidance=guidance, seed=seed
-    ).latents
+    exact = SamplingOptions(sampler="heun", steps=EXACT_STEPS, schedule=schedule, guidance=guidance, seed=seed)
+    expected = pipeline.sampled(conditioning, exact).latents
     for sampler, steps in COMPARED:
-        found = pipeline.sample(subjects, sampler=sampler, steps=steps, schedule=schedule, guidance=guidance, seed=seed)
+        options = replace(exact, sampler=sampler, steps=steps)
+        sample = pipeline.sampled(conditioning, options)
         calls = SAMPLERS[sampler].calls(steps)
-        yield SolverError(sampler, steps, calls, difference(found.latents, exact).sqnr_db)
+        yield SolverError(sampler, steps, calls, difference(sample.latents, expected).sqnr_db)

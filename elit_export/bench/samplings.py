@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elit_export.arrays import HostArray
 from elit_export.cost.flops import flops_per_image
 from elit_export.errors import InputError
-from elit_export.runtime.choices import Choices
-from elit_export.runtime.pipeline import Pipeline, Subjects
-from elit_export.spec import Budget
+from elit_export.runtime.conditioning import LabelsLike
+from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.options import SamplingOptions
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.spec import Budget, ModelSpec
 from elit_export.verify.metrics import difference
 
 Budgets = Mapping[str, Budget]  # by the name that a schedule takes, largest first
 GUIDANCE = "cfg:2"
-FAST = Choices(steps=14, sampler="ab3", guidance=GUIDANCE)  # 15 calls
+FAST = SamplingOptions(steps=14, sampler="ab3", guidance=GUIDANCE)
 FINE_STEPS = 100  # Heun's, of the solution that ways to sample are compared with
 
 
@@ -28,7 +30,7 @@ class SamplingResult:
     """
 
     name: str
-    choices: dict[str, str | int]
+    options: dict[str, str | float]
     ms_per_image: float
     flops_per_image: float
     outside_engines: float
@@ -37,58 +39,68 @@ class SamplingResult:
     sqnr_db: float
 
 
-def check_samplings(pipeline: Pipeline, budgets: Budgets, subjects: Subjects) -> None:
-    ways = [choices for _, choices in sampling_ways(budgets)]
+def guided_images(spec: ModelSpec, rows: int) -> int:
+    """How many images a guided sampling has in calls of so many rows."""
+    return max(1, rows // Guidance.parse(GUIDANCE, spec).rows_per_image(spec.full))
+
+
+def check_samplings(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike) -> None:
+    configs = [options for _, options in sampling_configs(budgets)]
     try:
-        for choices in (fine_choices(budgets), *map(fast_choices, budgets), *ways):
-            pipeline.steps(subjects, **choices).close()  # checked, not run
+        for options in (reference_options(budgets), *map(fast_options, budgets), *configs):
+            pipeline.prepared(conditioning, options)
     except InputError as error:
         raise InputError(f"whole samplings do not fit: {error}; leave them out with --no-sampling") from error
 
 
-def budget_error(pipeline: Pipeline, name: str, subjects: Subjects, exact: HostArray) -> float:
-    return difference(pipeline.sample(subjects, **fast_choices(name)).latents, exact).sqnr_db
+def reference_solution(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike) -> HostArray:
+    """Latents."""
+    return pipeline.sampled(conditioning, reference_options(budgets)).latents
 
 
-def fast_choices(schedule: str) -> Choices:
-    return Choices(**{**FAST, "schedule": schedule})
+def budget_error(pipeline: Pipeline, name: str, conditioning: LabelsLike, exact: HostArray) -> float:
+    return difference(pipeline.sampled(conditioning, fast_options(name)).latents, exact).sqnr_db
 
 
-def fine_choices(budgets: Budgets) -> Choices:
-    """What all ways to sample are compared with."""
+def fast_options(schedule: str) -> SamplingOptions:
+    return replace(FAST, schedule=schedule)
+
+
+def reference_options(budgets: Budgets) -> SamplingOptions:
+    """Those of the reference solution, which all sampling configs are compared with."""
     largest, *_ = budgets
-    return Choices(steps=FINE_STEPS, sampler="heun", guidance=GUIDANCE, schedule=largest)
+    return SamplingOptions(steps=FINE_STEPS, sampler="heun", guidance=GUIDANCE, schedule=largest)
 
 
-def sampling_ways(budgets: Budgets) -> Iterator[tuple[str, Choices]]:
+def sampling_configs(budgets: Budgets) -> Iterator[tuple[str, SamplingOptions]]:
     """The reference first: 50 Euler steps with classifier-free guidance at the largest budget."""
     largest, *smaller = budgets
-    yield "euler 50", Choices(steps=50, sampler="euler", guidance=GUIDANCE, schedule=largest)
-    yield "ab3 14", fast_choices(largest)
+    yield "euler 50", SamplingOptions(steps=50, sampler="euler", guidance=GUIDANCE, schedule=largest)
+    yield "ab3 14", fast_options(largest)
     if not smaller:
         return
     lowest = smaller[-1]
     middle = "quarter" if "quarter" in smaller else lowest
-    half = FAST["steps"] // 2
-    mixed = f"0-{half - 1}:{middle},{half}-{FAST['steps'] - 1}:{largest}"
+    half = FAST.steps // 2
+    mixed = f"0-{half - 1}:{middle},{half}-{FAST.steps - 1}:{largest}"
     cheap = f"ccfg:2@{lowest}"
-    yield f"ab3 14, weak at {lowest}", Choices(**{**fast_choices(largest), "guidance": cheap})
-    yield f"ab3 14, {middle} then {largest}, weak at {lowest}", Choices(**{**fast_choices(mixed), "guidance": cheap})
-    yield f"ab3 14, all at {lowest}", fast_choices(lowest)
+    yield f"ab3 14, weak at {lowest}", replace(fast_options(largest), guidance=cheap)
+    yield f"ab3 14, {middle} then {largest}, weak at {lowest}", replace(fast_options(mixed), guidance=cheap)
+    yield f"ab3 14, all at {lowest}", fast_options(lowest)
 
 
 def sampling_results(
-    pipeline: Pipeline, budgets: Budgets, subjects: Subjects, exact: HostArray
+    pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike, exact: HostArray
 ) -> Iterator[SamplingResult]:
-    """Every way on the same noise, labels or prompts."""
+    """Every sampling config on the same noise, labels or prompts."""
     first_ms = 0.0
-    for name, choices in sampling_ways(budgets):
-        sample = pipeline.sample(subjects, **choices)
+    for name, options in sampling_configs(budgets):
+        sample = pipeline.sampled(conditioning, options)
         first_ms = first_ms or sample.ms_per_image
         outside_s = sample.timings.total_s - sample.timings.engines_s
         yield SamplingResult(
             name=name,
-            choices={key: value for key, value in choices.items() if isinstance(value, str | int)},
+            options=options.scalars,
             ms_per_image=sample.ms_per_image,
             flops_per_image=flops_per_image(sample, pipeline.spec),
             outside_engines=outside_s / sample.timings.total_s,

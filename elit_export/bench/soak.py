@@ -11,8 +11,8 @@ import numpy as np
 
 from elit_export.bench.timing import resident_bytes
 from elit_export.errors import InputError
-from elit_export.runtime.choices import Choices
-from elit_export.runtime.conditioning import subjects_of, text_of
+from elit_export.runtime.conditioning import numbered
+from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.spec import Budget
 
@@ -50,18 +50,19 @@ def soak(pipeline: Pipeline, *, samplings: int, on_sampling: Callable[[Sample], 
     every = max(1, (samplings - warmup) // RECORDS)
     records: list[Record] = []
     started = time.perf_counter()
-    for done, choices in enumerate(islice(short_samplings(pipeline.bank.covered), samplings), start=1):
-        on_sampling(pipeline.sample(subjects_of(pipeline.spec, [done], text_of(pipeline)), **choices))
+    for done, options in enumerate(islice(short_samplings(pipeline.coverage.covered), samplings), start=1):
+        conditioning = numbered(pipeline.spec, [done], pipeline.coverage.text)
+        on_sampling(pipeline.sampled(conditioning, options))
         due = done >= warmup and (done - warmup) % every == 0
         if due and (resident := resident_bytes()) is not None:
             records.append((done, resident))
     return _result(samplings, warmup, time.perf_counter() - started, records)
 
 
-def short_samplings(budgets: Sequence[Budget]) -> Iterator[Choices]:
+def short_samplings(budgets: Sequence[Budget]) -> Iterator[SamplingOptions]:
     """Without end: every budget in turn, round after round, each from other noise."""
     for seed, ((guidance, steps), budget) in enumerate(cycle(product(ROUNDS, budgets))):
-        yield Choices(sampler="euler", steps=steps, schedule=budget, guidance=guidance, seed=seed)
+        yield SamplingOptions(sampler="euler", steps=steps, schedule=budget, guidance=guidance, seed=seed)
 
 
 def _result(samplings: int, warmup: int, seconds: float, records: Sequence[Record]) -> SoakResult:

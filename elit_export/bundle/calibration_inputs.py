@@ -116,7 +116,7 @@ def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Calibrat
         _check_shapes(samples, spec)
         _check_values(samples, spec)
     except CalibrationError as error:
-        raise CalibrationError(f"{path}: {error}: {command_for(path, text=spec.text_width > 0)}") from error
+        raise CalibrationError(f"{path}: {error}: {command_for(path, text=spec.takes_text)}") from error
     return samples
 
 

@@ -231,11 +231,6 @@ class PlanSet(_Facts):
         return tuple({plan.artifact.name: plan for plan in every}.values())
 
     @property
-    def longest_text(self) -> int:
-        """Tokens of text that some profile takes at most; 0 for a model of classes."""
-        return max(facts.text[2] if facts.text else 0 for facts in self.profiles)
-
-    @property
     def model_bytes(self) -> int:
         """What the plans take on disk, without that of the decoder, which is no part of the model."""
         of_decoder = self.decoder.plan.artifact.size_bytes if self.decoder else 0

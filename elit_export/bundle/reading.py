@@ -100,7 +100,7 @@ def read_manifest(path: Path, content: bytes) -> Manifest:
 
 def _check_text(manifest: Manifest) -> None:
     """Raise InputError if a profile does not say how much text its engine takes, or says it of a model without."""
-    takes = bool(manifest.model.spec.text_width)
+    takes = manifest.model.spec.takes_text
     for plan_set in manifest.plan_sets:
         for facts in plan_set.profiles:
             if (facts.text is not None) != takes:

@@ -153,7 +153,7 @@ class Recipe(_Table):
 
     def _text_for(self, spec: ModelSpec) -> Range | None:
         """How many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
-        if not spec.text_width:
+        if not spec.takes_text:
             if self.text:
                 raise RecipeError(f"recipe {self.name}: this model takes classes: leave `text` out")
             return None

@@ -1,4 +1,4 @@
-"""What lies on disk between building and running: a folder with a manifest, written last.
+"""What a build writes into: artifacts named by content, under a lock, the manifest last.
 
     manifest.json            what is here, with hashes; a folder without it is not a bundle
     graphs/NAME-HASH/        ONNX and weights; a copy for running may leave them out

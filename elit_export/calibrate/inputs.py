@@ -22,17 +22,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from elit_export.arrays import Arrays, Bools, Float64
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs
-from elit_export.errors import CalibrationError
+from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.guidance import Guidance, Kind
+from elit_export.runtime.conditioning import Labels, LabelsLike
 from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.pipeline import Pipeline, Subjects
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.prompts import Prompts, joined
-from elit_export.runtime.sampling import Call, Request, calls_needed, sampling_steps
+from elit_export.runtime.request import Request
+from elit_export.runtime.sampling import Call, sampling_steps
 from elit_export.spec import LATENTS, Budget
 
 T_PARTS = 8  # of [0, 1], each with as many samples as the others
-SUBJECTS, CHOICE = 1, 2  # beside the seed, so that neither depends on the other
+CONDITIONING, CHOICE = 1, 2  # beside the seed, so that neither depends on the other
 
 
 class SampleRecipe(BaseModel):
@@ -124,14 +125,12 @@ def seen_rows(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None 
     A model with text is shown `prompts`, one of classes its labels. Everything is checked before the first; raises
     CalibrationError, InputError or EngineError.
     """
-    noise, subjects = _noise(pipeline, recipe), _subjects(pipeline, recipe, prompts)
+    noise, shown = _noise(pipeline, recipe), _shown(pipeline, recipe, prompts)
     requests = [
-        _request(pipeline, recipe, budget, guidance, subjects(images), noise[images])
+        _request(pipeline, recipe, budget, guidance, shown(images), noise[images])
         for images, budget, guidance in _kinds(pipeline, recipe)
     ]
     _check_enough(pipeline, recipe)
-    for size in {call for request in requests for call in calls_needed(request)}:
-        pipeline.bank.slot_for(*size)
     for request in requests:
         yield _watched(pipeline.bank, pipeline.spec.budgets, request)
 
@@ -170,12 +169,14 @@ def _noise(pipeline: Pipeline, recipe: SampleRecipe) -> Float64:
     return SeededNoise(recipe.seed, _images(pipeline, recipe), pipeline.spec.sample_shape)()
 
 
-def _subjects(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> Callable[[slice], Subjects]:
-    """What a slice of all images is to show: all classes or prompts in an order of their own, over and over."""
-    count = pipeline.spec.num_classes if prompts is None else len(prompts)
-    order = np.random.default_rng((recipe.seed, SUBJECTS)).permutation(count)
+def _shown(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> Callable[[slice], LabelsLike]:
+    """What a slice of all images shows: all classes or prompts in an order of their own, over and over."""
+    every = Labels(tuple(range(pipeline.spec.num_classes))) if prompts is None else prompts
+    if not len(every):
+        raise InputError("this model takes prompts, not labels", "elit-export embed FOLDER writes them")
+    order = np.random.default_rng((recipe.seed, CONDITIONING)).permutation(len(every))
     numbers = np.resize(order, _images(pipeline, recipe)).astype(np.int64)
-    return lambda images: numbers[images].tolist() if prompts is None else prompts.at(numbers[images])
+    return lambda images: every.at(numbers[images])
 
 
 def _images(pipeline: Pipeline, recipe: SampleRecipe) -> int:
@@ -187,11 +188,11 @@ def _request(
     recipe: SampleRecipe,
     budget: Budget,
     guidance: str,
-    subjects: Subjects,
+    shown: LabelsLike,
     noise: Float64,
 ) -> Request:
     return pipeline.request(
-        subjects,
+        shown,
         steps=recipe.steps,
         sampler=recipe.sampler,
         schedule=[budget] * recipe.steps,
@@ -206,19 +207,16 @@ def _watched(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> l
     slots = [Slot(slot.profile, Watched(slot.engine, given)) for slot in bank.slots]
     records = list(sampling_steps(EngineBank(slots, budgets, bank.precision), request))
     calls = [call for record in records for call in record.calls]
-    guided = request.guidance.kind is not Kind.NONE
     return [
-        Seen(_row(inputs, row), guided, null)
+        Seen(_row(inputs, row), request.guidance.guides, null)
         for inputs, call in zip(given, calls, strict=True)
-        for row, null in enumerate(_null_rows(call, request.guidance))
+        for row, null in enumerate(_null_rows(call))
     ]
 
 
-def _null_rows(call: Call, guidance: Guidance) -> list[bool]:
+def _null_rows(call: Call) -> list[bool]:
     """For each row of a call whether it is of a branch without a class, or of the negative prompt."""
-    strong, weak = False, guidance.weak_branch(call.budget).null_class
-    branches = {"strong": [strong], "weak": [weak], "joined": [strong, weak]}[call.role]
-    return [null for null in branches for _ in range(call.rows // len(branches))]
+    return [branch.null_class for branch in call.branches for _ in range(call.rows // len(call.branches))]
 
 
 def _row(inputs: Arrays, row: int) -> Arrays:

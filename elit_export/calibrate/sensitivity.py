@@ -19,7 +19,7 @@ from elit_export.graphs.quantize import LAYERS_IN, quantized_graph
 from elit_export.runtime.bank import EngineBank, Slot, sizes_of
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.prompts import Prompts, joined
-from elit_export.spec import LATENTS, LONGEST_TEXT, Budget, DataFacts, ModelSpec, Precision, Profile, Range
+from elit_export.spec import LATENTS, Budget, DataFacts, ModelSpec, Precision, Profile, Range
 from elit_export.verify.metrics import Difference, difference
 
 AS_BUILT = "all as built"
@@ -75,7 +75,7 @@ def sensitivity_count(spec: ModelSpec) -> int:
 
 def _layers_of(spec: ModelSpec) -> list[str]:
     """The kinds of layers that a model has; one without tail blocks has none of the tail's."""
-    text = 1 if spec.text_width else 0  # any length tells
+    text = 1 if spec.takes_text else 0  # any length tells
     return [name for name, count in layer_flops(spec, spec.full, text=text).items() if count]
 
 
@@ -104,7 +104,7 @@ def held_out_rows(
         seed=facts.seed + 1,
         rows=2,
     )
-    text = Range(1, 1, LONGEST_TEXT) if spec.text_width else None
+    text = spec.any_text
     profile = Profile("every", Range(1, spec.latents, spec.latents), Range(1, 1, MOST_ROWS), text)
     pipeline = Pipeline(EngineBank([Slot(profile, exact)], spec.budgets, Precision.FP32), spec, data)
     seen = [row for part in seen_rows(pipeline, recipe, prompts) for row in part]

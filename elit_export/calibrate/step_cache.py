@@ -21,10 +21,11 @@ from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.errors import BundleError, CalibrationError
 from elit_export.runtime.bank import EngineBank, Slot, without_text
-from elit_export.runtime.conditioning import subjects_of, text_of
+from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.runtime.sampling import Request, calls_needed, sampling_steps
+from elit_export.runtime.request import Request
+from elit_export.runtime.sampling import sampling_steps
 from elit_export.spec import COEFFICIENTS, LATENTS, Budget
 
 HELD_OUT_EVERY = 4  # of the images
@@ -48,8 +49,6 @@ class Trajectories:
             raise CalibrationError(f"{self.images} images are too few: every {HELD_OUT_EVERY}th is held out")
         if not self.budgets:
             raise CalibrationError("no named budget is covered: name one that is (--budget)")
-        if unfit := [guidance for guidance in self.guidance if guidance != "none" and not guidance.startswith("cfg:")]:
-            raise CalibrationError(f"guidance {unfit[0]!r}: a calibration samples with guidance none or cfg:SCALE")
         if min(self.steps) < 2:
             raise CalibrationError(f"{min(self.steps)} steps: a change needs at least 2")
 
@@ -146,14 +145,16 @@ def _request(
     if "probe" not in pipeline.bank.cache:
         raise CalibrationError("these engines have no graph `probe`: build the bundle again")
     request = pipeline.request(
-        subjects_of(pipeline.spec, numbers_of(images), text_of(pipeline)),
+        numbered(pipeline.spec, numbers_of(images), pipeline.coverage.text),
         steps=steps,
         sampler="euler",
         schedule=[budget] * steps,
         guidance=guidance,
         **more,  # type: ignore[arg-type]
     )
-    return request, pipeline.bank.slot_for(*next(calls_needed(request)))
+    if not request.guidance.one_budget:
+        raise CalibrationError(f"guidance {guidance!r}: a calibration samples with guidance none or cfg:SCALE")
+    return request, pipeline.bank.slot_for(*request.sizes[0])
 
 
 def _watched_steps(

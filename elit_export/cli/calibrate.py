@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.bundle.calibration_inputs import load_inputs, save_inputs
-from elit_export.bundle.manifest import CacheCalibration
-from elit_export.bundle.reading import Bundle
-from elit_export.calibrate.inputs import DEFAULT_RECIPE, load_sample_recipe, seen_rows, taken
-from elit_export.calibrate.inputs import batches as sample_batches
-from elit_export.calibrate.step_cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
 from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
 from elit_export.cli.prompts import EMBEDDED, prompts_in
-from elit_export.cli.tables.calibration import samples_facts, samples_table, sensitivity_facts, sensitivity_table
-from elit_export.cli.tables.inspect import calibration_table
 from elit_export.errors import BundleError
-from elit_export.runtime.choices import DEFAULTS
-from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.options import SamplingOptions
 from elit_export.spec import QUANTIZED, STEP, Precision
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import CacheCalibration
+    from elit_export.bundle.reading import Bundle
 
 COUNT = click.IntRange(min=1)
 
@@ -35,7 +31,7 @@ def calibrate() -> None:
 @click.option("--steps", type=COUNT, multiple=True, default=(10, 25, 60), show_default=True, help="May be repeated.")
 @click.option("--budget", "budgets", multiple=True, help="May be repeated.  [default: the named ones that are covered]")
 @click.option("--guidance", multiple=True, default=("cfg:2",), show_default=True, help="none or cfg; may be repeated.")
-@click.option("--seed", default=DEFAULTS["seed"], show_default=True)
+@click.option("--seed", default=SamplingOptions.seed, show_default=True)
 @click.option("--rows", type=COUNT, default=4, show_default=True, help="Images at once; cfg doubles them.")
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
@@ -55,11 +51,16 @@ def calibrate_cache(
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
+    from elit_export.bundle.reading import Bundle
+    from elit_export.calibrate.step_cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
+    from elit_export.cli.tables.inspect import calibration_table
+    from elit_export.runtime.pipeline import Pipeline
+
     if plot is not None:  # before anything is measured, as it needs matplotlib
         from elit_export.report.plots import plot_calibration
     opened = Bundle.open(bundle)  # before its engines: what is measured is of this checkpoint
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
-        covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.bank.covered]
+        covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
         parts = progress.track(sampled_pairs(pipeline, wanted), total=batches(wanted), description="trajectories")
@@ -101,11 +102,17 @@ def calibrate_samples(
 
     A model that takes text is shown the prompts of a file, one after another, as others are their classes.
     """
+    from elit_export.bundle.calibration_inputs import save_inputs
+    from elit_export.bundle.reading import Bundle
+    from elit_export.calibrate.inputs import DEFAULT_RECIPE, batches, load_sample_recipe, seen_rows, taken
+    from elit_export.cli.tables.calibration import samples_facts, samples_table
+    from elit_export.runtime.pipeline import Pipeline
+
     wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
     model = Bundle.open(bundle).manifest.model  # before its engines, as above
     prompts = prompts_in(file, model.spec)
     with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
-        total = sample_batches(pipeline, wanted)
+        total = batches(pipeline, wanted)
         parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
         found = taken(parts, pipeline, wanted, model.checkpoint_sha256)
     save_inputs(found.samples, out)
@@ -127,7 +134,10 @@ def calibrate_sensitivity(
 
     Those of a model that takes text show the prompts of a file.
     """
+    from elit_export.bundle.calibration_inputs import load_inputs
+    from elit_export.bundle.reading import Bundle
     from elit_export.calibrate.sensitivity import sensitivities, sensitivity_count
+    from elit_export.cli.tables.calibration import sensitivity_facts, sensitivity_table
 
     opened = Bundle.open(bundle)
     model, graph = opened.manifest.model, stored_graph(opened)

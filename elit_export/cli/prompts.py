@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
 from elit_export.cli.common import FILE, FOLDER
 from elit_export.errors import InputError
-from elit_export.runtime.choices import Chosen
-from elit_export.runtime.prompts import Embedded, Prompts
+from elit_export.runtime.conditioning import kind_of
+from elit_export.runtime.coverage import Coverage
+from elit_export.runtime.options import ResolvedOptions
+from elit_export.runtime.prompts import Prompts
+from elit_export.runtime.request import check_calls
 from elit_export.spec import LONGEST_TEXT, ModelSpec
 from elit_export.text.encoder import Weights, embedded_by
 from elit_export.text.files import load_prompts
@@ -32,8 +34,8 @@ WEIGHTS = click.option(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
-    """What the options say about images of a text-to-image model."""
+class PromptOptions:
+    """The options that describe images to a text-to-image model."""
 
     texts: tuple[str, ...]
     negative: str | None
@@ -43,7 +45,7 @@ class Told:
 
     @property
     def given(self) -> list[str]:
-        """The options that were."""
+        """The names of those that were."""
         options = {"--prompts": self.file, "--prompt": self.texts or None, "--negative": self.negative}
         options |= {"--encoder": self.encoder, "--encoder-weights": self.weights}
         return [name for name, value in options.items() if value is not None]
@@ -54,49 +56,38 @@ class Told:
             raise InputError(f"--out {out} would overwrite {self.file} with latents: choose another name")
 
     def refuse_for_classes(self) -> None:
-        """Raise InputError if anything is told to a model that draws classes."""
+        """Raise InputError if any was given to a model of classes."""
         if self.given:
             raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
 
-    def prompts(
-        self, spec: ModelSpec, labels: str, chosen: Chosen, longest: int, rehearse: Callable[[Prompts], object]
-    ) -> Prompts:
-        """Embeddings from a file or by an encoder, as the model takes them; raises InputError or CheckpointError.
+    def prompts(self, spec: ModelSpec, coverage: Coverage, options: ResolvedOptions, images: int) -> Prompts:
+        """Embeddings from a file or by an encoder, for so many images of each; raises InputError or CheckpointError.
 
-        `rehearse` raises what a sampling would that is to show them. An encoder is asked last, when all else is known
-        to be right, and before engines are opened: it may take as much memory. Engines take `longest` tokens at most.
+        An encoder runs last, when all else is known to be right, and before engines are opened: it may take as much
+        memory.
         """
-        if labels:
-            raise InputError(f"--labels {labels}: this model takes text: {HOW}")
         if self.file is not None:
             if len(self.given) > 1:
-                raise InputError(f"--prompts holds all that is told: leave {self.given[1]} out")
-            prompts = load_prompts(self.file).checked(spec)
-            rehearse(prompts)
-            return prompts
+                raise InputError(f"--prompts holds the embeddings: leave {self.given[1]} out")
+            return load_prompts(self.file)
         if not self.texts or self.encoder is None:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{wanted}, this model takes text: {HOW}")
-        if chosen.needs_null and self.negative is None:
+        if options.needs_null and self.negative is None:
             raise InputError(
-                f"guidance {chosen.guidance} leads away from a negative prompt: give --negative TEXT, or ''"
+                f"guidance {options.guidance} leads away from a negative prompt: give --negative TEXT, or ''"
             )
-        if self.negative is not None and not chosen.needs_null:
-            raise InputError(f"guidance {chosen.guidance} leads away from no --negative: leave it out, or add cfg:4")
+        if self.negative is not None and not options.needs_null:
+            raise InputError(f"guidance {options.guidance} uses no --negative: leave it out, or add cfg:4")
         folder = read_encoder(self.encoder)
         folder.check_fits(spec)
-        rehearse(self._of_one_token(spec))
-        return embedded(folder, self.texts, self.negative, self.weights, longest).checked(spec)
-
-    def _of_one_token(self, spec: ModelSpec) -> Prompts:
-        """As many prompts as are told, for whoever asks nothing else of them."""
-        told = Embedded(np.zeros((len(self.texts), 1, spec.text_width), np.float32), np.ones((len(self.texts), 1), int))
-        return Prompts(told, told if self.negative is not None else None)
+        check_calls(coverage, options, len(self.texts) * images, tokens=1, null_tokens=1)
+        return embedded(folder, self.texts, self.negative, self.weights, coverage.longest_text)
 
 
 def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
     """Embeddings for a model that takes text, None for one of classes; raises InputError if the file fits neither."""
-    if not spec.text_width:
+    if kind_of(spec) is not Prompts:
         if file is not None:
             raise InputError(f"--prompts {file}: this model takes no text, it draws classes: leave --prompts out")
         return None
@@ -124,15 +115,15 @@ def negatives_of(negative: str | None) -> tuple[str, ...]:
     return () if negative is None else (negative,)
 
 
-def told_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of Told; the command gets it as `told`."""
+def prompt_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the PromptOptions; the command gets them as `described`."""
 
     @wraps(command)
-    def telling(**options: Any) -> Any:
-        told = Told(**{name: options.pop(name) for name in Told.__dataclass_fields__})
-        return command(told=told, **options)
+    def with_options(**options: Any) -> Any:
+        described = PromptOptions(**{name: options.pop(name) for name in PromptOptions.__dataclass_fields__})
+        return command(described=described, **options)
 
     encoder = click.option("--encoder", type=FOLDER, help="Of --prompt: a folder with text_encoder/ and tokenizer/.")
     for option in (WEIGHTS, EMBEDDED, encoder, NEGATIVE, PROMPT):
-        telling = option(telling)
-    return telling
+        with_options = option(with_options)
+    return with_options

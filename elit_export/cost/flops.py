@@ -115,6 +115,6 @@ def _of_call(call: Call, spec: ModelSpec) -> int:
 
 
 def _check_text(spec: ModelSpec, text: int) -> None:
-    if (text > 0) != (spec.text_width > 0) or text > LONGEST_TEXT:
-        wanted = f"1 to {LONGEST_TEXT}: say how many there are" if spec.text_width else "0, as it takes none"
+    if (text > 0) != spec.takes_text or text > LONGEST_TEXT:
+        wanted = f"1 to {LONGEST_TEXT}: say how many there are" if spec.takes_text else "0, as it takes none"
         raise InputError(f"the cost of this model with {text} text tokens: must be {wanted}")

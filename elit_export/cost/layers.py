@@ -84,7 +84,7 @@ def _attention(path: str, part: str, queries: int, keys: int, width: int, times:
 
 def _around(spec: ModelSpec, text: int) -> Iterator[Layer]:
     width, patch = spec.hidden_size, spec.patch_size**2 * spec.in_channels
-    if spec.text_width:
+    if spec.takes_text:
         yield _linear("img_in", LayerKind.EMBEDDER, OTHER, spec.tokens, patch, width)
         yield _norm("txt_norm", HEAD, spec.text_width)
         yield _linear("txt_in", LayerKind.EMBEDDER, HEAD, text, spec.text_width, width)

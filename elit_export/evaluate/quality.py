@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -18,12 +18,12 @@ from elit_export.bench.engines import measured_budgets
 from elit_export.errors import InputError
 from elit_export.evaluate.statistics import Floor, Gaussian, Judge, JudgeFacts, check_images, share_of
 from elit_export.evaluate.statistics import frechet_distance as apart
-from elit_export.runtime.choices import Choices
 from elit_export.runtime.conditioning import require_classes
 from elit_export.runtime.noise import SeededNoise
+from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import call_sizes
 from elit_export.runtime.samplers import sampler_named
-from elit_export.runtime.sampling import calls_needed
 from elit_export.spec import Budget
 from elit_export.verify.metrics import difference
 
@@ -58,7 +58,7 @@ class Way:
         return f"{self.sampler} {self.steps}"
 
 
-WAYS = (Way("euler", 50), Way("ab3", 14))  # 50 and 15 calls
+WAYS = (Way("euler", 50), Way("ab3", 14))
 
 
 @dataclass(frozen=True)
@@ -171,18 +171,18 @@ def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
 # ---------------------------------------------------------------- sampling
 
 
-def batches(pipeline: Pipeline, choices: Choices, images: int) -> list[Int64]:
+def batches(pipeline: Pipeline, options: SamplingOptions, images: int) -> list[Int64]:
     """The images in parts as even as can be, none with more rows than the profiles take."""
     limits = []
-    for size in set(calls_needed(pipeline.request([0], **choices))):
-        serving = [slot.profile.rows.max for slot in pipeline.bank.slots if size.budget.kept in slot.profile.latents]
+    for size in set(call_sizes(resolve(pipeline.spec, options), images=1)):
+        serving = [profile.rows.max for profile in pipeline.coverage.serving(size.budget)]
         limits.append(max(serving, default=0) // size.rows)
     at_once = max(1, min(limits))  # too few for one image is refused in sampling
     return np.array_split(np.arange(images), math.ceil(images / at_once))
 
 
-def choices_of(way: Way, budget: str, guidance: str) -> Choices:
-    return Choices(sampler=way.sampler, steps=way.steps, schedule=budget, guidance=guidance)
+def options_of(way: Way, budget: str, guidance: str) -> SamplingOptions:
+    return SamplingOptions(sampler=way.sampler, steps=way.steps, schedule=budget, guidance=guidance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,24 +215,25 @@ class _Table:
     ) -> Iterator[QualityRow]:
         check_judge(pipeline, self._judge.facts, self._images)
         budgets = measured_budgets(pipeline)
-        todo = [(way, name, choices_of(way, name, guidance)) for way in ways for name in budgets]
+        todo = [(way, name, options_of(way, name, guidance)) for way in ways for name in budgets]
         total = sum(self._images * way.calls for way, _, _ in todo)
-        for _, _, choices in todo:
-            part = batches(pipeline, choices, self._images)[0]
-            pipeline.steps(self._labels[part].tolist(), **choices).close()  # checked, not run
-        for way, name, choices in todo:
-            samples, pixels = self._sampled(pipeline, choices, partial(on_images, f"{way}, {name}", total=total))
+        for _, _, options in todo:
+            part = batches(pipeline, options, self._images)[0]
+            pipeline.prepared(self._labels[part].tolist(), options)
+        for way, name, options in todo:
+            samples, pixels = self._sampled(pipeline, options, partial(on_images, f"{way}, {name}", total=total))
             yield self._row(self._taken(samples, pixels), target, pipeline, way, name, budgets[name])
 
-    def _sampled(self, pipeline: Pipeline, choices: Choices, on_images: Callable[..., None]) -> tuple[Float64, Pixels]:
+    def _sampled(
+        self, pipeline: Pipeline, options: SamplingOptions, on_images: Callable[..., None]
+    ) -> tuple[Float64, Pixels]:
         """Samples (n, C, H, W) and their pixels; image i starts from the noise of (seed, i), whatever the parts."""
         noise = SeededNoise(self._seed, self._images, pipeline.spec.sample_shape)()
-        calls = Way(choices["sampler"], choices["steps"]).calls
+        calls = Way(options.sampler, options.steps).calls
         found = []
-        for part in batches(pipeline, choices, self._images):
-            own = choices.copy()
-            own["noise"], own["seed"] = noise[part], int(part[0])  # the seed is of what stochastic samplers add
-            found.append(pipeline.sample(self._labels[part].tolist(), **own))
+        for part in batches(pipeline, options, self._images):
+            own = replace(options, noise=noise[part], seed=int(part[0]))  # the seed is of what stochastic samplers add
+            found.append(pipeline.sampled(self._labels[part].tolist(), own))
             on_images(len(part) * calls)
         pixels = np.concatenate([sample.images for sample in found]).transpose(0, 3, 1, 2)
         return np.concatenate([sample.latents for sample in found]), np.ascontiguousarray(pixels)

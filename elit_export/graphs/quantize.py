@@ -137,7 +137,7 @@ def _library() -> Callable[..., None]:
             from modelopt.onnx.quantization import quantize
     except ImportError as error:
         raise BackendUnavailable(
-            f"int8 and fp8 graphs need modelopt ({first_line(error)}): pip install 'elit-export[quantize]'"
+            f"int8 and fp8 graphs need modelopt ({first_line(error)})", "pip install 'elit-export[quantize]'"
         ) from error
     function: Callable[..., None] = quantize
     return function

@@ -134,7 +134,7 @@ def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
 
 def model_facts(spec: ModelSpec, data: DataFacts, text: int) -> Facts:
     """`text` is how many tokens prompts have, and left out for a model without."""
-    tokens = text if spec.text_width else 0
+    tokens = text if spec.takes_text else 0
     shapes = {
         "tokens": spec.tokens,
         "groups": spec.groups,

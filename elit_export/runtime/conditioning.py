@@ -1,63 +1,152 @@
-"""What the samplings that compare and measure are to show: labels, or in models with text random prompts.
-
-A prompt is a function of its number alone. Text of noise serves here as real text would: an engine multiplies both.
-"""
+"""What images are to show: labels in models of classes, prompts in models with text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
 
 import numpy as np
 
-from elit_export.arrays import Arrays
+from elit_export.arrays import Arrays, Int64
 from elit_export.errors import InputError
-from elit_export.runtime.pipeline import Pipeline, Subjects
-from elit_export.runtime.prompts import Embedded, Prompts
-from elit_export.spec import ModelSpec, Range
-
-TEXT_SEED = 7
-POSITIVE, NEGATIVE = 0, 1
+from elit_export.runtime.prompts import Prompts
+from elit_export.spec import DataFacts, ModelSpec, Range
 
 
-def text_of(pipeline: Pipeline) -> Range | None:
-    """The tokens of text that its engines take; None in models without."""
-    return pipeline.bank.slots[0].profile.text
+class Conditioning(Protocol):
+    """What each of B images shows, and its unconditional branch: no class, or a negative prompt."""
+
+    def __len__(self) -> int:
+        """Say how many images there are."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """The labels of a model of classes; prompts have none."""
+
+    @property
+    def tokens(self) -> int:
+        """How long the longest prompt is, in tokens; 0 for labels."""
+
+    @property
+    def null_tokens(self) -> int:
+        """How long the longest negative prompt is; 0 for labels."""
+
+    def at(self, images: Int64) -> Self:
+        """Take these images, by their numbers; one may come several times."""
+
+    def repeated(self, times: int) -> Self:
+        """Show each image so many times in a row."""
+
+    def inputs(self, spec: ModelSpec) -> Arrays:
+        """Give the inputs of an engine, by name, a row for each image."""
+
+    def null_inputs(self, spec: ModelSpec) -> Arrays:
+        """Give those of the unconditional branch; raises InputError where there is none."""
+
+    @classmethod
+    def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Self:
+        """Make something else for each number, the same for the same number; `text` bounds the tokens of prompts."""
+
+    @classmethod
+    def random(cls, spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Self:
+        """Make anything that the model takes, with so many tokens of text."""
 
 
-def tokens_of(pipeline: Pipeline) -> int:
-    """The usual length of text, 0 in models without."""
-    text = text_of(pipeline)
-    return text.opt if text else 0
+@dataclass(frozen=True)
+class Labels:
+    """One class for each image; `null_class` of the spec means no class."""
+
+    labels: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def tokens(self) -> int:
+        return 0
+
+    null_tokens = tokens
+
+    def at(self, images: Int64) -> Labels:
+        return Labels(tuple(self.labels[image] for image in images))
+
+    def repeated(self, times: int) -> Labels:
+        return self.at(np.arange(len(self)).repeat(times))
+
+    def inputs(self, spec: ModelSpec) -> Arrays:
+        return {spec.conditioning[0].name: np.array(self.labels, np.int64)}
+
+    def null_inputs(self, spec: ModelSpec) -> Arrays:
+        return Labels((spec.null_class,) * len(self)).inputs(spec)
+
+    @classmethod
+    def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Labels:
+        """Go round the classes."""
+        return cls(tuple(number % spec.num_classes for number in numbers))
+
+    @classmethod
+    def random(cls, spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Labels:
+        """Draw from all classes and none."""
+        return cls(tuple(generator.integers(0, spec.null_class + 1, rows).tolist()))
 
 
-def subjects_of(spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Subjects:
-    """Labels going round the classes, or prompts: `text.opt` tokens long, with negative ones of `text.min`."""
-    if not spec.text_width:
-        return [number % spec.num_classes for number in numbers]
-    assert text
-    return Prompts(_embedded(spec, numbers, text.opt, POSITIVE), _embedded(spec, numbers, text.min, NEGATIVE))
+LabelsLike = Sequence[int | str] | Labels | Prompts  # what a person gives; text is the name of a class
 
 
-def conditioning_rows(spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Arrays:
-    """Rows for an engine: labels of all classes and none, or text of so many tokens with some padding."""
-    if not spec.text_width:
-        return {spec.conditioning[0].name: generator.integers(0, spec.null_class + 1, rows)}
-    return _embedded(spec, generator.integers(0, 1 << 31, rows).tolist(), tokens, POSITIVE).inputs(spec)
+def kind_of(spec: ModelSpec) -> type[Labels] | type[Prompts]:
+    """The conditioning that a model takes."""
+    return Prompts if spec.takes_text else Labels
 
 
-def _embedded(spec: ModelSpec, numbers: Sequence[int], tokens: int, kind: int) -> Embedded:
-    """Every second prompt is half as long as the others, and filled up with padding."""
-    text = np.stack(
-        [
-            np.random.default_rng((TEXT_SEED, kind, number)).standard_normal((tokens, spec.text_width), np.float32)
-            for number in numbers
-        ]
-    )
-    lengths = np.array([tokens if number % 2 == 0 else max(1, tokens // 2) for number in numbers])
-    return Embedded(text, (np.arange(tokens) < lengths[:, None]).astype(np.int64))
+def as_conditioning(given: LabelsLike, spec: ModelSpec, data: DataFacts) -> Conditioning:
+    """Labels, class names or prompts as the model takes them; raises InputError."""
+    if kind_of(spec) is Prompts:
+        if not isinstance(given, Prompts):
+            raise InputError(f"this model takes prompts, not {given!r}: give Prompts, embedded by a text encoder")
+        return given.checked(spec)
+    if isinstance(given, Prompts):
+        raise InputError(f"this model takes labels 0 to {spec.null_class}, not prompts")
+    return Labels(_checked_labels(given.labels if isinstance(given, Labels) else given, spec, data))
+
+
+def _checked_labels(given: Sequence[int | str], spec: ModelSpec, data: DataFacts) -> tuple[int, ...]:
+    if isinstance(given, list | tuple):
+        given = [label_named(label, data) if isinstance(label, str) else label for label in given]
+    try:
+        y = np.asarray(given)
+    except ValueError:  # lists of different lengths
+        y = np.empty(0)
+    if y.ndim != 1 or not len(y) or not np.issubdtype(y.dtype, np.integer):
+        raise InputError(f"labels must be a list of at least one whole number or class name, not {given!r}")
+    if y.min() < 0 or y.max() > spec.null_class:
+        wrong = next(label for label in y if not 0 <= label <= spec.null_class)
+        raise InputError(
+            f"label {wrong} is out of range: classes are 0 to {spec.num_classes - 1}, {spec.null_class} means no class"
+        )
+    return tuple(y.tolist())
+
+
+def label_named(name: str, data: DataFacts, known_forms: str = "a number") -> int:
+    """The label of a class, whatever the case of its letters; raises InputError, which tells what else it may be."""
+    names = [known.lower() for known in data.class_names]
+    if name.lower() not in names:
+        known = f"; class names: {', '.join(data.class_names)}" if names else ""
+        raise InputError(f"label {name!r} is neither {known_forms} nor a class name{known}")
+    return names.index(name.lower())
+
+
+def numbered(spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Labels | Prompts:
+    """What samplings that compare or measure show: random prompts serve as real ones would, engines multiply both."""
+    return kind_of(spec).numbered(spec, numbers, text)
+
+
+def random_rows(spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Arrays:
+    """Conditioning for so many rows of an engine, with so many tokens of text."""
+    return kind_of(spec).random(spec, rows, tokens, generator).inputs(spec)
 
 
 def require_classes(spec: ModelSpec, what: str) -> None:
     """Raise InputError for a model with text, which something is not made for."""
-    if spec.text_width:
+    if kind_of(spec) is not Labels:
         raise InputError(f"{what} works with models of classes only, this one takes text")

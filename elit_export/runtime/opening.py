@@ -13,7 +13,8 @@ from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import target_of
 from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.cache import Fit
+from elit_export.runtime.coverage import Coverage
+from elit_export.runtime.step_cache.fit import Fit
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import FUSED, STEP, Budget, GraphSpec, Range
 
@@ -112,7 +113,7 @@ def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, En
     try:
         return _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
     except (BackendUnavailable, BundleError) as error:
-        raise type(error)(f"target {plan_set.target}: {error}") from error
+        raise type(error)(f"target {plan_set.target}: {error.problem}", error.remedy) from error
 
 
 def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
@@ -142,6 +143,18 @@ def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
 
 def _opened_alone(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpec) -> Engine:
     return _opened({graph.name: _plan_file(bundle, plan, graph)}, plan_set)[graph.name]
+
+
+def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
+    """What samplings of a plan set are checked against, from the manifest alone."""
+    fits, problem = cache_fits(bundle)
+    return Coverage(
+        tuple(facts.profile for facts in plan_set.profiles),
+        bundle.manifest.model.spec.budgets,
+        frozenset(plan_set.cache),
+        fits,
+        problem,
+    )
 
 
 def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:

@@ -5,15 +5,15 @@ L is the number of tokens of the longest prompt, W the width of the text's embed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from elit_export.arrays import HostArray, Int64
+from elit_export.arrays import Arrays, HostArray, Int64
 from elit_export.errors import InputError, first_line
-from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec
+from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec, Range
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,12 +83,48 @@ class Prompts:
         negative = self.negative.checked(spec, "negative prompts") if self.negative else None
         if negative and len(negative.text) != len(positive.text):
             raise InputError(
-                f"{len(positive.text)} prompts and {len(negative.text)} negative ones: one for each image, please"
+                f"{len(positive.text)} prompts and {len(negative.text)} negative ones: give one for each image"
             )
         return Prompts(positive, negative)
 
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Prompts have no labels."""
+        return ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(self.positive.text.shape[1])
+
+    @property
+    def null_tokens(self) -> int:
+        """Tokens of the longest negative prompt; 0 without."""
+        return int(self.negative.text.shape[1]) if self.negative else 0
+
+    def inputs(self, spec: ModelSpec) -> Arrays:
+        """By the names that the model's graphs take them under."""
+        return self.positive.inputs(spec)
+
+    def null_inputs(self, spec: ModelSpec) -> Arrays:
+        """Those of the negative prompts; raises InputError where there are none."""
+        if self.negative is None:
+            raise InputError("it needs negative prompts, and there are none", "give some")
+        return self.negative.inputs(spec)
+
+    @classmethod
+    def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Prompts:
+        """Noise, a function of the number alone: `text.opt` tokens, and negative prompts of `text.min`."""
+        assert text
+        return cls(_noise(spec, numbers, text.opt, POSITIVE), _noise(spec, numbers, text.min, NEGATIVE))
+
+    @classmethod
+    def random(cls, spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Prompts:
+        """Noise, some of it padded."""
+        return cls(_noise(spec, generator.integers(0, 1 << 31, rows).tolist(), tokens, POSITIVE))
+
     def at(self, images: Int64) -> Prompts:
-        """As `Embedded.at`, for all that is told."""
+        """As `Embedded.at`, for both."""
         return Prompts(self.positive.at(images), self.negative.at(images) if self.negative else None)
 
     def repeated(self, times: int) -> Prompts:
@@ -98,6 +134,22 @@ class Prompts:
     def __len__(self) -> int:
         """Images."""
         return len(self.positive.text)
+
+
+TEXT_SEED = 7
+POSITIVE, NEGATIVE = 0, 1
+
+
+def _noise(spec: ModelSpec, numbers: Sequence[int], tokens: int, kind: int) -> Embedded:
+    """Every second text is half as long as the others, and padded."""
+    text = np.stack(
+        [
+            np.random.default_rng((TEXT_SEED, kind, number)).standard_normal((tokens, spec.text_width), np.float32)
+            for number in numbers
+        ]
+    )
+    lengths = np.array([tokens if number % 2 == 0 else max(1, tokens // 2) for number in numbers])
+    return Embedded(text, (np.arange(tokens) < lengths[:, None]).astype(np.int64))
 
 
 def _numbers(values: object, what: str, kinds: str) -> HostArray:

@@ -107,6 +107,10 @@ class Profile:
     rows: Range
     text: Range | None = None
 
+    def tokens(self, text: int) -> int:
+        """How many tokens an engine runs on that is given so many: shorter text is padded."""
+        return max(text, self.text.min) if self.text else text
+
 
 def covering(ranges: Sequence[Range]) -> Range:
     """The range from the least to the most of several; its opt is the largest."""

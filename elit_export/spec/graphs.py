@@ -101,7 +101,7 @@ class GraphSpec:
 
 def conditioning_tensors(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     """The inputs beside x, t and latents."""
-    if not spec.text_width:
+    if not spec.takes_text:
         return (TensorSpec("y", "int64", (ROWS,), Role.LABEL),)
     return (
         TensorSpec(TEXT, "float32", (ROWS, TEXT, spec.text_width), Role.TEXT),

@@ -1,4 +1,4 @@
-"""What kinds of layers a model has, and what may be done with each."""
+"""The kinds of layers of a model: which are rounded to half precision, which may run in 8 bits."""
 
 from __future__ import annotations
 

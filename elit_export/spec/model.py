@@ -12,8 +12,8 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from elit_export.errors import InputError
-from elit_export.spec.budgets import BUDGET_NAMES, Budget, listed
-from elit_export.spec.graphs import GraphSpec, TensorSpec, conditioning_tensors, graph_of
+from elit_export.spec.budgets import BUDGET_NAMES, Budget, Range, listed
+from elit_export.spec.graphs import LONGEST_TEXT, GraphSpec, TensorSpec, conditioning_tensors, graph_of
 
 RELEASED_BACKBONE = "ELIT-SiT"  # what a spec that names no backbone is: released checkpoints know no other
 QK_NORM_KINDS = ("layer", "rms")
@@ -142,6 +142,16 @@ class ModelSpec:
     def null_class(self) -> int:
         """The label that means "no class"."""
         return self.num_classes
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether prompts take the place of classes."""
+        return self.text_width > 0
+
+    @property
+    def any_text(self) -> Range | None:
+        """Every length of text; None in models of classes."""
+        return Range(1, 1, LONGEST_TEXT) if self.takes_text else None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -119,7 +119,7 @@ class Trainer:
         self._check(spec, data, config)
         self.config, self.data = config, data
         self.model = initialise(new_model(spec, facts), generator_for(config.seed))
-        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.ema = copy.deepcopy(self.model).requires_grad_(requires_grad=False)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=0.0, fused=True
         )

@@ -8,16 +8,18 @@ import numpy as np
 
 from elit_export.arrays import Arrays, Float64
 from elit_export.bundle.manifest import ReferenceCase, ReferenceTrajectory
-from elit_export.runtime.choices import Choices
-from elit_export.runtime.conditioning import conditioning_rows, subjects_of
-from elit_export.runtime.pipeline import Pipeline, Subjects
-from elit_export.runtime.sampling import StepRecord, calls_needed
+from elit_export.runtime.conditioning import Labels, LabelsLike, kind_of, numbered, random_rows
+from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import Request
+from elit_export.runtime.sampling import StepRecord, sampling_steps
 from elit_export.runtime.vae import decoder_input
 from elit_export.spec import FUSED, ROWS, DecoderSpec, ModelSpec, Profile, Range, Role
 
 REFERENCE_FILE = "reference.npz"
 INPUT_SEED = 20261122
 TRAJECTORY_STEPS = 4
+GUIDANCE = "cfg:2"
 POOL_IMAGES, POOL_STEPS = 8, 8
 
 
@@ -57,12 +59,11 @@ def trajectory_rows(pipeline: Pipeline, text: Range | None) -> Arrays:
     Of models with text x and t alone; how long text is, differs from case to case.
     """
     spec = pipeline.spec
-    labels = [image % (spec.num_classes + 1) for image in range(POOL_IMAGES - 1)] + [spec.null_class]
-    subjects = subjects_of(spec, range(POOL_IMAGES), text) if spec.text_width else labels
-    choices = Choices(steps=POOL_STEPS, sampler="euler", seed=INPUT_SEED)
-    request = pipeline.request(subjects, **choices)
-    states = [request.start, *(record.x for record in pipeline.steps(subjects, **choices))][:-1]
-    classes = {} if spec.text_width else {spec.conditioning[0].name: np.tile(np.asarray(labels), POOL_STEPS)}
+    labels = (*(image % (spec.num_classes + 1) for image in range(POOL_IMAGES - 1)), spec.null_class)
+    conditioning = Labels(labels) if kind_of(spec) is Labels else numbered(spec, range(POOL_IMAGES), text)
+    request = pipeline.request(conditioning, steps=POOL_STEPS, sampler="euler", seed=INPUT_SEED)
+    states = [request.start, *(record.x for record in sampling_steps(pipeline.bank, request))][:-1]
+    classes = {} if text else {name: np.tile(each, POOL_STEPS) for name, each in request.conditioning.items()}
     return {
         "x": np.concatenate(states).astype(np.float32),
         "t": np.repeat(request.times[:-1], POOL_IMAGES).astype(np.float32),
@@ -74,7 +75,7 @@ def case_rows(case: ReferenceCase, index: int, pool: Arrays, spec: ModelSpec) ->
     """Rows of a pool, each once as far as they reach, with text of the case's length; a function of `index` alone."""
     generator = np.random.default_rng((INPUT_SEED, index))
     chosen = np.resize(generator.permutation(len(pool["t"])), case.rows)
-    text = conditioning_rows(spec, case.rows, case.text, generator) if case.text else {}
+    text = random_rows(spec, case.rows, case.text, generator) if case.text else {}
     return {name: values[chosen] for name, values in pool.items()} | text
 
 
@@ -84,7 +85,7 @@ def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
     return {
         "x": generator.standard_normal((case.rows, *spec.sample_shape)).astype(np.float32),
         "t": generator.uniform(0.02, 1.0, case.rows).astype(np.float32),
-        **conditioning_rows(spec, case.rows, max(case.text, 1), generator),
+        **random_rows(spec, case.rows, max(case.text, 1), generator),
     }
 
 
@@ -151,19 +152,21 @@ def decoder_inputs(rows: int, spec: DecoderSpec) -> Arrays:
 def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tuple[ReferenceTrajectory, ...]:
     """Short samplings, plain, guided, mixed and multistep, compared step by step.
 
-    Guidance that shares a call takes two rows an image: profiles without room for that are compared
+    Guidance that shares a call takes several rows an image: profiles without room for that are compared
     unguided, and what no number of images fits is left out.
     """
     lowest = min(profile.latents.min for profile in profiles)
     highest = max(profile.latents.max for profile in profiles)
     half = TRAJECTORY_STEPS // 2
     mixed = f"0-{half - 1}:{lowest},{half}-{TRAJECTORY_STEPS - 1}:{highest}"
-    guided_images = _image_count(profiles, {lowest, highest}, rows_per_image=(1, 2))
+    guided_images = _image_count(
+        profiles, {lowest, highest}, rows_per_image=(1, Guidance.parse(GUIDANCE, spec).rows_per_image(spec.full))
+    )
     images = guided_images or _image_count(profiles, {lowest, highest}, rows_per_image=(1,))
     weak = f"ccfg:2@{lowest}" if guided_images else "none"
     wanted = (
         ("plain", str(highest), "none", "euler", images),
-        ("guided", str(highest), "cfg:2", "heun", guided_images),
+        ("guided", str(highest), GUIDANCE, "heun", guided_images),
         ("mixed", mixed, weak, "euler", images),
         ("multistep", mixed, weak, "ab3", images),
     )
@@ -199,8 +202,13 @@ def _image_count(profiles: Sequence[Profile], budgets: set[int], *, rows_per_ima
     return next((images for images in sorted(range(1, most + 1), key=lambda n: abs(n - 2)) if fits(images)), 0)
 
 
-def trajectory_choices(trajectory: ReferenceTrajectory) -> Choices:
-    return Choices(
+def trajectory_request(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Request:
+    """The sampling, checked against any engines."""
+    shown: LabelsLike = trajectory.labels
+    if trajectory.text:
+        shown = numbered(pipeline.spec, trajectory.labels, Range(*trajectory.text))
+    return pipeline.request(
+        shown,
         steps=trajectory.steps,
         schedule=trajectory.schedule,
         guidance=trajectory.guidance,
@@ -210,12 +218,8 @@ def trajectory_choices(trajectory: ReferenceTrajectory) -> Choices:
 
 
 def trajectory_steps(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Generator[StepRecord, None, None]:
-    """The steps of the sampling, from any engines."""
-    return pipeline.steps(trajectory_subjects(trajectory, pipeline.spec), **trajectory_choices(trajectory))
-
-
-def trajectory_subjects(trajectory: ReferenceTrajectory, spec: ModelSpec) -> Subjects:
-    return subjects_of(spec, trajectory.labels, Range(*trajectory.text)) if trajectory.text else trajectory.labels
+    """The steps of the sampling."""
+    return sampling_steps(pipeline.bank, trajectory_request(pipeline, trajectory))
 
 
 def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[Float64]:
@@ -225,6 +229,5 @@ def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> li
 
 def trajectory_profiles(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> tuple[str, ...]:
     """The profiles that serve the sampling, in the order of their first call."""
-    subjects = trajectory_subjects(trajectory, pipeline.spec)
-    needed = calls_needed(pipeline.request(subjects, **trajectory_choices(trajectory)))
-    return tuple(dict.fromkeys(pipeline.bank.slot_for(*size).profile.name for size in needed))
+    sizes = trajectory_request(pipeline, trajectory).sizes
+    return tuple(dict.fromkeys(pipeline.coverage.profile_for(*size).name for size in sizes))

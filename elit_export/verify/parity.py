@@ -16,7 +16,7 @@ from elit_export.bundle.readers import PlainArraysError, plain_arrays
 from elit_export.bundle.reading import Bundle
 from elit_export.errors import BundleError, EngineError
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.conditioning import conditioning_rows
+from elit_export.runtime.conditioning import random_rows
 from elit_export.runtime.opening import open_fused
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision, Profile, Role
@@ -218,7 +218,7 @@ def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> 
 
 def _any_text(profile: Profile, rows: int, spec: ModelSpec) -> Arrays:
     """What no block reads where a step is reused."""
-    return conditioning_rows(spec, rows, profile.text.min, np.random.default_rng(0)) if profile.text else {}
+    return random_rows(spec, rows, profile.text.min, np.random.default_rng(0)) if profile.text else {}
 
 
 def _reused(rows: int, spec: ModelSpec) -> Arrays:

@@ -17,7 +17,7 @@ from elit_export.bundle.manifest import ReferenceCase, ReferenceTrajectory
 from elit_export.models.elit import Elit
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.spec import CACHE_GRAPHS, LATENTS, LONGEST_TEXT, STEP, DecoderSpec, Precision, Profile, Range
+from elit_export.spec import CACHE_GRAPHS, LATENTS, STEP, DecoderSpec, Precision, Profile, Range
 from elit_export.verify.cases import cache_inputs, case_rows, decoder_inputs, trajectory_rows, trajectory_states
 
 MAX_ROWS = 1 << 20
@@ -41,7 +41,7 @@ def torch_engine(model: Elit, graph: str = STEP, *, compiled: bool = False) -> F
 
 def torch_pipeline(model: Elit) -> Pipeline:
     """The runtime with PyTorch in place of engines, at every budget."""
-    text = Range(1, 1, LONGEST_TEXT) if model.spec.text_width else None
+    text = model.spec.any_text
     every = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS), text)
     cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
     bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)

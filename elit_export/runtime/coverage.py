@@ -1,0 +1,103 @@
+"""Which profile serves a call, and which step caches can run: asked of the manifest alone, before engines are open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from elit_export.errors import CalibrationError, InputError
+from elit_export.runtime.step_cache.base import Rule
+from elit_export.runtime.step_cache.fit import IDENTITY, Fit
+from elit_export.spec import Budget, Profile, Range, listed
+
+UNCALIBRATED = "there is none: elit-export calibrate cache BUNDLE"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The profiles of a plan set, the budgets that the model can run, and the graphs of the step cache.
+
+    `fits` are what a calibrated rule of the step cache decides by; without them `uncalibrated` says why, and how to
+    get some.
+    """
+
+    profiles: tuple[Profile, ...]
+    budgets: tuple[Budget, ...]
+    graphs: frozenset[str] = frozenset()
+    fits: Mapping[Budget, Fit] | None = None
+    uncalibrated: str = UNCALIBRATED
+
+    @cached_property
+    def _known(self) -> frozenset[Budget]:  # asked at every call
+        return frozenset(self.budgets)
+
+    @property
+    def covered(self) -> tuple[Budget, ...]:
+        return tuple(budget for budget in self.budgets if self.serving(budget))
+
+    @property
+    def text(self) -> Range | None:
+        """The tokens of text that the engines take; None in models without."""
+        return self.profiles[0].text
+
+    @property
+    def tokens(self) -> int:
+        """The usual length of text; 0 in models without."""
+        return self.text.opt if self.text else 0
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens that any engine takes; 0 in models without text."""
+        return max((profile.text.max for profile in self.profiles if profile.text), default=0)
+
+    def serving(self, budget: Budget) -> list[Profile]:
+        """The profiles that run a budget; raises InputError for one that the model cannot run."""
+        if budget not in self._known:
+            raise InputError(f"this model cannot run budget {budget}; it runs {listed(self.budgets)}")
+        return [profile for profile in self.profiles if budget.kept in profile.latents]
+
+    def profile_for(self, budget: Budget, rows: int, text: int = 0) -> Profile:
+        """The profile whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError.
+
+        Where text is shorter than any takes it, the one that needs the least padding.
+        """
+        serving = self.serving(budget)
+        if not serving:
+            raise InputError(
+                f"no profile covers budget {budget}; covered: {listed(self.covered)}",
+                "choose one of these, or add a profile to the recipe and build again",
+            )
+        fitting = [profile for profile in serving if rows in profile.rows]
+        if not fitting:
+            limits = ", ".join(f"{profile.name} takes {profile.rows} rows" for profile in serving)
+            raise InputError(
+                f"{rows} rows at budget {budget}: profile {limits} (min..opt..max)",
+                "sample fewer images at once (guidance may need several rows an image), or build with other `rows`",
+            )
+        reading = [profile for profile in fitting if profile.text is None or profile.tokens(text) in profile.text]
+        if not reading:
+            limits = ", ".join(f"{profile.name} takes {profile.text}" for profile in fitting)
+            raise InputError(
+                f"prompts of {text} tokens: profile {limits} (min..opt..max)",
+                "choose other prompts, or build with another `text`",
+            )
+        return min(reading, key=lambda profile: (profile.tokens(text), abs(profile.latents.opt - budget.kept)))
+
+    def fits_for(self, rule: Rule) -> Mapping[Budget, Fit] | None:
+        """What a rule of the step cache decides by; None where it measures nothing.
+
+        Raises InputError where the plan set lacks a graph that it calls, CalibrationError naming the command that
+        makes the fits.
+        """
+        if missing := sorted(rule.needs - self.graphs):
+            raise InputError(
+                f"these engines have no graph `{missing[0]}`", "build the bundle again, or leave cache out"
+            )
+        if not rule.calibrated:
+            return dict.fromkeys(self.budgets, IDENTITY) if rule.measures else None
+        if self.fits is None:
+            raise CalibrationError(
+                f"cache {rule} needs a calibration", f"{self.uncalibrated}; or use a cache policy of the family static"
+            )
+        return self.fits

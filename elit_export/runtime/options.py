@@ -1,0 +1,247 @@
+"""The options of a sampling, each stated once.
+
+Keyword arguments of the pipeline, options of the command line, their help and the table in docs/sampling.md are made
+from the fields of SamplingOptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from elit_export.arrays import Float64
+from elit_export.errors import InputError
+from elit_export.runtime.guidance import Branch, Guidance
+from elit_export.runtime.noise import check_seed
+from elit_export.runtime.samplers import SAMPLERS, sampler_named
+from elit_export.runtime.samplers.base import Sampler
+from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
+from elit_export.runtime.step_cache.policy import CachePolicy
+from elit_export.runtime.timegrid import warp
+from elit_export.spec import Budget, ModelSpec
+
+Accepts = tuple[str, tuple[type, ...]]  # what an option may be, in words and in types
+INTEGER: Accepts = "a whole number", (int, np.integer)
+NUMBER: Accepts = "a number", (float, int, np.floating, np.integer)
+TEXT: Accepts = "text", (str,)
+PAIR: Accepts = "a pair of numbers", (tuple, list, type(None))
+UNTYPED: Accepts = "", ()  # arrays and functions, which are not checked and cannot be typed on a command line
+
+
+@dataclass(frozen=True)
+class About:
+    """What help says of an option: its meaning and examples.
+
+    `accepts` is checked for callers without a type checker.
+    """
+
+    text: str
+    values: str
+    accepts: Accepts
+
+    @property
+    def is_typed(self) -> bool:
+        """Can it be typed on a command line?"""
+        return self.accepts is not UNTYPED
+
+
+def about(text: str, values: str, accepts: Accepts = UNTYPED) -> dict[str, About]:
+    """The metadata of a field."""
+    return {"about": About(text, values, accepts)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to sample. Raises InputError for a value of another type."""
+
+    steps: int = field(
+        default=14,
+        metadata=about("steps from noise to sample", "1 or more, 2 with a cache", INTEGER),
+    )
+    schedule: ScheduleLike = field(
+        default="full",
+        metadata=about(
+            "budget of each step",
+            "full; 4; 0-9:quarter,10-19:full; 0.0-0.5:full,0.5-1.0:quarter",
+            ("text, a budget or a list of budgets", (str, int, np.integer, Budget, list, tuple)),
+        ),
+    )
+    guidance: str | Guidance = field(
+        default="none",
+        metadata=about(
+            "which weak branch steers, and by how much",
+            "none; cfg:3; ccfg:4@sixteenth; autoguidance:2@2; cfg:4,norm",
+            ("text or a Guidance", (str, Guidance)),
+        ),
+    )
+    guidance_interval: tuple[float, float] | None = field(
+        default=None, metadata=about("the lowest and the highest t that are guided", "0.2 0.8; all t without it", PAIR)
+    )
+    sampler: str = field(default="ab3", metadata=about("solver of the ODE, or of the SDE", ", ".join(SAMPLERS), TEXT))
+    time_grid: str = field(default="linear", metadata=about("where the steps lie in t", "linear; shift:2.0", TEXT))
+    cache: str | CachePolicy = field(
+        default="none",
+        metadata=about(
+            "which steps reuse what the blocks computed before",
+            "none; teacache:0.1; static:every@2,order=0; static:time@0.3; static:mask@1011",
+            ("text or a CachePolicy", (str, CachePolicy)),
+        ),
+    )
+    seed: int = field(
+        default=0, metadata=about("start noise, of which image i depends on (seed, i)", "0 to 2**64 - 1", INTEGER)
+    )
+    noise: npt.ArrayLike | None = field(
+        default=None, metadata=about("start noise, in place of the seed's", "(B, C, H, W)")
+    )
+    step_noise: npt.ArrayLike | None = field(
+        default=None, metadata=about("noise of the steps of a stochastic sampler", "(steps - 1, B, C, H, W)")
+    )
+
+    def __post_init__(self) -> None:
+        for name, each in abouts(type(self)).items():
+            value, (words, types) = getattr(self, name), each.accepts
+            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                raise InputError(f"{name} must be {words}, not {value!r}")
+        interval = self.guidance_interval
+        if interval is None:
+            return
+        if len(interval) != 2 or not all(isinstance(t, int | float | np.floating) for t in interval):
+            raise InputError(f"guidance_interval must be a pair of numbers, not {interval!r}")
+
+    @property
+    def scalars(self) -> dict[str, str | float]:
+        """The options that are text or numbers, as JSON holds them."""
+        values = {name: value.item() if isinstance(value, np.generic) else value for name, value in vars(self).items()}
+        return {name: value for name, value in values.items() if isinstance(value, str | int | float)}
+
+
+def abouts(options: type[Any]) -> dict[str, About]:
+    """By the name of the option."""
+    return {each.name: each.metadata["about"] for each in fields(options)}
+
+
+# ---------------------------------------------------------------- as keyword arguments
+
+Arguments = ParamSpec("Arguments")
+Owner = TypeVar("Owner")
+Given = TypeVar("Given")
+Options = TypeVar("Options")
+Result = TypeVar("Result")
+
+
+def takes_each(
+    options: Callable[Arguments, Options],
+) -> Callable[[Callable[[Owner, Given, Options], Result]], Callable[Concatenate[Owner, Given, Arguments], Result]]:
+    """Let a method that takes a value of the dataclass `options` take its fields as keyword arguments instead.
+
+    Its signature and its docstring list every option with its type, its default and examples.
+    """
+
+    def decorated(
+        method: Callable[[Owner, Given, Options], Result],
+    ) -> Callable[Concatenate[Owner, Given, Arguments], Result]:
+        @wraps(method)
+        def with_keywords(self: Owner, labels: Given, **given: Any) -> Result:
+            return method(self, labels, options(**_known(given, options)))  # type: ignore[call-arg]
+
+        signature = inspect.signature(method)
+        first = list(signature.parameters.values())[:2]
+        documented: Any = with_keywords
+        documented.__signature__ = signature.replace(parameters=[*first, *_keywords(options)])
+        documented.__doc__ = f"{inspect.getdoc(method)}\n\n{listed_options(options)}"
+        return with_keywords  # type: ignore[return-value]
+
+    return decorated
+
+
+def _keywords(options: Any) -> Iterator[inspect.Parameter]:
+    for each in fields(options):
+        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+
+
+def _known(given: dict[str, Any], options: Any) -> dict[str, Any]:
+    """The keyword arguments; raises InputError for one that is not an option."""
+    names = [each.name for each in fields(options)]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(f"unknown option {name!r}; {hint}options: {', '.join(names)}")
+    return given
+
+
+def listed_options(options: Any) -> str:
+    """A line for each option: name, default, meaning, examples."""
+    lines = []
+    for each in fields(options):
+        option: About = each.metadata["about"]
+        default = f" (default {each.default!r})" if option.is_typed else ""
+        lines.append(f"{each.name}{default}: {option.text}; {option.values}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- read against a model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions:
+    """Options that fit a model and one another: `times` are steps + 1 values of t, `schedule` has a budget a step."""
+
+    sampler: Sampler
+    times: Float64
+    schedule: tuple[Budget, ...]
+    guidance: Guidance
+    policy: CachePolicy | None
+    seed: int
+    start_noise: npt.ArrayLike | None = None
+    step_noise: npt.ArrayLike | None = None
+
+    @property
+    def needs_null(self) -> bool:
+        """Whether any evaluation has an unconditional branch, or one of a negative prompt."""
+        return any(branch.null_class for batch in self.batches() for branch in batch)
+
+    def batches(self) -> Iterator[tuple[Branch, ...]]:
+        """The branches of guidance in every engine call, in their order."""
+        for t, step, _ in self.sampler.evaluations(self.times):
+            yield from self.guidance.batches(self.schedule[step], t)
+
+
+def resolve(spec: ModelSpec, options: SamplingOptions) -> ResolvedOptions:
+    """Read the options of one sampling, but for the arrays in them; raises InputError."""
+    check_seed(options.seed)
+    sampler = sampler_named(options.sampler)
+    if options.steps < sampler.min_steps:
+        raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {options.steps}")
+    if options.step_noise is not None and not sampler.uses_noise:
+        raise InputError(f"sampler {sampler.name} adds no noise: leave step_noise out")
+    times = warp(sampler.times(options.steps), options.time_grid)
+    cache = options.cache
+    policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
+    if policy:
+        policy.check_steps(options.steps)
+    return ResolvedOptions(
+        sampler=sampler,
+        times=times,
+        schedule=resolve_schedule(options.schedule, [float(t) for t in times], spec),
+        guidance=_guidance(spec, options),
+        policy=policy,
+        seed=options.seed,
+        start_noise=options.noise,
+        step_noise=options.step_noise,
+    )
+
+
+def _guidance(spec: ModelSpec, options: SamplingOptions) -> Guidance:
+    if isinstance(options.guidance, str):
+        return Guidance.parse(options.guidance, spec, interval=options.guidance_interval or (0.0, 1.0))
+    if options.guidance_interval is not None:
+        raise InputError("guidance is a value that has its interval: leave guidance_interval out")
+    return options.guidance
