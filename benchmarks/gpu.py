@@ -61,7 +61,7 @@ def measured(checkpoint: str, backend: str, rows: list[int], rounds: int) -> Ite
         rounded = in_precision(model, Precision(precision))
         for layout in LAYOUTS:
             for graphs in (True, False):
-                made = recipe(checkpoint, backend, precision, layout, graphs, rows)
+                made = recipe(checkpoint, backend, precision, layout, rows, graphs=graphs)
                 with tempfile.TemporaryDirectory() as folder:
                     compile_bundle(made, "gpu", out=folder)
                     with Pipeline.load(folder) as pipeline:
@@ -77,7 +77,7 @@ def capability(backend: str) -> str:
     return Cuda().compute_capability()
 
 
-def recipe(checkpoint: str, backend: str, precision: str, layout: str, graphs: bool, rows: list[int]) -> Recipe:
+def recipe(checkpoint: str, backend: str, precision: str, layout: str, rows: list[int], *, graphs: bool) -> Recipe:
     target = {
         "backend": backend,
         "precision": precision,

@@ -78,7 +78,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 from elit_export import Pipeline, compile_bundle  # noqa: E402
-from elit_export.bench import peaks, timing  # noqa: E402
+from elit_export.bench import timing  # noqa: E402
 from elit_export.bundle.calibration_inputs import save_inputs  # noqa: E402
 from elit_export.bundle.reading import Bundle  # noqa: E402
 from elit_export.bundle.recipe import Recipe, recipe_from_values, shipped_recipe  # noqa: E402
@@ -109,8 +109,7 @@ def fingerprint(model: Elit) -> str:
 def _small_matrix_products() -> Iterator[None]:
     """Those that benches take for the peak of a machine take seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (timing, peaks):
-            patch.setattr(module, "PEAK_SIZES", (64,))
+        patch.setattr(timing, "PEAK_SIZES", (64,))
         yield
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from elit_export.backends import BACKENDS
+from elit_export.cli import COMMANDS
 from elit_export.models.registry import BACKBONES, FAMILIES
 from elit_export.spec import RELEASED_BACKBONE
 
@@ -181,6 +182,18 @@ def test_no_backend_is_asked_for_by_name_outside_its_folder() -> None:
     assert found == []
 
 
+def test_no_rule_of_step_caching_is_named_outside_its_file_and_the_table() -> None:
+    """What a rule needs and decides, it is asked; `tests/runtime/test_step_cache_added.py` adds one."""
+    of_all = {f"runtime.step_cache.{name}" for name in ("base", "policy", "fit", "ready")}
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in FILES
+        for name in own_imports(path)
+        if name.startswith("runtime.step_cache.") and name not in of_all
+    }
+    assert users == {"runtime/step_cache/__init__.py"}
+
+
 def test_files_and_functions_are_short() -> None:
     """350 lines a file and 60 a function; options of a command count, as they are its interface."""
     long = [f"{path.relative_to(PACKAGE)}: {lines}" for path in FILES if (lines := lines_of(path)) > 350]
@@ -274,6 +287,32 @@ def modules_after(code: str) -> set[str]:
 )
 def test_importing_loads_no_heavy_library(code: str) -> None:
     assert modules_after(code).isdisjoint(HEAVY)
+
+
+HELP_OF = """
+import contextlib, io
+from elit_export.cli import main
+with contextlib.redirect_stdout(io.StringIO()) as said:
+    for command in {commands}:
+        assert main([*command.split(), "--help"], standalone_mode=False) == 0
+assert said.getvalue().count("Usage: ") == len({commands})
+"""
+# The types of `sample` are still those of the pipeline, which it imports at once.
+LIGHT_COMMANDS = sorted({*COMMANDS} - {"sample"})
+
+
+@pytest.mark.parametrize(
+    ("code", "unloaded"),
+    [
+        ("from elit_export import Pipeline", ("click", "rich", "filelock")),
+        (HELP_OF.format(commands=[""]), ("numpy", "PIL", "pydantic", "rich", "filelock")),
+        (HELP_OF.format(commands=LIGHT_COMMANDS), ("PIL", "pydantic", "filelock")),
+    ],
+    ids=["sampling", "help", "help of commands"],
+)
+def test_starting_loads_little(code: str, unloaded: tuple[str, ...]) -> None:
+    """What a start does not need. Commands of `bench` and `calibrate` are in the files of their groups."""
+    assert modules_after(code).isdisjoint((*HEAVY, *unloaded))
 
 
 def test_every_module_has_a_docstring_and_packages_have_cards() -> None:

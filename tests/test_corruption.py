@@ -26,9 +26,9 @@ from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.bundle.recipe import recipe_from_values
 from elit_export.checkpoints.native import load_checkpoint, save_checkpoint
 from elit_export.errors import BundleError, CheckpointError, ElitExportError, RecipeError
-from elit_export.runtime.cache import CachePolicy
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.schedule import resolve_schedule
+from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.spec import Budget
 from tests.conftest import recipe_values
 from tests.helpers import Golden, golden, tiny_spec
@@ -328,7 +328,7 @@ def test_any_text_as_guidance_is_read_or_refused(text: str) -> None:
 @given(text=near_text | st.builds("{}{}".format, st.sampled_from(CACHES), near_text))
 @example(text=f"static:every@{DIGITS}")
 @example(text=f"teacache:{DIGITS}")
-@example(text=f"static:time@1,most={DIGITS}")
+@example(text=f"static:time@1,max_skip={DIGITS}")
 @example(text=f"static:{DIGITS}")
 @example(text="static:a\0b")
 def test_any_text_as_a_cache_is_read_or_refused(text: str) -> None:

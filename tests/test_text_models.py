@@ -235,7 +235,8 @@ def test_teacache_decides_as_with_torch(bundle: Bundle, tmp_path: Path) -> None:
     choices: Any = {"steps": 6, "cache": "teacache:0.5", "guidance": "ccfg:2@quarter"}
     with Pipeline.load(folder) as pipeline:
         found = pipeline.sample(PROMPTS, **choices)
-        reference = Pipeline(torch_pipeline(text_model()).bank, pipeline.spec, pipeline.data, fits=pipeline.fits)
+        bank = torch_pipeline(text_model()).bank
+        reference = Pipeline(bank, pipeline.spec, pipeline.data, fits=pipeline.coverage.fits)
         expected = reference.sample(PROMPTS, **choices)
     assert [call.reused for call in found.calls] == [call.reused for call in expected.calls]
     assert 0 < sum(call.reused for call in found.calls) < len(found.calls) - 2
@@ -261,7 +262,7 @@ def test_caches_are_swept_with_random_prompts(bundle: Bundle, tmp_path: Path, mo
             pipeline, schedule="full", guidance="cfg:3,norm", images=2, rounds=1, fine_steps=6, on_way=lambda *_: None
         )
     rows = {row.name: row for row in found.rows}
-    assert rows["ab3 14, weak at quarter"].choices["guidance"] == "ccfg:3@4,norm"
+    assert rows["ab3 14, weak at quarter"].options["guidance"] == "ccfg:3@4,norm"
     assert rows["every@2,order=1"].reused == 3
     assert all(np.isfinite(row.sqnr_db) and row.ms_per_image > 0 and row.over_parts > 0 for row in found.rows)
 
@@ -305,7 +306,7 @@ def test_norm_gives_every_token_the_length_that_the_strong_branch_has() -> None:
     generator = np.random.default_rng(0)
     strong, weak = generator.standard_normal((2, 2, 3, 4, 6)).astype(np.float32)
     guidance = Guidance.parse("cfg:4,norm", tiny_spec())
-    found, plain = (each.combined(strong, weak, patch=2) for each in (guidance, replace(guidance, norm=False)))
+    found, plain = (each.combine([strong, weak], patch=2) for each in (guidance, replace(guidance, norm=False)))
     for row in range(2):
         for top in range(0, 4, 2):
             for left in range(0, 6, 2):
@@ -340,7 +341,7 @@ def test_a_step_is_that_of_diffusers(pipeline: Pipeline) -> None:
 
 def test_a_token_without_length_stays_nothing() -> None:
     nothing = np.zeros((1, 1, 2, 2), np.float32)
-    assert not Guidance.parse("cfg:4,norm", tiny_spec()).combined(nothing, nothing, patch=2).any()
+    assert not Guidance.parse("cfg:4,norm", tiny_spec()).combine([nothing, nothing], patch=2).any()
 
 
 @pytest.mark.parametrize("text", ["cfg:4,norm", "ccfg:2@1,norm", "autoguidance:2@1,norm", "cfg:4"])

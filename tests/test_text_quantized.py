@@ -142,7 +142,7 @@ def test_samples_show_every_prompt_and_the_negative_ones_where_guidance_asks(sma
 def test_without_negative_prompts_there_is_no_guidance_that_needs_them(pipeline: Pipeline) -> None:
     alone = Prompts(PROMPTS.positive)
     assert not sampled(pipeline, alone, guidance=("none", "autoguidance:2@1")).null.any()
-    with pytest.raises(InputError, match="guidance cfg:3 leads away from negative prompts, and there are none"):
+    with pytest.raises(InputError, match="guidance cfg:3: it needs negative prompts, and there are none"):
         next(seen_rows(pipeline, SMALL, alone))
 
 
@@ -179,7 +179,7 @@ REFUSED: dict[str, tuple[Prompts | None, str]] = {
         "(1, 3, 32), must be (images, tokens, 24)",
     ),
     "too long": (Prompts(embedded([10], 10), embedded([2], 2)), "prompts of 10 tokens: profile "),
-    "no negative": (Prompts(embedded([5], 5)), "guidance cfg:3 leads away from negative prompts"),
+    "no negative": (Prompts(embedded([5], 5)), "guidance cfg:3: it needs negative prompts"),
 }
 
 

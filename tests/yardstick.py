@@ -5,6 +5,9 @@
 makes every graph again, compares its SHA-256 with the stored one and prints what differs. `tests/test_yardstick.py`
 does so for graphs that other tests export too, and for the samples. Without `check` all is written anew, which is right
 only after a change of library versions, or of an algorithm on purpose.
+
+Changed on purpose since: `step` in int8 and fp8 of ELIT-U-ViT and ELIT-HDiT. Their joins, and what merges and splits
+tokens, were left in float, because the patterns that chose layers by name matched none of them.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ccfg": {"sampler": "euler", "steps": 6, "guidance": "ccfg:3@1"},
     "interval": {"sampler": "ab2", "steps": 8, "guidance": "cfg:2", "guidance_interval": (0.2, 0.8)},
     "schedule": {"sampler": "ab3", "steps": 6, "schedule": "0-2:1,3-5:full", "guidance": "autoguidance:2@1"},
-    "teacache": {"sampler": "euler", "steps": 12, "guidance": "cfg:2", "cache": "teacache:0.5,most=3"},
+    "teacache": {"sampler": "euler", "steps": 12, "guidance": "cfg:2", "cache": "teacache:0.5,max_skip=3"},
     "text": {"sampler": "ab3", "steps": 6, "guidance": "cfg:4,norm", "cache": "static:every@2"},
 }
 

@@ -664,9 +664,9 @@ def test_a_failed_build_leaves_the_old_bundle(copied: Path, tiny_checkpoint: Pat
 # The `build` command, telling each stage in a line of its own.
 TELLING_BUILD = """
 import sys
-from elit_export.cli import main
+from elit_export.cli import build, main
 tell = lambda stage, share: print(f"{stage}: {share}", flush=True)
-sys.modules["elit_export.cli.build"].build_progress = lambda _: tell
+build.build_progress = lambda _: tell
 main(["build", *sys.argv[1:]])
 """
 

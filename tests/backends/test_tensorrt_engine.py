@@ -783,7 +783,7 @@ def test_a_bank_of_four_profiles(machine_with: MachineMaker, backend: str, layou
             inputs = step_inputs(kept, rows=1 + seed % 3, seed=seed)
             expected = toy(inputs)
             del inputs["latents"]
-            found = bank(Budget(kept, 16), inputs)
+            found = bank(Budget(kept, 16), inputs).outputs
             np.testing.assert_array_equal(found["velocity"], expected["velocity"])
             np.testing.assert_array_equal(to_host(found["residual"]), expected["residual"])
     assert machine.left() == []

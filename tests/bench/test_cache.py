@@ -57,7 +57,7 @@ def row_of(family: str, engine_ms: float, sqnr_db: float, name: str = "") -> Swe
     return SweepRow(
         name=name or f"{family} {engine_ms}",
         family=family,
-        choices={},
+        options={},
         computed=1,
         reused=0,
         probes=0,
@@ -79,7 +79,7 @@ def test_every_cached_way_stands_beside_the_controls(swept: tuple[SweepResult, l
     assert {REFERENCE, CACHED, COMBINED, *CONTROLS} <= families
     for row in result.rows:
         assert set(row.control_db) == (set(CONTROLS) if row.family in (CACHED, COMBINED) else set())
-        assert not row.reused or "cache" in row.choices
+        assert not row.reused or row.options["cache"] != "none"
 
 
 def test_calls_are_counted(swept: tuple[SweepResult, list[str]]) -> None:

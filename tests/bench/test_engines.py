@@ -14,7 +14,7 @@ from elit_export import Pipeline
 from elit_export.bench.engines import ENGINE, BenchResult, bench, measured_budgets
 from elit_export.bench.limits import load_limits, misses
 from elit_export.bench.memory import BankMemory
-from elit_export.bench.samplings import sampling_ways
+from elit_export.bench.samplings import sampling_configs
 from elit_export.bench.timing import resident_bytes, timed_in_turn
 from elit_export.bundle.reading import Bundle
 from elit_export.cli.tables.bench import bench_tables
@@ -92,7 +92,7 @@ def test_every_way_to_sample_is_timed(whole: BenchResult) -> None:
     for way in whole.samplings:
         assert 0 < way.outside_engines < 1
         outside_ms = way.outside_engines * way.ms_per_image * 2  # images
-        assert way.outside_ms_per_step == pytest.approx(outside_ms / int(way.choices["steps"]))
+        assert way.outside_ms_per_step == pytest.approx(outside_ms / int(way.options["steps"]))
 
 
 # ---------------------------------------------------------------- bars
@@ -155,7 +155,7 @@ def test_a_bundle_without_full_is_measured_against_its_largest_budget() -> None:
     result = bench_of(pipeline, rows=4, sampling=True, on_stage=ignore)
     assert [budget.name for budget in result.budgets] == ["3of4", "half", "quarter"]
     assert result.budgets[0].time_over_largest == result.budgets[0].flops_over_largest == 1.0
-    assert [way.choices["schedule"] for way in result.samplings] == [
+    assert [way.options["schedule"] for way in result.samplings] == [
         *("3of4", "3of4", "3of4"),
         *("0-6:quarter,7-13:3of4", "quarter"),
     ]
@@ -172,7 +172,7 @@ def test_a_bundle_without_any_named_budget_is_measured_at_its_largest() -> None:
 def test_ways_to_sample_use_covered_budgets_only() -> None:
     budgets = measured_budgets(pipeline_over(Range(2, 2, 4), Range(1, 2, 8)))
     assert list(budgets) == ["full", "half"]
-    assert [name for name, _ in sampling_ways(budgets)][2:] == [
+    assert [name for name, _ in sampling_configs(budgets)][2:] == [
         *("ab3 14, weak at half", "ab3 14, half then full, weak at half", "ab3 14, all at half"),
     ]
 

@@ -69,11 +69,11 @@ def test_a_few_hundred_samplings_are_heard_and_change_nothing(tiny_bundle: Bundl
 
 def test_every_budget_takes_its_turn_with_and_without_guidance() -> None:
     budgets = tiny_spec().budgets
-    choices = list(islice(short_samplings(budgets), len(budgets) * len(ROUNDS) + 1))
-    assert [choice["schedule"] for choice in choices[: len(budgets)]] == list(budgets)
-    seen = {(choice["guidance"], choice["steps"], choice["schedule"]) for choice in choices}
+    sampled = list(islice(short_samplings(budgets), len(budgets) * len(ROUNDS) + 1))
+    assert [options.schedule for options in sampled[: len(budgets)]] == list(budgets)
+    seen = {(options.guidance, options.steps, options.schedule) for options in sampled}
     assert seen == {(guidance, steps, budget) for guidance, steps in ROUNDS for budget in budgets}
-    assert choices[-1] == choices[0] | {"seed": len(choices) - 1}
+    assert sampled[-1] == dataclasses.replace(sampled[0], seed=len(sampled) - 1)
 
 
 def test_growth_is_the_slope_after_the_warmup(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,7 @@ from elit_export.cli import main
 from elit_export.cli.calibrate import advised
 from elit_export.errors import BundleError, CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
-from elit_export.runtime.cache import Fit
+from elit_export.runtime.step_cache.fit import Fit
 from elit_export.spec import COEFFICIENTS, Range
 from tests.conftest import recipe_values
 
@@ -77,7 +77,7 @@ def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
         probed = pipeline.bank.probe(inputs, signal)
         signal = to_host(probed["signal"])
         distances.append(to_host(probed["distance"]))
-        residuals.append(to_host(pipeline.bank(pipeline.spec.full, inputs)["residual"]))
+        residuals.append(to_host(pipeline.bank(pipeline.spec.full, inputs).outputs["residual"]))
     before, after = np.stack(residuals[:-1]), np.stack(residuals[1:])
     change = np.abs(after - before).mean((2, 3)) / np.abs(before).mean((2, 3))
     assert found.distance == pytest.approx(np.concatenate(distances[1:]), rel=1e-4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -16,6 +15,7 @@ import torch
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.runtime.prompts import Prompts
+from elit_export.runtime.request import Request
 from elit_export.text.encoder import TextEncoder, Weights, load_encoder, prompts_of
 from elit_export.text.files import load_prompts
 from tests.cli.test_cli import ok, refused, run
@@ -26,8 +26,6 @@ FOX = "a red fox"
 GUIDED = ["--guidance", "cfg:3"]
 LIMITS = (1, 8, 64)  # tokens of text
 TOLD = ["--prompt", FOX, "--prompt", "an owl, at night", "--negative", ""]
-
-commands = import_module("elit_export.cli.sample")  # under its name in the package lies the command
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +50,24 @@ def text_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
         for plan_set in manifest.plan_sets
     )
     with writing(path) as writer:
-        model = manifest.model.model_copy(update={"spec": text_spec()})
+        model = manifest.model.model_copy(update={"spec": text_spec(input_size=8, group_size=2)})
         writer.commit(manifest.model_copy(update={"model": model, "plan_sets": plan_sets}))
     return path
 
 
 class Drawing:
-    """Stands for a pipeline: keeps what it is told."""
+    """Stands for a pipeline: keeps the request."""
 
-    told: Any = None
+    asked: Any = None
     makes_pictures = False
 
     @classmethod
-    def load(cls, *_: object, **__: object) -> Self:
+    def of(cls, *_: object) -> Self:
         return cls()
 
-    @classmethod
-    def unopened(cls, *_: object) -> Self:
-        return cls()
-
-    def steps(self, *_: object, **__: object) -> None: ...
-
-    def sample(self, told: Any, **_: object) -> SimpleNamespace:
-        Drawing.told = told
-        latents = np.zeros((len(told), 4, 16, 16))
+    def run(self, request: Request, _: object) -> SimpleNamespace:
+        Drawing.asked = request
+        latents = np.zeros(request.start.shape)
         return SimpleNamespace(latents=latents, labels=(), data=SimpleNamespace(vae="small"), summary=lambda: "drawn")
 
     def __enter__(self) -> Self:
@@ -85,11 +77,20 @@ class Drawing:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> type[Drawing]:
-    """What sample says to its pipeline is kept as `told`."""
-    monkeypatch.setattr(commands, "Pipeline", Drawing)
-    monkeypatch.setattr(Drawing, "told", None)
+def drawing(monkeypatch: pytest.MonkeyPatch) -> type[Drawing]:
+    """What sample asks of its pipeline is kept as `asked`."""
+    monkeypatch.setattr("elit_export.runtime.pipeline.Pipeline", Drawing)
+    monkeypatch.setattr(Drawing, "asked", None)
     return Drawing
+
+
+def assert_asked(request: Request, expected: Prompts, *, guided: bool) -> None:
+    """Without guidance nothing asks for negative prompts."""
+    weak = expected.negative if guided else expected.positive
+    assert weak
+    for inputs, told in ((request.conditioning, expected.positive), (request.null_conditioning, weak)):
+        assert np.array_equal(inputs["text"], told.text)
+        assert np.array_equal(inputs["text_mask"], told.mask)
 
 
 def assert_same(found: Any, expected: Prompts) -> None:
@@ -131,11 +132,13 @@ def test_embed_takes_weights_as_stored(half: Path, tmp_path: Path) -> None:
     assert 0 < np.abs(found - wide).max() < 0.2
 
 
-def test_sample_takes_weights_as_stored(text_bundle: Path, half: Path, told: type[Drawing], tmp_path: Path) -> None:
+def test_sample_takes_weights_as_stored(text_bundle: Path, half: Path, drawing: type[Drawing], tmp_path: Path) -> None:
     options = ["--prompt", FOX, "--encoder", half, "--encoder-weights", "stored", "--out", tmp_path / "s.png"]
     ok("sample", text_bundle, *options)
-    assert np.array_equal(told.told.positive.text, load_encoder(half, weights=Weights.STORED).embed([FOX]).text)
-    assert not np.array_equal(told.told.positive.text, load_encoder(half).embed([FOX]).text)
+    assert np.array_equal(
+        drawing.asked.conditioning["text"], load_encoder(half, weights=Weights.STORED).embed([FOX]).text
+    )
+    assert not np.array_equal(drawing.asked.conditioning["text"], load_encoder(half).embed([FOX]).text)
 
 
 @pytest.mark.parametrize(
@@ -162,20 +165,20 @@ def test_embed_of_a_missing_folder_says_which_is_wanted(tmp_path: Path) -> None:
 
 
 def test_sample_embeds_prompts(
-    text_bundle: Path, folder: Path, loaded: TextEncoder, told: type[Drawing], tmp_path: Path
+    text_bundle: Path, folder: Path, loaded: TextEncoder, drawing: type[Drawing], tmp_path: Path
 ) -> None:
     said = ok("sample", text_bundle, *TOLD, *GUIDED, "--encoder", folder, "--out", tmp_path / "s.png")
-    assert_same(told.told, prompts_of(loaded, [FOX, "an owl, at night"], [""]))
+    assert_asked(drawing.asked, prompts_of(loaded, [FOX, "an owl, at night"], [""]), guided=True)
     assert "drawn" in said
     with np.load(tmp_path / "s.npz") as file:
         assert file.files == ["latents"]
 
 
-def test_sample_takes_embeddings(text_bundle: Path, folder: Path, told: type[Drawing], tmp_path: Path) -> None:
+def test_sample_takes_embeddings(text_bundle: Path, folder: Path, drawing: type[Drawing], tmp_path: Path) -> None:
     file = tmp_path / "fox.npz"
     ok("embed", folder, *TOLD, "--out", file)
     ok("sample", text_bundle, "--prompts", file, "--out", tmp_path / "s.png")
-    assert_same(told.told, load_prompts(file))
+    assert_asked(drawing.asked, load_prompts(file), guided=False)
 
 
 @pytest.mark.parametrize(
@@ -185,17 +188,17 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, told: type[Dra
         (["--prompt", "x"], "--encoder is missing, this model takes text"),
         (["--negative", "", "--encoder", "e"], "--prompt is missing, this model takes text"),
         (["--labels", "3"], "--labels 3: this model takes text: say what to show with --prompt TEXT"),
-        (["--prompts", "p.npz", "--prompt", "x"], "--prompts holds all that is told: leave --prompt out"),
-        (["--prompts", "p.npz", "--negative", ""], "--prompts holds all that is told: leave --negative out"),
-        (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds all that is told: leave --encoder out"),
-        (["--prompts", "p.npz", "--encoder-weights", "stored"], "holds all that is told: leave --encoder-weights out"),
+        (["--prompts", "p.npz", "--prompt", "x"], "--prompts holds the embeddings: leave --prompt out"),
+        (["--prompts", "p.npz", "--negative", ""], "--prompts holds the embeddings: leave --negative out"),
+        (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds the embeddings: leave --encoder out"),
+        (["--prompts", "p.npz", "--encoder-weights", "stored"], "holds the embeddings: leave --encoder-weights out"),
         (["--prompts", "nowhere.npz"], "no embeddings at nowhere.npz; write it with elit-export embed"),
         (["--prompt", "x", "--encoder", "nowhere"], "no text encoder at nowhere"),
         (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cgf:4"], "guidance 'cgf:4'"),
         (["--prompt", "x", "--encoder", "nowhere", "--schedule", "0-3:full"], "schedule"),
         (["--prompt", "x", "--encoder", "nowhere", "--cache", "teacake:1"], "cache"),
         (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "a negative prompt: give --negative TEXT"),
-        (["--prompt", "x", "--encoder", "nowhere", "--negative", ""], "guidance none leads away from no --negative"),
+        (["--prompt", "x", "--encoder", "nowhere", "--negative", ""], "guidance none uses no --negative"),
         (["--prompt", "x", "--encoder", "nowhere", "--seed", "-1"], "seed -1 must lie in 0 to 2**64 - 1"),
     ],
 )
@@ -203,7 +206,7 @@ def test_sample_of_a_text_model_refuses_what_is_wrong(text_bundle: Path, options
     assert said in refused("sample", text_bundle, *options)
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("drawing")
 def test_sample_refuses_a_prompt_that_is_too_long_for_the_engines(text_bundle: Path, folder: Path) -> None:
     said = refused("sample", text_bundle, "--prompt", "fox " * 100, "--encoder", folder)
     assert "prompt 1 ('fox fox fox fox fox ')" in said.replace("…", "")
@@ -224,7 +227,7 @@ def test_sample_refuses_embeddings_of_another_width(text_bundle: Path, tmp_path:
 
 @pytest.mark.parametrize("out", ["fox.png", "fox", "fox.npz", "here/../fox.png"])
 def test_sample_never_overwrites_the_embeddings(
-    text_bundle: Path, folder: Path, told: type[Drawing], tmp_path: Path, out: str
+    text_bundle: Path, folder: Path, drawing: type[Drawing], tmp_path: Path, out: str
 ) -> None:
     file = tmp_path / "fox.npz"
     (tmp_path / "here").mkdir()
@@ -233,14 +236,14 @@ def test_sample_never_overwrites_the_embeddings(
     said = refused("sample", text_bundle, "--prompts", file, "--out", tmp_path / out)
     assert f"--out {tmp_path / out} would overwrite {file} with latents: choose another name" in said
     assert file.read_bytes() == before
-    assert told.told is None
+    assert drawing.asked is None
 
 
 def test_sample_draws_several_images_of_a_prompt(
-    text_bundle: Path, folder: Path, loaded: TextEncoder, told: type[Drawing], tmp_path: Path
+    text_bundle: Path, folder: Path, loaded: TextEncoder, drawing: type[Drawing], tmp_path: Path
 ) -> None:
-    ok("sample", text_bundle, *TOLD, *GUIDED, "--encoder", folder, "--images", "3", "--out", tmp_path / "s.png")
-    assert_same(told.told, prompts_of(loaded, [FOX, "an owl, at night"], [""]).repeated(3))
+    ok("sample", text_bundle, *TOLD, *GUIDED, "--encoder", folder, "--images", "2", "--out", tmp_path / "s.png")
+    assert_asked(drawing.asked, prompts_of(loaded, [FOX, "an owl, at night"], [""]).repeated(2), guided=True)
 
 
 def test_sample_draws_several_different_images_of_a_label(tiny_bundle: Bundle, tmp_path: Path) -> None:
@@ -253,14 +256,14 @@ def test_sample_draws_several_different_images_of_a_label(tiny_bundle: Bundle, t
 
 @pytest.mark.parametrize("guidance", [["cfg:1"], ["cfg:4", "--guidance-interval", "0.5001", "0.5002"]], ids=str)
 def test_guidance_that_no_step_uses_needs_no_negative_prompt(
-    text_bundle: Path, folder: Path, told: type[Drawing], tmp_path: Path, guidance: list[str]
+    text_bundle: Path, folder: Path, drawing: type[Drawing], tmp_path: Path, guidance: list[str]
 ) -> None:
     options = ["--encoder", folder, "--steps", "7", "--guidance", *guidance, "--out", tmp_path / "s.png"]
     ok("sample", text_bundle, "--prompt", FOX, *options)
-    assert told.told.negative is None
+    assert drawing.asked.null_conditioning is drawing.asked.conditioning
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("drawing")
 def test_sample_refuses_a_long_prompt_before_the_weights_are_read(
     text_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,7 +278,7 @@ def test_sample_of_a_class_model_refuses_text(tiny_bundle: Bundle, option: str) 
     assert f"{option}: this model takes no text, it draws classes: choose them with --labels" in said
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("drawing")
 def test_sample_without_transformers_names_the_extra(
     text_bundle: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,7 @@ from elit_export.cli import main, plan_sets
 from elit_export.cli.plan_sets import able_plan_sets
 from elit_export.errors import BundleError, InputError
 from elit_export.evaluate.evaluator import SHIPPED, load_judge
-from elit_export.evaluate.quality import WAYS, QualityResult, Way, batches, choices_of, quality, resampled_within
+from elit_export.evaluate.quality import WAYS, QualityResult, Way, batches, options_of, quality, resampled_within
 from elit_export.evaluate.statistics import ClassifierSpec, Floor, Gaussian, Judge, JudgeFacts, frechet_distance
 from elit_export.runtime.noise import SeededNoise
 from elit_export.spec import SD_VAE, DataFacts, Precision
@@ -161,7 +161,7 @@ def test_the_error_of_a_distance_is_its_spread_over_seeds(pipeline: Pipeline) ->
 
 @pytest.mark.parametrize(("guidance", "most"), [("none", 8), ("cfg:2", 4), ("ccfg:2@quarter", 8)])
 def test_no_part_has_more_rows_than_the_profiles_take(pipeline: Pipeline, guidance: str, most: int) -> None:
-    parts = batches(pipeline, choices_of(FEW[0], "full", guidance), 21)
+    parts = batches(pipeline, options_of(FEW[0], "full", guidance), 21)
     assert np.concatenate(parts).tolist() == list(range(21))
     assert max(map(len, parts)) <= most
     assert max(map(len, parts)) - min(map(len, parts)) <= 1

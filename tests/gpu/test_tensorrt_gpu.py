@@ -74,7 +74,7 @@ def inputs(pipeline: Pipeline, rows: int) -> dict[str, Any]:
 
 
 def velocity(pipeline: Pipeline, kept: int, rows: int) -> Any:
-    return to_host(pipeline.bank(pipeline.spec.budget(kept), inputs(pipeline, rows))["velocity"])
+    return to_host(pipeline.bank(pipeline.spec.budget(kept), inputs(pipeline, rows)).outputs["velocity"])
 
 
 # Building verifies every profile at its corners and whole trajectories against PyTorch; a miss is a ParityError.

@@ -29,8 +29,11 @@ from elit_export.graphs import check, formats
 from elit_export.graphs.check import check_graph
 from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
-from elit_export.runtime.cache import CachePolicy, Fit, Mask, TeaCache
 from elit_export.runtime.noise import SeededNoise
+from elit_export.runtime.step_cache.fit import Fit
+from elit_export.runtime.step_cache.mask import Mask
+from elit_export.runtime.step_cache.policy import CachePolicy
+from elit_export.runtime.step_cache.teacache import TeaCache
 from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, ModelSpec, Precision, Profile, Range, fused_state
 from elit_export.verify.cases import case_inputs, fused_inputs
 from elit_export.verify.check import verify_plan_set
@@ -119,7 +122,7 @@ class Pair:
 
 def asked_of_host(policy: CachePolicy, fits: Fits) -> tuple[Fits, list[bool], Rule]:
     """What makes a host follow a policy: a fit for each budget, the steps it forces, and the rest."""
-    rule: Rule = {"most": policy.most, "order": policy.order}
+    rule: Rule = {"most": policy.max_skip, "order": policy.order}
     ends = [step < policy.warmup or step == STEPS - 1 for step in range(STEPS)]
     if isinstance(policy.rule, TeaCache):
         return fits, ends, rule | {"threshold": policy.rule.threshold}
@@ -142,14 +145,14 @@ def pair(fused_bundle: Bundle) -> Iterator[Pair]:
 
 def test_the_threshold_decides_as_in_the_runtime(pair: Pair) -> None:
     masks = [pair.agreed(f"teacache:{threshold}")[0] for threshold in (0, 0.05, 0.09, 0.13, 1)]
-    assert [mask.count("1") for mask in masks[:4]] == [STEPS, 13, 8, 6]
-    assert masks[3:] == ["100010001000010000100001", "100001000010000100001001"]  # the last by `most` alone
+    assert [mask.count("1") for mask in masks[:4]] == [STEPS, 13, 9, 7]
+    assert masks[3:] == ["100100010001000010000101", "100001000010000100001001"]  # the last by `max_skip` alone
 
 
-@pytest.mark.parametrize("most", [1, 2, 9])
-def test_no_more_reuses_in_a_row_than_most(pair: Pair, most: int) -> None:
-    mask, _ = pair.agreed(f"teacache:1,most={most}")
-    assert max(len(run) for run in mask.split("1")) == most
+@pytest.mark.parametrize("max_skip", [1, 2, 9])
+def test_no_more_reuses_in_a_row_than_max_skip(pair: Pair, max_skip: int) -> None:
+    mask, _ = pair.agreed(f"teacache:1,max_skip={max_skip}")
+    assert max(len(run) for run in mask.split("1")) == max_skip
 
 
 def test_residuals_are_forecast_in_the_order_asked_for(pair: Pair) -> None:
@@ -192,16 +195,16 @@ def test_a_schedule_changes_the_budget_and_its_fit(pair: Pair) -> None:
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("digits", ["1" + "0" * (STEPS - 1), "100" * 8, "110010001110101000010110"])
 def test_a_mask_that_is_fixed_beforehand(pair: Pair, digits: str, order: int) -> None:
-    mask, _ = pair.agreed(f"static:mask@{digits},order={order},most=99")
+    mask, _ = pair.agreed(f"static:mask@{digits},order={order},max_skip=99")
     assert mask == f"{digits[:-1]}1"
 
 
 def test_what_the_fit_does_not_cover_computes(pair: Pair) -> None:
     """Distances of this model lie around 0.03."""
     ends = f"1{'0' * (STEPS - 2)}1"
-    assert pair.agreed("teacache:99,most=99")[0] == ends
+    assert pair.agreed("teacache:99,max_skip=99")[0] == ends
     within, *outside = (
-        pair.agreed("teacache:99,most=99", Fit(LINEAR.coefficients, low, high))[0]
+        pair.agreed("teacache:99,max_skip=99", Fit(LINEAR.coefficients, low, high))[0]
         for low, high in ((0.001, 1.0), (0.03, 1.0), (0.0, 0.035), (1.0, 2.0))
     )
     assert within == ends

@@ -98,8 +98,8 @@ def test_without_a_core_every_budget_gives_the_same() -> None:
 @torch.inference_mode()
 def test_the_order_of_groups_in_the_core_does_not_matter() -> None:
     model = tiny_model().double()
-    latents = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(1)).double()
-    c, order = torch.ones(2, 16).double(), [2, 0, 3, 1]
+    latents = torch.randn(2, 4, 4, 32, generator=torch.Generator().manual_seed(1)).double()
+    c, order = torch.ones(2, 32).double(), [2, 0, 3, 1]
     straight = run_blocks(model.core, keep(latents, torch.arange(3)), c).unflatten(1, (4, 3))
     shuffled = run_blocks(model.core, keep(latents[:, order], torch.arange(3)), c).unflatten(1, (4, 3))
     torch.testing.assert_close(shuffled, straight[:, order])
@@ -162,7 +162,7 @@ def test_adaln_the_final_layer_and_what_write_adds_start_at_zero() -> None:
 
 def test_a_fresh_write_hands_the_patches_on() -> None:
     model = fresh_model()
-    patches, latents = torch.randn(2, 1, 4, 4, 16, generator=torch.Generator().manual_seed(0))
+    patches, latents = torch.randn(2, 1, 4, 4, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.write(patches, latents), ungroup(patches + model.write.pos_embed, 4, 2))
 
 
@@ -198,7 +198,7 @@ def test_initialisation_depends_on_the_generator_alone() -> None:
 
 def test_the_position_code_is_fixed_and_stored() -> None:
     model = fresh_model()
-    assert torch.equal(model.pos_embed, sincos_position_embedding(4, 16))
+    assert torch.equal(model.pos_embed, sincos_position_embedding(4, 32))
     assert "pos_embed" in model.state_dict()
     assert "pos_embed" not in dict(model.named_parameters())
 

@@ -68,9 +68,10 @@ def test_short_text_is_filled_up_to_what_takes_the_least() -> None:
     bank = bank_of(wide, narrow, function=note)
     for tokens, run in ((1, 3), (3, 3), (5, 5)):
         slot = bank.slot_for(BUDGETS[-1], 2, tokens)
-        assert slot.tokens(tokens) == run
+        assert slot.profile.tokens(tokens) == run
         text = {"text": np.ones((2, tokens, 4), np.float32), "text_mask": np.ones((2, tokens), np.int64)}
-        bank(BUDGETS[-1], inputs() | text)
+        served = bank(BUDGETS[-1], inputs() | text)
+        assert (served.slot, served.text) == (slot, slot.profile.tokens(tokens))
         assert seen.pop() == [[1] * tokens + [0] * (run - tokens)] * 2
     with pytest.raises(InputError, match=r"prompts of 10 tokens: profile p takes 4\.\.8\.\.9, p takes 3\.\.8\.\.9"):
         bank.slot_for(BUDGETS[-1], 2, 10)
@@ -90,8 +91,7 @@ def test_a_profile_that_cannot_take_the_rows_is_passed_over() -> None:
 
 def test_what_is_covered_and_what_is_not() -> None:
     bank = bank_of(profile("low", (1, 1, 2)), profile("high", (13, 16, 16)))
-    assert [budget.kept for budget in bank.covered] == [1, 2, 13, 14, 15, 16]
-    assert [budget.kept for budget in bank.not_covered] == list(range(3, 13))
+    assert [budget.kept for budget in bank.coverage.covered] == [1, 2, 13, 14, 15, 16]
 
 
 def test_an_uncovered_budget_is_refused_with_the_covered_ones() -> None:
@@ -104,7 +104,7 @@ def test_an_uncovered_budget_is_refused_with_the_covered_ones() -> None:
 @pytest.mark.parametrize("rows", [1, 9])
 def test_rows_out_of_range_are_refused_with_every_serving_profile(rows: int) -> None:
     bank = bank_of(profile("a", (1, 4, 16), (2, 4, 8)), profile("b", (1, 12, 16), (2, 2, 4)))
-    told = f"{rows} rows at budget 4of16: profile a takes 2..4..8 rows, b takes 2..2..4 rows .*Sample fewer images"
+    told = f"{rows} rows at budget 4of16: profile a takes 2..4..8 rows, b takes 2..2..4 rows .*sample fewer images"
     with pytest.raises(InputError, match=told):
         bank(Budget(4, 16), inputs(rows))
 
@@ -156,7 +156,7 @@ def test_outputs_belong_to_the_caller_even_if_a_function_reuses_its_buffer() -> 
         return buffers
 
     bank = bank_of(profile("all", (1, 8, 16)), function=function)
-    first = bank(Budget(1, 16), inputs())
+    first = bank(Budget(1, 16), inputs()).outputs
     bank(Budget(1, 16), {**inputs(), "x": inputs()["x"] + 100})
     assert np.array_equal(to_host(first["velocity"]), inputs()["x"])
     assert np.array_equal(to_host(first["residual"]), inputs()["x"])
@@ -168,9 +168,9 @@ def test_a_residual_goes_back_in_as_it_came_out() -> None:
 
     slot = Slot(profile("all", (1, 8, 16)), FunctionEngine(function, tiny_spec().graph(STEP)))
     bank = EngineBank([slot], BUDGETS, Precision.FP32)
-    residual = bank(Budget(1, 16), inputs())["residual"]
+    residual = bank(Budget(1, 16), inputs()).outputs["residual"]
     assert not isinstance(residual, np.ndarray)
-    again = bank(Budget(16, 16), {**inputs(), "residual": residual})
+    again = bank(Budget(16, 16), {**inputs(), "residual": residual}).outputs
     assert np.array_equal(to_host(again["velocity"]), 2 * inputs()["x"])
 
 
@@ -204,7 +204,7 @@ def test_calls_of_several_threads_take_turns() -> None:
     bank = bank_of(*default_profiles(16, ROWS), function=function)
     with ThreadPoolExecutor(4) as pool:
         for done in [pool.submit(bank, BUDGETS[kept], inputs()) for kept in (0, 5, 10, 15) * 4]:
-            assert np.array_equal(to_host(done.result()["velocity"]), inputs()["x"] / 2)
+            assert np.array_equal(to_host(done.result().outputs["velocity"]), inputs()["x"] / 2)
     assert most == 1
 
 

@@ -14,7 +14,6 @@ from elit_export.backends.protocols import to_host
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import recipe_from_values
 from elit_export.checkpoints.native import save_checkpoint
-from elit_export.runtime.choices import Choices
 from elit_export.runtime.samplers.base import even_times
 from tests.conftest import recipe_values
 from tests.helpers import Array, Golden, golden, max_relative
@@ -43,17 +42,17 @@ def guidance_of(case: dict[str, Any]) -> str:
     return f"{kind}:{case['cfg_scale']}@{case['weak_budget']}"
 
 
-def choices_of(name: str, numbers: dict[str, Array]) -> Choices:
+def choices_of(name: str, numbers: dict[str, Array]) -> dict[str, Any]:
     case = CASES[name]
     sampler = "heun" if case.get("heun") else "euler-maruyama" if case.get("sde") else "euler"
-    choices = Choices(
-        steps=case["num_steps"],
-        schedule=str(case["budget"]),
-        sampler=sampler,
-        guidance=guidance_of(case),
-        guidance_interval=(case.get("guidance_low", 0.0), case.get("guidance_high", 1.0)),
-        noise=numbers["z"],
-    )
+    choices: dict[str, Any] = {
+        "steps": case["num_steps"],
+        "schedule": str(case["budget"]),
+        "sampler": sampler,
+        "guidance": guidance_of(case),
+        "guidance_interval": (case.get("guidance_low", 0.0), case.get("guidance_high", 1.0)),
+        "noise": numbers["z"],
+    }
     if case.get("sde"):
         choices["step_noise"] = numbers[f"{name}__noise"]
     return choices
@@ -95,7 +94,7 @@ def test_forward_with_qk_norm_equals_the_reference(tmp_path: Path) -> None:
 def check_forward(pipeline: Pipeline, facts: Golden, kept: int) -> None:
     arrays = facts.arrays("forward")
     inputs = {name: arrays[name] for name in ("x", "t", "y")}
-    found = to_host(pipeline.bank(pipeline.spec.budget(kept), inputs)["velocity"])
+    found = to_host(pipeline.bank(pipeline.spec.budget(kept), inputs).outputs["velocity"])
     assert max_relative(found, arrays[f"v_k{kept}"]) <= 5e-6
 
 
@@ -112,6 +111,6 @@ def test_alternating_budgets_equal_engines_called_by_hand(pipeline: Pipeline) ->
             "t": np.full(2, times[step], np.float32),
             "y": np.array(labels),
         }
-        velocity = to_host(pipeline.bank(budget, inputs)["velocity"]).astype(np.float64)
+        velocity = to_host(pipeline.bank(budget, inputs).outputs["velocity"]).astype(np.float64)
         x = x + (times[step + 1] - times[step]) * velocity
         np.testing.assert_array_equal(records[step].x, x)

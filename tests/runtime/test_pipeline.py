@@ -23,6 +23,7 @@ from elit_export.runtime.samplers import SAMPLERS
 from elit_export.runtime.sampling import StepRecord
 from elit_export.spec import PIXELS, SD_VAE, Budget, DataFacts, Precision, Profile, Range, default_profiles
 from tests.helpers import tiny_spec
+from tests.runtime.three_branches import Three
 from tests.spec.refusals import wrong_refusals
 
 SPEC = tiny_spec(group_size=4)  # (1, 8, 8) pixels, 1 group of 16 latents, classes 0 to 2, 3 means no class
@@ -258,6 +259,17 @@ def test_a_weak_budget_of_another_model_is_refused(toy: Toy) -> None:
         toy.pipeline.steps([0], guidance=Guidance(Kind.CCFG, 3.0, Budget(2, 64)))
 
 
+def test_guidance_may_have_any_number_of_branches(toy: Toy) -> None:
+    """Strong and null share a call; velocities are combined in the order of the branches."""
+    guidance = Three(Kind.CCFG, 3.0, ONE)
+    sample = toy.pipeline.sample([2, 0], steps=1, sampler="euler", guidance=guidance, schedule="quarter")
+    assert toy.kept_and_labels == [(4, [2, 0, NULL, NULL]), (1, [2, 0])]
+    assert [(call.role, call.budget, call.rows) for call in sample.calls] == [("joined", QUARTER, 4), ("weak", ONE, 2)]
+    x = toy.pipeline.request([2, 0]).start
+    each = [toy_step(x, 1.0, labels, kept) for labels, kept in (([2, 0], 4), ([2, 0], 1), ([NULL, NULL], 4))]
+    assert np.array_equal(sample.latents, x - guidance.combine(each, patch=1))
+
+
 # ---------------------------------------------------------------- randomness
 
 
@@ -325,7 +337,7 @@ def test_given_step_noise_takes_the_place_of_the_seed(toy: Toy) -> None:
 def test_more_rows_than_a_profile_takes_are_refused_at_once(
     toy: Toy, images: int, choices: dict[str, Any], told: str
 ) -> None:
-    with pytest.raises(InputError, match=told + ".*Sample fewer images at once .*two rows an image.* build with other"):
+    with pytest.raises(InputError, match=told + ".*sample fewer images .*several rows an image.* build with other"):
         toy.pipeline.steps([0] * images, **choices)
     assert not toy.calls
 
@@ -354,14 +366,14 @@ def test_without_guidance_its_scale_asks_for_no_rows(toy: Toy) -> None:
 
 
 NO_LABELS: list[tuple[Any, str]] = [
-    ([], r"at least one whole number, not \[\]"),
-    ([0.5], r"whole number, not \[0\.5\]"),
-    ([1.0], r"whole number, not \[1\.0\]"),
-    (["0"], r"whole number, not \['0'\]"),
-    ([True], r"whole number, not \[True\]"),
-    ([[0, 1]], r"whole number, not \[\[0, 1\]\]"),
-    ([[0], [1, 2]], "whole number, not"),
-    (2, "whole number, not 2"),
+    ([], r"at least one whole number or class name, not \[\]"),
+    ([0.5], r"whole number or class name, not \[0\.5\]"),
+    ([1.0], r"whole number or class name, not \[1\.0\]"),
+    (["0"], "label '0' is neither a number nor a class name"),
+    ([True], r"whole number or class name, not \[True\]"),
+    ([[0, 1]], r"whole number or class name, not \[\[0, 1\]\]"),
+    ([[0], [1, 2]], "whole number or class name, not"),
+    (2, "whole number or class name, not 2"),
     ([0, 4, -1], "label 4 is out of range: classes are 0 to 2, 3 means no class"),
     ([-1], "label -1 is out of range"),
 ]
@@ -541,3 +553,12 @@ def test_numbers_that_are_not_whole_are_refused(toy: Toy, choice: dict[str, Any]
 def test_a_schedule_may_be_a_plain_number(toy: Toy) -> None:
     (record,) = toy.pipeline.steps([0], steps=1, schedule=2, sampler="euler")
     assert record.budget.kept == 2
+
+
+@pytest.mark.parametrize("given", [{}, {"step_noise": np.ones((3, 1, 1, 8, 8))}], ids=["the seed's", "given"])
+def test_a_request_may_be_run_again(toy: Toy, given: dict[str, Any]) -> None:
+    """Also one of a sampler that takes noise at every step."""
+    request = toy.pipeline.request([1], steps=4, sampler="euler-maruyama", **given)
+    first, again = (toy.pipeline.run(request).latents for _ in range(2))
+    assert np.array_equal(first, again)
+    assert np.array_equal(first, toy.pipeline.sample([1], steps=4, sampler="euler-maruyama", **given).latents)

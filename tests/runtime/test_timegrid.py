@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elit_export.errors import InputError
-from elit_export.runtime.choices import checked_choices
+from elit_export.runtime.options import ResolvedOptions, SamplingOptions, resolve
 from elit_export.runtime.samplers.adams_bashforth import step_weights
 from elit_export.runtime.samplers.base import even_times
 from elit_export.runtime.timegrid import warp
@@ -61,17 +61,21 @@ def test_an_unknown_grid_names_the_known_ones() -> None:
     assert wrong_refusals(lambda grid: warp(even_times(4), grid), cases) == {}
 
 
+def resolved(**options: str) -> ResolvedOptions:
+    return resolve(tiny_spec(), SamplingOptions(**options))
+
+
 @pytest.mark.parametrize("sampler", ["euler", "ab3"])
 def test_a_grid_whose_times_coincide_is_refused(sampler: str) -> None:
     grids = [f"shift:{shift}" for shift in ("1e13", "1e17", "1e18", "1e300", "1e-13", "1e-155", "1e-320")]
     cases = [(grid, f"time grid '{grid}' makes times coincide in 14 steps: choose S near") for grid in grids]
-    assert wrong_refusals(lambda grid: checked_choices(tiny_spec(), sampler=sampler, time_grid=grid), cases) == {}
+    assert wrong_refusals(lambda grid: resolved(sampler=sampler, time_grid=grid), cases) == {}
 
 
 @pytest.mark.parametrize("shift", ["1e10", "1e-10"])
 @pytest.mark.parametrize("order", [2, 3])
 def test_a_steep_grid_whose_times_differ_has_weights(shift: str, order: int) -> None:
-    times = checked_choices(tiny_spec(), time_grid=f"shift:{shift}").times
+    times = resolved(time_grid=f"shift:{shift}").times
     assert all(np.isfinite(weights).all() for weights in step_weights(times, order=order))
 
 

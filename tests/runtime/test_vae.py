@@ -313,7 +313,7 @@ def test_samples_of_a_pixel_model_are_pictures_as_they_are() -> None:
         (np.zeros((4, 8, 8)), "this model's are"),
         (np.zeros((0, 4, 8, 8)), "this model's are"),
         (np.full((1, 4, 8, 8), np.nan), "latents holds values that are not finite"),
-        ([[1], [1, 2]], "latents is no array of numbers"),
+        ([[1], [1, 2]], "latents is not an array of numbers"),
     ],
 )
 def test_what_is_no_batch_of_latents_is_refused(latents: Any, told: str) -> None:

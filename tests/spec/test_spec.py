@@ -276,7 +276,7 @@ def test_a_head_deeper_than_the_model_is_refused() -> None:
 
 def test_shapes_of_a_small_model() -> None:
     spec = tiny_spec()
-    assert (spec.grid, spec.tokens, spec.groups, spec.latents, spec.depth, spec.mlp_size) == (4, 16, 4, 4, 4, 32)
+    assert (spec.grid, spec.tokens, spec.groups, spec.latents, spec.depth, spec.mlp_size) == (4, 16, 4, 4, 4, 64)
     assert spec.sample_shape == (1, 8, 8)
     assert spec.budgets == tuple(Budget(kept, 4) for kept in (1, 2, 3, 4))
 
@@ -328,7 +328,7 @@ def test_graph_tensors_do_not_depend_on_the_budget() -> None:
     ]
     assert [(t.name, t.dtype, t.dims) for t in spec.graph(STEP).outputs] == [
         ("velocity", "float32", ("rows", 1, 8, 8)),
-        ("residual", "float32", ("rows", 16, 16)),
+        ("residual", "float32", ("rows", 16, 32)),
     ]
 
 
@@ -346,9 +346,9 @@ def test_graph_tensors_of_the_cache() -> None:
     }
     every = [t for graph in CACHE_GRAPHS for t in (*spec.graph(graph).inputs, *spec.graph(graph).outputs)]
     assert {(t.name, t.dtype, t.dims) for t in every if t.name not in (*common, "velocity")} == {
-        *((name, "float32", ("rows", 16, 16)) for name in ("signal_prev", "signal", "residual", "residual_prev")),
+        *((name, "float32", ("rows", 16, 32)) for name in ("signal_prev", "signal", "residual", "residual_prev")),
         *((name, "float32", ("rows",)) for name in ("distance", "forecast")),
-        ("embedding", "float32", ("rows", 16)),
+        ("embedding", "float32", ("rows", 32)),
     }
 
 

@@ -255,7 +255,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"no config\.json in it or in its `text_encoder`; give the folder of a p"
+        CheckpointError, match=r"no config\.json in it or in its `text_encoder`: give a folder with text_enc"
     ):
         load_encoder(tmp_path)
 
