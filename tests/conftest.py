@@ -87,7 +87,7 @@ from elit_export.checkpoints.native import load_checkpoint, save_checkpoint  # n
 from elit_export.models.sit import ElitSiT  # noqa: E402
 from tests.helpers import Golden, golden, tiny_model  # noqa: E402
 
-# Exports make millions of objects that live till their end: looking through them for cycles is a tenth of their time.
+# Exports make millions of objects that live till their end, and it takes time to look through them for cycles.
 gc.freeze()
 gc.set_threshold(50_000, 20, 100)
 torch.set_num_threads(1)  # the models here are tiny; a second thread only waits for the first

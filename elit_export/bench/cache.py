@@ -201,7 +201,7 @@ class Parts:
         return self._timed(("step", call.budget.kept, call.rows, call.text), lambda: bank(call.budget, inputs))
 
     def graph(self, name: str, call: Call) -> float:
-        """Of `reuse` or `probe`, of which the rows alone count: they read no text and run no block."""
+        """Time `reuse` or `probe`. Only the rows of the call count: these graphs read no text and run no block."""
         spec, bank = self._pipeline.spec, self._pipeline.bank
         inputs = self._inputs(call.rows, call.text)
         tokens = np.ones((call.rows, spec.tokens, spec.hidden_size), np.float32)

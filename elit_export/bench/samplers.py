@@ -21,10 +21,10 @@ CALLS = (15, 20, 25)  # the most of each block
 COMPARED = (
     ("euler", EULER_STEPS),
     *(
-        (sampler.name, sampler.steps_within(calls))
+        (sampler.name, steps)
         for calls in CALLS
         for sampler in SAMPLERS.values()
-        if not sampler.uses_noise
+        if not sampler.uses_noise and (steps := sampler.steps_within(calls))
     ),
 )
 

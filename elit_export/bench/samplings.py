@@ -54,7 +54,7 @@ def check_samplings(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLi
 
 
 def reference_solution(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike) -> HostArray:
-    """Latents."""
+    """Sample by the reference options; gives latents."""
     return pipeline.sampled(conditioning, reference_options(budgets)).latents
 
 

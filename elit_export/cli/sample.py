@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from elit_export.errors import InputError
 from elit_export.runtime.conditioning import LabelsLike, as_conditioning, kind_of, label_named
 from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.prompts import Prompts
-from elit_export.runtime.request import prepare
+from elit_export.runtime.request import check_calls, prepare
 from elit_export.spec import DataFacts, ModelSpec
 
 
@@ -63,8 +64,9 @@ def sample(
     else:
         described.refuse_for_classes()
         shown = parse_labels(labels, model.spec, model.data)
-    conditioning = as_conditioning(shown, model.spec, model.data).repeated(images)
-    request = prepare(model.spec, coverage, conditioning, resolved)
+    once = as_conditioning(shown, model.spec, model.data)
+    check_calls(coverage, resolved, len(once) * images, once.tokens, once.null_tokens)  # before it is repeated
+    request = prepare(model.spec, coverage, once.repeated(images), resolved)
     with Pipeline.of(opened, plan_set) as pipeline:
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=options.steps)
@@ -100,11 +102,10 @@ def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
     names = {name.lower() for name in data.class_names}
     labels: list[int] = []
     for part in (part.strip() for part in text.split(",")):
-        first, _, last = part.partition("-")
-        if part.isdecimal() and part not in names:
-            labels.append(int(part))
-        elif first.isdecimal() and last.isdecimal() and int(first) <= int(last) and part.lower() not in names:
-            labels += range(int(first), int(last) + 1)
+        match = None if part.lower() in names else re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first <= last:  # of what is out of range one label is enough to be refused
+            labels += range(first, last + 1) if last <= spec.null_class else [last]
         else:
             labels.append(label_named(part, data, "a number, a range like 0-9"))
     return labels

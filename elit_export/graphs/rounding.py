@@ -1,9 +1,8 @@
 """A model whose large products run in half precision, the rest in float32.
 
-Cast are the layers whose kind says so: `LayerKind.casts` in `spec.layers`, by layer in `cost.layers`. OpenVINO casts by
-itself. In float32 stay the tokens between them,
-embedders, adaLN, every norm, the final layer, and the query projection of Read: a constant of the network, rounded
-once after it is computed.
+Cast are the layers whose kind says so: `LayerKind.casts` in `spec.layers`, by layer in `cost.layers`. In float32 stay
+the tokens between them, embedders, adaLN, every norm, the final layer, and the query projection of Read: a constant of
+the network, rounded once after it is computed. OpenVINO casts by itself.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from elit_export.spec import Budget, ModelSpec
 
 Accepts = tuple[str, tuple[type, ...]]  # what an option may be, in words and in types
 INTEGER: Accepts = "a whole number", (int, np.integer)
-NUMBER: Accepts = "a number", (float, int, np.floating, np.integer)
 TEXT: Accepts = "text", (str,)
 PAIR: Accepts = "a pair of numbers", (tuple, list, type(None))
 UNTYPED: Accepts = "", ()  # arrays and functions, which are not checked and cannot be typed on a command line

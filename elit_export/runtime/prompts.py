@@ -94,37 +94,37 @@ class Prompts:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the longest prompt."""
+        """How long the longest prompt is, in tokens."""
         return int(self.positive.text.shape[1])
 
     @property
     def null_tokens(self) -> int:
-        """Tokens of the longest negative prompt; 0 without."""
+        """How long the longest negative prompt is; 0 without one."""
         return int(self.negative.text.shape[1]) if self.negative else 0
 
     def inputs(self, spec: ModelSpec) -> Arrays:
-        """By the names that the model's graphs take them under."""
+        """Give the prompts by the names that the model's graphs take them under."""
         return self.positive.inputs(spec)
 
     def null_inputs(self, spec: ModelSpec) -> Arrays:
-        """Those of the negative prompts; raises InputError where there are none."""
+        """Give the negative prompts; raises InputError where there are none."""
         if self.negative is None:
             raise InputError("it needs negative prompts, and there are none", "give some")
         return self.negative.inputs(spec)
 
     @classmethod
     def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Prompts:
-        """Noise, a function of the number alone: `text.opt` tokens, and negative prompts of `text.min`."""
+        """Make noise of each number alone: prompts of `text.opt` tokens, negative ones of `text.min`."""
         assert text
         return cls(_noise(spec, numbers, text.opt, POSITIVE), _noise(spec, numbers, text.min, NEGATIVE))
 
     @classmethod
     def random(cls, spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Prompts:
-        """Noise, some of it padded."""
+        """Draw noise, some of it padded."""
         return cls(_noise(spec, generator.integers(0, 1 << 31, rows).tolist(), tokens, POSITIVE))
 
     def at(self, images: Int64) -> Prompts:
-        """As `Embedded.at`, for both."""
+        """Take those of these images, as `Embedded.at` does."""
         return Prompts(self.positive.at(images), self.negative.at(images) if self.negative else None)
 
     def repeated(self, times: int) -> Prompts:

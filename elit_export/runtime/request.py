@@ -94,7 +94,7 @@ def check_calls(
 
 
 def call_sizes(options: ResolvedOptions, images: int, tokens: int = 0, null_tokens: int = 0) -> Iterator[CallSize]:
-    """Of every call; of the branches that share one the longest text counts."""
+    """Tell the size of every call; where branches share one, the longest of their texts counts."""
     for batch in options.batches():
         text = max(null_tokens if branch.null_class else tokens for branch in batch)
         yield CallSize(batch[0].budget, images * len(batch), text)

@@ -290,3 +290,16 @@ def test_sample_without_transformers_names_the_extra(
 def test_help_tells_of_prompts() -> None:
     said = run("sample", "--help").output
     assert all(option in said for option in ("--prompt TEXT", "--negative", "--encoder", "--prompts FILE.npz"))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--labels", "0-999999999"], "label 999999999 is out of range: classes are 0 to 2"),
+        (["--labels", "9" * 5000], "is neither a number, a range like 0-9 nor a class name"),
+        (["--labels", "2-1"], "label '2-1' is neither a number, a range like 0-9 nor a class name"),
+        (["--labels", "0", "--images", "999999999999"], "999999999999 rows at budget 4of4"),
+    ],
+)
+def test_huge_numbers_are_refused_before_they_are_expanded(tiny_bundle: Bundle, options: list[str], said: str) -> None:
+    assert said in refused("sample", tiny_bundle.folder, *options)
