@@ -26,7 +26,7 @@ class ElitExportError(Exception):
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(f"{problem}: {remedy}" if remedy else problem)
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
         self.problem, self.remedy = problem, remedy
 
 

@@ -129,7 +129,7 @@ def common_budgets(competitors: Sequence[Competitor]) -> Budgets:
         if all(budget in competitor.pipeline.coverage.covered for competitor in competitors)
     }
     if not found:
-        raise InputError("these plan sets cover no budget in common: choose one with --target")
+        raise InputError("these plan sets cover no budget in common", "choose one with --target")
     return found
 
 

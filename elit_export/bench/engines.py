@@ -212,7 +212,7 @@ def check_rows(pipeline: Pipeline, budgets: Budgets, rows: int) -> None:
         for budget in budgets.values():
             pipeline.coverage.profile_for(budget, rows, pipeline.coverage.tokens)
     except InputError as error:
-        raise InputError(f"a bench of {rows} rows a call does not fit: {error}; choose other --rows") from error
+        raise InputError(f"a bench of {rows} rows a call does not fit: {error}", "choose other --rows") from error
 
 
 # ---------------------------------------------------------------- one budget

@@ -100,8 +100,9 @@ def check_covered(samples: CalibrationInputs, profiles: Sequence[Profile]) -> No
     for profile in profiles:
         if not any(int(kept) in profile.latents for kept in np.unique(samples.kept)):
             raise CalibrationError(
-                f"no sample has a budget of profile {profile.name} ({profile.latents} latents): collect samples "
-                f"with the budgets of every profile: {command_for('FILE', text=profile.text is not None)}"
+                f"no sample has a budget of profile {profile.name} ({profile.latents} latents)",
+                f"collect samples "
+                f"with the budgets of every profile: {command_for('FILE', text=profile.text is not None)}",
             )
 
 
@@ -116,19 +117,19 @@ def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Calibrat
         _check_shapes(samples, spec)
         _check_values(samples, spec)
     except CalibrationError as error:
-        raise CalibrationError(f"{path}: {error}: {command_for(path, text=spec.takes_text)}") from error
+        raise CalibrationError(f"{path}: {error}", command_for(path, text=spec.takes_text)) from error
     return samples
 
 
 def _read(path: Path) -> CalibrationInputs:
     if not path.exists():
-        raise CalibrationError("no calibration samples there; collect some")
+        raise CalibrationError("no calibration samples there", "collect some")
     try:
         arrays = plain_arrays(path)
     except OSError as error:
-        raise CalibrationError(f"cannot be read ({error.strerror or error}); collect the samples again") from error
+        raise CalibrationError(f"cannot be read ({error.strerror or error})", "collect the samples again") from error
     except PlainArraysError as error:
-        raise CalibrationError("not a file of calibration samples, or damaged; collect the samples again") from error
+        raise CalibrationError("not a file of calibration samples, or damaged", "collect the samples again") from error
     return _samples_of(arrays)
 
 
@@ -138,7 +139,7 @@ def _samples_of(arrays: Arrays) -> CalibrationInputs:
         x, t, kept = (arrays.pop(name) for name in ("x", "t", "kept"))
     except (KeyError, ValidationError) as error:
         raise CalibrationError(
-            "not a file of calibration samples of this version; collect the samples again"
+            "not a file of calibration samples of this version", "collect the samples again"
         ) from error
     return CalibrationInputs(
         facts, x, t, kept, {name.removeprefix(CONDITIONING): values for name, values in arrays.items()}
@@ -148,19 +149,19 @@ def _samples_of(arrays: Arrays) -> CalibrationInputs:
 def _check_origin(samples: CalibrationInputs, checkpoint_sha256: str) -> None:
     count, facts = len(np.atleast_1d(samples.x)), samples.facts
     if count != facts.samples:
-        raise CalibrationError(f"holds {count} samples and says {facts.samples}; collect the samples again")
+        raise CalibrationError(f"holds {count} samples and says {facts.samples}", "collect the samples again")
     if count < FEWEST:
-        raise CalibrationError(f"{count} samples are too few, {FEWEST} are the least; collect more")
+        raise CalibrationError(f"{count} samples are too few, {FEWEST} are the least", "collect more")
     if facts.checkpoint_sha256 != checkpoint_sha256:
         theirs, ours = facts.checkpoint_sha256[:12], checkpoint_sha256[:12]
-        raise CalibrationError(f"samples of another checkpoint ({theirs}, not {ours}); collect samples of this one")
+        raise CalibrationError(f"samples of another checkpoint ({theirs}, not {ours})", "collect samples of this one")
 
 
 def _check_shapes(inputs: CalibrationInputs, spec: ModelSpec) -> None:
     conditioning = {tensor.name for tensor in spec.conditioning}
     if set(inputs.conditioning) != conditioning:
         wanted, found = ", ".join(sorted(conditioning)), ", ".join(inputs.conditioning) or "nothing"
-        raise CalibrationError(f"conditioned by {found}, this model by {wanted}; collect samples of this model")
+        raise CalibrationError(f"conditioned by {found}, this model by {wanted}", "collect samples of this model")
     sizes = {ROWS: len(inputs)}
     for tensor in spec.graph(STEP).inputs:
         if tensor.role is Role.LATENTS:  # of which the file has the number of each row
@@ -168,7 +169,8 @@ def _check_shapes(inputs: CalibrationInputs, spec: ModelSpec) -> None:
         _check_shape(tensor, _arrays(inputs)[tensor.name], sizes)
     if not 1 <= sizes.get(TEXT, 1) <= LONGEST_TEXT:
         raise CalibrationError(
-            f"text of {sizes[TEXT]} tokens, this model has positions for {LONGEST_TEXT}; collect samples of this model"
+            f"text of {sizes[TEXT]} tokens, this model has positions for {LONGEST_TEXT}",
+            "collect samples of this model",
         )
 
 
@@ -179,8 +181,8 @@ def _check_shape(tensor: TensorSpec, values: HostArray, sizes: dict[str, int]) -
     wanted = tuple(sizes.setdefault(size, here) if isinstance(size, str) else size for size, here in pairs)
     if values.dtype != tensor.dtype or values.shape != wanted:
         raise CalibrationError(
-            f"{tensor.name} is {values.dtype} {values.shape}, this model takes {tensor.dtype} {wanted}; "
-            f"collect samples of this model"
+            f"{tensor.name} is {values.dtype} {values.shape}, this model takes {tensor.dtype} {wanted}",
+            "collect samples of this model",
         )
 
 
@@ -189,13 +191,13 @@ def _check_values(inputs: CalibrationInputs, spec: ModelSpec) -> None:
         if not np.isfinite(values).all():
             row = int(np.argmin(np.isfinite(values).reshape(len(values), -1).all(axis=1)))
             raise CalibrationError(
-                f"{name} of sample {row} holds values that are not finite; "
-                f"compare the engines with PyTorch (elit-export verify BUNDLE), then collect the samples again"
+                f"{name} of sample {row} holds values that are not finite",
+                "compare the engines with PyTorch (elit-export verify BUNDLE), then collect the samples again",
             )
     if unknown := sorted(set(inputs.kept.tolist()) - {budget.kept for budget in spec.budgets}):
         raise CalibrationError(
-            f"kept is {unknown[0]} in some samples, "
-            f"this model runs {listed(spec.budgets)}; collect samples of this model"
+            f"kept is {unknown[0]} in some samples, this model runs {listed(spec.budgets)}",
+            "collect samples of this model",
         )
     highest = {Role.TIME: 1, Role.TEXT_MASK: 1, Role.LABEL: spec.null_class}
     for tensor in spec.graph(STEP).inputs:
@@ -206,6 +208,6 @@ def _check_values(inputs: CalibrationInputs, spec: ModelSpec) -> None:
 def _check_range(name: str, values: HostArray, highest: int) -> None:
     if values.min() < 0 or values.max() > highest:
         raise CalibrationError(
-            f"{name} runs from {values.min():g} to {values.max():g}, in this model from 0 to {highest}; "
-            f"collect samples of this model"
+            f"{name} runs from {values.min():g} to {values.max():g}, in this model from 0 to {highest}",
+            "collect samples of this model",
         )

@@ -37,7 +37,7 @@ class Bundle:
         content = manifest_bytes(folder)
         if content is None:
             raise BundleError(
-                f"no bundle at {folder} (no {MANIFEST}); make one: elit-export build RECIPE --out {folder}"
+                f"no bundle at {folder} (no {MANIFEST})", f"make one: elit-export build RECIPE --out {folder}"
             )
         return cls(folder, read_manifest(folder / MANIFEST, content))
 
@@ -75,16 +75,16 @@ def read_manifest(path: Path, content: bytes) -> Manifest:
     try:
         values = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+        raise BundleError(f"{path}: damaged: {error}", _rebuild(path.parent)) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
         raise KeptBundleError(
-            f"{path}: schema {version} is newer than this version reads ({SCHEMA}): pip install -U elit-export"
+            f"{path}: schema {version} is newer than this version reads ({SCHEMA})", "pip install -U elit-export"
         )
     if not isinstance(version, int) or version not in (*STEPS, SCHEMA):
-        raise BundleError(f"{path}: schema {version!r}, this version reads {SCHEMA}; {_rebuild(path.parent)}")
+        raise BundleError(f"{path}: schema {version!r}, this version reads {SCHEMA}", _rebuild(path.parent))
     if values.pop(OWN_HASH, None) != _own_hash(values):
-        raise BundleError(f"{path}: damaged: altered since the build (sha256); {_rebuild(path.parent)}")
+        raise BundleError(f"{path}: damaged: altered since the build (sha256)", _rebuild(path.parent))
     try:
         manifest = Manifest.model_validate(migrated(values, version))
         _check_text(manifest)
@@ -93,9 +93,9 @@ def read_manifest(path: Path, content: bytes) -> Manifest:
         first, *others = error.errors()
         problem = f"{'.'.join(str(key) for key in first['loc'])}: {first['msg']}"
         more = f" and {len(others)} more" if others else ""
-        raise BundleError(f"{path}: damaged: {problem}{more}; {_rebuild(path.parent)}") from error
+        raise BundleError(f"{path}: damaged: {problem}{more}", _rebuild(path.parent)) from error
     except (InputError, TypeError, ValueError, AttributeError, KeyError) as error:
-        raise BundleError(f"{path}: damaged: {error}; {_rebuild(path.parent)}") from error
+        raise BundleError(f"{path}: damaged: {error}", _rebuild(path.parent)) from error
 
 
 def _check_text(manifest: Manifest) -> None:
@@ -123,15 +123,15 @@ def _rebuild(folder: Path) -> str:
 
 def _check_file(path: Path, facts: FileFacts, bundle: Path) -> None:
     if not path.is_file():
-        raise BundleError(f"{path}: missing; copy the bundle again or {_rebuild(bundle)}")
+        raise BundleError(f"{path}: missing", f"copy the bundle again or {_rebuild(bundle)}")
     status = path.stat()
     if status.st_size != facts.size_bytes:
         raise BundleError(
-            f"{path}: has {status.st_size} bytes, {facts.size_bytes} were written; "
-            f"copy the bundle again or {_rebuild(bundle)}"
+            f"{path}: has {status.st_size} bytes, {facts.size_bytes} were written",
+            f"copy the bundle again or {_rebuild(bundle)}",
         )
     if _cached_sha256(path, status.st_size, status.st_mtime_ns) != facts.sha256:
-        raise BundleError(f"{path}: altered since the build (sha256); copy the bundle again or {_rebuild(bundle)}")
+        raise BundleError(f"{path}: altered since the build (sha256)", f"copy the bundle again or {_rebuild(bundle)}")
 
 
 @functools.lru_cache(maxsize=256)

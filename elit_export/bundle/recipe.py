@@ -67,8 +67,8 @@ def target_of(backend: str, device: str, precision: str, options: dict[str, Any]
         below = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]  # the first is the backend's name
         problems = "; ".join(_problem_text(problem) for problem in below)
         raise BundleError(
-            f"its options cannot be: {problems}: change them in the recipe and build it again: "
-            f"elit-export build RECIPE --out BUNDLE"
+            f"its options cannot be: {problems}",
+            "change them in the recipe and build it again: elit-export build RECIPE --out BUNDLE",
         ) from error
     return target
 
@@ -155,12 +155,12 @@ class Recipe(_Table):
         """How many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
         if not spec.takes_text:
             if self.text:
-                raise RecipeError(f"recipe {self.name}: this model takes classes: leave `text` out")
+                raise RecipeError(f"recipe {self.name}: this model takes classes", "leave `text` out")
             return None
         if self.text is None:
             raise RecipeError(
-                f"recipe {self.name}: this model takes text; say how many tokens, e.g. "
-                f"text = {{ min = 1, opt = 128, max = {LONGEST_TEXT} }}"
+                f"recipe {self.name}: this model takes text",
+                f"say how many tokens, e.g. text = {{ min = 1, opt = 128, max = {LONGEST_TEXT} }}",
             )
         if self.text.max > LONGEST_TEXT:
             raise RecipeError(

@@ -186,9 +186,9 @@ def writing(folder: Path, progress: Progress = no_progress) -> Iterator[Store]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
-        raise BundleError(f"another build is writing into {folder}; wait for it or choose another --out") from error
+        raise BundleError(f"another build is writing into {folder}", "wait for it or choose another --out") from error
     except OSError as error:
-        raise BundleError(f"cannot write into {folder}: {error.strerror}; choose another --out") from error
+        raise BundleError(f"cannot write into {folder}: {error.strerror}", "choose another --out") from error
     try:
         store = _opened(folder, progress)  # a newer bundle is refused before anything is built
     except BaseException:
@@ -227,7 +227,7 @@ def _check_ours(folder: Path, content: bytes | None) -> None:
     if content is not None and names > {MANIFEST, LOCK} and not _is_json(content):
         foreign.remove(MANIFEST)
     if foreign:
-        raise BundleError(f"{folder} is not a bundle and holds other things ({foreign[0]}); choose another --out")
+        raise BundleError(f"{folder} is not a bundle and holds other things ({foreign[0]})", "choose another --out")
 
 
 def _is_json(content: bytes) -> bool:

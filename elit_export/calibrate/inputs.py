@@ -66,7 +66,7 @@ def load_sample_recipe(path: Path) -> SampleRecipe:
     try:
         return SampleRecipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise CalibrationError(f"no recipe at {path}; leave --recipe out to take the usual samples") from error
+        raise CalibrationError(f"no recipe at {path}", "leave --recipe out to take the usual samples") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
@@ -160,7 +160,8 @@ def _check_enough(pipeline: Pipeline, recipe: SampleRecipe) -> None:
     if least < recipe.samples:
         raise CalibrationError(
             f"{recipe.images} images in {recipe.steps} steps at {budgets} budgets with {len(recipe.guidance)} kinds of "
-            f"guidance show {least} rows, and {recipe.samples} samples are wanted: raise images or steps in the recipe"
+            f"guidance show {least} rows, and {recipe.samples} samples are wanted",
+            "raise images or steps in the recipe",
         )
 
 

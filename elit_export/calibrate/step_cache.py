@@ -48,7 +48,7 @@ class Trajectories:
         if self.images < HELD_OUT_EVERY:
             raise CalibrationError(f"{self.images} images are too few: every {HELD_OUT_EVERY}th is held out")
         if not self.budgets:
-            raise CalibrationError("no named budget is covered: name one that is (--budget)")
+            raise CalibrationError("no named budget is covered", "name one that is (--budget)")
         if min(self.steps) < 2:
             raise CalibrationError(f"{min(self.steps)} steps: a change needs at least 2")
 
@@ -143,7 +143,7 @@ def _request(
 ) -> tuple[Request, Slot]:
     """A checked trajectory, and the engine that serves all of it."""
     if "probe" not in pipeline.bank.cache:
-        raise CalibrationError("these engines have no graph `probe`: build the bundle again")
+        raise CalibrationError("these engines have no graph `probe`", "build the bundle again")
     request = pipeline.request(
         numbered(pipeline.spec, numbers_of(images), pipeline.coverage.text),
         steps=steps,
@@ -207,7 +207,9 @@ def _overall_error(fits: Sequence[CacheFit]) -> float:
 def fitted(pairs: Pairs, kept: int | None) -> CacheFit:
     """The polynomial, of those that do not decrease, with the least error on held-out images."""
     if not (np.isfinite(pairs.distance).all() and np.isfinite(pairs.change).all()):
-        raise CalibrationError("the engines gave distances or residuals that are not finite: elit-export verify BUNDLE")
+        raise CalibrationError(
+            "the engines gave distances or residuals that are not finite", "elit-export verify BUNDLE"
+        )
     is_held_out = pairs.image % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
     known, unknown = pairs.where(~is_held_out), pairs.where(is_held_out)
     low, high = (float(np.float32(end)) for end in (pairs.distance.min(), pairs.distance.max()))
@@ -215,8 +217,8 @@ def fitted(pairs: Pairs, kept: int | None) -> CacheFit:
     rising = [coefficients for coefficients in found if _rises(coefficients, low, high)]
     if not rising:
         raise CalibrationError(
-            "the residual does not change more where the input changes more, so teacache cannot decide by it; "
-            "use a cache policy of the family static"
+            "the residual does not change more where the input changes more, so teacache cannot decide by it",
+            "use a cache policy of the family static",
         )
     best = min(rising, key=lambda coefficients: _error(coefficients, unknown))
     return CacheFit(
@@ -281,5 +283,5 @@ def record(bundle: Bundle, calibration: CacheCalibration) -> None:
     with writing(bundle.folder) as store:
         manifest = store.manifest  # a target may have been built meanwhile
         if manifest is None or manifest.model.checkpoint_sha256 != calibration.checkpoint_sha256:
-            raise BundleError(f"{bundle.folder} was built from another checkpoint meanwhile; calibrate it again")
+            raise BundleError(f"{bundle.folder} was built from another checkpoint meanwhile", "calibrate it again")
         store.commit(manifest.model_copy(update={"cache_calibration": calibration}))

@@ -82,8 +82,9 @@ def interface_file(interface: str | Path | None, folder: str | Path) -> Path:
     """The file with Read and Write for a folder; raises CheckpointError if there is none."""
     if interface is None:
         raise CheckpointError(
-            f"{folder}: a folder of diffusers holds no Read and Write; give the file that does, as "
-            f'checkpoints.diffusers.save_interface writes it: `interface = "FILE"` in the recipe, or --interface FILE'
+            f"{folder}: a folder of diffusers holds no Read and Write",
+            "give the file that does, as "
+            'checkpoints.diffusers.save_interface writes it: `interface = "FILE"` in the recipe, or --interface FILE',
         )
     if not Path(interface).is_file():
         raise CheckpointError(f"no file with Read and Write at {interface}")
@@ -107,7 +108,7 @@ def mapped_tensors(folder: Path) -> Weights:
     for file in _files(folder):
         for name, tensor in _tensors(file):
             if name in found:
-                raise CheckpointError(f"{folder}: {name} is in {file.name} and in another file; keep one variant")
+                raise CheckpointError(f"{folder}: {name} is in {file.name} and in another file", "keep one variant")
             found[name] = tensor
     return found
 
@@ -129,8 +130,8 @@ def _files(folder: Path) -> list[Path]:
     if not files:
         others = ", ".join(sorted(file.name for file in folder.glob("*.bin"))) or "none"
         raise CheckpointError(
-            f"{folder}: has no weights in safetensors files (in other formats: {others}); download those, or write "
-            f"them with save_pretrained(safe_serialization=True)"
+            f"{folder}: has no weights in safetensors files (in other formats: {others})",
+            "download those, or write them with save_pretrained(safe_serialization=True)",
         )
     return files
 
@@ -155,7 +156,8 @@ def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
     if wrong:
         raise CheckpointError(
             f"{folder}: does not fit the Read and Write in {interface}, of width {spec.hidden_size}: "
-            f"{'; '.join(wrong)}; give the file that was trained with these weights"
+            f"{'; '.join(wrong)}",
+            "give the file that was trained with these weights",
         )
 
 

@@ -75,7 +75,7 @@ def stored_checkpoint(
         return load_diffusers(transformer_folder(Path(path)), interface_file(interface, path), asked)
     file = checkpoint_path(path)
     if interface is not None:
-        raise CheckpointError(f"{path}: a file holds its Read and Write; leave `interface` {interface} out")
+        raise CheckpointError(f"{path}: a file holds its Read and Write", f"leave `interface` {interface} out")
     return _load_own(file, asked) if file.suffix == ".safetensors" else load_released(file, asked)
 
 

@@ -60,7 +60,8 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
             f"{path}: not a whole torch.save zip file (truncated, damaged, or saved in the old format): "
-            f"{first_line(error)}; download or save it again"
+            f"{first_line(error)}",
+            "download or save it again",
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a table of model, ema, opt and args")
@@ -146,14 +147,17 @@ def _hidden_numbers(
     told = _told_by_file(shapes, args)
     for name, value in given.items():
         if value is not None and told.get(name, value) != value:
-            raise CheckpointError(f"{path}: {name}={value} was asked for, but the file says {told[name]}; leave it out")
+            raise CheckpointError(
+                f"{path}: {name}={value} was asked for, but the file says {told[name]}", "leave it out"
+            )
     numbers = told | {name: value for name, value in given.items() if value is not None}
     missing = [name for name in given if name not in numbers]
     if missing:
         options = ", ".join(f"--{name} N".replace("_", "-") for name in missing)
         raise CheckpointError(
             f"{path}: its args name no known size (model={args.get('model')!r}) and shapes cannot tell "
-            f"{', '.join(missing)}; give them to load_checkpoint, or {options} on the command line"
+            f"{', '.join(missing)}",
+            f"give them to load_checkpoint, or {options} on the command line",
         )
     return _Hidden(**numbers)
 

@@ -65,11 +65,11 @@ class DecoderFolder:
     def check_fits(self, spec: ModelSpec, data: DataFacts) -> None:
         """Raise RecipeError if a model makes no latents, or other ones."""
         if data.kind != "vae":
-            raise RecipeError("decoder: this model makes pixels itself; leave [decoder] out of the recipe")
+            raise RecipeError("decoder: this model makes pixels itself", "leave [decoder] out of the recipe")
         if self.channels != spec.in_channels:
             raise RecipeError(
-                f"decoder: {self.path} decodes latents of {self.channels} channels, the model makes "
-                f"{spec.in_channels}; give the folder of the VAE that the model was trained with"
+                f"decoder: {self.path} decodes latents of {self.channels} channels, the model makes {spec.in_channels}",
+                "give the folder of the VAE that the model was trained with",
             )
         if self.kind.keeps_scale and data.vae not in UNKNOWN:
             self._check_scale(data)
@@ -81,8 +81,9 @@ class DecoderFolder:
             if not all(math.isclose(*pair, rel_tol=SAME, abs_tol=SAME) for pair in zip(own, models, strict=True)):
                 raise RecipeError(
                     f"decoder: {self.path} has the {what} {by_channel_text(own)}, the latents of this model "
-                    f"({data.vae}) have {by_channel_text(models)}; give the folder of the VAE that the model was "
-                    f"trained with, or if this is it, set `model.data` to its numbers and save the checkpoint again"
+                    f"({data.vae}) have {by_channel_text(models)}",
+                    "give the folder of the VAE that the model was "
+                    "trained with, or if this is it, set `model.data` to its numbers and save the checkpoint again",
                 )
 
 
@@ -105,7 +106,7 @@ def _check_weights(path: Path, class_name: str) -> None:
     if any(name.endswith((".bin", ".pt", ".ckpt")) for name in others):
         remedy = f"{remedy}; pickled weights are not read, as they can run any code"
     has = f" (it has {', '.join(others)})" if others else ""
-    raise CheckpointError(f"{path}: no weights, {WEIGHTS} is missing{has}; {remedy}")
+    raise CheckpointError(f"{path}: no weights, {WEIGHTS} is missing{has}", remedy)
 
 
 def _described(path: Path, name: str, config: _Config) -> DecoderFolder:

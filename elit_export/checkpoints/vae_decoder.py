@@ -59,7 +59,7 @@ def load_decoder(folder: DecoderFolder) -> VaeDecoder:
     if pixels.shape != wanted:
         raise CheckpointError(f"{folder.path}: it makes {tuple(pixels.shape)} of 2 × 2 latents, {CONFIG} says {wanted}")
     if not pixels.isfinite().all():
-        raise CheckpointError(f"{folder.path}: its weights give pixels that are not finite; copy them again")
+        raise CheckpointError(f"{folder.path}: its weights give pixels that are not finite", "copy them again")
     return decoder
 
 
@@ -81,7 +81,8 @@ def _autoencoder(folder: DecoderFolder) -> Any:
     if wrong:
         raise CheckpointError(
             f"{folder.path}: {WEIGHTS} does not fit {CONFIG}: {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; copy the folder again"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}",
+            "copy the folder again",
         )
     return made
 
@@ -93,12 +94,13 @@ def _named(folder: DecoderFolder) -> Iterator[None]:
         yield
     except OF_FILES as error:
         raise CheckpointError(
-            f"{folder.path}: diffusers cannot read it: {first_lines(error)}; copy the folder again"
+            f"{folder.path}: diffusers cannot read it: {first_lines(error)}", "copy the folder again"
         ) from error
     except OF_VALUES as error:
         raise CheckpointError(
             f"{folder.path / CONFIG}: diffusers makes no {folder.class_name} of it: {type(error).__name__}: "
-            f"{first_lines(error)}; copy the folder again"
+            f"{first_lines(error)}",
+            "copy the folder again",
         ) from error
 
 

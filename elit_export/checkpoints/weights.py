@@ -105,5 +105,5 @@ def check_overrides(path: Path, asked: Mapping[str, int | None], spec: ModelSpec
     for name, value in asked.items():
         if value is not None and value != getattr(spec, name):
             raise CheckpointError(
-                f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}; leave it out"
+                f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}", "leave it out"
             )

@@ -156,7 +156,8 @@ def stored_graph(bundle: Bundle) -> Path:
     graph = bundle.manifest.graphs.get(name)
     if graph is None:
         raise BundleError(
-            f"{bundle.folder} has no graph {name}: build a target with precision fp32 into it: "
-            f"elit-export build RECIPE --target TARGET --out {bundle.folder}"
+            f"{bundle.folder} has no graph {name}",
+            f"build a target with precision fp32 into it: "
+            f"elit-export build RECIPE --target TARGET --out {bundle.folder}",
         )
     return bundle.verified(graph.artifact) / graph.file

@@ -112,7 +112,7 @@ def architecture_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
     """Raise InputError for Read and Write without the checkpoint they belong to."""
     if interface is not None and checkpoint is None:
-        raise InputError(f"--interface {interface} is of a --checkpoint FOLDER: give that too, or leave both out")
+        raise InputError(f"--interface {interface} is of a --checkpoint FOLDER", "give that too, or leave both out")
 
 
 INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")

@@ -71,15 +71,16 @@ def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pip
 
     if Bundle.open(bundle).manifest.model.spec.takes_text:
         raise InputError(
-            f"the demo draws classes, and {bundle} takes text: elit-export sample {bundle} --prompt TEXT "
-            f"--encoder FOLDER, or --prompts FILE.npz"
+            f"the demo draws classes, and {bundle} takes text",
+            f"elit-export sample {bundle} --prompt TEXT --encoder FOLDER, or --prompts FILE.npz",
         )
     pipeline = Pipeline.load(bundle, target=target, precision=precision)
     if not pipeline.makes_pictures:
         pipeline.close()
         raise InputError(
             f"{bundle} samples latents of a VAE ({pipeline.data.vae or 'unknown'}) and has no decoder to draw them "
-            f"with: {DECODER_REMEDY}, or write them as they are: elit-export sample {bundle}"
+            f"with",
+            f"{DECODER_REMEDY}, or write them as they are: elit-export sample {bundle}",
         )
     return pipeline
 
@@ -90,7 +91,8 @@ def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
     if not names:
         raise InputError(
             f"no profile covers any of {', '.join(pipeline.spec.named_budgets)}, the budgets of the demo; "
-            f"the engines cover {listed(pipeline.coverage.covered)}: elit-export sample BUNDLE --schedule BUDGET"
+            f"the engines cover {listed(pipeline.coverage.covered)}",
+            "elit-export sample BUNDLE --schedule BUDGET",
         )
     ways = [DemoWay(name, name, f"cfg:{SCALE}") for name in names]
     if len(names) > 1:
@@ -134,7 +136,7 @@ def save_picture(rows: list[DemoRow], path: Path) -> None:
 def demo(out: Path, bundle: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
     """Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them."""
     if bundle is None and (target or precision):
-        raise InputError("--target and --precision choose from a bundle: give --bundle BUNDLE too")
+        raise InputError("--target and --precision choose from a bundle", "give --bundle BUNDLE too")
     pipeline = open_demo(bundle, target=target, precision=precision) if bundle else built_demo(out)
     with pipeline, progress_bar() as progress:
         ways = demo_ways(pipeline)

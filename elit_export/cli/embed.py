@@ -21,7 +21,7 @@ from elit_export.text.files import save_prompts
 def embed(folder: Path, texts: tuple[str, ...], negative: str | None, weights: str | None, out: Path) -> None:
     """Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it."""
     if not texts:
-        raise InputError("--prompt is missing: say what to show, once per image")
+        raise InputError("--prompt is missing", "say what to show, once per image")
     if out.suffix != ".npz":
         raise InputError(f"--out {out}: embeddings are written as .npz")
     prompts = embedded(folder, texts, negative, weights)

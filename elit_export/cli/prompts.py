@@ -53,12 +53,14 @@ class PromptOptions:
     def refuse_to_overwrite(self, out: Path, arrays: Path) -> None:
         """Raise InputError if latents were to be written into the file of embeddings."""
         if self.file is not None and self.file.resolve() == arrays.resolve():
-            raise InputError(f"--out {out} would overwrite {self.file} with latents: choose another name")
+            raise InputError(f"--out {out} would overwrite {self.file} with latents", "choose another name")
 
     def refuse_for_classes(self) -> None:
         """Raise InputError if any was given to a model of classes."""
         if self.given:
-            raise InputError(f"{self.given[0]}: this model takes no text, it draws classes: choose them with --labels")
+            raise InputError(
+                f"{self.given[0]}: this model takes no text, it draws classes", "choose them with --labels"
+            )
 
     def prompts(self, spec: ModelSpec, coverage: Coverage, options: ResolvedOptions, images: int) -> Prompts:
         """Embeddings from a file or by an encoder, for so many images of each; raises InputError or CheckpointError.
@@ -68,17 +70,17 @@ class PromptOptions:
         """
         if self.file is not None:
             if len(self.given) > 1:
-                raise InputError(f"--prompts holds the embeddings: leave {self.given[1]} out")
+                raise InputError("--prompts holds the embeddings", f"leave {self.given[1]} out")
             return load_prompts(self.file)
         if not self.texts or self.encoder is None:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{wanted}, this model takes text: {HOW}")
         if options.needs_null and self.negative is None:
             raise InputError(
-                f"guidance {options.guidance} leads away from a negative prompt: give --negative TEXT, or ''"
+                f"guidance {options.guidance} leads away from a negative prompt", "give --negative TEXT, or ''"
             )
         if self.negative is not None and not options.needs_null:
-            raise InputError(f"guidance {options.guidance} uses no --negative: leave it out, or add cfg:4")
+            raise InputError(f"guidance {options.guidance} uses no --negative", "leave it out, or add cfg:4")
         folder = read_encoder(self.encoder)
         folder.check_fits(spec)
         check_calls(coverage, options, len(self.texts) * images, tokens=1, null_tokens=1)
@@ -89,10 +91,10 @@ def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
     """Embeddings for a model that takes text, None for one of classes; raises InputError if the file fits neither."""
     if kind_of(spec) is not Prompts:
         if file is not None:
-            raise InputError(f"--prompts {file}: this model takes no text, it draws classes: leave --prompts out")
+            raise InputError(f"--prompts {file}: this model takes no text, it draws classes", "leave --prompts out")
         return None
     if file is None:
-        raise InputError("--prompts is missing, this model takes text: write some with elit-export embed FOLDER")
+        raise InputError("--prompts is missing, this model takes text", "write some with elit-export embed FOLDER")
     return load_prompts(file).checked(spec)
 
 

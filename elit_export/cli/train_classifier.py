@@ -54,7 +54,7 @@ def train_classifier(
     images = load_images(data, split="train", size=size, class_names=names)
     if not has_split(data, "test"):
         raise InputError(
-            f"{data}: no held-out images to tell accuracy and floors: add IDX t10k files or a folder test/"
+            f"{data}: no held-out images to tell accuracy and floors", "add IDX t10k files or a folder test/"
         )
     held_out = load_images(data, split="test", size=size, class_names=images.class_names)
     spec = ClassifierSpec(

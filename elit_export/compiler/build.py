@@ -52,7 +52,7 @@ def compile_bundle(
         recipe = load_recipe(Path(recipe))
     options, path = recipe.target(target), checkpoint or recipe.checkpoint
     if path is None:
-        raise RecipeError(f"recipe {recipe.name} names no checkpoint: give one (--checkpoint FILE)")
+        raise RecipeError(f"recipe {recipe.name} names no checkpoint", "give one (--checkpoint FILE)")
     file = Path(samples) if samples else None
     order = Order(recipe, target, options, str(path), interface or recipe.interface, file)
     decoder = order.check(Path(out))  # before anything that takes long
@@ -87,12 +87,11 @@ class Order:
         precision = self.options.precision
         if precision.quantized and self.inputs_file is None:
             raise CalibrationError(
-                f"target {self.target} is {precision.value}, which is calibrated on real inputs: "
-                f"{remedy} (from a bundle with any other target), "
-                f"then build with --samples samples.npz"
+                f"target {self.target} is {precision.value}, which is calibrated on real inputs",
+                f"{remedy} (from a bundle with any other target), then build with --samples samples.npz",
             )
         if not precision.quantized and self.inputs_file is not None:
-            raise CalibrationError(f"target {self.target} is {precision.value} and takes no samples: leave them out")
+            raise CalibrationError(f"target {self.target} is {precision.value} and takes no samples", "leave them out")
 
 
 def _build(store: Store, order: Order, folder: DecoderFolder | None) -> Bundle:

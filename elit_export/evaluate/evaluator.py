@@ -52,7 +52,7 @@ def load_judge(path: str | Path) -> Judge:
         facts = _facts(known, classifier.spec, real)
     except (InputError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: does not describe a classifier: {error}; make one with `elit-export train-classifier`"
+            f"{path}: does not describe a classifier: {error}", "make one with `elit-export train-classifier`"
         ) from error
     classifier.load_state_dict({name: weights[f"{WEIGHTS}{name}"].float() for name in classifier.state_dict()})
     return Judge(classifier.eval().look, facts)

@@ -155,15 +155,16 @@ def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
         raise InputError(f"the samples are latents of a VAE ({data.vae or 'unknown'}); quality is of pixels only")
     shape = (judged.channels, judged.size, judged.size)
     if spec.sample_shape != shape:
-        raise InputError(f"the samples are {spec.sample_shape}, the classifier takes {shape}: {REMEDY}")
+        raise InputError(f"the samples are {spec.sample_shape}, the classifier takes {shape}", REMEDY)
     if spec.num_classes != judged.num_classes:
         raise InputError(
-            f"the model has {spec.num_classes} classes, the classifier {judged.num_classes}: {REMEDY} of the same data"
+            f"the model has {spec.num_classes} classes, the classifier {judged.num_classes}",
+            f"{REMEDY} of the same data",
         )
     if data.class_names and facts.class_names and data.class_names != facts.class_names:
         raise InputError(
-            f"the model's classes are {', '.join(data.class_names)}, "
-            f"the classifier's {', '.join(facts.class_names)}: {REMEDY} of the same data"
+            f"the model's classes are {', '.join(data.class_names)}, the classifier's {', '.join(facts.class_names)}",
+            f"{REMEDY} of the same data",
         )
     check_images(images, judged.features)
 

@@ -62,8 +62,8 @@ def check_images(images: int, features: int) -> None:
     """A covariance of F features has full rank from F + 1 images on."""
     if images <= features:
         raise InputError(
-            f"{images} images cannot tell the covariance of {features} features: give at least {features + 1}, "
-            f"better many times that"
+            f"{images} images cannot tell the covariance of {features} features",
+            f"give at least {features + 1}, better many times that",
         )
 
 
@@ -114,8 +114,8 @@ def check_halves(images: int, features: int) -> None:
     """Two halves of the images must each tell a covariance."""
     if images // 2 <= features:
         raise InputError(
-            f"{images} test images are too few for {features} features: each half needs at least {features + 1}; "
-            f"give more test images, or --features {max(1, images // 2 - 1)}"
+            f"{images} test images are too few for {features} features: each half needs at least {features + 1}",
+            f"give more test images, or --features {max(1, images // 2 - 1)}",
         )
 
 

@@ -101,8 +101,8 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
     if precision is not Precision.FP32 and head_size not in HEAD_SIZES:
         raise ExportError(
             f"heads of {head_size} channels (width {spec.hidden_size}, {spec.num_heads} heads): native attention in "
-            f"{precision.value} wants a multiple of {HEAD_SIZES.step} from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}; "
-            f"use precision fp32"
+            f"{precision.value} wants a multiple of {HEAD_SIZES.step} from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
+            "use precision fp32",
         )
 
 

@@ -119,8 +119,8 @@ def _by_modelopt(
             )
     except Exception as error:  # it raises what it likes
         raise CalibrationError(
-            f"modelopt cannot quantize {graph.name} in {precision.value}: {first_line(error)}: "
-            f"pip install -U 'elit-export[quantize]', or collect the samples again"
+            f"modelopt cannot quantize {graph.name} in {precision.value}: {first_line(error)}",
+            "pip install -U 'elit-export[quantize]', or collect the samples again",
         ) from error
     return made
 
@@ -221,8 +221,8 @@ def _check_complete(model: onnx.ModelProto, wanted: Mapping[str, str]) -> None:
     }
     if missing := [name for name, layer in wanted.items() if name not in whole and layer != PRODUCTS]:
         raise CalibrationError(
-            f"modelopt left {len(missing)} of {len(wanted)} products in float32, {missing[0]} among them: "
-            f"pip install 'nvidia-modelopt[onnx]==0.47.*'"
+            f"modelopt left {len(missing)} of {len(wanted)} products in float32, {missing[0]} among them",
+            "pip install 'nvidia-modelopt[onnx]==0.47.*'",
         )
 
 
@@ -231,5 +231,5 @@ def _check_same_interface(made: onnx.ModelProto, source: onnx.ModelProto) -> Non
         theirs, ours = ([(value.name, value.type) for value in getattr(model.graph, what)] for model in (made, source))
         if theirs != ours:
             raise CalibrationError(
-                f"modelopt changed the {what}s of the graph: pip install 'nvidia-modelopt[onnx]==0.47.*'"
+                f"modelopt changed the {what}s of the graph", "pip install 'nvidia-modelopt[onnx]==0.47.*'"
             )

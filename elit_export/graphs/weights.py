@@ -87,6 +87,7 @@ def _finite(weight: Tensor, name: str) -> Tensor:
     if weight.numel() and not all(extreme.isfinite() for extreme in weight.aminmax()):  # without a copy of the weight
         raise ExportError(
             f"{name} has values that are not finite in {weight.dtype}: damaged weights or, of float16, values beyond "
-            f"65504; use bf16 or fp32 for these"
+            f"65504",
+            "use bf16 or fp32 for these",
         )
     return weight

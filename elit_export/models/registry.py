@@ -83,7 +83,7 @@ def _no_merging(spec: ModelSpec) -> None:
 
 def _no_text(spec: ModelSpec) -> None:
     if spec.text_width:
-        raise InputError(f"{spec.backbone}: text_width is {spec.text_width}, but it takes classes: set it to 0")
+        raise InputError(f"{spec.backbone}: text_width is {spec.text_width}, but it takes classes", "set it to 0")
 
 
 def _check_skips(spec: ModelSpec) -> None:
@@ -109,7 +109,7 @@ def _check_merging(spec: ModelSpec) -> None:
 def _check_joint(spec: ModelSpec) -> None:
     _no_merging(spec)
     if not spec.text_width:
-        raise InputError(f"{spec.backbone}: text_width is 0, but it takes text, and no classes; say how wide it is")
+        raise InputError(f"{spec.backbone}: text_width is 0, but it takes text, and no classes", "say how wide it is")
     if not (spec.rope and spec.qk_norm and spec.qk_norm_kind == "rms"):
         raise InputError(
             f"{spec.backbone}: has rotary positions and RMS norms on queries and keys, so needs rope, qk_norm and "

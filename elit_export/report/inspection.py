@@ -47,7 +47,7 @@ def _refuse_for_names(name: str, given: Mapping[str, object]) -> None:
     """What a name settles or has no use for; its head alone has no one depth."""
     if meant := [key for key, value in given.items() if value is not None and key != "head_depth"]:
         raise InputError(
-            f"{name} is the name of a size, for which there is no --{meant[0].replace('_', '-')}: leave it out"
+            f"{name} is the name of a size, for which there is no --{meant[0].replace('_', '-')}", "leave it out"
         )
 
 

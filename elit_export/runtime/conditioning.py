@@ -103,7 +103,7 @@ def as_conditioning(given: LabelsLike, spec: ModelSpec, data: DataFacts) -> Cond
     """Labels, class names or prompts as the model takes them; raises InputError."""
     if kind_of(spec) is Prompts:
         if not isinstance(given, Prompts):
-            raise InputError(f"this model takes prompts, not {given!r}: give Prompts, embedded by a text encoder")
+            raise InputError(f"this model takes prompts, not {given!r}", "give Prompts, embedded by a text encoder")
         return given.checked(spec)
     if isinstance(given, Prompts):
         raise InputError(f"this model takes labels 0 to {spec.null_class}, not prompts")

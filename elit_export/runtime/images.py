@@ -26,7 +26,7 @@ def to_images(samples: Float64, data: DataFacts) -> Pixels:  # (B, C, H, W) → 
             f"as .npz and feed a decoder with latents / {by_channel_text(data.scale)} + {by_channel_text(data.shift)}"
         )
     if samples.shape[1] not in (1, 3):
-        raise InputError(f"samples of {samples.shape[1]} channels are no pictures; save them as .npz")
+        raise InputError(f"samples of {samples.shape[1]} channels are no pictures", "save them as .npz")
     return to_bytes(samples, low=data.low, high=data.high)
 
 

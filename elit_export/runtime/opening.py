@@ -72,8 +72,8 @@ def _backend_of(plan_set: PlanSet) -> Backend:
     backend = BACKENDS.get(plan_set.backend)
     if backend is None or plan_set.device not in backend.devices:
         raise BundleError(
-            f"no backend {plan_set.backend!r} for device {plan_set.device!r} in this version: "
-            f"pip install -U elit-export, or build it again"
+            f"no backend {plan_set.backend!r} for device {plan_set.device!r} in this version",
+            "pip install -U elit-export, or build it again",
         )
     return backend
 
@@ -85,9 +85,8 @@ def check_verified(plan_set: PlanSet, folder: Path) -> None:
     for part, parity in parities.items():
         if not parity.ran:
             raise BundleError(
-                f"{part} of target {plan_set.target} was never compared with PyTorch "
-                f"({parity.reason}): run `elit-export verify {folder}` on its device, "
-                f"or load with allow_unverified=True"
+                f"{part} of target {plan_set.target} was never compared with PyTorch ({parity.reason})",
+                f"run `elit-export verify {folder}` on its device, or load with allow_unverified=True",
             )
 
 

@@ -172,7 +172,7 @@ def _known(given: dict[str, Any], options: Any) -> dict[str, Any]:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown option {name!r}; {hint}options: {', '.join(names)}")
+            raise InputError(f"unknown option {name!r}", f"{hint}options: {', '.join(names)}")
     return given
 
 
@@ -220,7 +220,7 @@ def resolve(spec: ModelSpec, options: SamplingOptions) -> ResolvedOptions:
     if options.steps < sampler.min_steps:
         raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {options.steps}")
     if options.step_noise is not None and not sampler.uses_noise:
-        raise InputError(f"sampler {sampler.name} adds no noise: leave step_noise out")
+        raise InputError(f"sampler {sampler.name} adds no noise", "leave step_noise out")
     times = warp(sampler.times(options.steps), options.time_grid)
     cache = options.cache
     policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
@@ -242,5 +242,5 @@ def _guidance(spec: ModelSpec, options: SamplingOptions) -> Guidance:
     if isinstance(options.guidance, str):
         return Guidance.parse(options.guidance, spec, interval=options.guidance_interval or (0.0, 1.0))
     if options.guidance_interval is not None:
-        raise InputError("guidance is a value that has its interval: leave guidance_interval out")
+        raise InputError("guidance is a value that has its interval", "leave guidance_interval out")
     return options.guidance

@@ -37,7 +37,7 @@ class Embedded:
             raise InputError(f"{what}: mask must hold 1 (a token) and 0 (padding) only")
         cut = Embedded(as_float32(text), mask.astype(np.int64)).without_padding()
         if (tokens := cut.text.shape[1]) > LONGEST_TEXT:
-            raise InputError(f"{what}: {tokens} tokens, the model has positions for {LONGEST_TEXT}: shorten it")
+            raise InputError(f"{what}: {tokens} tokens, the model has positions for {LONGEST_TEXT}", "shorten it")
         if not np.isfinite(cut.text[cut.mask.astype(bool)]).all():
             raise InputError(f"{what}: text holds values that are not finite in float32")
         return Embedded(np.where(cut.mask[:, :, None] != 0, cut.text, np.float32(0)), cut.mask)
@@ -83,7 +83,7 @@ class Prompts:
         negative = self.negative.checked(spec, "negative prompts") if self.negative else None
         if negative and len(negative.text) != len(positive.text):
             raise InputError(
-                f"{len(positive.text)} prompts and {len(negative.text)} negative ones: give one for each image"
+                f"{len(positive.text)} prompts and {len(negative.text)} negative ones", "give one for each image"
             )
         return Prompts(positive, negative)
 
@@ -158,10 +158,10 @@ def _numbers(values: object, what: str, kinds: str) -> HostArray:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors of other libraries
         raise InputError(
-            f"{what} is no array of numbers ({first_line(error)}); give one of NumPy, e.g. {OF_TORCH}"
+            f"{what} is no array of numbers ({first_line(error)})", f"give one of NumPy, e.g. {OF_TORCH}"
         ) from error
     if array.dtype.kind not in kinds:
-        raise InputError(f"{what} holds {array.dtype}, must be numbers; e.g. {OF_TORCH}")
+        raise InputError(f"{what} holds {array.dtype}, must be numbers", f"e.g. {OF_TORCH}")
     return array
 
 

@@ -21,7 +21,7 @@ def warp(times: Times, grid: str) -> Times:
     warped = _warped(times, grid)
     changes = np.diff(warped)
     if not ((changes <= -CLOSEST).all() or (changes >= CLOSEST).all()):
-        raise InputError(f"time grid {grid!r} makes times coincide in {len(changes)} steps: choose S nearer to 1")
+        raise InputError(f"time grid {grid!r} makes times coincide in {len(changes)} steps", "choose S nearer to 1")
     return warped
 
 

@@ -48,7 +48,9 @@ class Budget:
     @classmethod
     def _named(cls, name: str, of: int) -> Budget:
         if of % BUDGET_NAMES[name]:
-            raise InputError(f"budget {name!r}: {of} latents per group have no whole {name}; say how many, 1 to {of}")
+            raise InputError(
+                f"budget {name!r}: {of} latents per group have no whole {name}", f"say how many, 1 to {of}"
+            )
         return cls(of // BUDGET_NAMES[name], of)
 
     @classmethod
@@ -59,7 +61,7 @@ class Budget:
         below = int(of * fraction)
         neighbours = {min(max(kept, 1), of) for kept in (below, below + 1)}
         near = " or ".join(f"{kept}of{of} ({kept / of:g})" for kept in sorted(neighbours))
-        raise InputError(f"budget {fraction:g} of {of} latents is not a whole number of latents; use {near}")
+        raise InputError(f"budget {fraction:g} of {of} latents is not a whole number of latents", f"use {near}")
 
     def _of(self, of: int) -> Budget:
         if self.of != of:

@@ -100,7 +100,8 @@ class ModelSpec:
         if self.num_classes and self.text_width:
             raise InputError(
                 f"model spec: num_classes is {self.num_classes} and text_width {self.text_width}: a model takes "
-                f"classes or text; set the other to 0"
+                f"classes or text",
+                "set the other to 0",
             )
 
     @staticmethod

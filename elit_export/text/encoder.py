@@ -45,8 +45,8 @@ class Template:
         known = tokenizer.get_vocab()
         if missing := [mark for mark in folder.kind.marks if mark not in known]:
             raise CheckpointError(
-                f"{folder.tokenizer}: has no token {missing[0]}: not the tokenizer of a "
-                f"{folder.kind.class_name}; copy that of the same pipeline"
+                f"{folder.tokenizer}: has no token {missing[0]}: not the tokenizer of a {folder.kind.class_name}",
+                "copy that of the same pipeline",
             )
         self.known = max(known.values()) + 1
         self.dropped = len(self._ids(folder.kind.before))  # tokens, which the model is not told
@@ -66,7 +66,7 @@ class Template:
         ids = self._ids(f"{kind.before}{prompt}{kind.after}")
         if (count := len(ids) - self.dropped) > longest:
             raise InputError(
-                f"prompt {number} ({prompt[:20]!r}…) is {count} tokens long, {longest} are the most: shorten it"
+                f"prompt {number} ({prompt[:20]!r}…) is {count} tokens long, {longest} are the most", "shorten it"
             )
         return ids
 
@@ -83,8 +83,8 @@ class TextEncoder:
         self._model = model
         if template.known > (rows := model.get_input_embeddings().num_embeddings):
             raise CheckpointError(
-                f"{self.folder.tokenizer}: has {template.known} tokens, {self.folder.path} knows {rows}; "
-                f"copy both from the same pipeline"
+                f"{self.folder.tokenizer}: has {template.known} tokens, {self.folder.path} knows {rows}",
+                "copy both from the same pipeline",
             )
         self._hidden([0])
 
@@ -99,8 +99,8 @@ class TextEncoder:
         values = self._hidden(ids)[self.template.dropped :]
         if not np.isfinite(values).all():
             raise CheckpointError(
-                f"{self.folder.path}: its weights give embeddings that are not finite; copy them again, and run "
-                f"float16 ones as float32"
+                f"{self.folder.path}: its weights give embeddings that are not finite",
+                "copy them again, and run float16 ones as float32",
             )
         return values
 
@@ -119,7 +119,7 @@ def _check_text(number: int, prompt: object) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"prompt {number} is no text in Unicode: {error}; type it anew") from error
+        raise InputError(f"prompt {number} is no text in Unicode: {error}", "type it anew") from error
 
 
 def _padded(rows: list[Float32]) -> Embedded:
@@ -162,7 +162,7 @@ def embedded_by(
 def _check_numbers(prompts: Sequence[str], negatives: Sequence[str]) -> None:
     if isinstance(negatives, str) or len(negatives) not in (0, 1, len(prompts)):
         raise InputError(
-            f"{len(prompts)} prompts and {len(negatives)} negative ones: give none, one for all or one for each"
+            f"{len(prompts)} prompts and {len(negatives)} negative ones", "give none, one for all or one for each"
         )
 
 
@@ -222,7 +222,8 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
     if wrong:
         raise CheckpointError(
             f"{folder.path}: its weights do not fit {CONFIG}: {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}; copy the folder again"
+            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}",
+            "copy the folder again",
         )
     return model.eval().requires_grad_(requires_grad=False)
 
@@ -258,7 +259,7 @@ def _told(path: Path, to: str) -> Iterator[None]:
                 "file: elit-export sample BUNDLE --prompts FILE.npz",
             ) from error
         raise CheckpointError(
-            f"{path}: transformers cannot {to} it: {first_lines(error)}; copy the folder again"
+            f"{path}: transformers cannot {to} it: {first_lines(error)}", "copy the folder again"
         ) from error
 
 

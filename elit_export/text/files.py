@@ -47,19 +47,19 @@ def load_prompts(path: Path) -> Prompts:
 
 def _read(path: Path) -> dict[str, HostArray]:
     if not path.is_file():
-        raise InputError(f"no embeddings at {path}; {REMEDY}")
+        raise InputError(f"no embeddings at {path}", REMEDY)
     try:
         return plain_arrays(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except PlainArraysError as error:
-        raise InputError(f"{path}: not a .npz of plain arrays, or damaged; {REMEDY}") from error
+        raise InputError(f"{path}: not a .npz of plain arrays, or damaged", REMEDY) from error
 
 
 def _embedded(path: Path, arrays: Mapping[str, HostArray], prefix: str) -> Embedded:
     names = (f"{prefix}text", f"{prefix}mask")
     if missing := [name for name in names if name not in arrays]:
-        raise InputError(f"{path}: has no `{missing[0]}`; a mask is 1 for a token and 0 for padding; {REMEDY}")
+        raise InputError(f"{path}: has no `{missing[0]}`; a mask is 1 for a token and 0 for padding", REMEDY)
     text, mask = (arrays[name] for name in names)
     if text.dtype.kind != "f" or text.ndim != 3:
         raise InputError(

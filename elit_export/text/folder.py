@@ -71,8 +71,8 @@ class EncoderFolder:
         """Raise InputError if a model takes text of another width."""
         if self.width != spec.text_width:
             raise InputError(
-                f"{self.path}: embeds text in {self.width} numbers a token, the model takes {spec.text_width}; "
-                f"give the encoder that the model was trained with"
+                f"{self.path}: embeds text in {self.width} numbers a token, the model takes {spec.text_width}",
+                "give the encoder that the model was trained with",
             )
 
 
@@ -98,8 +98,8 @@ def _kind(path: Path, config: Mapping[str, Any]) -> Kind:
     if not isinstance(name, str) or name not in KINDS:
         said = name if named is not None else config.get("model_type")
         raise CheckpointError(
-            f"{path}: its class is {said!r}; known: {', '.join(KINDS)}; for another encoder give its embeddings: "
-            f"elit-export sample BUNDLE --prompts FILE.npz"
+            f"{path}: its class is {said!r}; known: {', '.join(KINDS)}",
+            "for another encoder give its embeddings: elit-export sample BUNDLE --prompts FILE.npz",
         )
     return KINDS[name]
 
@@ -124,7 +124,7 @@ def _check_weights(path: Path, kind: Kind) -> None:
     if any(name.endswith(PICKLED) for name in others):
         remedy = f"{remedy}; pickled weights are not read, as they can run any code"
     has = f" (it has {', '.join(others)})" if others else ""
-    raise CheckpointError(f"{path}: no weights, {WEIGHTS} is missing{has}; {remedy}")
+    raise CheckpointError(f"{path}: no weights, {WEIGHTS} is missing{has}", remedy)
 
 
 def _tokenizer_path(encoder: Path) -> Path:
@@ -134,6 +134,6 @@ def _tokenizer_path(encoder: Path) -> Path:
             return path
     wanted = " or ".join(" and ".join(names) for names in TOKENIZER_FILES)
     raise CheckpointError(
-        f"no tokenizer for {encoder}: neither it nor {places[1]} has {wanted}; copy `{TOKENIZER_PART}` of the pipeline "
-        f"beside it"
+        f"no tokenizer for {encoder}: neither it nor {places[1]} has {wanted}",
+        f"copy `{TOKENIZER_PART}` of the pipeline beside it",
     )

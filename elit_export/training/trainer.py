@@ -221,7 +221,7 @@ class Trainer:
             f"{name} (was {theirs.get(name)}, now {mine[name]})" for name in mine if mine[name] != theirs.get(name)
         ]
         if other:
-            raise CheckpointError(f"{path}: belongs to another run: {', '.join(other)}; train into another folder")
+            raise CheckpointError(f"{path}: belongs to another run: {', '.join(other)}", "train into another folder")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -235,14 +235,14 @@ def _check_follows_graph(bundle: Bundle, plan_set: PlanSet) -> None:
     backend = BACKENDS[plan_set.backend]
     if plan_set.precision.quantized:
         raise InputError(
-            f"{plan_set.precision.value} departs at every product, so that the first one tells nothing: "
+            f"{plan_set.precision.value} departs at every product, so that the first one tells nothing",
             f"elit-export calibrate sensitivity {bundle.folder} --samples FILE --precision {plan_set.precision.value} "
-            f"shows what each kind of layer costs"
+            f"shows what each kind of layer costs",
         )
     if not backend.facts.keeps_nodes:
         raise InputError(
-            f"plans of {backend.name} do not show the nodes of their graph; "
-            f"build a target of onnxruntime into {bundle.folder}, which runs the same model, and bisect that one"
+            f"plans of {backend.name} do not show the nodes of their graph",
+            f"build a target of onnxruntime into {bundle.folder}, which runs the same model, and bisect that one",
         )
 
 
@@ -251,8 +251,8 @@ def _graph_file(bundle: Bundle, plan_set: PlanSet) -> Path:
     folder = bundle.folder / artifact.kind / artifact.name
     if not folder.is_dir():
         raise BundleError(
-            f"bisecting needs the graph, which this copy lacks: {folder}; "
-            f"copy it from the bundle as it was built, or verify that one"
+            f"bisecting needs the graph, which this copy lacks: {folder}",
+            "copy it from the bundle as it was built, or verify that one",
         )
     return bundle.verified(artifact) / bundle.manifest.graphs[plan_set.graph].file
 

@@ -66,8 +66,8 @@ def model_of(bundle: Bundle, checkpoint: str | Path, interface: str | Path | Non
     facts = bundle.manifest.model
     if checkpoint_sha256(checkpoint, interface) != facts.checkpoint_sha256:
         raise BundleError(
-            f"{bundle.folder} was not built from {_named(checkpoint, interface)} (sha256 differs); "
-            f"give its own checkpoint, or build again from this one"
+            f"{bundle.folder} was not built from {_named(checkpoint, interface)} (sha256 differs)",
+            "give its own checkpoint, or build again from this one",
         )
     spec = facts.spec
     return stored_checkpoint(
@@ -93,7 +93,7 @@ def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison
     with writing(bundle.folder) as store:
         manifest = store.manifest  # another target may have been built meanwhile
         if manifest is None or plan_set not in manifest.plan_sets:
-            raise BundleError(f"{bundle.folder} was built again meanwhile; verify it again")
+            raise BundleError(f"{bundle.folder} was built again meanwhile", "verify it again")
         plan_sets = tuple(verified if old == plan_set else old for old in manifest.plan_sets)
         store.commit(manifest.model_copy(update={"plan_sets": plan_sets}))
     return True

@@ -80,8 +80,8 @@ class OnnxRuntimeLoader:
 def _check_version(built: str) -> None:
     if version_numbers(ort.__version__, 2) < version_numbers(built, 2):
         raise BundleError(
-            f"built with onnxruntime {built}, installed is {ort.__version__}: "
-            f"pip install 'onnxruntime>={built}' or build again"
+            f"built with onnxruntime {built}, installed is {ort.__version__}",
+            f"pip install 'onnxruntime>={built}' or build again",
         )
 
 

@@ -162,8 +162,8 @@ def _quantized(model: ov.Model, inputs: RealInputs, kept_exact: Sequence[str]) -
             )
     except Exception as error:  # it raises what it likes
         raise BuildError(
-            f"nncf cannot quantize the graph: {last_line(error)}: "
-            f"pip install -U 'elit-export[openvino]', or collect the samples again"
+            f"nncf cannot quantize the graph: {last_line(error)}",
+            "pip install -U 'elit-export[openvino]', or collect the samples again",
         ) from error
     return quantized
 

@@ -58,7 +58,7 @@ def _properties(plan: PlanFile, target: OpenVinoTarget) -> dict[str, Any]:
     """
     arithmetic = plan.built_on.get("arithmetic", "")
     if arithmetic not in TYPES:
-        raise BundleError(f"{plan.path}: its arithmetic {arithmetic!r} cannot be: {_rebuild(target)}")
+        raise BundleError(f"{plan.path}: its arithmetic {arithmetic!r} cannot be", _rebuild(target))
     threads = {"INFERENCE_NUM_THREADS": target.threads} if target.threads else {}
     return {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": target.hint.upper(), **threads}
 

@@ -96,11 +96,11 @@ def _check_version(trt: Any, target: TensorRTTarget) -> None:
 
 def _check_options(target: TensorRTTarget) -> None:
     if target.timing_cache and not target.flavour.timing_cache:
-        raise BuildError(f"{target.backend} tunes on the device that runs the plan: leave timing_cache out")
+        raise BuildError(f"{target.backend} tunes on the device that runs the plan", "leave timing_cache out")
     if target.compatibility != "none" and not target.flavour.compatibility:
         raise BuildError(
-            f"{target.backend} has no compatibility = {target.compatibility!r}: leave it out, and name every GPU "
-            f"in compute_capabilities"
+            f"{target.backend} has no compatibility = {target.compatibility!r}",
+            "leave it out, and name every GPU in compute_capabilities",
         )
 
 
@@ -108,7 +108,7 @@ def _check_arithmetic(target: TensorRTTarget) -> None:
     first = FIRST_WITH.get(target.precision, (0, 0))
     if older := [name for name in target.compute_capabilities if version_numbers(name) < first]:
         precision = target.precision.value
-        raise BuildError(f"compute capability {older[0]} has no {precision} arithmetic: give it a target with fp16")
+        raise BuildError(f"compute capability {older[0]} has no {precision} arithmetic", "give it a target with fp16")
 
 
 def _check_known(trt: Any, wanted: Iterable[str]) -> None:
@@ -130,7 +130,8 @@ def _check_local(target: TensorRTTarget) -> None:
     if target.compute_capabilities != (here,):
         raise BuildError(
             f"{target.backend} builds for the GPU of this machine, compute capability {here}, and the target wants "
-            f"{', '.join(target.compute_capabilities)}: build there, or use backend = 'tensorrt-rtx'"
+            f"{', '.join(target.compute_capabilities)}",
+            "build there, or use backend = 'tensorrt-rtx'",
         )
 
 
@@ -171,7 +172,7 @@ def _parsed(trt: Any, builder: Any, graph: Path, log: Any, precision: Precision)
         refused = "; ".join(_refusal(parser.get_error(index)) for index in range(parser.num_errors))
         raise BuildError(f"{trt.__name__} cannot read {graph.name}: {refused or log.last_errors()}")
     if precision is Precision.FP32 and _has_native_attention(trt, network):
-        raise BuildError(f"{graph.name}: native attention has no fp32 kernel; export with precision = 'fp32'")
+        raise BuildError(f"{graph.name}: native attention has no fp32 kernel", "export with precision = 'fp32'")
     return network
 
 

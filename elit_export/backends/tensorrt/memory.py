@@ -100,7 +100,7 @@ class DeviceBuffer(DeviceArray):
         values = np.empty(self._shape, self.dtype)
         with self.device.lock:
             if self.device.closed:
-                raise EngineError("the engine bank of this array is closed: copy it with .numpy() before")
+                raise EngineError("the engine bank of this array is closed", "copy it with .numpy() before")
             self.device.cuda.to_host(values.ctypes.data, self.address, self.size_bytes, self.device.stream)
             self.device.wait()
         return values

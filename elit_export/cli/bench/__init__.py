@@ -33,7 +33,7 @@ class BenchGroup(click.Group):
 
 def _renamed(args: list[str]) -> list[str]:
     if "--quality" in args:
-        raise InputError("`bench BUNDLE --quality` is now a command of its own: elit-export evaluate BUNDLE")
+        raise InputError("`bench BUNDLE --quality` is now a command of its own", "elit-export evaluate BUNDLE")
     flag = next((flag for flag in FLAGS if flag in args), None)
     command, names = FLAGS[flag] if flag else ("engines", {})
     kept = [names.get(arg, arg) for arg in args if arg != flag or arg in names]

@@ -67,7 +67,7 @@ def engines(
 
     refuse_alone(interface, checkpoint)
     if no_compile and not checkpoint:
-        raise InputError("--no-compile is of PyTorch's own times: give --checkpoint FILE too")
+        raise InputError("--no-compile is of PyTorch's own times", "give --checkpoint FILE too")
     limits, draw = load_limits(check) if check else [], drawer("plot_bench", plot)
     opened, plan_set = chosen(bundle, target, precision, json_to)
     decoder = plan_set.decoder

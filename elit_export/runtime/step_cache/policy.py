@@ -75,7 +75,7 @@ def _options(texts: Iterable[str], policy: str) -> dict[str, int]:
     for text in texts:
         match = re.fullmatch(r"(order|max_skip|most|warmup)=(\d{1,6})", text)
         if not match:
-            raise InputError(f"cache {policy!r}: unknown option {text!r}; use {USAGE}")
+            raise InputError(f"cache {policy!r}: unknown option {text!r}", f"use {USAGE}")
         name = RENAMED.get(match[1], match[1])
         if name != match[1]:
             message = f"cache {policy!r}: the option {match[1]} is now called {name}: write {name}={match[2]}"
