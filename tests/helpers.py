@@ -23,7 +23,7 @@ from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.models.elit import Elit
 from elit_export.models.registry import new_model
-from elit_export.spec import ModelSpec
+from elit_export.spec import Fit, ModelSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 Array = npt.NDArray[Any]
@@ -155,9 +155,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def fit_of(kept: int | None, slope: float = 1.0) -> CacheFit:
     return CacheFit(
         kept=kept,
-        coefficients=(0.0, slope, 0.0, 0.0, 0.0),
-        low=0.0,
-        high=10.0,
+        fit=Fit((0.0, slope, 0.0, 0.0, 0.0), low=0.0, high=10.0),
         r2=0.9,
         r2_same_steps=0.5,
         rank_same_steps=0.5,

@@ -62,7 +62,7 @@ def assert_untouched(folder: Path, before: bytes, target: str = "ov-int8") -> No
 
 def test_a_target_in_8_bits_without_samples_is_told_what_to_type(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
-    told = rf"ov-int8 is int8, .*: elit-export calibrate samples {out} --out samples\.npz .*--samples samples\.npz"
+    told = rf"ov-int8 is int8, .*; elit-export calibrate samples {out} --out samples\.npz .*--samples samples\.npz"
     with pytest.raises(CalibrationError, match=told):
         compile_bundle(openvino_recipe(tiny_checkpoint), "ov-int8", out=out)
     assert not out.exists()
@@ -71,7 +71,7 @@ def test_a_target_in_8_bits_without_samples_is_told_what_to_type(tiny_checkpoint
 def test_a_target_that_rounds_nothing_takes_no_samples(
     tiny_checkpoint: Path, tiny_samples: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(CalibrationError, match="target ov-fp32 is fp32 and takes no samples: leave them out"):
+    with pytest.raises(CalibrationError, match="target ov-fp32 is fp32 and takes no samples; leave them out"):
         compile_bundle(openvino_recipe(tiny_checkpoint), "ov-fp32", out=tmp_path / "bundle", samples=tiny_samples)
     assert not list(tmp_path.iterdir())
 

@@ -410,20 +410,20 @@ def test_a_recipe_must_say_how_long_text_is(checkpoint: Path, tmp_path: Path, te
 
 
 def test_a_recipe_of_a_model_of_classes_says_nothing_of_text(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="this model takes classes: leave `text` out"):
+    with pytest.raises(RecipeError, match="this model takes classes; leave `text` out"):
         compile_bundle(recipe_of(tiny_checkpoint), "cpu", out=tmp_path / "bundle")
 
 
 def test_the_demo_of_a_text_model_says_how_to_draw(bundle: Bundle, tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["demo", "--bundle", str(bundle.folder), "--out", str(tmp_path / "out")])
     assert done.exit_code == 2
-    told = f"the demo draws classes, and {bundle.folder} takes text: elit-export sample {bundle.folder} --prompt TEXT"
+    told = f"the demo draws classes, and {bundle.folder} takes text; elit-export sample {bundle.folder} --prompt TEXT"
     assert told in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
     ("limits", "told"),
-    [(None, "has no range of text, which the model takes"), ((1, 2, 3), "has text, which the model does not")],
+    [(None, "has no range of text, which the model takes"), (Range(1, 2, 3), "has text, which the model does not")],
 )
 def test_a_manifest_that_does_not_fit_its_model_is_refused(
     bundle: Bundle, tiny_bundle: Bundle, tmp_path: Path, limits: Any, told: str

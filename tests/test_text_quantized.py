@@ -173,7 +173,7 @@ def test_the_command_writes_samples_that_load(
 
 
 REFUSED: dict[str, tuple[Prompts | None, str]] = {
-    "none": (None, "--prompts is missing, this model takes text: write some with elit-export embed FOLDER"),
+    "none": (None, "--prompts is missing, this model takes text; write some with elit-export embed FOLDER"),
     "too wide": (
         Prompts(Embedded(np.zeros((1, 3, 32)), np.ones((1, 3), int))),
         "(1, 3, 32), must be (images, tokens, 24)",
@@ -198,7 +198,7 @@ def test_a_model_of_classes_takes_no_prompts(
     tiny_bundle: Bundle, prompts_file: Path, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     said = refused("calibrate", command[0], tiny_bundle.folder, "--prompts", prompts_file, *command[1:], tmp_path / "s")
-    assert "this model takes no text, it draws classes: leave --prompts out" in said
+    assert "this model takes no text, it draws classes; leave --prompts out" in said
 
 
 def test_neither_takes_the_other_from_python(pipeline: Pipeline, tiny_bundle: Bundle) -> None:

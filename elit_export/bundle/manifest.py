@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
@@ -11,25 +13,32 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    FiniteFloat,
     PlainSerializer,
-    model_validator,
 )
 
 from elit_export.bundle.atomic import NAME_PATTERN
 from elit_export.bundle.calibration_inputs import CalibrationFacts
-from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, ModelSpec, Precision, Profile, Range
+from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, Fit, ModelSpec, Precision, Profile, Range
 
-SCHEMA = 7
+SCHEMA = 8
 KINDS = ("graphs", "plans", "reference")
 
 
-def _ordered(corners: tuple[int, int, int]) -> tuple[int, int, int]:
-    return Range(*corners).corners()
+def _range_from_corners(value: object) -> object:
+    corners = tuple(field.name for field in fields(Range))
+    return dict(zip(corners, value, strict=True)) if isinstance(value, list | tuple) and len(value) == 3 else value
+
+
+def _usable(fit: Fit) -> Fit:
+    is_finite = all(map(math.isfinite, (*fit.coefficients, fit.low, fit.high)))
+    if len(fit.coefficients) != COEFFICIENTS or not is_finite or min(fit.low, fit.high) < 0:
+        raise ValueError(f"a fit has {COEFFICIENTS} finite coefficients and holds for distances of at least 0")
+    return fit
 
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
-Corners = Annotated[tuple[int, int, int], AfterValidator(_ordered)]  # (min, opt, max) of a Range
+StoredRange = Annotated[Range, BeforeValidator(_range_from_corners), PlainSerializer(Range.corners)]  # [min, opt, max]
+StoredFit = Annotated[Fit, AfterValidator(_usable)]
 
 
 class _Facts(BaseModel):
@@ -86,7 +95,7 @@ class ReferenceTrajectory(_Facts):
 
     name: Name
     labels: tuple[int, ...]
-    text: tuple[int, int, int] | None = None
+    text: StoredRange | None = None
     steps: int
     schedule: str
     guidance: str
@@ -137,15 +146,15 @@ class Plan(_Facts):
 
 class ProfileFacts(_Facts):
     name: str
-    latents: Corners
-    rows: Corners
-    text: Corners | None = None
+    latents: StoredRange
+    rows: StoredRange
+    text: StoredRange | None = None
     plan: Plan
     parity: Parity
 
     @property
     def profile(self) -> Profile:
-        return Profile(self.name, Range(*self.latents), Range(*self.rows), Range(*self.text) if self.text else None)
+        return Profile(self.name, self.latents, self.rows, self.text)
 
 
 class DecoderAnswers(_Facts):
@@ -159,39 +168,15 @@ class DecoderAnswers(_Facts):
 
 
 class DecoderFacts(_Facts):
-    """A VAE decoder as it was built: the class of diffusers, a hash of its folder, and a DecoderSpec's numbers."""
+    """A VAE decoder as it was built: the class of diffusers, a hash of its folder, and its numbers."""
 
     class_name: str
     sha256: str
-    channels: int = Field(ge=1)
-    image_channels: int = Field(ge=1)
-    scale: tuple[Annotated[FiniteFloat, Field(gt=0)], ...]
-    shift: tuple[FiniteFloat, ...]
-    factor: int = Field(ge=1)
-    side: int = Field(ge=1)
-    rows: Corners
+    spec: DecoderSpec
+    rows: StoredRange
     plan: Plan
     parity: Parity
     answers: DecoderAnswers
-
-    @model_validator(mode="after")
-    def _check_channels(self) -> Self:
-        if not len(self.scale) == len(self.shift) == self.channels:
-            raise ValueError(
-                f"{len(self.scale)} scales and {len(self.shift)} shifts of a decoder of {self.channels} channels"
-            )
-        return self
-
-    @property
-    def spec(self) -> DecoderSpec:
-        return DecoderSpec(
-            channels=self.channels,
-            image_channels=self.image_channels,
-            scale=self.scale,
-            shift=self.shift,
-            factor=self.factor,
-            side=self.side,
-        )
 
 
 class PlanSet(_Facts):
@@ -277,18 +262,16 @@ class ModelFacts(_Facts):
 
 
 class CacheFit(_Facts):
-    """How the change of a residual follows the distance that `probe` measures: a polynomial, lowest power first.
+    """How the change of a residual follows the distance that `probe` measures, and how well.
 
-    Of the budget with `kept` latents, or of all. It was fitted to `pairs` with distances in [low, high]; the rest is
-    of images that it was not fitted to: `held_out_error` is a root mean square, `r2` the share of the variance that it
+    `fit` is that of the budget with `kept` latents, or of all. It was fitted to `pairs`; the rest is of images that it
+    was not fitted to: `held_out_error` is a root mean square, `r2` the share of the variance that it
     explains. Among trajectories of equally many steps, where the size of a step tells nothing, `r2_same_steps` is the
     same, and `rank_same_steps` how change and distance rise together: 1 as one, −1 one against the other.
     """
 
     kept: int | None
-    coefficients: tuple[FiniteFloat, ...] = Field(min_length=COEFFICIENTS, max_length=COEFFICIENTS)
-    low: float = Field(ge=0, allow_inf_nan=False)
-    high: float = Field(ge=0, allow_inf_nan=False)
+    fit: StoredFit
     r2: float
     r2_same_steps: float
     rank_same_steps: float
@@ -307,9 +290,9 @@ class CacheCalibration(_Facts):
     guidance: tuple[str, ...]
     seed: int
 
-    def fit_for(self, kept: int) -> CacheFit:
-        """Of this budget, or of the nearest one that has its own."""
-        return min(self.fits, key=lambda fit: 0 if fit.kept is None else abs(fit.kept - kept))
+    def fit_for(self, kept: int) -> Fit:
+        """That of this budget, or of the nearest one that has its own."""
+        return min(self.fits, key=lambda each: 0 if each.kept is None else abs(each.kept - kept)).fit
 
 
 class Manifest(_Facts):

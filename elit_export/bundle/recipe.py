@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 import reprlib
 import tomllib
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union
@@ -18,6 +20,7 @@ from elit_export.errors import BundleError, RecipeError
 from elit_export.spec import LONGEST_TEXT, Budget, ModelSpec, Profile, Range, default_profiles, listed
 
 SHIPPED_RECIPE = "fashion.toml"
+UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 OUT_OF_RANGE = ("less_than_equal", "greater_than_equal")  # problems of numbers, as pydantic calls them
 
 
@@ -25,28 +28,12 @@ class _Table(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class RangeTable(_Table):
-    """`{ min = 1, opt = 8, max = 64 }`"""
-
-    min: int
-    opt: int
-    max: int
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        self.value()
-        return self
-
-    def value(self) -> Range:
-        return Range(self.min, self.opt, self.max)
-
-
 class ProfileTable(_Table):
     """One `[[profiles]]` entry; `rows` defaults to the recipe's."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
-    latents: RangeTable
-    rows: RangeTable | None = None
+    latents: Range
+    rows: Range | None = None
 
 
 if TYPE_CHECKING:
@@ -90,7 +77,7 @@ class DecoderTable(_Table):
 
     folder: str = Field(min_length=1)
     tile: int = Field(default=64, ge=4, multiple_of=4)
-    rows: RangeTable = RangeTable(min=1, opt=1, max=4)
+    rows: Range = Range(min=1, opt=1, max=4)
 
 
 class Recipe(_Table):
@@ -104,9 +91,9 @@ class Recipe(_Table):
     interface: Annotated[str, Field(min_length=1)] | None = None
     architecture: Architecture = Architecture()
     decoder: DecoderTable | None = None
-    rows: RangeTable
-    text: RangeTable | None = None
-    profiles: tuple[ProfileTable, ...] = Field(default=(), strict=False)
+    rows: Range
+    text: Range | None = None
+    profiles: tuple[ProfileTable, ...] = ()
     targets: dict[Annotated[str, Field(pattern=NAME_PATTERN)], AnyTarget] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -131,7 +118,7 @@ class Recipe(_Table):
 
     def profiles_for(self, spec: ModelSpec) -> tuple[Profile, ...]:
         """The recipe's profiles, or the default ones; raises RecipeError if one does not fit the model."""
-        rows, text = self.rows.value(), self._text_for(spec)
+        rows, text = self.rows, self._text_for(spec)
         if not self.profiles:
             return default_profiles(spec.latents, rows, step=spec.budget_step, text=text)
         for number, table in enumerate(self.profiles):
@@ -140,16 +127,13 @@ class Recipe(_Table):
                     f"recipe {self.name}: profiles.{number}.latents.max is {table.latents.max}, "
                     f"but the model has {spec.latents} latents per group"
                 )
-            for name, kept in table.latents:
+            for name, kept in vars(table.latents).items():
                 if Budget(kept, spec.latents) not in spec.budgets:
                     raise RecipeError(
                         f"recipe {self.name}: profiles.{number}.latents.{name} is {kept}, "
                         f"but the model runs {listed(spec.budgets)} only"
                     )
-        return tuple(
-            Profile(table.name, table.latents.value(), table.rows.value() if table.rows else rows, text)
-            for table in self.profiles
-        )
+        return tuple(Profile(table.name, table.latents, table.rows or rows, text) for table in self.profiles)
 
     def _text_for(self, spec: ModelSpec) -> Range | None:
         """How many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
@@ -166,7 +150,7 @@ class Recipe(_Table):
             raise RecipeError(
                 f"recipe {self.name}: text.max is {self.text.max}, but the model has positions for {LONGEST_TEXT}"
             )
-        return self.text.value()
+        return self.text
 
 
 # ---------------------------------------------------------------- reading
@@ -196,9 +180,14 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
     try:
-        return Recipe.model_validate(values)
+        return Recipe.model_validate_json(json.dumps(values, default=_refused))
     except ValidationError as error:
         raise RecipeError(f"{source}: " + "; ".join(_problem_text(problem) for problem in error.errors())) from error
+
+
+def _refused(value: object) -> object:
+    """What TOML has beyond JSON."""
+    raise RecipeError(f"{value} is a date or a time, which no key of a recipe takes", "write it as text, in quotes")
 
 
 def _problem_text(problem: Any) -> str:
@@ -210,10 +199,10 @@ def _problem_text(problem: Any) -> str:
         return f"{key}.backend: unknown backend {problem['ctx']['tag']!r}; known: {', '.join(BACKENDS)}"
     if problem["type"] == "union_tag_not_found":
         return f"{key}.backend: field required"
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] in UNKNOWN_KEY:
         options = [backend.options for backend in BACKENDS.values()]
-        tables: list[type[BaseModel]] = [Recipe, *options, ProfileTable, RangeTable, Architecture, DecoderTable]
-        known = [name for table in tables for name in table.model_fields]
+        tables: list[type[BaseModel]] = [Recipe, *options, ProfileTable, Architecture, DecoderTable]
+        known = [name for table in tables for name in table.model_fields] + [field.name for field in fields(Range)]
         near = difflib.get_close_matches(where[-1], known, n=1) if where[-1] not in known else []
         return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
     message = problem["msg"].removeprefix("Value error, ")

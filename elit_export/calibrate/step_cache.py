@@ -26,7 +26,7 @@ from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.request import Request
 from elit_export.runtime.sampling import sampling_steps
-from elit_export.spec import COEFFICIENTS, LATENTS, Budget
+from elit_export.spec import COEFFICIENTS, LATENTS, Budget, Fit
 
 HELD_OUT_EVERY = 4  # of the images
 GRID = 256  # points at which a fit must not decrease
@@ -223,9 +223,7 @@ def fitted(pairs: Pairs, kept: int | None) -> CacheFit:
     best = min(rising, key=lambda coefficients: _error(coefficients, unknown))
     return CacheFit(
         kept=kept,
-        coefficients=tuple(best.tolist()),
-        low=low,
-        high=high,
+        fit=Fit(tuple(best.tolist()), low, high),
         r2=_r2(best, unknown),
         r2_same_steps=_r2_same_steps(best, unknown),
         rank_same_steps=_rank_same_steps(unknown),

@@ -18,7 +18,7 @@ from elit_export.bundle.atomic import sha256_of
 from elit_export.bundle.readers import read_json_object
 from elit_export.checkpoints.hf_folder import CONFIG, part_folder
 from elit_export.errors import CheckpointError, RecipeError
-from elit_export.spec import DataFacts, DecoderSpec, ModelSpec, by_channel_text
+from elit_export.spec import DataFacts, DecoderSpec, ModelSpec, VaeSpec, by_channel_text
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OF_PIPELINE = "vae"  # where a whole pipeline keeps its VAE
@@ -36,11 +36,7 @@ class DecoderFolder:
 
     path: Path
     class_name: str
-    channels: int
-    image_channels: int
-    scale: Numbers
-    shift: Numbers
-    factor: int
+    vae: VaeSpec
 
     @cached_property
     def sha256(self) -> str:
@@ -53,22 +49,16 @@ class DecoderFolder:
         return KINDS[self.class_name]
 
     def spec(self, side: int) -> DecoderSpec:
-        return DecoderSpec(
-            channels=self.channels,
-            image_channels=self.image_channels,
-            scale=self.scale,
-            shift=self.shift,
-            factor=self.factor,
-            side=side,
-        )
+        return DecoderSpec(**vars(self.vae), side=side)
 
     def check_fits(self, spec: ModelSpec, data: DataFacts) -> None:
         """Raise RecipeError if a model makes no latents, or other ones."""
         if data.kind != "vae":
             raise RecipeError("decoder: this model makes pixels itself", "leave [decoder] out of the recipe")
-        if self.channels != spec.in_channels:
+        if self.vae.channels != spec.in_channels:
             raise RecipeError(
-                f"decoder: {self.path} decodes latents of {self.channels} channels, the model makes {spec.in_channels}",
+                f"decoder: {self.path} decodes latents of {self.vae.channels} channels, the model makes "
+                f"{spec.in_channels}",
                 "give the folder of the VAE that the model was trained with",
             )
         if self.kind.keeps_scale and data.vae not in UNKNOWN:
@@ -76,8 +66,8 @@ class DecoderFolder:
 
     def _check_scale(self, data: DataFacts) -> None:
         """A decoder would draw wrong pictures of latents in another scale, and nothing else would tell."""
-        scale, shift = data.of_channels(self.channels)
-        for what, own, models in (("scale", self.scale, scale), ("shift", self.shift, shift)):
+        scale, shift = data.of_channels(self.vae.channels)
+        for what, own, models in (("scale", self.vae.scale, scale), ("shift", self.vae.shift, shift)):
             if not all(math.isclose(*pair, rel_tol=SAME, abs_tol=SAME) for pair in zip(own, models, strict=True)):
                 raise RecipeError(
                     f"decoder: {self.path} has the {what} {by_channel_text(own)}, the latents of this model "
@@ -119,15 +109,8 @@ def _described(path: Path, name: str, config: _Config) -> DecoderFolder:
         raise CheckpointError(f"{config.path}: a latent would be {factor} pixels wide, at most {MOST_FACTOR} are known")
     channels = config.count(kind.channels)
     scale, shift = kind.normalisation(config, channels)
-    return DecoderFolder(
-        path=path,
-        class_name=name,
-        channels=channels,
-        image_channels=image_channels,
-        scale=scale,
-        shift=shift,
-        factor=factor,
-    )
+    vae = VaeSpec(channels=channels, image_channels=image_channels, scale=scale, shift=shift, factor=factor)
+    return DecoderFolder(path, name, vae)
 
 
 # ---------------------------------------------------------------- values of a configuration

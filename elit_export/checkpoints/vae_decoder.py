@@ -54,8 +54,8 @@ def load_decoder(folder: DecoderFolder) -> VaeDecoder:
     decoder = VaeDecoder(_autoencoder(folder), has_frames=folder.kind.has_frames)
     decoder.float().eval().requires_grad_(requires_grad=False)
     with _named(folder), torch.inference_mode():
-        pixels = decoder(torch.zeros(1, folder.channels, 2, 2))
-    wanted = (1, folder.image_channels, 2 * folder.factor, 2 * folder.factor)
+        pixels = decoder(torch.zeros(1, folder.vae.channels, 2, 2))
+    wanted = (1, folder.vae.image_channels, 2 * folder.vae.factor, 2 * folder.vae.factor)
     if pixels.shape != wanted:
         raise CheckpointError(f"{folder.path}: it makes {tuple(pixels.shape)} of 2 × 2 latents, {CONFIG} says {wanted}")
     if not pixels.isfinite().all():

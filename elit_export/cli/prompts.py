@@ -74,7 +74,7 @@ class PromptOptions:
             return load_prompts(self.file)
         if not self.texts or self.encoder is None:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
-            raise InputError(f"{wanted}, this model takes text: {HOW}")
+            raise InputError(f"{wanted}, this model takes text", HOW)
         if options.needs_null and self.negative is None:
             raise InputError(
                 f"guidance {options.guidance} leads away from a negative prompt", "give --negative TEXT, or ''"

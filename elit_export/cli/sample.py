@@ -114,4 +114,4 @@ def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
 def refuse_labels(labels: str) -> None:
     """Raise InputError for labels of a model with text."""
     if labels:
-        raise InputError(f"--labels {labels}: this model takes text: {HOW}")
+        raise InputError(f"--labels {labels}: this model takes text", HOW)

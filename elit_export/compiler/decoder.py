@@ -34,17 +34,11 @@ class BuiltDecoder:
     answers: DecoderAnswers
 
     def facts(self, plan: Plan, parity: Parity) -> DecoderFacts:
-        spec = self.spec
         return DecoderFacts(
             class_name=self.folder.class_name,
             sha256=self.folder.sha256,
-            channels=spec.channels,
-            image_channels=spec.image_channels,
-            scale=spec.scale,
-            shift=spec.shift,
-            factor=spec.factor,
-            side=spec.side,
-            rows=self.rows.corners(),
+            spec=self.spec,
+            rows=self.rows,
             plan=plan,
             parity=parity,
             answers=self.answers,
@@ -70,7 +64,7 @@ class _Weights:
 def make_decoder(job: Job, folder: DecoderFolder, table: DecoderTable) -> BuiltDecoder:
     """Raises RecipeError if the decoder does not fit the model."""
     folder.check_fits(job.facts.spec, job.facts.data)
-    spec, rows = folder.spec(min(job.facts.spec.input_size, table.tile)), table.rows.value()
+    spec, rows = folder.spec(min(job.facts.spec.input_size, table.tile)), table.rows
     weights = _Weights(folder, job.store.progress)
     graph = _graph(job, weights, spec, rows)
     return BuiltDecoder(folder, spec, rows, graph, _answers(job, weights, spec, rows))

@@ -169,9 +169,9 @@ def make_plan_set(job: Job, graphs: Mapping[str, Graph], reference: Reference, d
 def _profile_facts(profile: Profile, plan: Plan) -> ProfileFacts:
     return ProfileFacts(
         name=profile.name,
-        latents=profile.latents.corners(),
-        rows=profile.rows.corners(),
-        text=profile.text.corners() if profile.text else None,
+        latents=profile.latents,
+        rows=profile.rows,
+        text=profile.text,
         plan=plan,
         parity=BEING_BUILT,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -197,5 +198,5 @@ def _plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
 
 
 def _decoder_facts(decoder: DecoderFacts) -> Facts:
-    facts = decoder.model_dump(mode="json", exclude={"plan", "answers", "rows"})
-    return facts | {"rows": str(Range(*decoder.rows)), "plan": decoder.plan.artifact.name}
+    facts = decoder.model_dump(mode="json", exclude={"plan", "answers", "rows", "spec"})
+    return facts | asdict(decoder.spec) | {"rows": str(decoder.rows), "plan": decoder.plan.artifact.name}

@@ -66,10 +66,10 @@ def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) ->
         chosen = pairs.where(pairs.steps == steps)
         thin = np.random.default_rng(0).permutation(len(chosen))[:POINTS]
         axes.scatter(chosen.distance[thin], chosen.change[thin], s=2, alpha=0.3, label=f"{steps} steps")
-    for fit in calibration.fits:
-        reach = np.linspace(fit.low, fit.high, 200)
-        label = "fit" if fit.kept is None else f"fit of budget {fit.kept}"
-        axes.plot(reach, np.polynomial.polynomial.polyval(reach, fit.coefficients), color="black", label=label)
+    for facts in calibration.fits:
+        reach = np.linspace(facts.fit.low, facts.fit.high, 200)
+        label = "fit" if facts.kept is None else f"fit of budget {facts.kept}"
+        axes.plot(reach, np.polynomial.polynomial.polyval(reach, facts.fit.coefficients), color="black", label=label)
     axes.set(xlabel="distance that the probe measures", ylabel="relative change of the residual", xlim=(0, None))
     axes.legend(markerscale=4)
     with atomic_write(path) as temporary:

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.step_cache.base import Rule
-from elit_export.runtime.step_cache.fit import IDENTITY, Fit
-from elit_export.spec import Budget, Profile, Range, listed
+from elit_export.runtime.step_cache.fit import IDENTITY
+from elit_export.spec import Budget, Fit, Profile, Range, listed
 
 UNCALIBRATED = "there is none: elit-export calibrate cache BUNDLE"
 

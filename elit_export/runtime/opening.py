@@ -14,9 +14,8 @@ from elit_export.bundle.recipe import target_of
 from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.coverage import Coverage
-from elit_export.runtime.step_cache.fit import Fit
 from elit_export.runtime.vae import Decoder
-from elit_export.spec import FUSED, STEP, Budget, GraphSpec, Range
+from elit_export.spec import FUSED, STEP, Budget, Fit, GraphSpec
 
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
 
@@ -131,7 +130,7 @@ def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
 def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
     """What makes pictures of latents by a bank's engines, if there is something."""
     facts = plan_set.decoder
-    return Decoder(bank.decode, facts.spec, Range(*facts.rows)) if facts else None
+    return Decoder(bank.decode, facts.spec, facts.rows) if facts else None
 
 
 def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
@@ -165,5 +164,4 @@ def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:
     if calibration.checkpoint_sha256 != model.checkpoint_sha256:
         theirs, ours = calibration.checkpoint_sha256[:12], model.checkpoint_sha256[:12]
         return None, f"that of {bundle.folder} is of another checkpoint ({theirs}, not {ours}): {remedy}"
-    found = {budget: calibration.fit_for(budget.kept) for budget in model.spec.budgets}
-    return {budget: Fit(fit.coefficients, fit.low, fit.high) for budget, fit in found.items()}, ""
+    return {budget: calibration.fit_for(budget.kept) for budget in model.spec.budgets}, ""

@@ -23,9 +23,8 @@ from elit_export.runtime.opening import check_verified, chosen_plan_set, coverag
 from elit_export.runtime.options import SamplingOptions, about, resolve, takes_each
 from elit_export.runtime.request import Request, finite_array, prepare
 from elit_export.runtime.sampling import Call, StepRecord, sampling_steps
-from elit_export.runtime.step_cache.fit import Fit
 from elit_export.runtime.vae import Decoder
-from elit_export.spec import Budget, DataFacts, ModelSpec
+from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from elit_export.runtime.conditioning import Conditioning
 from elit_export.runtime.coverage import Coverage
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.options import ResolvedOptions
-from elit_export.runtime.step_cache.fit import Fit
-from elit_export.spec import Budget, ModelSpec
+from elit_export.spec import Budget, Fit, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from elit_export.arrays import Float32
 from elit_export.backends.protocols import Array, to_host
+from elit_export.runtime.step_cache.fit import covers, increments
 from elit_export.runtime.step_cache.ready import StepCache
 from elit_export.spec import Budget
 
@@ -120,12 +121,12 @@ class RequestCache:
         if is_first:
             return None
         distance = to_host(outputs["distance"])
-        memory.accumulated = memory.accumulated + self._cache.fits[budget].increments(distance)
+        memory.accumulated = memory.accumulated + increments(self._cache.fits[budget], distance)
         return distance
 
     def _measured_reason(self, memory: Memory, budget: Budget, distance: Float32) -> str:
         assert self._cache.fits
-        if not self._cache.fits[budget].covers(distance).all():
+        if not covers(self._cache.fits[budget], distance).all():
             return RANGE
         return THRESHOLD if self._cache.policy.rule.is_reached(memory.accumulated) else ""
 

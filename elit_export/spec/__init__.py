@@ -14,7 +14,8 @@ from elit_export.spec.budgets import (
     default_profiles,
     listed,
 )
-from elit_export.spec.data import PIXELS, SD_VAE, ByChannel, DataFacts, DecoderSpec, by_channel_text
+from elit_export.spec.cache import Fit
+from elit_export.spec.data import PIXELS, SD_VAE, ByChannel, DataFacts, DecoderSpec, VaeSpec, by_channel_text
 from elit_export.spec.graphs import (
     CACHE_GRAPHS,
     COEFFICIENTS,
@@ -62,6 +63,7 @@ __all__ = [
     "ByChannel",
     "DataFacts",
     "DecoderSpec",
+    "Fit",
     "GraphSpec",
     "LayerKind",
     "ModelSpec",
@@ -70,6 +72,7 @@ __all__ = [
     "Range",
     "Role",
     "TensorSpec",
+    "VaeSpec",
     "by_channel_text",
     "covered_text",
     "covering",

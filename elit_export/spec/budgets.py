@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from elit_export.errors import InputError
 
@@ -80,6 +81,8 @@ class Budget:
 @dataclass(frozen=True)
 class Range:
     """A dimension an engine accepts: min ≤ opt ≤ max, all at least 1."""
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # for recipes and manifests, which hold ranges as they are
 
     min: int
     opt: int

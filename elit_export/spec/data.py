@@ -76,10 +76,9 @@ SD_VAE = DataFacts(kind="vae", scale=0.18215, vae="stabilityai/sd-vae-ft-ema")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderSpec:
-    """How a VAE decoder is fed: z = latents / scale + shift, in squares of `side` latents.
-
-    Each becomes a square of side · `factor` pixels with values in [−1, 1]. Scale and shift have one number a channel.
+class VaeSpec:
+    """What a VAE decoder makes of latents: it takes z = latents / scale + shift, and a latent becomes `factor` pixels
+    a side with values in [−1, 1]. Scale and shift have one number a channel.
     """
 
     channels: int
@@ -87,7 +86,28 @@ class DecoderSpec:
     scale: tuple[float, ...]
     shift: tuple[float, ...]
     factor: int
+
+    def __post_init__(self) -> None:
+        if min(self.channels, self.image_channels, self.factor) < 1:
+            raise InputError(f"decoder: channels and factor must be at least 1, not {self}")
+        if not len(self.scale) == len(self.shift) == self.channels:
+            raise InputError(
+                f"{len(self.scale)} scales and {len(self.shift)} shifts of a decoder of {self.channels} channels"
+            )
+        if not all(map(_is_finite, (*self.scale, *self.shift))) or min(self.scale) <= 0:
+            raise InputError("decoder: scales must be finite and positive, shifts finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec(VaeSpec):
+    """The same as a graph decodes it: squares of `side` latents."""
+
     side: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.side < 1:
+            raise InputError(f"decoder: side is {self.side}, must be at least 1")
 
     @property
     def graph(self) -> GraphSpec:

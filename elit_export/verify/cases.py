@@ -177,7 +177,7 @@ def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tupl
             labels=tuple(range(count))
             if text
             else tuple(image * (spec.num_classes - 1) % spec.num_classes for image in range(count)),
-            text=text.corners() if text else None,
+            text=text,
             steps=TRAJECTORY_STEPS,
             schedule=schedule,
             guidance=guidance,
@@ -206,7 +206,7 @@ def trajectory_request(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> R
     """The sampling, checked against any engines."""
     shown: LabelsLike = trajectory.labels
     if trajectory.text:
-        shown = numbered(pipeline.spec, trajectory.labels, Range(*trajectory.text))
+        shown = numbered(pipeline.spec, trajectory.labels, trajectory.text)
     return pipeline.request(
         shown,
         steps=trajectory.steps,

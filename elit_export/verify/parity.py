@@ -191,7 +191,7 @@ def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: Mod
             found = _found(outputs, name, expected[wanted])
             yield Comparison(f"graph {FUSED}", f"{point_of(case)} computed {wanted}", found, least_db, problem=problem)
     for rows in reference.cache_rows:
-        inputs = {LATENTS: np.arange(plan_set.profiles[0].latents[1]), **_reused(rows, spec)}
+        inputs = {LATENTS: np.arange(plan_set.profiles[0].latents.opt), **_reused(rows, spec)}
         inputs |= _any_text(plan_set.profiles[0].profile, rows, spec)
         outputs, problem = _answers(engine, fused_inputs(inputs, force=False, rows=rows, spec=spec))
         for name, wanted in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):

@@ -405,16 +405,16 @@ def test_a_change_of_another_target_leaves_this_one(copied: Path, tiny_checkpoin
             r"compute capability 9\.9: tensorrt-rtx .* builds for 7\.5, .*12\.0, 12\.1;",
         ),
         ({"compute_capabilities": ["8.9", "9.0"]}, r"capability 9\.0: .*use backend = 'tensorrt' on the GPU itself"),
-        ({"timing_cache": True}, r"tensorrt-rtx tunes on the device that runs the plan: leave timing_cache out"),
-        ({"compatibility": "hardware"}, r"no compatibility = 'hardware': leave it out, and name every GPU"),
-        ({"compatibility": "version"}, r"no compatibility = 'version': leave it out"),
+        ({"timing_cache": True}, r"tensorrt-rtx tunes on the device that runs the plan; leave timing_cache out"),
+        ({"compatibility": "hardware"}, r"no compatibility = 'hardware'; leave it out, and name every GPU"),
+        ({"compatibility": "version"}, r"no compatibility = 'version'; leave it out"),
         (
             {"precision": Precision.BF16, "compute_capabilities": ["8.6", "7.5"]},
-            r"capability 7\.5 has no bf16 arithmetic: give it a target with fp16",
+            r"capability 7\.5 has no bf16 arithmetic; give it a target with fp16",
         ),
         (
             {"precision": Precision.FP8, "compute_capabilities": ["8.9", "8.6"]},
-            r"capability 8\.6 has no fp8 arithmetic: give it a target with fp16",
+            r"capability 8\.6 has no fp8 arithmetic; give it a target with fp16",
         ),
     ],
 )
@@ -438,14 +438,14 @@ def test_every_gpu_that_the_library_knows_is_taken() -> None:
 
 def test_an_old_library_says_how_to_get_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FLAVOURS, "tensorrt-rtx", replace(FLAVOURS["tensorrt-rtx"], oldest=(99, 1)))
-    with pytest.raises(BackendUnavailable, match=r"is too old: pip install -U 'tensorrt-rtx>=99\.1'"):
+    with pytest.raises(BackendUnavailable, match=r"is too old; pip install -U 'tensorrt-rtx>=99\.1'"):
         BUILDER.check(target())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed")
 def test_a_missing_library_names_the_extra(tiny_checkpoint: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(tiny_checkpoint, backend="tensorrt")
-    with pytest.raises(BackendUnavailable, match=r"needs tensorrt: pip install 'elit-export\[tensorrt\]'"):
+    with pytest.raises(BackendUnavailable, match=r"needs tensorrt; pip install 'elit-export\[tensorrt\]'"):
         compile_bundle(recipe, "rtx", out=tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 

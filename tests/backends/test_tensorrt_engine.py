@@ -268,7 +268,7 @@ def test_a_residual_of_a_closed_bank_is_refused(machine_with: MachineMaker, clos
     first, second = (opened(machine_with(LOW, tensors=STEP_WITH_RESIDUAL), closing)["low"] for _ in range(2))
     residual = first(fed(4))["residual"]
     first.close()
-    with pytest.raises(EngineError, match=r"bank of this array is closed: copy it with \.numpy\(\) before"):
+    with pytest.raises(EngineError, match=r"bank of this array is closed; copy it with \.numpy\(\) before"):
         second({**step_inputs(4), "residual_before": residual})
     check(second, fed(4))
 
@@ -342,7 +342,7 @@ def test_closing_an_engine_leaves_the_others_running(machine_with: MachineMaker,
 def test_a_residual_cannot_be_read_after_closing(machine_with: MachineMaker) -> None:
     with machine_with(LOW).open()["low"] as engine:
         residual = engine(step_inputs(4))["residual"]
-    with pytest.raises(EngineError, match=r"bank of this array is closed: copy it with \.numpy\(\) before"):
+    with pytest.raises(EngineError, match=r"bank of this array is closed; copy it with \.numpy\(\) before"):
         to_host(residual)
 
 
@@ -694,7 +694,7 @@ def test_another_version_is_refused_with_both(machine_with: MachineMaker, here: 
     machine = machine_with(built_with="10.14.0.1", version="10.15.0.2")
     here.has(machine)
     assert incompatibility(machine) == (
-        "built with tensorrt 10.14.0.1, installed is 10.15.0.2: pip install 'tensorrt==10.14.0.1' or build again"
+        "built with tensorrt 10.14.0.1, installed is 10.15.0.2; pip install 'tensorrt==10.14.0.1' or build again"
     )
 
 

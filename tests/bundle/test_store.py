@@ -231,9 +231,24 @@ def test_a_build_takes_what_schema_6_has(copied: Path, recipe: Recipe) -> None:
     ],
 )
 def test_names_of_graphs_in_schema_6_tell_what_they_are(name: str, graph: str, precision: str) -> None:
-    made = migrated({"schema_version": 6, "graphs": {name: {"file": "f"}}}, 6)
+    rest = {"plan_sets": [], "cache_calibration": None}
+    made = migrated({"schema_version": 6, "graphs": {name: {"file": "f"}}, **rest}, 6)
     assert made["schema_version"] == SCHEMA
     assert made["graphs"] == {name: {"file": "f", "graph": graph, "precision": precision}}
+
+
+def test_numbers_of_a_decoder_and_of_fits_in_schema_7_become_values() -> None:
+    vae = {"channels": 1, "image_channels": 3, "scale": [0.5], "shift": [0.0], "factor": 8, "side": 4}
+    fit = {"coefficients": [0, 1, 0, 0, 0], "low": 0.0, "high": 1.0}
+    values = {
+        "plan_sets": [{"target": "a", "decoder": {"class_name": "C", **vae}}, {"target": "b", "decoder": None}],
+        "cache_calibration": {"seed": 1, "fits": [{"kept": None, **fit}]},
+    }
+    assert migrated(values, 7) == {
+        "schema_version": SCHEMA,
+        "plan_sets": [{"target": "a", "decoder": {"class_name": "C", "spec": vae}}, {"target": "b", "decoder": None}],
+        "cache_calibration": {"seed": 1, "fits": [{"kept": None, "fit": fit}]},
+    }
 
 
 def test_every_schema_from_the_first_that_is_read_leads_to_todays() -> None:

@@ -155,7 +155,7 @@ def test_a_batch_at_a_time(pipeline: Pipeline) -> None:
 
 
 def test_trajectories_that_show_too_little_are_refused_before_any_is_sampled(pipeline: Pipeline) -> None:
-    with pytest.raises(CalibrationError, match=r"show 64 rows, and 96 samples are wanted: raise images or steps"):
+    with pytest.raises(CalibrationError, match=r"show 64 rows, and 96 samples are wanted; raise images or steps"):
         next(seen_rows(pipeline, SMALL.model_copy(update={"images": 1})))
     with pytest.raises(InputError, match="rows at budget"):
         next(seen_rows(pipeline, SMALL.model_copy(update={"images": 9, "rows": 9})))

@@ -207,7 +207,7 @@ def test_a_folder_without_weights_is_refused(base: Path, interface: Path) -> Non
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, interface: Path) -> None:
-    refused(tmp_path, interface, "no config.json in it or in its `transformer`: give the folder of a Qwen")
+    refused(tmp_path, interface, "no config.json in it or in its `transformer`; give the folder of a Qwen")
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,13 @@ def kl4(folders: dict[str, Path], tmp_path: Path) -> Path:
 )
 def test_a_folder_says_how_to_feed_it(folders: dict[str, Path], name: str, facts: tuple[Any, ...]) -> None:
     found = read_decoder(folders[name])
-    assert (found.class_name, found.channels, found.image_channels, found.scale, found.shift, found.factor) == facts
+    assert (found.class_name, *vars(found.vae).values()) == facts
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_the_module_says_what_diffusers_says(folders: dict[str, Path], name: str) -> None:
     folder = read_decoder(folders[name])
-    z = Z[:, : folder.channels]
+    z = Z[:, : folder.vae.channels]
     found, expected = load_decoder(folder)(z), pixels_of(load_vae(folders[name]), z)
     assert torch.equal(found, expected)
     assert expected.std() > 0.1  # no dead decoder
@@ -88,7 +88,7 @@ def test_what_a_configuration_leaves_out_is_what_diffusers_takes(name: str) -> N
 
 def test_old_configurations_are_read(kl4: Path) -> None:
     change_config(kl4, lambda config: [config.pop(key) for key in ("scaling_factor", "shift_factor", "latents_mean")])
-    assert (read_decoder(kl4).scale, read_decoder(kl4).shift) == ((0.18215,) * 4, (0.0,) * 4)
+    assert (read_decoder(kl4).vae.scale, read_decoder(kl4).vae.shift) == ((0.18215,) * 4, (0.0,) * 4)
 
 
 def test_old_names_of_attention_weights_are_read(kl4: Path) -> None:
@@ -144,7 +144,7 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dic
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no decoder at .*nowhere: give a folder that diffusers saved"):
+    with pytest.raises(CheckpointError, match=r"no decoder at .*nowhere; give a folder that diffusers saved"):
         read_decoder(tmp_path / "nowhere")
 
 
@@ -236,7 +236,7 @@ def test_numbers_left_out_are_those_of_sixteen_channels(qwen8: Path) -> None:
         read_decoder(qwen8)
     change_config(qwen8, lambda config: config.pop("z_dim"))
     found = read_decoder(qwen8)
-    assert (found.channels, found.scale[-1], found.shift[-1]) == (16, 1 / 1.916, -0.2921)
+    assert (found.vae.channels, found.vae.scale[-1], found.vae.shift[-1]) == (16, 1 / 1.916, -0.2921)
 
 
 KEY = "decoder.conv_in.weight"
@@ -371,5 +371,5 @@ def test_a_model_of_pixels_needs_none(folders: dict[str, Path]) -> None:
 def test_the_extra_is_named_where_diffusers_is_missing(kl4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for needs in (check_installed, lambda: load_decoder(read_decoder(kl4))):
-        with pytest.raises(BackendUnavailable, match=r"needs diffusers: pip install 'elit-export\[diffusers\]'"):
+        with pytest.raises(BackendUnavailable, match=r"needs diffusers; pip install 'elit-export\[diffusers\]'"):
             needs()

@@ -171,13 +171,13 @@ def test_demo_refuses_a_bundle_without_named_budgets(tiny_bundle: Bundle, tmp_pa
     folder = covering(3, 3, tiny_bundle, tmp_path / "copied")
     said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
     assert "no profile covers any of full, half, quarter" in said
-    assert "the engines cover 3of4: elit-export sample BUNDLE --schedule BUDGET" in said
+    assert "the engines cover 3of4; elit-export sample BUNDLE --schedule BUDGET" in said
 
 
 def test_demo_refuses_latents(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
     folder = golden_g4_bundle.folder
     said = refused("demo", "--bundle", folder, "--out", tmp_path / "drawn")
-    assert "has no decoder to draw them with: name its folder in the recipe ([decoder] folder = …)" in said
+    assert "has no decoder to draw them with; name its folder in the recipe ([decoder] folder = …)" in said
     assert f"elit-export sample {folder}" in said
     assert not (tmp_path / "drawn").exists()
 
@@ -407,7 +407,7 @@ def test_bench_misses_matplotlib_before_it_measures(
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr("elit_export.report.plots", raising=False)
     said = refused("bench", "engines", tiny_bundle.folder, "--plot", tmp_path / "p.png")
-    assert "this command needs matplotlib: pip install 'elit-export[report]'" in said
+    assert "this command needs matplotlib; pip install 'elit-export[report]'" in said
 
 
 # ---------------------------------------------------------------- verify, doctor

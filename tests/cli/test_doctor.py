@@ -129,13 +129,13 @@ def test_a_broken_library_makes_its_backend_unavailable_with_the_reason(
     (tmp_path / "onnxruntime.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "onnxruntime", raising=False)
-    with pytest.raises(BackendUnavailable, match=r"is installed but broken, no symbol: pip install --force-reinstall"):
+    with pytest.raises(BackendUnavailable, match=r"is installed but broken, no symbol; pip install --force-reinstall"):
         BACKENDS["onnxruntime"].loader()
 
 
 def test_a_missing_library_makes_its_backend_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendUnavailable, match=r"needs onnxruntime: pip install 'elit-export\[onnxruntime\]'"):
+    with pytest.raises(BackendUnavailable, match=r"needs onnxruntime; pip install 'elit-export\[onnxruntime\]'"):
         BACKENDS["onnxruntime"].loader()
 
 

@@ -159,7 +159,7 @@ def test_a_name_takes_a_head_and_nothing_else_of_a_checkpoint(tmp_path: Path) ->
     assert only_json("inspect", "ELIT-SiT-S/2", "--head-depth", "2")["shapes"]["split"].startswith("2-")
     for option, value in (("--num-heads", 3), ("--tail-depth", 1), ("--interface", tmp_path / "i.safetensors")):
         said = refused("inspect", "ELIT-SiT-S/2", option, str(value))
-        assert f"ELIT-SiT-S/2 is the name of a size, for which there is no {option}: leave it out" in said
+        assert f"ELIT-SiT-S/2 is the name of a size, for which there is no {option}; leave it out" in said
     assert "must be 1 to 1024" in refused("inspect", "ELIT-Qwen-Image", "--resolution", "1024", "--text", "5000")
 
 

@@ -16,6 +16,7 @@ from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.request import Request
+from elit_export.spec import Range
 from elit_export.text.encoder import TextEncoder, Weights, load_encoder, prompts_of
 from elit_export.text.files import load_prompts
 from tests.cli.test_cli import ok, refused, run
@@ -24,7 +25,7 @@ from tests.text_models import text_spec
 
 FOX = "a red fox"
 GUIDED = ["--guidance", "cfg:3"]
-LIMITS = (1, 8, 64)  # tokens of text
+LIMITS = Range(1, 8, 64)  # tokens of text
 TOLD = ["--prompt", FOX, "--prompt", "an owl, at night", "--negative", ""]
 
 
@@ -144,9 +145,9 @@ def test_sample_takes_weights_as_stored(text_bundle: Path, half: Path, drawing: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--prompt is missing: say what to show"),
+        ([], "--prompt is missing; say what to show"),
         (["--prompt", "x", "--out", "p.png"], "--out p.png: embeddings are written as .npz"),
-        (["--prompt", "@ " * 1024], "tokens long, 1024 are the most: shorten it"),
+        (["--prompt", "@ " * 1024], "tokens long, 1024 are the most; shorten it"),
     ],
 )
 def test_embed_refuses_what_is_wrong(folder: Path, tmp_path: Path, options: list[str], said: str) -> None:
@@ -184,20 +185,20 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, drawing: type[
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ([], "--prompt is missing, this model takes text: say what to show with --prompt TEXT --encoder FOLDER, or"),
+        ([], "--prompt is missing, this model takes text; say what to show with --prompt TEXT --encoder FOLDER, or"),
         (["--prompt", "x"], "--encoder is missing, this model takes text"),
         (["--negative", "", "--encoder", "e"], "--prompt is missing, this model takes text"),
-        (["--labels", "3"], "--labels 3: this model takes text: say what to show with --prompt TEXT"),
-        (["--prompts", "p.npz", "--prompt", "x"], "--prompts holds the embeddings: leave --prompt out"),
-        (["--prompts", "p.npz", "--negative", ""], "--prompts holds the embeddings: leave --negative out"),
-        (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds the embeddings: leave --encoder out"),
-        (["--prompts", "p.npz", "--encoder-weights", "stored"], "holds the embeddings: leave --encoder-weights out"),
+        (["--labels", "3"], "--labels 3: this model takes text; say what to show with --prompt TEXT"),
+        (["--prompts", "p.npz", "--prompt", "x"], "--prompts holds the embeddings; leave --prompt out"),
+        (["--prompts", "p.npz", "--negative", ""], "--prompts holds the embeddings; leave --negative out"),
+        (["--prompts", "p.npz", "--encoder", "e"], "--prompts holds the embeddings; leave --encoder out"),
+        (["--prompts", "p.npz", "--encoder-weights", "stored"], "holds the embeddings; leave --encoder-weights out"),
         (["--prompts", "nowhere.npz"], "no embeddings at nowhere.npz; write it with elit-export embed"),
         (["--prompt", "x", "--encoder", "nowhere"], "no text encoder at nowhere"),
         (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cgf:4"], "guidance 'cgf:4'"),
         (["--prompt", "x", "--encoder", "nowhere", "--schedule", "0-3:full"], "schedule"),
         (["--prompt", "x", "--encoder", "nowhere", "--cache", "teacake:1"], "cache"),
-        (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "a negative prompt: give --negative TEXT"),
+        (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "a negative prompt; give --negative TEXT"),
         (["--prompt", "x", "--encoder", "nowhere", "--negative", ""], "guidance none uses no --negative"),
         (["--prompt", "x", "--encoder", "nowhere", "--seed", "-1"], "seed -1 must lie in 0 to 2**64 - 1"),
     ],
@@ -210,7 +211,7 @@ def test_sample_of_a_text_model_refuses_what_is_wrong(text_bundle: Path, options
 def test_sample_refuses_a_prompt_that_is_too_long_for_the_engines(text_bundle: Path, folder: Path) -> None:
     said = refused("sample", text_bundle, "--prompt", "fox " * 100, "--encoder", folder)
     assert "prompt 1 ('fox fox fox fox fox ')" in said.replace("…", "")
-    assert f"{LIMITS[2]} are the most" in said
+    assert f"{LIMITS.max} are the most" in said
 
 
 def test_sample_refuses_the_encoder_of_another_model(text_bundle: Path, tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_sample_never_overwrites_the_embeddings(
     ok("embed", folder, "--prompt", FOX, "--out", file)
     before = file.read_bytes()
     said = refused("sample", text_bundle, "--prompts", file, "--out", tmp_path / out)
-    assert f"--out {tmp_path / out} would overwrite {file} with latents: choose another name" in said
+    assert f"--out {tmp_path / out} would overwrite {file} with latents; choose another name" in said
     assert file.read_bytes() == before
     assert drawing.asked is None
 
@@ -269,13 +270,13 @@ def test_sample_refuses_a_long_prompt_before_the_weights_are_read(
 ) -> None:
     monkeypatch.setattr("elit_export.text.encoder._model", None)
     said = refused("sample", text_bundle, "--prompt", "x", "--negative", "fox " * 100, "--encoder", folder, *GUIDED)
-    assert f"{LIMITS[2]} are the most" in said
+    assert f"{LIMITS.max} are the most" in said
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--negative", "--encoder", "--prompts", "--encoder-weights"])
 def test_sample_of_a_class_model_refuses_text(tiny_bundle: Bundle, option: str) -> None:
     said = refused("sample", tiny_bundle.folder, option, "stored")
-    assert f"{option}: this model takes no text, it draws classes: choose them with --labels" in said
+    assert f"{option}: this model takes no text, it draws classes; choose them with --labels" in said
 
 
 @pytest.mark.usefixtures("drawing")
@@ -284,7 +285,7 @@ def test_sample_without_transformers_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     said = refused("sample", text_bundle, "--prompt", "x", "--encoder", folder)
-    assert "needs transformers: pip install 'elit-export[text]', or embed prompts elsewhere" in said
+    assert "needs transformers; pip install 'elit-export[text]', or embed prompts elsewhere" in said
 
 
 def test_help_tells_of_prompts() -> None:

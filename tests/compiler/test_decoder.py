@@ -116,7 +116,7 @@ class Built:
 
     def __init__(self, base: Path, name: str, checkpoint: Path, folder: Path) -> None:
         self.folder, self.checkpoint = folder, checkpoint
-        self.channels = read_decoder(folder).channels
+        self.channels = read_decoder(folder).vae.channels
         for target in ("cpu", "ov"):
             self.bundle = compile_bundle(recipe_of(checkpoint, folder), target, out=base / f"bundle-{name}")
         self.vae = load_vae(folder)
@@ -137,7 +137,7 @@ def facts_of(bundle: Bundle, target: str = "cpu") -> DecoderFacts:
 @pytest.fixture(scope="module", params=MAKERS)
 def built(request: pytest.FixtureRequest, base: Path, checkpoints: dict[int, Path], folders: dict[str, Path]) -> Built:
     name: str = request.param
-    return Built(base, name, checkpoints[read_decoder(folders[name]).channels], folders[name])
+    return Built(base, name, checkpoints[read_decoder(folders[name]).vae.channels], folders[name])
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_a_build_compares_the_decoder_with_diffusers(built: Built, target: str) 
     assert (facts.parity.sqnr_db or 0) >= 115
     assert (facts.parity.max_relative or 1) <= 1e-5
     assert facts.answers.rows == (1, 2)
-    assert (facts.side, facts.rows, facts.sha256) == (8, (1, 2, 4), read_decoder(built.folder).sha256)
+    assert (facts.spec.side, facts.rows, facts.sha256) == (8, Range(1, 2, 4), read_decoder(built.folder).sha256)
 
 
 def test_targets_share_graph_and_answers(built: Built) -> None:
@@ -264,7 +264,7 @@ def test_a_build_with_one_pixel_off_is_refused(
     recipe = recipe_of(checkpoints[4], folders["kl4"], rows={"min": 1, "opt": 2, "max": 3})
     with pytest.raises(ParityError, match=r"graph decode, rows=1 pixels.*misses 1e-04 of the largest value"):
         compile_bundle(recipe, "cpu", out=copied)
-    assert facts_of(Bundle.open(copied)).rows == (1, 2, 4)
+    assert facts_of(Bundle.open(copied)).rows == Range(1, 2, 4)
 
 
 # ---------------------------------------------------------------- a person's path
@@ -300,7 +300,7 @@ def test_a_recipe_file_builds_with_a_folder_beside_it(
     assert done.exit_code == 0, done.output
     assert "decoder of target cpu" in done.output
     facts = facts_of(Bundle.open(tmp_path / "bundle"))
-    assert (facts.class_name, facts.rows) == ("AutoencoderTiny", (1, 1, 4))
+    assert (facts.class_name, facts.rows) == ("AutoencoderTiny", Range(1, 1, 4))
 
 
 def test_without_a_decoder_sample_names_the_remedy(checkpoints: dict[int, Path], tmp_path: Path, base: Path) -> None:
@@ -349,12 +349,12 @@ def test_facts_that_cannot_be_are_found_before_anything_is_opened(
 def test_inspect_shows_the_decoder(built: Built) -> None:
     said = " ".join(re.sub(r"[│\s]+", " ", elit("inspect", built.bundle.folder).output).split())
     facts = built.facts("cpu")
-    scale, shift = by_channel_text(facts.scale), by_channel_text(facts.shift)
-    for told in (facts.class_name, f"latents / {scale} + {shift}, {facts.channels} channels"):
+    scale, shift = by_channel_text(facts.spec.scale), by_channel_text(facts.spec.shift)
+    for told in (facts.class_name, f"latents / {scale} + {shift}, {facts.spec.channels} channels"):
         assert told in said
     listed = json.loads(elit("inspect", built.bundle.folder, "--json", "-").stdout)["plan_sets"][0]["decoder"]
-    assert (listed["channels"], listed["side"], listed["factor"]) == (facts.channels, 8, facts.factor)
-    assert (listed["scale"], listed["shift"]) == (list(facts.scale), list(facts.shift))
+    assert (listed["channels"], listed["side"], listed["factor"]) == (facts.spec.channels, 8, facts.spec.factor)
+    assert (listed["scale"], listed["shift"]) == (list(facts.spec.scale), list(facts.spec.shift))
 
 
 def test_verify_has_a_row_of_it(built: Built) -> None:
@@ -417,7 +417,7 @@ def test_large_samples_are_decoded_in_tiles(
 ) -> None:
     recipe = recipe_of(checkpoints[4], folders["kl4"], tile=4)
     compile_bundle(recipe, "cpu", out=copied)
-    assert facts_of(Bundle.open(copied)).side == 4
+    assert facts_of(Bundle.open(copied)).spec.side == 4
     latents = np.random.default_rng(1).standard_normal((2, 4, 8, 8))
     with Pipeline.load(copied) as pipeline:
         found, expected = pipeline.decode(latents), torch_decoder(folders["kl4"], 4)(latents)
@@ -563,7 +563,7 @@ def test_another_scale_asks_diffusers_again(folders: dict[str, Path], tmp_path: 
     compile_bundle(recipe_of(tmp_path / "c4.safetensors", folders["kl4"]), "cpu", out=tmp_path / "made")
     folder = with_scale(folders["kl4"], tmp_path / "kl4", 0.5)
     assert "decoder reference" in stages_of(tmp_path / "made", recipe_of(tmp_path / "c4.safetensors", folder))
-    assert facts_of(Bundle.open(tmp_path / "made")).scale == (0.5,) * 4
+    assert facts_of(Bundle.open(tmp_path / "made")).spec.scale == (0.5,) * 4
 
 
 def test_another_scale_than_the_model_is_refused_and_nothing_is_built(
@@ -653,7 +653,7 @@ def test_the_command_line_says_it_plainly(checkpoints: dict[int, Path], tmp_path
     (tmp_path / "vae.toml").write_text("\n".join(lines))
     done = elit("build", tmp_path / "vae.toml", "--out", tmp_path / "bundle")
     assert done.exit_code == 2
-    assert f"no decoder at {tmp_path / 'nowhere'}: give a folder that diffusers saved" in " ".join(done.output.split())
+    assert f"no decoder at {tmp_path / 'nowhere'}; give a folder that diffusers saved" in " ".join(done.output.split())
 
 
 # ---------------------------------------------------------------- other targets
@@ -707,6 +707,6 @@ def test_torch_tensorrt_gets_a_program(folders: dict[str, Path], name: str, tmp_
     path = export_decoder_program(decoder, folder.spec(8), 4, tmp_path)
     program = torch.export.load(path).module()
     for rows in (1, 4):
-        z = torch.from_numpy(np.random.default_rng(rows).standard_normal((rows, folder.channels, 8, 8), np.float32))
+        z = torch.from_numpy(np.random.default_rng(rows).standard_normal((rows, folder.vae.channels, 8, 8), np.float32))
         with torch.inference_mode():
             assert max_relative(program(z).numpy(), decoder(z).numpy()) <= 1e-5

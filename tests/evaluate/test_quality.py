@@ -194,7 +194,7 @@ def judge_of(**changes: Any) -> Judge:
     [
         (judge_of(size=16), {}, r"samples are \(1, 8, 8\), the classifier takes \(1, 16, 16\).*train-classifier"),
         (judge_of(num_classes=4), {}, "model has 3 classes, the classifier 4.*--classifier FILE"),
-        (JUDGE, {"images": 3}, "3 images .* 3 features: give at least 4"),
+        (JUDGE, {"images": 3}, "3 images .* 3 features; give at least 4"),
         (JUDGE, {"guidance": "cfg:x"}, "not a number"),
         (JUDGE, {"ways": (Way("ab3", 0),)}, "at least"),
     ],

@@ -88,7 +88,7 @@ def test_a_fit_is_the_mean_and_the_covariance() -> None:
 
 @pytest.mark.parametrize("images", [1, 3])
 def test_too_few_images_for_a_covariance_are_refused(images: int) -> None:
-    with pytest.raises(InputError, match=rf"{images} images .* 3 features: give at least 4"):
+    with pytest.raises(InputError, match=rf"{images} images .* 3 features; give at least 4"):
         Gaussian.fit(np.ones((images, 3)))
     check_images(4, 3)
 

@@ -30,11 +30,10 @@ from elit_export.graphs.check import check_graph
 from elit_export.graphs.export import export_graph
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.step_cache.fit import Fit
 from elit_export.runtime.step_cache.mask import Mask
 from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.runtime.step_cache.teacache import TeaCache
-from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, ModelSpec, Precision, Profile, Range, fused_state
+from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, Fit, ModelSpec, Precision, Profile, Range, fused_state
 from elit_export.verify.cases import case_inputs, fused_inputs
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.metrics import difference

@@ -351,7 +351,7 @@ def test_without_the_library_the_remedy_is_told(
     source: Path, tiny_samples: CalibrationInputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
-    with pytest.raises(BackendUnavailable, match=r"need modelopt .*: pip install 'elit-export\[quantize\]'"):
+    with pytest.raises(BackendUnavailable, match=r"need modelopt .*; pip install 'elit-export\[quantize\]'"):
         quantized_graph(source, tmp_path, Precision.INT8, tiny_samples, tiny_spec())
     assert list(tmp_path.iterdir()) == []
 
@@ -365,7 +365,7 @@ def test_what_the_library_cannot_do_leaves_the_folder_as_it_was(
         raise RuntimeError("no kernel\nand a long tale")
 
     monkeypatch.setattr(quantize, "_library", lambda: failing)
-    with pytest.raises(CalibrationError, match=r"cannot quantize step.onnx in fp8: no kernel: pip install"):
+    with pytest.raises(CalibrationError, match=r"cannot quantize step.onnx in fp8: no kernel; pip install"):
         quantized_graph(source, tmp_path, Precision.FP8, tiny_samples, tiny_spec())
     assert contents(tmp_path) == {"step.onnx": b"old"}
 
@@ -493,7 +493,7 @@ def test_the_command_refuses_with_the_remedy(
 
 def test_a_bundle_without_the_graph_is_told_how_to_get_it(tiny_bundle: Bundle) -> None:
     bare = Bundle(tiny_bundle.folder, tiny_bundle.manifest.model_copy(update={"graphs": {}}))
-    with pytest.raises(BundleError, match="no graph step-fp32: build a target with precision fp32 into it"):
+    with pytest.raises(BundleError, match="no graph step-fp32; build a target with precision fp32 into it"):
         stored_graph(bare)
 
 

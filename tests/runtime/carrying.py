@@ -18,8 +18,7 @@ from elit_export.arrays import HostArray
 from elit_export.backends.protocols import Array, Engine, HostOutput, to_host
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.runtime.step_cache.fit import Fit
-from elit_export.spec import PIXELS, ModelSpec, Precision, Profile, Range
+from elit_export.spec import PIXELS, Fit, ModelSpec, Precision, Profile, Range
 from tests.helpers import tiny_spec
 
 SPEC: ModelSpec = tiny_spec()

@@ -26,12 +26,11 @@ from elit_export.runtime.pipeline import Pipeline, Sample
 from elit_export.runtime.sampling import step_cache_of
 from elit_export.runtime.step_cache.base import Rule
 from elit_export.runtime.step_cache.every import Every
-from elit_export.runtime.step_cache.fit import Fit
 from elit_export.runtime.step_cache.mask import Mask
 from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.runtime.step_cache.teacache import TeaCache
 from elit_export.runtime.step_cache.time_distance import TimeDistance
-from elit_export.spec import PIXELS, Precision, Range
+from elit_export.spec import PIXELS, Fit, Precision, Range
 from elit_export.verify.metrics import difference
 from tests.helpers import calibrate, fit_of
 from tests.runtime.carrying import SPEC, carrying, time
@@ -277,7 +276,7 @@ def test_engines_without_the_graphs_of_a_policy_cannot_cache(cache: str, needed:
 
     assert with_graphs(needed).sample([0], steps=4, cache=cache)
     for name in needed:
-        with pytest.raises(InputError, match=f"no graph `{name}`: build the bundle again"):
+        with pytest.raises(InputError, match=f"no graph `{name}`; build the bundle again"):
             with_graphs({"reuse", "probe", "time"} - {name}).steps([0], steps=4, cache=cache)
 
 

@@ -14,7 +14,7 @@ from elit_export.arrays import Float64
 from elit_export.bundle.reading import Bundle
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.sampling import StepRecord
-from elit_export.runtime.step_cache.fit import Fit
+from elit_export.spec import Fit
 from tests.runtime.carrying import Carrying, all_pairs, carrying
 
 STEPS = 10

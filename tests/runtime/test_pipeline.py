@@ -417,7 +417,7 @@ NO_CHOICES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"sampler": "heun", "steps": 2, "step_noise": np.zeros((1, 1, *SHAPE))},
-        "sampler heun adds no noise: leave step_noise out",
+        "sampler heun adds no noise; leave step_noise out",
     ),
 ]
 

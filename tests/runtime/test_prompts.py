@@ -50,7 +50,7 @@ def test_padding_that_ends_every_row_is_cut_and_other_padding_stays() -> None:
 def test_padding_beyond_what_the_model_takes_is_no_length() -> None:
     text = np.zeros((1, 2000, 24), np.float32)
     assert checked(text, np.arange(2000)[None] < 7).text.shape[1] == 7
-    with pytest.raises(InputError, match="prompts: 1025 tokens, the model has positions for 1024: shorten it"):
+    with pytest.raises(InputError, match="prompts: 1025 tokens, the model has positions for 1024; shorten it"):
         checked(text, np.arange(2000)[None] < 1025)
 
 

@@ -32,10 +32,10 @@ from elit_export.runtime.residuals import (
 )
 from elit_export.runtime.sampling import Call, StepRecord
 from elit_export.runtime.step_cache.every import Every
-from elit_export.runtime.step_cache.fit import Fit
+from elit_export.runtime.step_cache.fit import covers, increments
 from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.runtime.step_cache.ready import StepCache
-from elit_export.spec import PIXELS, Precision, Range
+from elit_export.spec import PIXELS, Fit, Precision, Range
 from tests.runtime.carrying import (
     GUIDED,
     IDENTITY,
@@ -118,7 +118,7 @@ floats32 = st.floats(-4, 4, width=32)
 def test_increments_are_the_polynomial_where_it_is_not_negative(
     coefficients: tuple[float, ...], distances: list[float]
 ) -> None:
-    found = Fit(coefficients, 0.0, 4.0).increments(np.array(distances, np.float32))
+    found = increments(Fit(coefficients, 0.0, 4.0), np.array(distances, np.float32))
     exact = np.polynomial.polynomial.polyval(np.array(distances), coefficients)
     assert found.dtype == np.float32
     assert (found >= 0).all()
@@ -129,8 +129,8 @@ def test_increments_are_the_polynomial_where_it_is_not_negative(
 def test_a_fit_does_not_hold_outside_its_range(distance: float) -> None:
     """And says so without a warning of NumPy's."""
     fit, distances = Fit((0.0, 1.0), 0.5, 2.0), np.array([1.0, distance, 0.5, 2.0], np.float32)
-    assert fit.covers(distances).tolist() == [True, False, True, True]
-    assert fit.increments(distances)[[0, 2, 3]].tolist() == [1.0, 0.5, 2.0]
+    assert covers(fit, distances).tolist() == [True, False, True, True]
+    assert increments(fit, distances)[[0, 2, 3]].tolist() == [1.0, 0.5, 2.0]
 
 
 # ---------------------------------------------------------------- decisions

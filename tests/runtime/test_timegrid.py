@@ -68,7 +68,7 @@ def resolved(**options: str) -> ResolvedOptions:
 @pytest.mark.parametrize("sampler", ["euler", "ab3"])
 def test_a_grid_whose_times_coincide_is_refused(sampler: str) -> None:
     grids = [f"shift:{shift}" for shift in ("1e13", "1e17", "1e18", "1e300", "1e-13", "1e-155", "1e-320")]
-    cases = [(grid, f"time grid '{grid}' makes times coincide in 14 steps: choose S near") for grid in grids]
+    cases = [(grid, f"time grid '{grid}' makes times coincide in 14 steps; choose S near") for grid in grids]
     assert wrong_refusals(lambda grid: resolved(sampler=sampler, time_grid=grid), cases) == {}
 
 

@@ -205,10 +205,10 @@ def test_a_text_of_too_many_tokens_is_refused_with_their_number(loaded: TextEnco
     words = "the " * 10
     count = loaded.embed([words]).text.shape[1]
     assert loaded.embed([words], longest=count).text.shape[1] == count
-    told = rf"prompt 2 \('the the the the the '…\) is {count} tokens long, {count - 1} are the most: shorten it"
+    told = rf"prompt 2 \('the the the the the '…\) is {count} tokens long, {count - 1} are the most; shorten it"
     with pytest.raises(InputError, match=told):
         loaded.embed(["", words], longest=count - 1)
-    with pytest.raises(InputError, match=r"is \d{4} tokens long, 1024 are the most: shorten it"):
+    with pytest.raises(InputError, match=r"is \d{4} tokens long, 1024 are the most; shorten it"):
         prompts_of(loaded, ["x"], ["@ " * 1024])
 
 
@@ -228,7 +228,7 @@ def test_what_is_no_text_is_refused(loaded: TextEncoder, prompts: Any, told: str
 
 @pytest.mark.parametrize("negatives", [["", "", ""], "no"])
 def test_negatives_are_one_or_as_many(loaded: TextEncoder, negatives: Any) -> None:
-    with pytest.raises(InputError, match=r"2 prompts and . negative ones: give none, one for all or one for each"):
+    with pytest.raises(InputError, match=r"2 prompts and . negative ones; give none, one for all or one for each"):
         prompts_of(loaded, ["a", "b"], negatives)
 
 
@@ -249,13 +249,13 @@ def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dic
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no text encoder at .*nowhere: give a folder with text_encoder/ and to"):
+    with pytest.raises(CheckpointError, match=r"no text encoder at .*nowhere; give a folder with text_encoder/ and to"):
         load_encoder(tmp_path / "nowhere")
 
 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"no config\.json in it or in its `text_encoder`: give a folder with text_enc"
+        CheckpointError, match=r"no config\.json in it or in its `text_encoder`; give a folder with text_enc"
     ):
         load_encoder(tmp_path)
 
@@ -391,7 +391,7 @@ def test_too_little_memory_is_told_apart_from_damage(
 
     monkeypatch.setattr(transformers.Qwen2_5_VLTextModel, "from_pretrained", fail)
     told = (
-        r"not enough memory \(.*\): take half with --encoder-weights stored, or run elit-export embed on a larger mac"
+        r"not enough memory \(.*\); take half with --encoder-weights stored, or run elit-export embed on a larger mac"
     )
     with pytest.raises(BackendUnavailable, match=told) as found:
         load_encoder(folder)
@@ -475,5 +475,5 @@ def test_the_extra_is_named_where_a_library_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     for needs in (check_installed, lambda: load_encoder(folder)):
-        with pytest.raises(BackendUnavailable, match=rf"needs {library}: pip install 'elit-export\[text\]', or embed"):
+        with pytest.raises(BackendUnavailable, match=rf"needs {library}; pip install 'elit-export\[text\]', or embed"):
             needs()

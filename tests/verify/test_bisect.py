@@ -258,4 +258,4 @@ def test_without_onnx_a_miss_stays_a_miss(stale: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "onnx", None)
     done = verify(stale)
     assert done.exit_code == 1
-    assert "cannot bisect: this needs onnx: pip install 'elit-export[export]'" in done.stderr
+    assert "cannot bisect: this needs onnx; pip install 'elit-export[export]'" in done.stderr

@@ -142,8 +142,8 @@ def calibration_table(calibration: CacheCalibration) -> Table:
         [
             (
                 "all" if fit.kept is None else str(fit.kept),
-                " ".join(f"{coefficient:.4g}" for coefficient in fit.coefficients),
-                f"{fit.low:.3g}..{fit.high:.3g}",
+                " ".join(f"{coefficient:.4g}" for coefficient in fit.fit.coefficients),
+                f"{fit.fit.low:.3g}..{fit.fit.high:.3g}",
                 str(fit.pairs),
                 f"{fit.held_out_error:.2g}",
                 f"{fit.r2:.2f}",

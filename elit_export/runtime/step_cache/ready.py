@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from elit_export.runtime.step_cache.fit import Fit
 from elit_export.runtime.step_cache.policy import CachePolicy
-from elit_export.spec import Budget
+from elit_export.spec import Budget, Fit
 
 
 @dataclass(frozen=True)
