@@ -70,19 +70,12 @@ class InputError(ElitExportError, ValueError):
     """An argument is wrong."""
 
 
-def first_line(error: BaseException) -> str:
-    """What another library's error says, short enough for a line."""
-    said = str(error).strip()
-    return said.splitlines()[0] if said else type(error).__name__
+def summary(error: BaseException, *, lines: int = 1, last: bool = False) -> str:
+    """The first `lines` of another library's error as one line; with `last`, its last ones.
 
-
-def first_lines(error: BaseException) -> str:
-    """The first two: of weights in another shape, the second names them."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[:2]).rstrip(".")
-
-
-def last_line(error: BaseException) -> str:
-    """The same of a library that says first where it failed, and last why."""
-    said = str(error).strip()
-    return said.splitlines()[-1] if said else type(error).__name__
+    Two lines where the second names the weights of another shape; the last where a library first says where it failed,
+    and then why.
+    """
+    text = str(error).strip().splitlines() or [type(error).__name__]
+    part = text[-lines:] if last else text[:lines]
+    return " ".join(line.strip() for line in part).rstrip(".")

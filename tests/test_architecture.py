@@ -19,10 +19,11 @@ from elit_export.spec import RELEASED_BACKBONE
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "elit_export"
 
-# room → what it may import beside itself, `errors`, `arrays`, and the files of `bundle` that know no bundle.
+# room → what it may import beside itself and what may be imported ANYWHERE.
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "arrays": set(),
+    "callbacks": set(),
     "spec": set(),
     "backends": {"spec"},
     "bundle": {"spec", "backends"},
@@ -56,7 +57,8 @@ ROOMS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "__init__": {"arrays", "backends", "spec", "bundle", "checkpoints", "compiler", "runtime"},
 }
-ANYWHERE = {"errors", "arrays", "bundle.atomic", "bundle.readers"}
+# Values and helpers without a room, and the files of `bundle` that know no bundle.
+ANYWHERE = {"errors", "arrays", "callbacks", "bundle.atomic", "bundle.readers"}
 # What each kind of file of a backend may import beside its own folder.
 BACKEND_FILES: dict[str, set[str]] = {
     "options": {"spec", "backends.target"},

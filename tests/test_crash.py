@@ -36,8 +36,9 @@ from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.manifest import KINDS
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
-from elit_export.bundle.store import LOCK, STAGING, Progress, Store, no_progress
+from elit_export.bundle.store import LOCK, STAGING, Progress, Store
 from elit_export.calibrate.step_cache import Watched
+from elit_export.callbacks import noop
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
 from elit_export.errors import BundleError
@@ -278,7 +279,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 Build = Callable[..., object]  # (folder, progress) → never returns
 
 
-def builds_without_end(first: Built, second: Built, folder: Path, progress: Progress = no_progress) -> None:
+def builds_without_end(first: Built, second: Built, folder: Path, progress: Progress = noop) -> None:
     """The two in turn, neither equal to a bundle of more than 8 rows."""
     for number in count():
         recipe = (first, second)[number % 2].recipe(3 + number % 5)

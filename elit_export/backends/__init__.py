@@ -17,7 +17,7 @@ from elit_export.backends.protocols import Builder, EngineLoader
 from elit_export.backends.target import Target, TargetFacts
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
-from elit_export.errors import BackendUnavailable, first_line
+from elit_export.errors import BackendUnavailable, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Backend:
                 if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
                     raise BackendUnavailable(f"backend {self.name} needs {library}", f"pip install {extra}") from error
                 raise BackendUnavailable(
-                    f"backend {self.name}: {library} is installed but broken, {first_line(error)}",
+                    f"backend {self.name}: {library} is installed but broken, {summary(error)}",
                     f"pip install --force-reinstall {extra}",
                 ) from error
         return import_module(f"{__name__}.{self.folder}.{file}")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from elit_export.callbacks import noop
+
 PEAK_SIZES = (1024, 2048, 4096)
 PEAK_REPEATS = 3
 STATUS = Path("/proc/self/status")
@@ -25,16 +27,12 @@ class Timing:
     runs: int
 
 
-def nothing() -> None:
-    """Do nothing."""
-
-
 def timed_in_turn(
     functions: Mapping[str, Callable[[], object]],
     *,
     rounds: int,
     warmup: int = 2,
-    before: Callable[[], None] = nothing,
+    before: Callable[[], None] = noop,
 ) -> dict[str, Timing]:
     """Run each function once per round, so that a slow moment of the machine hits all of them.
 

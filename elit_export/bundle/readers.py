@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from elit_export.errors import CheckpointError, first_line
+from elit_export.errors import CheckpointError, summary
 
 try:
     from lzma import LZMAError
@@ -25,7 +25,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {first_line(error)}", "copy the folder again") from error
+        raise CheckpointError(f"{path}: not JSON: {summary(error)}", "copy the folder again") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: no table of names and values", "copy the folder again")
     return values

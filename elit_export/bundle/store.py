@@ -34,6 +34,7 @@ from elit_export.bundle.reading import (
     read_manifest,
     verified_folder,
 )
+from elit_export.callbacks import noop
 from elit_export.errors import BundleError
 
 Progress = Callable[[str, float], None]
@@ -44,10 +45,6 @@ TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # of bundle.atomic, le
 ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
 # Two of them tell ours, damaged or not.
 OWN_KEYS = (b'"schema_version"', b'"package_version"', b'"plan_sets"')
-
-
-def no_progress(_stage: str, _share: float) -> None:
-    """Say nothing."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ class Store:
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest | None, *, keeps_all: bool = False, progress: Progress = no_progress
+        self, folder: Path, manifest: Manifest | None, *, keeps_all: bool = False, progress: Progress = noop
     ) -> None:
         self.folder, self.manifest, self.progress = folder, manifest, progress
         self._keeps_all = keeps_all  # beside a manifest that cannot be read, which artifacts it names is not known
@@ -175,7 +172,7 @@ def _subfolder(parent: Path, key: str) -> Iterator[Path]:
 
 
 @contextmanager
-def writing(folder: Path, progress: Progress = no_progress) -> Iterator[Store]:
+def writing(folder: Path, progress: Progress = noop) -> Iterator[Store]:
     """Lock a folder for one build, and leave in it what its manifest names, whatever happens.
 
     Raises BundleError if another build holds it, if it holds other things, or cannot be written.

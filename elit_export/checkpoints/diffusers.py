@@ -26,7 +26,7 @@ from elit_export.checkpoints.weights import (
     spec_to_metadata,
     write_safetensors,
 )
-from elit_export.errors import CheckpointError, first_line
+from elit_export.errors import CheckpointError, summary
 from elit_export.models.elit import Elit
 from elit_export.spec import ModelSpec
 
@@ -119,7 +119,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             for name in file.keys():  # noqa: SIM118, as it is no mapping
                 yield name, file.get_tensor(name)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file: {summary(error)}") from error
 
 
 def _files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from elit_export.checkpoints.weights import Shape, Weights, check_tensors, meta_model
-from elit_export.errors import CheckpointError, InputError, first_line
+from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.models.elit import Elit
 from elit_export.models.registry import FAMILIES, RELEASED_HEAD_DEPTH, RELEASED_NAMES, named_spec
 from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, ModelSpec
@@ -60,7 +60,7 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
             f"{path}: not a whole torch.save zip file (truncated, damaged, or saved in the old format): "
-            f"{first_line(error)}",
+            f"{summary(error)}",
             "download or save it again",
         ) from error
     if not isinstance(content, Mapping):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elit_export.checkpoints.hf_folder import CONFIG
 from elit_export.checkpoints.vae import WEIGHTS, DecoderFolder
-from elit_export.errors import BackendUnavailable, CheckpointError, first_lines
+from elit_export.errors import BackendUnavailable, CheckpointError, summary
 
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
 # What diffusers raises of files that it cannot read or that do not fit, and what of values that no model has.
@@ -94,12 +94,12 @@ def _named(folder: DecoderFolder) -> Iterator[None]:
         yield
     except OF_FILES as error:
         raise CheckpointError(
-            f"{folder.path}: diffusers cannot read it: {first_lines(error)}", "copy the folder again"
+            f"{folder.path}: diffusers cannot read it: {summary(error, lines=2)}", "copy the folder again"
         ) from error
     except OF_VALUES as error:
         raise CheckpointError(
             f"{folder.path / CONFIG}: diffusers makes no {folder.class_name} of it: {type(error).__name__}: "
-            f"{first_lines(error)}",
+            f"{summary(error, lines=2)}",
             "copy the folder again",
         ) from error
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elit_export.bundle.atomic import atomic_write
-from elit_export.errors import CheckpointError, InputError, first_line
+from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.models.elit import Elit
 from elit_export.models.registry import new_model
 from elit_export.spec import DataFacts, ModelSpec
@@ -33,7 +33,7 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) ->
         with atomic_write(path) as temporary:
             save_file(weights, temporary, metadata)
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: cannot be written: {first_line(error)}") from error
+        raise CheckpointError(f"{path}: cannot be written: {summary(error)}") from error
 
 
 def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
@@ -43,7 +43,7 @@ def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
             metadata = file.metadata() or {}
         weights = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {first_line(error)}") from error
+        raise CheckpointError(f"{path}: not a whole safetensors file: {summary(error)}") from error
     if metadata.get("format") != wanted:
         raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {wanted!r}")
     return weights, metadata
@@ -81,7 +81,7 @@ def meta_model(spec: ModelSpec, data: DataFacts) -> Elit:
     except InputError as error:  # a backbone that this version does not know, or cannot be
         raise CheckpointError(str(error)) from error
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
-        raise CheckpointError(f"its spec describes no model that can be: {first_line(error)}") from error
+        raise CheckpointError(f"its spec describes no model that can be: {summary(error)}") from error
 
 
 def spec_to_metadata(model: Elit) -> dict[str, str]:

@@ -16,7 +16,8 @@ from elit_export.bundle.keys import Keys, model_key
 from elit_export.bundle.manifest import SCHEMA, Graph, Manifest, ModelFacts, PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import Recipe, load_recipe
-from elit_export.bundle.store import Progress, Store, no_progress, writing
+from elit_export.bundle.store import Progress, Store, writing
+from elit_export.callbacks import noop
 from elit_export.checkpoints.vae import DecoderFolder, read_decoder
 from elit_export.checkpoints.vae_decoder import check_installed
 from elit_export.compiler.decoder import make_decoder
@@ -37,7 +38,7 @@ def compile_bundle(
     checkpoint: str | Path | None = None,
     interface: str | Path | None = None,
     samples: str | Path | None = None,
-    progress: Progress = no_progress,
+    progress: Progress = noop,
 ) -> Bundle:
     """Export, build, verify, and only then make the bundle in `out` real.
 

@@ -23,7 +23,7 @@ from elit_export.arrays import Arrays
 from elit_export.backends import BACKENDS
 from elit_export.bundle.calibration_inputs import CalibrationInputs
 from elit_export.cost.layers import GROUPS, PRODUCTS, layers_of
-from elit_export.errors import BackendUnavailable, CalibrationError, first_line
+from elit_export.errors import BackendUnavailable, CalibrationError, summary
 from elit_export.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _by_modelopt(
             )
     except Exception as error:  # it raises what it likes
         raise CalibrationError(
-            f"modelopt cannot quantize {graph.name} in {precision.value}: {first_line(error)}",
+            f"modelopt cannot quantize {graph.name} in {precision.value}: {summary(error)}",
             "pip install -U 'elit-export[quantize]', or collect the samples again",
         ) from error
     return made
@@ -137,7 +137,7 @@ def _library() -> Callable[..., None]:
             from modelopt.onnx.quantization import quantize
     except ImportError as error:
         raise BackendUnavailable(
-            f"int8 and fp8 graphs need modelopt ({first_line(error)})", "pip install 'elit-export[quantize]'"
+            f"int8 and fp8 graphs need modelopt ({summary(error)})", "pip install 'elit-export[quantize]'"
         ) from error
     function: Callable[..., None] = quantize
     return function

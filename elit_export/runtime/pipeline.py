@@ -14,6 +14,7 @@ import numpy.typing as npt
 from elit_export.arrays import Float64, Pixels
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
+from elit_export.callbacks import noop
 from elit_export.errors import InputError
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.conditioning import LabelsLike, as_conditioning
@@ -79,16 +80,12 @@ class Sample:
         )
 
 
-def ignore(_record: StepRecord) -> None:
-    """Listen to no step."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SamplingOptions):
     """How to sample, and who hears of it."""
 
     on_step: Callable[[StepRecord], None] = field(
-        default=ignore, metadata=about("hears every step", "a function of a StepRecord")
+        default=noop, metadata=about("hears every step", "a function of a StepRecord")
     )
 
 
@@ -194,13 +191,13 @@ class Pipeline:
         return prepare(self.spec, self.coverage, conditioning, resolve(self.spec, options))
 
     def sampled(
-        self, labels: LabelsLike, options: SamplingOptions, on_step: Callable[[StepRecord], None] = ignore
+        self, labels: LabelsLike, options: SamplingOptions, on_step: Callable[[StepRecord], None] = noop
     ) -> Sample:
         """As `sample`, with the options as one value."""
         started = time.perf_counter()
         return self._run(self.prepared(labels, options), on_step, started)
 
-    def run(self, request: Request, on_step: Callable[[StepRecord], None] = ignore) -> Sample:
+    def run(self, request: Request, on_step: Callable[[StepRecord], None] = noop) -> Sample:
         """Sample what was checked; `on_step` hears every step. Raises EngineError."""
         return self._run(request, on_step, time.perf_counter())
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from elit_export.arrays import Arrays, HostArray, Int64
-from elit_export.errors import InputError, first_line
+from elit_export.errors import InputError, summary
 from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec, Range
 
 
@@ -158,7 +158,7 @@ def _numbers(values: object, what: str, kinds: str) -> HostArray:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors of other libraries
         raise InputError(
-            f"{what} is no array of numbers ({first_line(error)})", f"give one of NumPy, e.g. {OF_TORCH}"
+            f"{what} is no array of numbers ({summary(error)})", f"give one of NumPy, e.g. {OF_TORCH}"
         ) from error
     if array.dtype.kind not in kinds:
         raise InputError(f"{what} holds {array.dtype}, must be numbers", f"e.g. {OF_TORCH}")

@@ -19,7 +19,7 @@ import numpy as np
 
 from elit_export.arrays import Float32
 from elit_export.checkpoints.hf_folder import CONFIG
-from elit_export.errors import BackendUnavailable, CheckpointError, InputError, first_lines
+from elit_export.errors import BackendUnavailable, CheckpointError, InputError, summary
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import LONGEST_TEXT
 from elit_export.text.folder import EncoderFolder, read_encoder
@@ -254,12 +254,12 @@ def _told(path: Path, to: str) -> Iterator[None]:
     except Exception as error:
         if _is_of_memory(error):
             raise BackendUnavailable(
-                f"{path}: not enough memory ({first_lines(error)})",
+                f"{path}: not enough memory ({summary(error, lines=2)})",
                 "take half with --encoder-weights stored, or run elit-export embed on a larger machine and give its "
                 "file: elit-export sample BUNDLE --prompts FILE.npz",
             ) from error
         raise CheckpointError(
-            f"{path}: transformers cannot {to} it: {first_lines(error)}", "copy the folder again"
+            f"{path}: transformers cannot {to} it: {summary(error, lines=2)}", "copy the folder again"
         ) from error
 
 

@@ -14,7 +14,7 @@ from elit_export.arrays import HostArray
 from elit_export.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeTarget
 from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, PlanFile, PlanOrigin
 from elit_export.backends.versions import version_numbers
-from elit_export.errors import BackendUnavailable, BundleError, EngineError, first_line
+from elit_export.errors import BackendUnavailable, BundleError, EngineError, summary
 from elit_export.spec import GraphSpec
 
 # y = x, one float, as ONNX: the smallest model that makes a provider start or refuse.
@@ -69,7 +69,7 @@ class OnnxRuntimeLoader:
         try:
             started = ort.InferenceSession(IDENTITY, providers=[provider]).get_providers()[0]
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
-            return f"{provider} fails: {first_line(error)}", "mend its driver and libraries, or use device = 'cpu'"
+            return f"{provider} fails: {summary(error)}", "mend its driver and libraries, or use device = 'cpu'"
         finally:
             ort.set_default_logger_severity(WARNINGS)
         if started != provider:
@@ -108,7 +108,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._session = ort.InferenceSession(plan, options, providers=[provider])
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
-            raise EngineError(f"onnxruntime cannot open {plan}: {first_line(error)}") from error
+            raise EngineError(f"onnxruntime cannot open {plan}: {summary(error)}") from error
         if self._session.get_providers()[0] != provider:  # it falls back to the CPU without a word
             raise BackendUnavailable(
                 f"onnxruntime could not start {provider} for {plan.name}",
@@ -127,7 +127,7 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:  # see above
-            raise EngineError(f"onnxruntime failed: {first_line(error)}") from error
+            raise EngineError(f"onnxruntime failed: {summary(error)}") from error
         # Unshaped outputs are allocated for each call, so they are the caller's.
         values = zip(self._outputs, binding.get_outputs(), strict=True)
         return {name: value.numpy() if name in self._on_host else OrtArray(value) for name, value in values}

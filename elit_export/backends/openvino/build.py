@@ -23,7 +23,7 @@ import openvino as ov
 from elit_export.backends.openvino.cpu import cpu_features
 from elit_export.backends.openvino.options import DEVICE, OpenVinoTarget
 from elit_export.backends.protocols import Builder, BuiltPlan, GraphFile, OnShare, RealInputs
-from elit_export.errors import BackendUnavailable, BuildError, first_line, last_line
+from elit_export.errors import BackendUnavailable, BuildError, summary
 from elit_export.spec import Precision, Profile
 
 NO_TELEMETRY = "NNCF_CI"
@@ -76,7 +76,7 @@ class OpenVinoBuilder:
             compiled = ov.Core().compile_model(model, DEVICE, {"INFERENCE_PRECISION_HINT": arithmetic})
             content = compiled.export_model()
         except RuntimeError as error:  # what the library raises
-            raise BuildError(f"openvino cannot build {graph.path.name}: {last_line(error)}") from error
+            raise BuildError(f"openvino cannot build {graph.path.name}: {summary(error, last=True)}") from error
         file = graph.path.with_suffix(".blob").name
         (folder / file).write_bytes(content.getbuffer())
         progress(1.0)
@@ -125,7 +125,7 @@ def _nncf() -> ModuleType:
             import nncf
     except Exception as error:  # a broken library raises what it likes
         raise BackendUnavailable(
-            f"precision int8: nncf is installed but broken, {first_line(error)}",
+            f"precision int8: nncf is installed but broken, {summary(error)}",
             "pip install --force-reinstall 'elit-export[openvino]'",
         ) from error
     finally:
@@ -162,7 +162,7 @@ def _quantized(model: ov.Model, inputs: RealInputs, kept_exact: Sequence[str]) -
             )
     except Exception as error:  # it raises what it likes
         raise BuildError(
-            f"nncf cannot quantize the graph: {last_line(error)}",
+            f"nncf cannot quantize the graph: {summary(error, last=True)}",
             "pip install -U 'elit-export[openvino]', or collect the samples again",
         ) from error
     return quantized

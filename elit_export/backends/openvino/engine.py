@@ -14,7 +14,7 @@ from elit_export.arrays import HostArray
 from elit_export.backends.openvino.cpu import cpu_features
 from elit_export.backends.openvino.options import DEVICE, OpenVinoTarget
 from elit_export.backends.protocols import Array, Engine, EngineLoader, HostOutput, PlanFile, PlanOrigin, to_host
-from elit_export.errors import BundleError, EngineError, last_line
+from elit_export.errors import BundleError, EngineError, summary
 from elit_export.spec import GraphSpec
 
 TYPES = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}
@@ -92,7 +92,7 @@ class OpenVinoEngine(Engine):
         try:
             compiled = ov.Core().import_model(plan.read_bytes(), DEVICE, dict(properties))
         except RuntimeError as error:  # what the library raises
-            raise EngineError(f"openvino cannot open {plan}: {last_line(error)}") from error
+            raise EngineError(f"openvino cannot open {plan}: {summary(error, last=True)}") from error
         wanted = TYPES[properties["INFERENCE_PRECISION_HINT"]]
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
         if found != wanted:
@@ -109,7 +109,7 @@ class OpenVinoEngine(Engine):
             given = {name: np.asarray(to_host(array), order="C") for name, array in inputs.items()}
             found = self._request.infer(given, share_inputs=True)  # outputs are copied: they are the caller's
         except RuntimeError as error:  # what the library raises
-            raise EngineError(f"openvino failed: {last_line(error)}") from error
+            raise EngineError(f"openvino failed: {summary(error, last=True)}") from error
         return {name: self._output(name, found[name]) for name in self._outputs}
 
     def _output(self, name: str, values: HostArray) -> Array:
