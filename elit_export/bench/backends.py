@@ -1,7 +1,7 @@
-"""Every plan set of a bundle side by side: time per budget, memory, bytes on disk, distance from PyTorch.
+"""Compares the plan sets of a bundle: time per budget, memory, bytes on disk, SQNR against PyTorch.
 
-All are called in turn in one process, with a pause before each, because the threads of some libraries spin on for
-a moment after a call. Times are comparable within one result only.
+The plan sets run in turn in one process. A pause precedes each call, because the threads of some libraries keep
+spinning for a moment after one. Times are comparable within one result only.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import ModelSpec, Precision
 
 EAGER = "PyTorch eager"
-PAUSE_S = 0.02
+PAUSE_S = 0.02  # before each call
 
 
 @dataclass(frozen=True)
 class Competitor:
-    """An opened plan set and what it takes of the machine."""
+    """An opened plan set and the memory that it uses."""
 
     plan_set: PlanSet
     pipeline: Pipeline
-    accepted_miss: str  # the reason, where it is below its tolerance
-    held_bytes: int | None  # resident memory of its engines alone, None where the system does not tell
+    accepted_miss: str  # the recipe's reason, where the plan set is below its tolerance
+    held_bytes: int | None  # resident memory of its engines alone, None where the system does not report it
 
     @property
     def name(self) -> str:
@@ -42,8 +42,11 @@ class Competitor:
 
 @dataclass(frozen=True)
 class BackendTime:
-    """One call at one budget. `speedup` is the baseline's time at that budget over this one's, `time_over_flops` the
-    time over that of the largest budget, over the same ratio of FLOPs: 1 where time follows FLOPs."""
+    """Time of one call at one budget.
+
+    `speedup` is the baseline's time at that budget over this one's. `time_over_flops` is the time over that of the
+    largest budget, divided by the same ratio of FLOPs: 1 where time is proportional to FLOPs.
+    """
 
     budget: str
     timing: Timing
@@ -55,7 +58,10 @@ class BackendTime:
 
 @dataclass(frozen=True)
 class BackendRow:
-    """One plan set. `recipe` is what a recipe says to get it; `parity_db` the worst of its profiles."""
+    """The results of one plan set.
+
+    `recipe` is the table of a recipe that builds it, `parity_db` the lowest SQNR of its profiles.
+    """
 
     name: str
     backend: str
@@ -70,9 +76,11 @@ class BackendRow:
 
 @dataclass(frozen=True)
 class BackendsResult:
-    """`baseline` is what speed-ups are over. `peaks` are matrix-product rates by precision, in GFLOP/s.
+    """The results of all plan sets.
 
-    `fastest` names the row with the least time at the largest budget; `skipped` says of others why they did not run.
+    `baseline` names the runner that speedups are relative to. `peaks` are matrix-product rates by precision, in
+    GFLOP/s. `fastest` names the row with the lowest time at the largest budget. `skipped` holds, for the plan sets
+    that did not run, the reason.
     """
 
     rows: int
@@ -94,27 +102,28 @@ def compare_backends(
     skipped: Mapping[str, str],
     on_budget: OnStage,
 ) -> BackendsResult:
-    """Time every competitor at every budget that all cover; `baseline` holds one runner, or none for the first one.
+    """Time every competitor at every budget that all of them cover.
 
-    Raises InputError before measuring if they share no budget or a profile does not take the rows.
+    `baseline` holds one runner, or none: then the first competitor is the baseline. Raises InputError before measuring
+    if they share no budget or a profile does not take the rows.
     """
     spec = competitors[0].pipeline.spec
     budgets = common_budgets(competitors)
     for competitor in competitors:
         check_rows(competitor.pipeline, budgets, rows)
-    timed = {}
+    timings = {}
     for name in budgets:
         on_budget(name, len(budgets))
-        timed[name] = _timed(competitors, baseline, budgets, name, rows=rows, rounds=rounds)
-    over = next(iter(baseline), competitors[0].name)
-    made = [_row(competitor, spec, budgets, timed, over, peaks, rows) for competitor in competitors]
+        timings[name] = _timed(competitors, baseline, budgets, name, rows=rows, rounds=rounds)
+    baseline_name = next(iter(baseline), competitors[0].name)
+    backend_rows = [_row(competitor, spec, budgets, timings, baseline_name, peaks, rows) for competitor in competitors]
     largest = next(iter(budgets))
-    fastest = min(made, key=lambda row: row.times[largest].timing.median_ms)
+    fastest = min(backend_rows, key=lambda row: row.times[largest].timing.median_ms)
     return BackendsResult(
         rows=rows,
-        baseline=over,
+        baseline=baseline_name,
         peaks={precision.value: peak for precision, peak in peaks.items()},
-        backends=made,
+        backends=backend_rows,
         fastest=fastest.name,
         fastest_recipe=fastest.recipe,
         skipped=dict(skipped),
@@ -122,15 +131,15 @@ def compare_backends(
 
 
 def common_budgets(competitors: Sequence[Competitor]) -> Budgets:
-    """Those that a bench would measure of the first, as far as all cover them."""
-    found = {
+    """The budgets measured for the first plan set, as far as all plan sets cover them."""
+    common = {
         name: budget
         for name, budget in measured_budgets(competitors[0].pipeline).items()
         if all(budget in competitor.pipeline.coverage.covered for competitor in competitors)
     }
-    if not found:
+    if not common:
         raise InputError("these plan sets cover no budget in common", "choose one with --target")
-    return found
+    return common
 
 
 def _timed(
@@ -143,7 +152,7 @@ def _timed(
     rounds: int,
 ) -> dict[str, Timing]:
     inputs = bench_inputs(competitors[0].pipeline, budgets[name], rows)
-    engines = {one.name: engine_runner(one.pipeline, budgets[name]) for one in competitors}
+    engines = {competitor.name: engine_runner(competitor.pipeline, budgets[name]) for competitor in competitors}
     runners = {key: partial(run, inputs) for key, run in {**baseline, **engines}.items()}
     return timed_in_turn(runners, rounds=rounds, before=lambda: time.sleep(PAUSE_S))
 
@@ -152,8 +161,8 @@ def _row(
     competitor: Competitor,
     spec: ModelSpec,
     budgets: Budgets,
-    timed: Mapping[str, Mapping[str, Timing]],
-    over: str,
+    timings: Mapping[str, Mapping[str, Timing]],
+    baseline_name: str,
     peaks: Mapping[Precision, float],
     rows: int,
 ) -> BackendRow:
@@ -162,15 +171,15 @@ def _row(
     peak, text = peaks.get(plan_set.precision), competitor.pipeline.coverage.tokens
 
     def time_of(budget: str) -> BackendTime:
-        timing, cost = timed[budget][name], flops(spec, budgets[budget], text=text).total
+        timing, cost = timings[budget][name], flops(spec, budgets[budget], text=text).total
         gflops = cost * rows / timing.median_ms / 1e6
-        relative = timing.median_ms / timed[largest][name].median_ms
+        relative = timing.median_ms / timings[largest][name].median_ms
         return BackendTime(
             budget=str(budgets[budget]),
             timing=timing,
             gflops_per_s=gflops,
             share_of_peak=gflops / peak if peak else None,
-            speedup=timed[budget][over].median_ms / timing.median_ms,
+            speedup=timings[budget][baseline_name].median_ms / timing.median_ms,
             time_over_flops=relative / (cost / flops(spec, budgets[largest], text=text).total),
         )
 
@@ -188,18 +197,18 @@ def _row(
 
 
 def parity_db(plan_set: PlanSet) -> float | None:
-    """The worst of the profiles that were compared with PyTorch."""
-    found = [facts.parity.sqnr_db for facts in plan_set.profiles if facts.parity.sqnr_db is not None]
-    return min(found) if found else None
+    """The lowest SQNR of the profiles that were compared with PyTorch."""
+    measured = [facts.parity.sqnr_db for facts in plan_set.profiles if facts.parity.sqnr_db is not None]
+    return min(measured) if measured else None
 
 
 def recipe_of(plan_set: PlanSet) -> str:
-    """The table of a recipe that builds these plans."""
-    choices = {"backend": plan_set.backend, "device": plan_set.device, "precision": plan_set.precision.value}
-    more = {"fused": True if plan_set.fused else None, "accept_below_tolerance": plan_set.accepted}
+    """Write the table of a recipe that builds these plans."""
+    fixed = {"backend": plan_set.backend, "device": plan_set.device, "precision": plan_set.precision.value}
+    extra = {"fused": True if plan_set.fused else None, "accept_below_tolerance": plan_set.accepted}
     lines = [
         f"{key} = {json.dumps(value)}"
-        for key, value in {**choices, **plan_set.options, **more}.items()
+        for key, value in {**fixed, **plan_set.options, **extra}.items()
         if value is not None
     ]
     return "\n".join([f"[targets.{plan_set.target}]", *lines])

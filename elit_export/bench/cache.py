@@ -1,8 +1,8 @@
-"""What step caching is worth: error against time of many cached samplings, beside what else the time could buy.
+"""Measures what step caching gains: error against time of many sampling configs, cached and not.
 
-Errors are of the final images against a fine solution with the same schedule and guidance. Three controls stand
-beside every cached way, at equal engine time: fewer Euler steps, a multistep sampler with fewer steps, and 50 Euler
-steps at a smaller budget. Times are comparable within one result only.
+Errors are those of the final images against a reference solution with the same schedule and guidance. Every cached
+config is compared with three controls at equal engine time: fewer Euler steps, a multistep sampler with fewer steps,
+and 50 Euler steps at a smaller budget. Times are comparable within one result only.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from elit_export.runtime.sampling import Call
 from elit_export.runtime.step_cache import bench_policies
 from elit_export.verify.metrics import difference
 
-REFERENCE_STEPS = 50  # Euler's, of the way that all others are compared with
-PART_ROUNDS = 7
-FEWER, MULTISTEP, SMALLER = CONTROLS = ("fewer steps", "ab3", "smaller budget")
-FINE = "reference solution"
+REFERENCE_STEPS = 50  # of Euler: the config that all others are compared with
+CALL_ROUNDS = 7
+FEWER_STEPS, MULTISTEP, SMALLER_BUDGET = CONTROLS = ("fewer steps", "ab3", "smaller budget")
+SOLUTION = "reference solution"
 REFERENCE, CACHED, COMBINED, GUIDED = "euler 50", "cached", "cached ab3", "cheaper guidance"
 EULER_STEPS = (8, 12, 16, 20, 25, 33, 40)
 MULTISTEP_STEPS = (6, 8, 10, 14, 20, 30)
 COMBINED_STEPS = (14, 20, 30)
-# Of the error of 50 Euler steps, in dB: the levels at which the cheapest way is named.
+# SQNR relative to 50 Euler steps, in dB: for each level the cheapest config is named.
 LEVELS_DB = (-10.0, 0.0, 6.0)
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to sample, and the group it belongs to."""
+class SamplingConfig:
+    """The options of one sampling, with a name and the group it belongs to."""
 
     name: str
     family: str
@@ -50,11 +50,11 @@ class Way:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """How a way did.
+    """The results of one sampling config.
 
-    `speedup` is the wall-clock time of 50 Euler steps over this one's. `over_parts` is its time over the time of its
-    calls measured one by one: 1 where a cached run costs no more than what it runs. `control_db` is the error that each
-    control has at this engine time, None where its measured times do not reach.
+    `speedup` is the wall-clock time of 50 Euler steps over this one's. `over_parts` is its engine time over the sum of
+    its calls measured one by one: 1 where caching adds no cost of its own. `control_db` is the SQNR of each control at
+    this engine time, None outside the range of times that was measured for the control.
     """
 
     name: str
@@ -73,11 +73,12 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """All ways with one schedule and guidance. `best` names the cheapest within each of LEVELS_DB of 50 Euler steps.
+    """The results of all sampling configs with one schedule and guidance.
 
-    `reuse_over_step` and `probe_over_step` are the times of the small graphs over that of a step of as many
-    rows; `worst_over_parts` is the most of what is cached, `best_speedup` that of the cheapest way with no more error
-    than 50 Euler steps.
+    `best` names the cheapest config within each of LEVELS_DB of 50 Euler steps. `reuse_over_step` and
+    `probe_over_step` are the times of these graphs over that of a step with as many rows. `worst_over_parts` is the
+    maximum over the cached configs. `best_speedup` is the speedup of the cheapest config with no more error than 50
+    Euler steps.
     """
 
     schedule: str
@@ -102,36 +103,41 @@ def sweep(
     fine_steps: int,
     on_way: OnStage,
 ) -> SweepResult:
-    """Sample every way `rounds` times, in turn, from the same noise; raises CalibrationError before anything runs."""
-    conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
-    chosen = list(ways(pipeline, schedule, guidance))
-    for way in chosen:
-        pipeline.prepared(conditioning, way.options)
-    fine = SamplingOptions(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
-    wanted = [(FINE, fine), *((way.name, way.options) for _ in range(rounds) for way in chosen)]
-    taken: dict[str, list[Sample]] = {name: [] for name, _ in wanted}
-    parts, measured = Parts(pipeline), list[SweepRow]()
+    """Run every sampling config `rounds` times, in turn, from the same noise.
 
-    def take(name: str, options: SamplingOptions) -> None:
-        taken[name].append(pipeline.sampled(conditioning, options))
+    Raises CalibrationError before anything runs.
+    """
+    conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
+    configs = list(sampling_configs(pipeline, schedule, guidance))
+    for config in configs:
+        pipeline.prepared(conditioning, config.options)
+    solution = SamplingOptions(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
+    runs = [(SOLUTION, solution), *((config.name, config.options) for _ in range(rounds) for config in configs)]
+    samples: dict[str, list[Sample]] = {name: [] for name, _ in runs}
+    call_times, measured = CallTimes(pipeline), list[SweepRow]()
+
+    def sample(name: str, options: SamplingOptions) -> None:
+        samples[name].append(pipeline.sampled(conditioning, options))
 
     def measure() -> None:
-        exact = taken[FINE][0].latents
-        measured.extend(_row(way, taken[way.name], taken[REFERENCE], exact, parts) for way in chosen)
+        expected = samples[SOLUTION][0].latents
+        measured.extend(
+            _row(config, samples[config.name], samples[REFERENCE], expected, call_times) for config in configs
+        )
 
-    stages = [(name, partial(take, name, options)) for name, options in wanted]
-    run_stages([*stages, ("parts", measure)], on_way)
+    stages = [(name, partial(sample, name, options)) for name, options in runs]
+    run_stages([*stages, ("single calls", measure)], on_way)
     rows = [_with_controls(row, measured) for row in measured]
-    first = taken[REFERENCE][0].records[0].calls[0]
-    step = parts.of(first)
-    best = best_ways(rows)
+    first = samples[REFERENCE][0].records[0].calls[0]
+    step = call_times.of(first)
+    best = best_configs(rows)
     return SweepResult(
         schedule=schedule,
         guidance=guidance,
         images=images,
         fine_steps=fine_steps,
-        reuse_over_step=parts.graph("reuse", first) / step,
-        probe_over_step=parts.graph("probe", first) / step,
+        reuse_over_step=call_times.graph("reuse", first) / step,
+        probe_over_step=call_times.graph("probe", first) / step,
         worst_over_parts=max(row.over_parts for row in rows if row.reused),
         best_speedup=next(row.speedup for row in rows if row.name == best["+0 dB"]),
         rows=rows,
@@ -139,69 +145,68 @@ def sweep(
     )
 
 
-# ---------------------------------------------------------------- ways
+# ---------------------------------------------------------------- sampling configs
 
 
-def ways(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[Way]:
-    """The reference first, then the controls, then what is cached."""
-
+def sampling_configs(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[SamplingConfig]:
+    """Yield the reference config first, then the controls, then the cached ones."""
     common = SamplingOptions(steps=REFERENCE_STEPS, sampler="euler", schedule=schedule, guidance=guidance)
 
-    def way(name: str, family: str, **more: Any) -> Way:
-        return Way(name, family, replace(common, **more))
+    def config(name: str, family: str, **changes: Any) -> SamplingConfig:
+        return SamplingConfig(name, family, replace(common, **changes))
 
-    yield way(REFERENCE, REFERENCE)
+    yield config(REFERENCE, REFERENCE)
     for steps in EULER_STEPS:
-        yield way(f"euler {steps}", FEWER, steps=steps)
+        yield config(f"euler {steps}", FEWER_STEPS, steps=steps)
     for steps in MULTISTEP_STEPS:
-        yield way(f"ab3 {steps}", MULTISTEP, steps=steps, sampler="ab3")
+        yield config(f"ab3 {steps}", MULTISTEP, steps=steps, sampler="ab3")
     for name in smaller_budgets(pipeline, schedule):
-        yield way(f"euler 50, all at {name}", SMALLER, schedule=name)
+        yield config(f"euler 50, all at {name}", SMALLER_BUDGET, schedule=name)
     for policy in bench_policies():
         for order in (0, 1):
             cache = f"{policy},order={order}"
-            yield way(cache.removeprefix("static:"), CACHED, cache=cache)
+            yield config(cache.removeprefix("static:"), CACHED, cache=cache)
     for steps in COMBINED_STEPS:
-        yield way(f"ab3 {steps}, every@2", COMBINED, steps=steps, sampler="ab3", cache="static:every@2")
-    chosen = Guidance.parse(guidance, pipeline.spec)
-    if chosen.guides and chosen.one_budget:
+        yield config(f"ab3 {steps}, every@2", COMBINED, steps=steps, sampler="ab3", cache="static:every@2")
+    parsed = Guidance.parse(guidance, pipeline.spec)
+    if parsed.guides and parsed.one_budget:
         for weak in smaller_budgets(pipeline, schedule):
-            cheaper = str(chosen.with_weak(pipeline.spec.budget(weak)))
-            cheap: dict[str, Any] = {"sampler": "ab3", "guidance": cheaper}
-            yield way(f"ab3 14, weak at {weak}", GUIDED, steps=14, **cheap)
-            yield way(f"ab3 30, weak at {weak}, every@2", GUIDED, steps=30, cache="static:every@2", **cheap)
+            cheap_guidance = str(parsed.with_weak(pipeline.spec.budget(weak)))
+            cheap: dict[str, Any] = {"sampler": "ab3", "guidance": cheap_guidance}
+            yield config(f"ab3 14, weak at {weak}", GUIDED, steps=14, **cheap)
+            yield config(f"ab3 30, weak at {weak}, every@2", GUIDED, steps=30, cache="static:every@2", **cheap)
 
 
 def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
-    """The named budgets below the least of the schedule."""
+    """List the named budgets below the smallest one of the schedule."""
     budget = min(resolve(pipeline.spec, SamplingOptions(schedule=schedule)).schedule)
     covered = pipeline.coverage.covered
     named = pipeline.spec.named_budgets.items()
     return [name for name, smaller in named if smaller.kept < budget.kept and smaller in covered]
 
 
-# ---------------------------------------------------------------- one way
+# ---------------------------------------------------------------- one sampling config
 
 
-class Parts:
-    """Times in ms of single engine calls of a pipeline, each measured once."""
+class CallTimes:
+    """The times in ms of single engine calls of a pipeline, each measured once."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._known: dict[tuple[str, int, int, int], float] = {}
+        self._times_ms: dict[tuple[str, int, int, int], float] = {}
 
     def of(self, call: Call) -> float:
-        """What a call should take."""
+        """The expected time of a call: that of the graphs it runs."""
         probed = self.graph("probe", call) if call.cached.probed else 0.0
         return probed + (self.graph("reuse", call) if call.reused else self.step(call))
 
     def step(self, call: Call) -> float:
-        """Of all blocks, at the budget of a call with as many rows and as long a text."""
+        """The time of `step` at the budget, rows and text length of a call."""
         bank, inputs = self._pipeline.bank, self._inputs(call.rows, call.text)
         return self._timed(("step", call.budget.kept, call.rows, call.text), lambda: bank(call.budget, inputs))
 
     def graph(self, name: str, call: Call) -> float:
-        """Time `reuse` or `probe`. Only the rows of the call count: these graphs read no text and run no block."""
+        """The time of `reuse` or `probe`. It depends on the rows alone: these graphs read no text and run no block."""
         spec, bank = self._pipeline.spec, self._pipeline.bank
         inputs = self._inputs(call.rows, call.text)
         tokens = np.ones((call.rows, spec.tokens, spec.hidden_size), np.float32)
@@ -212,64 +217,69 @@ class Parts:
         return self._timed((name, 0, call.rows, 0), run[name])
 
     def _timed(self, key: tuple[str, int, int, int], run: Callable[[], object]) -> float:
-        if key not in self._known:
-            self._known[key] = timed_in_turn({"it": run}, rounds=PART_ROUNDS)["it"].median_ms
-        return self._known[key]
+        if key not in self._times_ms:
+            self._times_ms[key] = timed_in_turn({"call": run}, rounds=CALL_ROUNDS)["call"].median_ms
+        return self._times_ms[key]
 
     def _inputs(self, rows: int, text: int) -> Mapping[str, HostArray]:
         spec = self._pipeline.spec
-        moment = {"x": np.ones((rows, *spec.sample_shape), np.float32), "t": np.full(rows, 0.5, np.float32)}
-        return moment | random_rows(spec, rows, text, np.random.default_rng(0))
+        state = {"x": np.ones((rows, *spec.sample_shape), np.float32), "t": np.full(rows, 0.5, np.float32)}
+        return state | random_rows(spec, rows, text, np.random.default_rng(0))
 
 
-def _row(way: Way, samples: Sequence[Sample], reference: Sequence[Sample], exact: HostArray, parts: Parts) -> SweepRow:
+def _row(
+    config: SamplingConfig,
+    samples: Sequence[Sample],
+    reference: Sequence[Sample],
+    expected: HostArray,
+    call_times: CallTimes,
+) -> SweepRow:
     calls = [call for record in samples[0].records for call in record.calls]
     images = len(samples[0].latents)
     engine_ms = statistics.median(sample.timings.engines_s for sample in samples) * 1e3
     wall_ms = statistics.median(sample.timings.total_s for sample in samples) * 1e3
     reference_ms = statistics.median(sample.timings.total_s for sample in reference) * 1e3
     return SweepRow(
-        name=way.name,
-        family=way.family,
-        options=way.options.scalars,
+        name=config.name,
+        family=config.family,
+        options=config.options.scalars,
         computed=sum(not call.reused for call in calls),
         reused=sum(call.reused for call in calls),
         probes=sum(call.cached.probed for call in calls),
         ms_per_image=wall_ms / images,
         engine_ms_per_image=engine_ms / images,
-        over_parts=engine_ms / sum(parts.of(call) for call in calls),
+        over_parts=engine_ms / sum(call_times.of(call) for call in calls),
         speedup=reference_ms / wall_ms,
-        sqnr_db=difference(samples[0].latents, exact).sqnr_db,
+        sqnr_db=difference(samples[0].latents, expected).sqnr_db,
         control_db={},
     )
 
 
-# ---------------------------------------------------------------- all ways together
+# ---------------------------------------------------------------- all sampling configs together
 
 
 def _with_controls(row: SweepRow, rows: Sequence[SweepRow]) -> SweepRow:
     if row.family not in (CACHED, COMBINED):
         return row
-    found = {control: error_at(row.engine_ms_per_image, control, rows) for control in CONTROLS}
-    return replace(row, control_db=found)
+    return replace(row, control_db={control: error_at(row.engine_ms_per_image, control, rows) for control in CONTROLS})
 
 
 def error_at(engine_ms: float, control: str, rows: Sequence[SweepRow]) -> float | None:
-    """The dB of a control at an engine time, linear in its logarithm between what was measured."""
-    families = (control,) if control == MULTISTEP else (control, REFERENCE)  # the others end at 50 full Euler steps
+    """The SQNR in dB of a control at an engine time, interpolated linearly in the logarithm of the measured times."""
+    families = (control,) if control == MULTISTEP else (control, REFERENCE)  # the other controls end at 50 Euler steps
     points = sorted((row.engine_ms_per_image, row.sqnr_db) for row in rows if row.family in families)
     if not points or not points[0][0] <= engine_ms <= points[-1][0]:
         return None
-    times, errors = zip(*points, strict=True)
-    return float(np.interp(math.log(engine_ms), np.log(times), errors))
+    times, sqnr_db = zip(*points, strict=True)
+    return float(np.interp(math.log(engine_ms), np.log(times), sqnr_db))
 
 
-def best_ways(rows: Sequence[SweepRow]) -> dict[str, str]:
-    """For each level, the way with the least engine time whose error is no more."""
+def best_configs(rows: Sequence[SweepRow]) -> dict[str, str]:
+    """For each level, the config with the lowest engine time whose SQNR reaches it."""
     reference = next(row for row in rows if row.family == REFERENCE)
-    found = {}
+    best = {}
     for level in LEVELS_DB:
         good = [row for row in rows if row.sqnr_db >= reference.sqnr_db + level]
         if good:  # the reference alone reaches level 0
-            found[f"{level:+g} dB"] = min(good, key=lambda row: row.engine_ms_per_image).name
-    return found
+            best[f"{level:+g} dB"] = min(good, key=lambda row: row.engine_ms_per_image).name
+    return best

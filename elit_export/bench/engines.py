@@ -1,4 +1,4 @@
-"""What a bundle's engines cost: per budget, when switching, and over whole samplings.
+"""Measures what a bundle's engines cost: per budget, when switching, and over whole samplings.
 
 Times are comparable within one result only.
 """
@@ -39,12 +39,12 @@ DECODE_ROUNDS = 3
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """One budget. `speedups` are times of other runners over the engine's, by name; `flops` are of one image.
+    """The results of one budget.
 
-    "Largest" is the first budget of the result: full, where it is covered. `time_over_flops` is
-    `time_over_largest` over `flops_over_largest`, 1 where time follows FLOPs.
-    `sample_sqnr_db` is the error of whole samplings at this budget against a fine one at the largest,
-    None if nothing was sampled.
+    `speedups` are the times of other runners over the engine's, by name; `flops` are for one image. "Largest" is the
+    first budget of the result: full, where it is covered. `time_over_flops` is `time_over_largest` over
+    `flops_over_largest`: 1 where time is proportional to FLOPs. `sample_sqnr_db` compares whole samplings at this
+    budget with the reference solution at the largest one, None if nothing was sampled.
     """
 
     name: str
@@ -64,7 +64,7 @@ class BudgetResult:
 
 @dataclass(frozen=True)
 class DecodeResult:
-    """Pictures of `images` latents at once by the decoder, and what its plan takes on disk."""
+    """The time of decoding `images` images in one call, and the size of the decoder's plan on disk."""
 
     images: int
     ms_per_image: float
@@ -73,13 +73,13 @@ class DecodeResult:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All of a bench.
+    """The results of a bench.
 
     `switching` is the time of alternating the first and the last budget over that of running each by itself.
-    `bank_bytes` is what the whole bank holds, `bank_memory_ratio` that over what one engine of it does, `plan_bytes`
-    what its plans take on disk. `resident_bytes` is the whole process at the end, with its libraries and whatever ran
-    beside the engines. Both are None where the system does not tell. None of these counts a decoder, which is measured
-    by itself; `decode` is None where there is none.
+    `bank_bytes` is the memory of the whole bank, `bank_memory_ratio` that memory over the memory of one engine,
+    `plan_bytes` the size of the plans on disk. `resident_bytes` is the memory of the whole process at the end, with its
+    libraries and all that ran beside the engines. Memory is None where the system does not report it. A decoder is
+    measured by itself and counts in none of these; `decode` is None where there is none.
     """
 
     rows: int
@@ -106,9 +106,10 @@ def bench(
     memory: Callable[[], BankMemory | None],
     on_stage: OnStage,
 ) -> BenchResult:
-    """Measure everything, whole samplings only with `sampling`; `others` run in turn with the engine.
+    """Measure memory, single calls, switching and, with `sampling`, whole samplings.
 
-    `decoder_bytes` is what the plan of a decoder takes on disk, None where there is none.
+    `others` are runners that take turns with the engine.
+    `decoder_bytes` is the size of a decoder's plan on disk, None where there is none.
     Raises InputError before measuring if the profiles do not take the rows.
     """
     budgets = measured_budgets(pipeline)
@@ -117,19 +118,21 @@ def bench(
     conditioning = numbered(pipeline.spec, images, pipeline.coverage.text)
     if sampling:
         check_samplings(pipeline, budgets, conditioning)
-    work = _Work(pipeline, others, budgets, conditioning, rows, rounds)
-    stages: list[Stage] = [("memory", lambda: work.measure_memory(memory))]
-    stages += [("matrix product", work.measure_peak)]
-    stages += [(name, partial(work.time_budget, name)) for name in budgets]
-    stages += [("switching", work.time_switching)]
-    stages += [("reference solution", work.solve_finely), ("sampling", work.sample)] if sampling else []
-    stages += [("decoder", partial(work.decode, decoder_bytes))] if decoder_bytes is not None else []
+    measurements = _Measurements(pipeline, others, budgets, conditioning, rows, rounds)
+    stages: list[Stage] = [("memory", lambda: measurements.measure_memory(memory))]
+    stages += [("matrix product", measurements.measure_peak)]
+    stages += [(name, partial(measurements.time_budget, name)) for name in budgets]
+    stages += [("switching", measurements.time_switching)]
+    stages += (
+        [("reference solution", measurements.solve_reference), ("sampling", measurements.sample)] if sampling else []
+    )
+    stages += [("decoder", partial(measurements.decode, decoder_bytes))] if decoder_bytes is not None else []
     run_stages(stages, on_stage)
-    return work.result(plan_bytes)
+    return measurements.result(plan_bytes)
 
 
-class _Work:
-    """What a bench has measured so far; each method is a stage."""
+class _Measurements:
+    """The measurements of a bench so far; each method is a stage."""
 
     def __init__(
         self,
@@ -143,65 +146,67 @@ class _Work:
         self.pipeline, self.others, self.budgets = pipeline, others, budgets
         self.conditioning = conditioning
         self.rows, self.rounds = rows, rounds
-        self.held: BankMemory | None = None
+        self.bank_memory: BankMemory | None = None
         self.peak_gflops = math.nan
-        self.timed: dict[str, dict[str, Timing]] = {}
+        self.timings: dict[str, dict[str, Timing]] = {}
         self.switching = math.nan
-        self.exact: HostArray | None = None
+        self.expected: HostArray | None = None
         self.errors: dict[str, float] = {}
         self.samplings: list[SamplingResult] = []
-        self.decoded: DecodeResult | None = None
+        self.decoding: DecodeResult | None = None
         self.resident: int | None = None
 
     def measure_memory(self, memory: Callable[[], BankMemory | None]) -> None:
-        self.held = memory()
+        self.bank_memory = memory()
 
     def measure_peak(self) -> None:
         self.peak_gflops = matmul_peak_gflops()
 
     def time_budget(self, name: str) -> None:
         budget = self.budgets[name]
-        self.timed[name] = budget_timings(self.pipeline, self.others, budget, rows=self.rows, rounds=self.rounds)
+        self.timings[name] = budget_timings(self.pipeline, self.others, budget, rows=self.rows, rounds=self.rounds)
         self.resident = resident_bytes()
 
     def time_switching(self) -> None:
         budgets = list(self.budgets.values())
         self.switching = switching_ratio(self.pipeline, budgets, rows=self.rows, rounds=self.rounds)
 
-    def solve_finely(self) -> None:
-        self.exact = reference_solution(self.pipeline, self.budgets, self.conditioning)
+    def solve_reference(self) -> None:
+        self.expected = reference_solution(self.pipeline, self.budgets, self.conditioning)
 
     def sample(self) -> None:
-        assert self.exact is not None
-        self.errors = {name: budget_error(self.pipeline, name, self.conditioning, self.exact) for name in self.budgets}
-        self.samplings = list(sampling_results(self.pipeline, self.budgets, self.conditioning, self.exact))
+        assert self.expected is not None
+        self.errors = {
+            name: budget_error(self.pipeline, name, self.conditioning, self.expected) for name in self.budgets
+        }
+        self.samplings = list(sampling_results(self.pipeline, self.budgets, self.conditioning, self.expected))
         self.resident = resident_bytes()
 
     def decode(self, plan_bytes: int) -> None:
         images = len(self.conditioning)
-        self.decoded = DecodeResult(images, decode_ms(self.pipeline, images), plan_bytes)
+        self.decoding = DecodeResult(images, decode_ms(self.pipeline, images), plan_bytes)
 
     def result(self, plan_bytes: int) -> BenchResult:
         text = self.pipeline.coverage.tokens
         budgets = budget_results(
-            self.pipeline.spec, self.budgets, self.timed, rows=self.rows, text=text, peak=self.peak_gflops
+            self.pipeline.spec, self.budgets, self.timings, rows=self.rows, text=text, peak=self.peak_gflops
         )
         return BenchResult(
             rows=self.rows,
             peak_gflops=self.peak_gflops,
-            budgets=[replace(one, sample_sqnr_db=self.errors.get(one.name)) for one in budgets],
+            budgets=[replace(budget, sample_sqnr_db=self.errors.get(budget.name)) for budget in budgets],
             switching=self.switching,
             samplings=self.samplings,
             plan_bytes=plan_bytes,
-            bank_bytes=self.held.whole_bytes if self.held else None,
-            bank_memory_ratio=self.held.ratio if self.held else None,
+            bank_bytes=self.bank_memory.whole_bytes if self.bank_memory else None,
+            bank_memory_ratio=self.bank_memory.ratio if self.bank_memory else None,
             resident_bytes=self.resident,
-            decode=self.decoded,
+            decode=self.decoding,
         )
 
 
 def measured_budgets(pipeline: Pipeline) -> Budgets:
-    """The largest budget that is covered, and the named ones that are."""
+    """List the named budgets that are covered, and the largest covered one."""
     covered = pipeline.coverage.covered
     named = {name: budget for name, budget in pipeline.spec.named_budgets.items() if budget in covered}
     return named if covered[-1] in named.values() else {str(covered[-1]): covered[-1], **named}
@@ -227,29 +232,29 @@ def budget_timings(
 
 
 def budget_results(
-    spec: ModelSpec, budgets: Budgets, timed: Mapping[str, dict[str, Timing]], *, rows: int, text: int, peak: float
+    spec: ModelSpec, budgets: Budgets, timings: Mapping[str, dict[str, Timing]], *, rows: int, text: int, peak: float
 ) -> Iterator[BudgetResult]:
     largest, *_ = budgets
-    most = flops(spec, budgets[largest], text=text).total
+    largest_flops = flops(spec, budgets[largest], text=text).total
     for name, budget in budgets.items():
         cost = flops(spec, budget, text=text)
-        engine_ms = timed[name][ENGINE].median_ms
+        engine_ms = timings[name][ENGINE].median_ms
         gflops = cost.total * rows / engine_ms / 1e6
-        time_over_largest = engine_ms / timed[largest][ENGINE].median_ms
-        flops_over_largest = cost.total / most
+        time_over_largest = engine_ms / timings[largest][ENGINE].median_ms
+        flops_over_largest = cost.total / largest_flops
         yield BudgetResult(
             name=name,
             budget=str(budget),
             cost=cost,
             flops=cost.total,
-            timings=timed[name],
+            timings=timings[name],
             images_per_s=rows / engine_ms * 1e3,
             gflops_per_s=gflops,
             share_of_peak=gflops / peak,
             time_over_largest=time_over_largest,
             flops_over_largest=flops_over_largest,
             time_over_flops=time_over_largest / flops_over_largest,
-            speedups={key: timing.median_ms / engine_ms for key, timing in timed[name].items() if key != ENGINE},
+            speedups={key: timing.median_ms / engine_ms for key, timing in timings[name].items() if key != ENGINE},
             sample_sqnr_db=None,
         )
 
@@ -280,7 +285,7 @@ def bench_inputs(pipeline: Pipeline, budget: Budget, rows: int) -> Inputs:
 
 
 def decode_ms(pipeline: Pipeline, images: int) -> float:
-    """Per image; a few rounds, because a decoder may take longer than all steps of a sampling."""
+    """The time per image, of few rounds: a decoder may take longer than all steps of a sampling."""
     latents = np.random.default_rng(0).standard_normal((images, *pipeline.spec.sample_shape))
     timing = timed_in_turn({"": lambda: pipeline.decode(latents)}, rounds=DECODE_ROUNDS, warmup=1)[""]
     return timing.median_ms / images
@@ -290,18 +295,18 @@ def decode_ms(pipeline: Pipeline, images: int) -> float:
 
 
 def switching_ratio(pipeline: Pipeline, budgets: Sequence[Budget], *, rows: int, rounds: int) -> float:
-    """Time of largest, smallest, largest, smallest over that of largest twice and smallest twice."""
+    """The time of the budgets largest, smallest, largest, smallest over that of largest twice, then smallest twice."""
     large, small = (
         _bound(engine_runner(pipeline, budget), bench_inputs(pipeline, budget, rows))
         for budget in (budgets[0], budgets[-1])
     )
 
     def run(*order: Callable[[], object]) -> Callable[[], None]:
-        def all_of_them() -> None:
+        def run_all() -> None:
             for call in order:
                 call()
 
-        return all_of_them
+        return run_all
 
     timings = timed_in_turn(
         {"alternating": run(large, small, large, small), "steady": run(large, large, small, small)}, rounds=rounds

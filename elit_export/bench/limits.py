@@ -1,4 +1,4 @@
-"""Limits: ratios that a measurement must hold, kept in a file.
+"""Limits that measured ratios must hold, kept in a file.
 
     [{"metric": "budgets.0.speedups.eager", "min": 0.9}, {"metric": "switching", "max": 1.2}]
 
@@ -19,7 +19,7 @@ from elit_export.errors import InputError
 
 
 class Limit(BaseModel):
-    """A metric's limits, both inclusive."""
+    """The limits of a metric, both inclusive."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,11 +39,11 @@ def load_limits(path: Path) -> list[Limit]:
 
 
 def misses(limits: Sequence[Limit], facts: Any) -> list[str]:
-    """A line for each limit that does not hold; raises InputError for a metric that is not in the facts."""
-    found = [(limit, _value(facts, limit.metric)) for limit in limits]
+    """Write a line for each limit that does not hold; raises InputError for a metric that is not in the facts."""
+    values = [(limit, _value(facts, limit.metric)) for limit in limits]
     return [
         f"{limit.metric} is {value:.4g}, the limit is {_text(limit)}"
-        for limit, value in found
+        for limit, value in values
         if not limit.min <= value <= limit.max
     ]
 
@@ -59,10 +59,12 @@ def _value(facts: Any, metric: str) -> float:
         try:
             value = value[int(key)] if isinstance(value, list) else value[key]
         except (KeyError, IndexError, ValueError, TypeError) as error:
-            known = list(value) if isinstance(value, dict) else json.dumps(value)[:80]
-            raise InputError(f"no metric {metric!r} in this bench; at {key!r} there is {known}") from error
+            keys = list(value) if isinstance(value, dict) else json.dumps(value)[:80]
+            raise InputError(f"no metric {metric!r} in this bench; at {key!r} there is {keys}") from error
     if value is None:
-        raise InputError(f"metric {metric!r} was not measured: this system or this bench does not tell it")
+        raise InputError(
+            f"metric {metric!r} was not measured: this system does not report it, or this bench does not measure it"
+        )
     if not isinstance(value, int | float):
         raise InputError(f"metric {metric!r} is not a number")
     return float(value)

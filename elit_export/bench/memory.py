@@ -1,6 +1,6 @@
-"""How much memory engines hold, measured where nothing else is: each bank in a process of its own.
+"""Measures how much memory engines hold: each bank is opened in a process of its own.
 
-Only Linux tells. The processes are spawned, so a script that calls this needs `if __name__ == "__main__":`.
+Only Linux reports it. The processes are spawned, so a script that calls this needs `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from elit_export.verify.cases import case_inputs
 
 @dataclass(frozen=True)
 class BankMemory:
-    """What the whole bank holds, and the engine of its largest budgets alone."""
+    """The memory of a whole bank, and of the engine of its largest budgets alone."""
 
     whole_bytes: int
     one_bytes: int
@@ -37,31 +37,31 @@ class BankMemory:
 
 
 def bank_memory(folder: Path, plan_set: PlanSet) -> BankMemory | None:
-    """None where the system does not tell, and for a device that has its own memory.
+    """Measure a bank; None where the system does not report memory, and for a device that has its own.
 
     Raises EngineError if a process dies, as one does that runs out of memory.
     """
-    if not _is_told(plan_set):
+    if not _is_reported(plan_set):
         return None
     largest = max(plan_set.profiles, key=lambda facts: facts.profile.latents.max)
-    whole, one = (_held_in_own_process(folder, plan_set, profiles) for profiles in (plan_set.profiles, (largest,)))
+    whole, one = (_measure_in_own_process(folder, plan_set, profiles) for profiles in (plan_set.profiles, (largest,)))
     return BankMemory(whole, one)
 
 
 def bank_bytes(folder: Path, plan_set: PlanSet) -> int | None:
-    """What the whole bank holds; as bank_memory."""
-    return _held_in_own_process(folder, plan_set, plan_set.profiles) if _is_told(plan_set) else None
+    """Measure the whole bank alone, as bank_memory does."""
+    return _measure_in_own_process(folder, plan_set, plan_set.profiles) if _is_reported(plan_set) else None
 
 
-def _is_told(plan_set: PlanSet) -> bool:
+def _is_reported(plan_set: PlanSet) -> bool:
     return resident_bytes() is not None and plan_set.device == "cpu"
 
 
-def _held_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[ProfileFacts]) -> int:
-    part = plan_set.model_copy(update={"profiles": tuple(profiles)})
+def _measure_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[ProfileFacts]) -> int:
+    partial_set = plan_set.model_copy(update={"profiles": tuple(profiles)})
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as processes:
         try:
-            return processes.submit(held_bytes, folder, part).result()
+            return processes.submit(held_bytes, folder, partial_set).result()
         except BrokenProcessPool as error:
             raise EngineError(
                 f"a process that opened the engines of {folder} to measure their memory died; "
@@ -70,10 +70,10 @@ def _held_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[Pro
 
 
 def held_bytes(folder: Path, plan_set: PlanSet) -> int:
-    """How much this process grows by opening a plan set's bank and calling every profile once at its opt."""
+    """Measure how much this process grows by opening a plan set's bank and calling every profile once at its opt."""
     bundle = Bundle.open(folder)
     empty = plan_set.model_copy(update={"profiles": ()})
-    open_bank(bundle, empty).close()  # loads the library, which is not the bank's
+    open_bank(bundle, empty).close()  # loads the library, whose memory is not the bank's
     before = _resident()
     with open_bank(bundle, plan_set) as bank:
         for slot in bank.slots:
@@ -82,9 +82,9 @@ def held_bytes(folder: Path, plan_set: PlanSet) -> int:
 
 
 def _resident() -> int:
-    held = resident_bytes()
-    assert held is not None
-    return held
+    resident = resident_bytes()
+    assert resident is not None
+    return resident
 
 
 def _inputs_at_opt(profile: Profile, spec: ModelSpec) -> dict[str, HostArray]:

@@ -1,4 +1,4 @@
-"""How fast PyTorch multiplies matrices here, in each precision that CPUs have."""
+"""Measures how fast PyTorch multiplies matrices here, in each precision that CPUs have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elit_export.spec import Precision
 
 
 def matmul_peaks_gflops() -> dict[Precision, float]:
-    """Best rate of a square matrix product in PyTorch, by precision."""
+    """Measure the highest rate of a square matrix product in PyTorch, by precision."""
     types = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}
     return {precision: matmul_peak_gflops(partial(_ones, dtype=dtype)) for precision, dtype in types.items()}
 

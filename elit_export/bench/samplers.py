@@ -1,6 +1,6 @@
-"""How far each sampler is from the exact solution of the model's ODE.
+"""Measures the error of each sampler against a reference solution of the model's ODE.
 
-The exact solution is Heun's with many steps from the same noise; errors are of the final sample.
+The reference solution is Heun's with many steps from the same noise; errors are those of the final sample.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.verify.metrics import difference
 
-EXACT_STEPS = 200  # Heun's, of the solution that samplers are measured against
+REFERENCE_STEPS = 200  # of Heun
 EULER_STEPS = 50
-CALLS = (15, 20, 25)  # the most of each block
-# (sampler, steps): after the reference of 50 Euler steps, in each block those that draw no noise.
+MAX_CALLS = (15, 20, 25)  # of each block
+# (sampler, steps): 50 Euler steps, then in each block the samplers that draw no noise.
 COMPARED = (
     ("euler", EULER_STEPS),
     *(
         (sampler.name, steps)
-        for calls in CALLS
+        for calls in MAX_CALLS
         for sampler in SAMPLERS.values()
         if not sampler.uses_noise and (steps := sampler.steps_within(calls))
     ),
@@ -30,8 +30,8 @@ COMPARED = (
 
 
 @dataclass(frozen=True)
-class SolverError:
-    """Error of the final sample; `calls` counts velocity evaluations."""
+class SamplerError:
+    """The error of a sampler's final sample; `calls` counts velocity evaluations."""
 
     sampler: str
     steps: int
@@ -39,14 +39,18 @@ class SolverError:
     sqnr_db: float
 
 
-def solver_errors(
+def sampler_errors(
     pipeline: Pipeline, conditioning: LabelsLike, *, schedule: str, guidance: str, seed: int
-) -> Iterator[SolverError]:
+) -> Iterator[SamplerError]:
     """Compare all samplers on the same noise."""
-    exact = SamplingOptions(sampler="heun", steps=EXACT_STEPS, schedule=schedule, guidance=guidance, seed=seed)
-    expected = pipeline.sampled(conditioning, exact).latents
+    reference = SamplingOptions(sampler="heun", steps=REFERENCE_STEPS, schedule=schedule, guidance=guidance, seed=seed)
+    expected = pipeline.sampled(conditioning, reference).latents
     for sampler, steps in COMPARED:
-        options = replace(exact, sampler=sampler, steps=steps)
+        options = replace(reference, sampler=sampler, steps=steps)
         sample = pipeline.sampled(conditioning, options)
         calls = SAMPLERS[sampler].calls(steps)
-        yield SolverError(sampler, steps, calls, difference(sample.latents, expected).sqnr_db)
+        yield SamplerError(sampler, steps, calls, difference(sample.latents, expected).sqnr_db)
+
+
+# Earlier names, which the command line imports.
+EXACT_STEPS, SolverError, solver_errors = REFERENCE_STEPS, SamplerError, sampler_errors

@@ -1,4 +1,4 @@
-"""What whole samplings cost, and how far they are from a fine solution."""
+"""Measures what whole samplings cost, and their error against a reference solution."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from elit_export.verify.metrics import difference
 Budgets = Mapping[str, Budget]  # by the name that a schedule takes, largest first
 GUIDANCE = "cfg:2"
 FAST = SamplingOptions(steps=14, sampler="ab3", guidance=GUIDANCE)
-FINE_STEPS = 100  # Heun's, of the solution that ways to sample are compared with
+REFERENCE_STEPS = 100  # of Heun: the solution that sampling configs are compared with
 
 
 @dataclass(frozen=True)
 class SamplingResult:
-    """One way to sample; `speedup` is the time of the first way over this one's.
+    """The results of one sampling config; `speedup` is the time of the first config over this one's.
 
-    `outside_engines` is the share of the time, `outside_ms_per_step` the time of a step that all images share.
-    `sqnr_db` compares the final images with a fine solution at the first way's guidance and budget.
+    `outside_engines` is the share of the time spent outside engines, `outside_ms_per_step` that time for one step of
+    all images. `sqnr_db` compares the final images with the reference solution at the first config's guidance and
+    budget.
     """
 
     name: str
@@ -40,7 +41,7 @@ class SamplingResult:
 
 
 def guided_images(spec: ModelSpec, rows: int) -> int:
-    """How many images a guided sampling has in calls of so many rows."""
+    """The number of images of a guided sampling whose calls have so many rows."""
     return max(1, rows // Guidance.parse(GUIDANCE, spec).rows_per_image(spec.full))
 
 
@@ -54,12 +55,12 @@ def check_samplings(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLi
 
 
 def reference_solution(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike) -> HostArray:
-    """Sample by the reference options; gives latents."""
+    """Sample with the reference options; returns latents."""
     return pipeline.sampled(conditioning, reference_options(budgets)).latents
 
 
-def budget_error(pipeline: Pipeline, name: str, conditioning: LabelsLike, exact: HostArray) -> float:
-    return difference(pipeline.sampled(conditioning, fast_options(name)).latents, exact).sqnr_db
+def budget_error(pipeline: Pipeline, name: str, conditioning: LabelsLike, expected: HostArray) -> float:
+    return difference(pipeline.sampled(conditioning, fast_options(name)).latents, expected).sqnr_db
 
 
 def fast_options(schedule: str) -> SamplingOptions:
@@ -67,13 +68,13 @@ def fast_options(schedule: str) -> SamplingOptions:
 
 
 def reference_options(budgets: Budgets) -> SamplingOptions:
-    """Those of the reference solution, which all sampling configs are compared with."""
+    """The options of the reference solution, which all sampling configs are compared with."""
     largest, *_ = budgets
-    return SamplingOptions(steps=FINE_STEPS, sampler="heun", guidance=GUIDANCE, schedule=largest)
+    return SamplingOptions(steps=REFERENCE_STEPS, sampler="heun", guidance=GUIDANCE, schedule=largest)
 
 
 def sampling_configs(budgets: Budgets) -> Iterator[tuple[str, SamplingOptions]]:
-    """The reference first: 50 Euler steps with classifier-free guidance at the largest budget."""
+    """Yield names and options; first 50 Euler steps with classifier-free guidance at the largest budget."""
     largest, *smaller = budgets
     yield "euler 50", SamplingOptions(steps=50, sampler="euler", guidance=GUIDANCE, schedule=largest)
     yield "ab3 14", fast_options(largest)
@@ -90,9 +91,9 @@ def sampling_configs(budgets: Budgets) -> Iterator[tuple[str, SamplingOptions]]:
 
 
 def sampling_results(
-    pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike, exact: HostArray
+    pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike, expected: HostArray
 ) -> Iterator[SamplingResult]:
-    """Every sampling config on the same noise, labels or prompts."""
+    """Run every sampling config on the same noise, labels or prompts."""
     first_ms = 0.0
     for name, options in sampling_configs(budgets):
         sample = pipeline.sampled(conditioning, options)
@@ -106,5 +107,5 @@ def sampling_results(
             outside_engines=outside_s / sample.timings.total_s,
             outside_ms_per_step=outside_s * 1e3 / len(sample.records),
             speedup=first_ms / sample.ms_per_image,
-            sqnr_db=difference(sample.latents, exact).sqnr_db,
+            sqnr_db=difference(sample.latents, expected).sqnr_db,
         )

@@ -1,4 +1,4 @@
-"""Measuring time so that it means something on a noisy machine."""
+"""Measures time robustly on a noisy machine: medians of functions that run in turn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATUS = Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Timing:
-    """Median of the runs, and the 10th and 90th percentile as its spread."""
+    """The median of the runs, and the 10th and 90th percentile as its spread."""
 
     median_ms: float
     low_ms: float
@@ -41,12 +41,12 @@ def timed_in_turn(
     for function in functions.values():
         for _ in range(warmup):
             function()
-    taken: dict[str, list[float]] = {name: [] for name in functions}
+    times_ms: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
             before()
-            taken[name].append(once_ms(function))
-    return {name: _timing(values) for name, values in taken.items()}
+            times_ms[name].append(once_ms(function))
+    return {name: _timing(values) for name, values in times_ms.items()}
 
 
 def once_ms(function: Callable[[], object]) -> float:
@@ -65,9 +65,9 @@ def _ones(size: int) -> Any:
 
 
 def matmul_peak_gflops(square: Callable[[int], Any] = _ones) -> float:
-    """Best rate of a matrix product over three sizes, in GFLOP/s (2 FLOPs per multiply-add).
+    """Measure the highest rate of a matrix product over three sizes, in GFLOP/s (2 FLOPs per multiply-add).
 
-    `square` makes a matrix of so many rows and columns: NumPy's in float32, or another library's.
+    `square` makes a matrix with that many rows and columns: by default NumPy's in float32.
     """
     return max(_matmul_gflops(square(size), size) for size in PEAK_SIZES)
 
@@ -78,7 +78,7 @@ def _matmul_gflops(a: Any, size: int) -> float:
 
 
 def resident_bytes() -> int | None:
-    """Memory this process holds now; None where the system does not tell (only Linux does here)."""
+    """The memory that this process holds now; None where the system does not report it (here only Linux does)."""
     if not STATUS.exists():
         return None
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmRSS:"))

@@ -1,4 +1,4 @@
-"""The sweep of cached ways to sample beside their controls."""
+"""The sweep of cached sampling configs and their controls."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from elit_export.bench.cache import (
     CACHED,
     COMBINED,
     CONTROLS,
-    FEWER,
+    FEWER_STEPS,
     MULTISTEP,
     REFERENCE,
-    SMALLER,
+    SMALLER_BUDGET,
     SweepResult,
     SweepRow,
-    best_ways,
+    best_configs,
     error_at,
     smaller_budgets,
     sweep,
@@ -110,26 +110,26 @@ def test_the_best_ways_err_no_more_than_their_level(swept: tuple[SweepResult, li
 
 
 def test_a_control_is_read_off_between_what_was_measured() -> None:
-    rows = [row_of(FEWER, 1, 10), row_of(FEWER, 4, 20), row_of(REFERENCE, 16, 30), row_of(MULTISTEP, 8, 50)]
-    assert error_at(2, FEWER, rows) == pytest.approx(15)
-    assert error_at(8, FEWER, rows) == pytest.approx(25)
-    assert error_at(17, FEWER, rows) is None
-    assert error_at(0.5, FEWER, rows) is None
+    rows = [row_of(FEWER_STEPS, 1, 10), row_of(FEWER_STEPS, 4, 20), row_of(REFERENCE, 16, 30), row_of(MULTISTEP, 8, 50)]
+    assert error_at(2, FEWER_STEPS, rows) == pytest.approx(15)
+    assert error_at(8, FEWER_STEPS, rows) == pytest.approx(25)
+    assert error_at(17, FEWER_STEPS, rows) is None
+    assert error_at(0.5, FEWER_STEPS, rows) is None
     assert error_at(8, MULTISTEP, rows) == pytest.approx(50)
     assert error_at(9, MULTISTEP, rows) is None
-    assert error_at(2, SMALLER, rows) is None
+    assert error_at(2, SMALLER_BUDGET, rows) is None
 
 
 def test_the_cheapest_of_those_that_are_good_enough() -> None:
     rows = [
         row_of(REFERENCE, 10, 30, "reference"),
-        row_of(FEWER, 1, 19, "bad"),
-        row_of(FEWER, 3, 21, "rough"),
+        row_of(FEWER_STEPS, 1, 19, "bad"),
+        row_of(FEWER_STEPS, 3, 21, "rough"),
         row_of(CACHED, 5, 31, "good"),
         row_of(CACHED, 6, 32, "dear"),
     ]
-    assert best_ways(rows) == {"-10 dB": "rough", "+0 dB": "good"}
-    assert best_ways([*rows, replace(rows[0], name="fine", family=MULTISTEP, sqnr_db=36.0)])["+6 dB"] == "fine"
+    assert best_configs(rows) == {"-10 dB": "rough", "+0 dB": "good"}
+    assert best_configs([*rows, replace(rows[0], name="fine", family=MULTISTEP, sqnr_db=36.0)])["+6 dB"] == "fine"
 
 
 def test_smaller_budgets_are_below_the_schedules(calibrated_bundle: Bundle) -> None:

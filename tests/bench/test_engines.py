@@ -101,11 +101,11 @@ def test_every_way_to_sample_is_timed(whole: BenchResult) -> None:
 def holding(result: BenchResult) -> BenchResult:
     """The result with numbers that the committed bars hold."""
     first, *between, last = result.budgets
-    reference, *ways = result.samplings
+    reference, *configs = result.samplings
     return replace(
         result,
         budgets=[replace(first, speedups={"eager": 1.2}), *between, replace(last, time_over_flops=1.05)],
-        samplings=[replace(reference, outside_engines=0.001), *ways],
+        samplings=[replace(reference, outside_engines=0.001), *configs],
         bank_memory_ratio=1.0,
     )
 

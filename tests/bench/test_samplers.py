@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from elit_export import Pipeline
-from elit_export.bench.samplers import COMPARED, solver_errors
+from elit_export.bench.samplers import COMPARED, sampler_errors
 from elit_export.bundle.reading import Bundle
 from elit_export.verify.metrics import difference
 
@@ -25,7 +25,7 @@ def test_multistep_at_15_to_20_calls_is_no_worse_than_euler_at_50(fashion_bundle
 
 def test_table_counts_calls_and_errors(tiny_bundle: Bundle) -> None:
     with Pipeline.load(tiny_bundle.folder) as pipeline:
-        errors = list(solver_errors(pipeline, [0, 1], schedule="full", guidance="none", seed=0))
+        errors = list(sampler_errors(pipeline, [0, 1], schedule="full", guidance="none", seed=0))
     assert [(error.sampler, error.steps) for error in errors] == list(COMPARED)
     by_name = {(error.sampler, error.steps): error for error in errors}
     assert by_name["heun", 8].calls == 15

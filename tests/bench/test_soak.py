@@ -13,7 +13,7 @@ import pytest
 
 from elit_export import Pipeline
 from elit_export.bench import soak as module
-from elit_export.bench.soak import LEAST_SAMPLINGS, ROUNDS, short_samplings, soak
+from elit_export.bench.soak import MIN_SAMPLINGS, ROUNDS, short_samplings, soak
 from elit_export.bench.timing import resident_bytes
 from elit_export.bundle.reading import Bundle
 from elit_export.errors import InputError
@@ -89,13 +89,13 @@ def test_growth_is_the_slope_after_the_warmup(tiny_bundle: Bundle, monkeypatch: 
 def test_a_system_that_does_not_tell_gives_no_numbers(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resident_bytes", lambda: None)
     with Pipeline.load(tiny_bundle.folder) as pipeline:
-        result = soak(pipeline, samplings=LEAST_SAMPLINGS, on_sampling=ignore)
+        result = soak(pipeline, samplings=MIN_SAMPLINGS, on_sampling=ignore)
     assert (result.start_bytes, result.end_bytes, result.growth_bytes_per_sampling) == (None, None, None)
 
 
 def test_a_result_cannot_be_changed(tiny_bundle: Bundle) -> None:
     with Pipeline.load(tiny_bundle.folder) as pipeline:
-        result = soak(pipeline, samplings=LEAST_SAMPLINGS, on_sampling=ignore)
+        result = soak(pipeline, samplings=MIN_SAMPLINGS, on_sampling=ignore)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.samplings = 0  # type: ignore[misc]
 
