@@ -1,5 +1,5 @@
-"""How good samples are, as a classifier of real images sees them.
+"""Judges the quality of samples by the features of a classifier that was trained on real images.
 
-Takes: pipelines, a classifier.  Gives: distances and agreement with their errors.
+Takes: pipelines, an evaluator.  Gives: distances and agreement with their standard errors.
 May touch: the file of the classifier.
 """

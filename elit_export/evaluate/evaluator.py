@@ -1,6 +1,7 @@
-"""The file of a classifier ↔ what judges samples.
+"""The file of an evaluator: a classifier's weights with the statistics of real images.
 
-One safetensors file holds the weights, mean and covariance of the real test images' features, and what else is known.
+One safetensors file holds the weights, mean and covariance of the real test images' features, and metadata. In the
+metadata the real-vs-real baselines have the key `floors`.
 """
 
 from __future__ import annotations
@@ -15,54 +16,58 @@ from elit_export.checkpoints.native import checkpoint_path
 from elit_export.checkpoints.weights import check_tensors, read_safetensors, write_safetensors
 from elit_export.errors import CheckpointError, InputError
 from elit_export.evaluate.classifier import Classifier
-from elit_export.evaluate.statistics import ClassifierSpec, Floor, Gaussian, Judge, JudgeFacts
+from elit_export.evaluate.statistics import Baseline, ClassifierSpec, Evaluator, EvaluatorFacts, Gaussian
 
 FORMAT = "elit_export classifier/1"
 SHIPPED = "shipped:fashion_classifier"
-WEIGHTS = "weights."  # before the names of the classifier's own tensors
+WEIGHT_PREFIX = "weights."  # of the names of the classifier's own tensors
 MEAN, COVARIANCE = "real.mean", "real.covariance"
-PLAIN = ("test_images", "test_accuracy", "train_sha256", "test_sha256", "command")
+PLAIN_FIELDS = ("test_images", "test_accuracy", "train_sha256", "test_sha256", "command")
 
 
-def save_judge(path: Path, classifier: Classifier, facts: JudgeFacts) -> None:
-    """Write weights in half precision, and the rest as it is; whole or not at all."""
-    weights = {f"{WEIGHTS}{name}": tensor.detach().half() for name, tensor in classifier.state_dict().items()}
-    like = next(classifier.parameters()).detach().double()
-    weights[MEAN] = like.new_tensor(facts.real.mean)
-    weights[COVARIANCE] = like.new_tensor(facts.real.covariance)
-    known = {name: getattr(facts, name) for name in PLAIN}
-    known |= {"spec": asdict(facts.spec), "class_names": list(facts.class_names)}
-    known["floors"] = [asdict(floor) for floor in facts.floors]
-    write_safetensors(path, weights, {"format": FORMAT, "facts": json.dumps(known)})
+def save_evaluator(path: Path, classifier: Classifier, facts: EvaluatorFacts) -> None:
+    """Write the file atomically: weights in half precision, statistics in float64."""
+    weights = {f"{WEIGHT_PREFIX}{name}": tensor.detach().half() for name, tensor in classifier.state_dict().items()}
+    parameter = next(classifier.parameters()).detach().double()
+    weights[MEAN] = parameter.new_tensor(facts.real.mean)
+    weights[COVARIANCE] = parameter.new_tensor(facts.real.covariance)
+    metadata = {name: getattr(facts, name) for name in PLAIN_FIELDS}
+    metadata |= {"spec": asdict(facts.spec), "class_names": list(facts.class_names)}
+    metadata["floors"] = [asdict(baseline) for baseline in facts.floors]
+    write_safetensors(path, weights, {"format": FORMAT, "facts": json.dumps(metadata)})
 
 
-def load_judge(path: str | Path) -> Judge:
+def load_evaluator(path: str | Path) -> Evaluator:
     """Read a classifier from a file or `shipped:NAME`; raises CheckpointError."""
     file = checkpoint_path(path)
-    weights, metadata = read_safetensors(file, FORMAT)
+    weights, header = read_safetensors(file, FORMAT)
     try:
-        known = json.loads(metadata["facts"])
-        classifier = Classifier(ClassifierSpec(**known["spec"]))
-        expected = {f"{WEIGHTS}{name}": tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
+        metadata = json.loads(header["facts"])
+        classifier = Classifier(ClassifierSpec(**metadata["spec"]))
+        expected = {f"{WEIGHT_PREFIX}{name}": tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
         width = classifier.spec.features
         check_tensors(file, weights, {**expected, MEAN: (width,), COVARIANCE: (width, width)})
         if not all(tensor.isfinite().all() for tensor in weights.values()):
             raise InputError("it holds values that are not finite")
         real = Gaussian(*(weights[name].double().numpy() for name in (MEAN, COVARIANCE)))
-        facts = _facts(known, classifier.spec, real)
+        facts = _facts(metadata, classifier.spec, real)
     except (InputError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: does not describe a classifier: {error}", "make one with `elit-export train-classifier`"
         ) from error
-    classifier.load_state_dict({name: weights[f"{WEIGHTS}{name}"].float() for name in classifier.state_dict()})
-    return Judge(classifier.eval().look, facts)
+    classifier.load_state_dict({name: weights[f"{WEIGHT_PREFIX}{name}"].float() for name in classifier.state_dict()})
+    return Evaluator(classifier.eval().look, facts)
 
 
-def _facts(known: Mapping[str, Any], spec: ClassifierSpec, real: Gaussian) -> JudgeFacts:
-    return JudgeFacts(
+def _facts(metadata: Mapping[str, Any], spec: ClassifierSpec, real: Gaussian) -> EvaluatorFacts:
+    return EvaluatorFacts(
         spec=spec,
         real=real,
-        floors=tuple(Floor(**floor) for floor in known["floors"]),
-        class_names=tuple(known["class_names"]),
-        **{name: known[name] for name in PLAIN},
+        floors=tuple(Baseline(**baseline) for baseline in metadata["floors"]),
+        class_names=tuple(metadata["class_names"]),
+        **{name: metadata[name] for name in PLAIN_FIELDS},
     )
+
+
+# Earlier names, which the command line imports.
+load_judge, save_judge = load_evaluator, save_evaluator

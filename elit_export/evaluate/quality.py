@@ -1,7 +1,8 @@
-"""What a budget, a precision and a step cost in the quality of samples, as a classifier of real images sees it.
+"""Measures what budgets, precisions and step counts cost in sample quality, judged by an evaluator.
 
-All rows sample the same labels from the same noise, so their differences are paired: errors of a difference are far
-smaller than those of the rows. Errors of Fréchet distances are of a bootstrap that draws images within their class.
+All rows sample the same labels from the same noise, so their differences are paired: the standard error of a
+difference is far smaller than that of a row. Standard errors of Fréchet distances are those of a bootstrap that draws
+images within their class.
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ import numpy as np
 from elit_export.arrays import Bools, Float64, Int64, Pixels
 from elit_export.bench.engines import measured_budgets
 from elit_export.errors import InputError
-from elit_export.evaluate.statistics import Floor, Gaussian, Judge, JudgeFacts, check_images, share_of
-from elit_export.evaluate.statistics import frechet_distance as apart
+from elit_export.evaluate.statistics import (
+    Baseline,
+    Evaluator,
+    EvaluatorFacts,
+    Gaussian,
+    check_images,
+    frechet_distance,
+    share_of,
+)
 from elit_export.runtime.conditioning import require_classes
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.options import SamplingOptions, resolve
@@ -27,27 +35,27 @@ from elit_export.runtime.samplers import sampler_named
 from elit_export.spec import Budget
 from elit_export.verify.metrics import difference
 
-OnImages = Callable[..., None]  # hears (what, evaluations done, total=all of this pipeline)
+OnImages = Callable[..., None]  # called with (label, evaluations done, total=evaluations of this pipeline)
 RESAMPLINGS = 50
 REMEDY = "train one with `elit-export train-classifier DATA --out FILE.safetensors` and give --classifier FILE"
 
 
 @dataclass(frozen=True)
-class Way:
-    """A sampler and its steps."""
+class SamplerConfig:
+    """A sampler and its number of steps."""
 
     sampler: str
     steps: int
 
     @classmethod
-    def parse(cls, text: str) -> Way:
+    def parse(cls, text: str) -> SamplerConfig:
         """Read `euler:50`; raises InputError."""
         name, _, steps = text.partition(":")
         if not steps.isdecimal():
             raise InputError(f"way {text!r} is not SAMPLER:STEPS, e.g. euler:50")
         sampler = sampler_named(name)
         if sampler.uses_noise:
-            raise InputError(f"way {text!r}: {name} draws noise at every step, so that rows could not be compared")
+            raise InputError(f"way {text!r}: {name} draws noise at every step, so rows could not be compared")
         return cls(sampler.name, int(steps))
 
     @property
@@ -58,7 +66,10 @@ class Way:
         return f"{self.sampler} {self.steps}"
 
 
-WAYS = (Way("euler", 50), Way("ab3", 14))
+DEFAULT_CONFIGS = (SamplerConfig("euler", 50), SamplerConfig("ab3", 14))
+# Earlier names, which the command line imports.
+Way = SamplerConfig
+WAYS = DEFAULT_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -71,11 +82,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class QualityRow:
-    """One budget, way and plan set.
+    """The quality of one plan set at one budget with one sampler config, which the field `way` names.
 
-    `agreement` is the share of images whose predicted class is the asked one. The changes are to the first row of all,
-    and count whatever differs from it: budget, way, precision. `sqnr_db` compares the samples with those of the same
-    way in the first plan set at its largest budget, None for these themselves.
+    `agreement` is the share of images whose predicted class is the requested one. The changes are relative to the first
+    row of all, and include all that differs from it: budget, sampler, steps, precision. `sqnr_db` compares the samples
+    with those of the same config in the first plan set at its largest budget, None for these themselves.
     """
 
     target: str
@@ -93,7 +104,10 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityResult:
-    """All rows, and what real images reach: `real_agreement`, `halves_floor`, and `floor` at about as many images."""
+    """All rows, and the values of real images.
+
+    These are `real_agreement` and two real-vs-real baselines: `halves_floor`, and `floor` at about as many images.
+    """
 
     images: int
     guidance: str
@@ -101,35 +115,35 @@ class QualityResult:
     features: int
     real_images: int
     real_agreement: float
-    halves_floor: Floor
-    floor: Floor
+    halves_floor: Baseline
+    floor: Baseline
     rows: list[QualityRow]
     skipped: dict[str, str]
 
 
 def quality(
-    opened: Iterable[tuple[str, Pipeline]],
-    judge: Judge,
+    pipelines: Iterable[tuple[str, Pipeline]],
+    evaluator: Evaluator,
     *,
     images: int,
     guidance: str,
-    ways: tuple[Way, ...],
+    ways: tuple[SamplerConfig, ...],
     seed: int,
     skipped: dict[str, str],
     on_images: OnImages,
 ) -> QualityResult:
-    """Measure every way at every named budget of each (target, pipeline), one pipeline after the other.
+    """Measure every sampler config at every named budget of each (target, pipeline), one pipeline after the other.
 
-    `skipped` says why other plan sets of the bundle are not among them. `on_images` hears what was sampled and
-    how many engine evaluations of an image that took. Raises InputError before anything is sampled.
+    `skipped` holds the reason why other plan sets of the bundle are left out. `on_images` is called with what was
+    sampled and the number of evaluations. Raises InputError before anything is sampled.
     """
-    table = _Table(judge, images, seed)
+    table = _Rows(evaluator, images, seed)
     rows = [
         row
-        for target, pipeline in opened
+        for target, pipeline in pipelines
         for row in table.rows(target, pipeline, guidance=guidance, ways=ways, on_images=on_images)
     ]
-    facts = judge.facts
+    facts = evaluator.facts
     return QualityResult(
         images=images,
         guidance=guidance,
@@ -137,28 +151,28 @@ def quality(
         features=facts.spec.features,
         real_images=facts.test_images,
         real_agreement=facts.test_accuracy,
-        halves_floor=facts.halves_floor,
-        floor=facts.floor_at(images),
+        halves_floor=facts.halves_baseline,
+        floor=facts.baseline_at(images),
         rows=rows,
         skipped=skipped,
     )
 
 
-# ---------------------------------------------------------------- what can be judged
+# ---------------------------------------------------------------- checks
 
 
-def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
-    """Raises InputError where the classifier cannot judge the pipeline's samples."""
-    spec, data, judged = pipeline.spec, pipeline.data, facts.spec
+def check_evaluator(pipeline: Pipeline, facts: EvaluatorFacts, images: int) -> None:
+    """Raise InputError where the evaluator does not fit the pipeline's samples."""
+    spec, data, classifier = pipeline.spec, pipeline.data, facts.spec
     require_classes(spec, "judging samples by a classifier")
     if data.kind != "pixels":
         raise InputError(f"the samples are latents of a VAE ({data.vae or 'unknown'}); quality is of pixels only")
-    shape = (judged.channels, judged.size, judged.size)
+    shape = (classifier.channels, classifier.size, classifier.size)
     if spec.sample_shape != shape:
         raise InputError(f"the samples are {spec.sample_shape}, the classifier takes {shape}", REMEDY)
-    if spec.num_classes != judged.num_classes:
+    if spec.num_classes != classifier.num_classes:
         raise InputError(
-            f"the model has {spec.num_classes} classes, the classifier {judged.num_classes}",
+            f"the model has {spec.num_classes} classes, the classifier {classifier.num_classes}",
             f"{REMEDY} of the same data",
         )
     if data.class_names and facts.class_names and data.class_names != facts.class_names:
@@ -166,29 +180,29 @@ def check_judge(pipeline: Pipeline, facts: JudgeFacts, images: int) -> None:
             f"the model's classes are {', '.join(data.class_names)}, the classifier's {', '.join(facts.class_names)}",
             f"{REMEDY} of the same data",
         )
-    check_images(images, judged.features)
+    check_images(images, classifier.features)
 
 
 # ---------------------------------------------------------------- sampling
 
 
 def batches(pipeline: Pipeline, options: SamplingOptions, images: int) -> list[Int64]:
-    """The images in parts as even as can be, none with more rows than the profiles take."""
+    """Split the images evenly into as few parts as the rows of the profiles allow."""
     limits = []
     for size in set(call_sizes(resolve(pipeline.spec, options), images=1)):
         serving = [profile.rows.max for profile in pipeline.coverage.serving(size.budget)]
         limits.append(max(serving, default=0) // size.rows)
-    at_once = max(1, min(limits))  # too few for one image is refused in sampling
+    at_once = max(1, min(limits))  # sampling refuses rows that are too few for one image
     return np.array_split(np.arange(images), math.ceil(images / at_once))
 
 
-def options_of(way: Way, budget: str, guidance: str) -> SamplingOptions:
-    return SamplingOptions(sampler=way.sampler, steps=way.steps, schedule=budget, guidance=guidance)
+def options_of(config: SamplerConfig, budget: str, guidance: str) -> SamplingOptions:
+    return SamplingOptions(sampler=config.sampler, steps=config.steps, schedule=budget, guidance=guidance)
 
 
 @dataclass(frozen=True, eq=False)
-class _Taken:
-    """One row's samples and what the judge said; `resampled` are the distances of the bootstrap's draws."""
+class _Measured:
+    """The samples of one row and their evaluation; `resampled` are the Fréchet distances of the bootstrap's draws."""
 
     samples: Float64
     is_right: Bools  # (n,)
@@ -196,14 +210,14 @@ class _Taken:
     resampled: Float64  # (RESAMPLINGS,)
 
 
-class _Table:
-    """Rows that remember what they are compared with: the first of all, and the first of each way."""
+class _Rows:
+    """Makes rows, and keeps what they are compared with: the first row of all, and the first of each sampler config."""
 
-    def __init__(self, judge: Judge, images: int, seed: int) -> None:
-        self._judge, self._images, self._seed = judge, images, seed
-        self._labels = np.arange(images) % judge.facts.spec.num_classes
+    def __init__(self, evaluator: Evaluator, images: int, seed: int) -> None:
+        self._evaluator, self._images, self._seed = evaluator, images, seed
+        self._labels = np.arange(images) % evaluator.facts.spec.num_classes
         self._draws = resampled_within(self._labels, np.random.default_rng(seed), RESAMPLINGS)
-        self._firsts: dict[Way, _Taken] = {}
+        self._firsts: dict[SamplerConfig, _Measured] = {}
 
     def rows(
         self,
@@ -211,66 +225,70 @@ class _Table:
         pipeline: Pipeline,
         *,
         guidance: str,
-        ways: tuple[Way, ...],
+        ways: tuple[SamplerConfig, ...],
         on_images: OnImages,
     ) -> Iterator[QualityRow]:
-        check_judge(pipeline, self._judge.facts, self._images)
+        check_evaluator(pipeline, self._evaluator.facts, self._images)
         budgets = measured_budgets(pipeline)
-        todo = [(way, name, options_of(way, name, guidance)) for way in ways for name in budgets]
-        total = sum(self._images * way.calls for way, _, _ in todo)
-        for _, _, options in todo:
+        configs = [(config, name, options_of(config, name, guidance)) for config in ways for name in budgets]
+        total = sum(self._images * config.calls for config, _, _ in configs)
+        for _, _, options in configs:
             part = batches(pipeline, options, self._images)[0]
             pipeline.prepared(self._labels[part].tolist(), options)
-        for way, name, options in todo:
-            samples, pixels = self._sampled(pipeline, options, partial(on_images, f"{way}, {name}", total=total))
-            yield self._row(self._taken(samples, pixels), target, pipeline, way, name, budgets[name])
+        for config, name, options in configs:
+            samples, pixels = self._sampled(pipeline, options, partial(on_images, f"{config}, {name}", total=total))
+            yield self._row(self._measure(samples, pixels), target, pipeline, config, name, budgets[name])
 
     def _sampled(
         self, pipeline: Pipeline, options: SamplingOptions, on_images: Callable[..., None]
     ) -> tuple[Float64, Pixels]:
-        """Samples (n, C, H, W) and their pixels; image i starts from the noise of (seed, i), whatever the parts."""
+        """Sample (n, C, H, W) and decode to pixels; image i starts from the noise of (seed, i) in any split."""
         noise = SeededNoise(self._seed, self._images, pipeline.spec.sample_shape)()
-        calls = Way(options.sampler, options.steps).calls
-        found = []
+        calls = SamplerConfig(options.sampler, options.steps).calls
+        samples = []
         for part in batches(pipeline, options, self._images):
-            own = replace(options, noise=noise[part], seed=int(part[0]))  # the seed is of what stochastic samplers add
-            found.append(pipeline.sampled(self._labels[part].tolist(), own))
+            own = replace(options, noise=noise[part], seed=int(part[0]))  # the seed is used by stochastic samplers
+            samples.append(pipeline.sampled(self._labels[part].tolist(), own))
             on_images(len(part) * calls)
-        pixels = np.concatenate([sample.images for sample in found]).transpose(0, 3, 1, 2)
-        return np.concatenate([sample.latents for sample in found]), np.ascontiguousarray(pixels)
+        pixels = np.concatenate([sample.images for sample in samples]).transpose(0, 3, 1, 2)
+        return np.concatenate([sample.latents for sample in samples]), np.ascontiguousarray(pixels)
 
-    def _taken(self, samples: Float64, pixels: Pixels) -> _Taken:
-        features, predicted = self._judge.look(pixels)
-        real = self._judge.facts.real
-        resampled = [apart(real, Gaussian.fit(features[draw])) for draw in self._draws]
-        return _Taken(samples, predicted == self._labels, apart(real, Gaussian.fit(features)), np.array(resampled))
+    def _measure(self, samples: Float64, pixels: Pixels) -> _Measured:
+        features, predicted = self._evaluator.look(pixels)
+        real = self._evaluator.facts.real
+        resampled = [frechet_distance(real, Gaussian.fit(features[draw])) for draw in self._draws]
+        return _Measured(
+            samples, predicted == self._labels, frechet_distance(real, Gaussian.fit(features)), np.array(resampled)
+        )
 
-    def _row(self, taken: _Taken, target: str, pipeline: Pipeline, way: Way, name: str, budget: Budget) -> QualityRow:
-        first_of_way = self._firsts.setdefault(way, taken)
+    def _row(
+        self, measured: _Measured, target: str, pipeline: Pipeline, config: SamplerConfig, name: str, budget: Budget
+    ) -> QualityRow:
+        first_of_config = self._firsts.setdefault(config, measured)
         first = next(iter(self._firsts.values()))
-        changed = taken.is_right.astype(float) - first.is_right
-        is_own = taken is first_of_way
+        change = measured.is_right.astype(float) - first.is_right
+        is_reference = measured is first_of_config
         return QualityRow(
             target=target,
             precision=pipeline.bank.precision.value,
             name=name,
             budget=str(budget),
-            way=str(way),
-            calls=way.calls,
-            agreement=Estimate(*share_of(taken.is_right)),
-            agreement_change=Estimate(float(changed.mean()), float(changed.std(ddof=1)) / math.sqrt(len(changed))),
-            frechet=Estimate(taken.frechet, float(taken.resampled.std(ddof=1))),
+            way=str(config),
+            calls=config.calls,
+            agreement=Estimate(*share_of(measured.is_right)),
+            agreement_change=Estimate(float(change.mean()), float(change.std(ddof=1)) / math.sqrt(len(change))),
+            frechet=Estimate(measured.frechet, float(measured.resampled.std(ddof=1))),
             frechet_change=Estimate(
-                taken.frechet - first.frechet, float((taken.resampled - first.resampled).std(ddof=1))
+                measured.frechet - first.frechet, float((measured.resampled - first.resampled).std(ddof=1))
             ),
-            sqnr_db=None if is_own else difference(taken.samples, first_of_way.samples).sqnr_db,
+            sqnr_db=None if is_reference else difference(measured.samples, first_of_config.samples).sqnr_db,
         )
 
 
 def resampled_within(labels: Int64, rng: np.random.Generator, draws: int) -> Int64:  # (draws, n)
-    """Images drawn with replacement, each from those of its own class."""
-    found = np.empty((draws, len(labels)), np.int64)
+    """Draw images with replacement, each from those of its own class."""
+    drawn = np.empty((draws, len(labels)), np.int64)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
-        found[:, members] = rng.choice(members, (draws, len(members)))
-    return found
+        drawn[:, members] = rng.choice(members, (draws, len(members)))
+    return drawn

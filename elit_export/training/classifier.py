@@ -1,4 +1,4 @@
-"""Training the classifier that judges samples, and what it says of the real test images.
+"""Trains the classifier of an evaluator, and measures its statistics on the real test images.
 
 All randomness of step i is a function of (seed, i).
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from elit_export.errors import InputError
 from elit_export.evaluate.classifier import Classifier, initialise
-from elit_export.evaluate.statistics import ClassifierSpec, Gaussian, JudgeFacts, check_halves, floors, share_of
+from elit_export.evaluate.statistics import ClassifierSpec, EvaluatorFacts, Gaussian, baselines, check_halves, share_of
 from elit_export.training.data import LabelledImages
 from elit_export.training.trainer import epoch_batch, generator_for
 
@@ -26,7 +26,7 @@ WARMUP_SHARE = 0.1  # of the steps
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """Choices of one run."""
+    """The settings of one training run."""
 
     steps: int
     batch_size: int
@@ -34,9 +34,9 @@ class ClassifierConfig:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}, must be at least {least}")
+        for name, minimum in (("steps", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < minimum:
+                raise InputError(f"{name} is {getattr(self, name)}, must be at least {minimum}")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}, must be positive")
 
@@ -44,9 +44,9 @@ class ClassifierConfig:
 def train_classifier(
     spec: ClassifierSpec, data: LabelledImages, config: ClassifierConfig, *, on_step: Callable[[int, float], None]
 ) -> Classifier:
-    """`on_step` hears the number and the loss of every step; `check_data` comes first.
+    """Train a classifier on data that `check_data` accepted; its weights are rounded to half precision.
 
-    The weights are rounded to what half precision holds.
+    `on_step` is called with the number and the loss of every step.
     """
     classifier = initialise(Classifier(spec), generator_for(config.seed))
     optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=WEIGHT_DECAY, fused=True)
@@ -62,7 +62,7 @@ def train_classifier(
 
 
 def check_data(spec: ClassifierSpec, train: LabelledImages, test: LabelledImages, config: ClassifierConfig) -> None:
-    """Before anything is trained; raises InputError."""
+    """Check the data before training; raises InputError."""
     shape = (spec.channels, spec.size, spec.size)
     for images in (train, test):
         if images.images.shape[1:] != shape:
@@ -75,7 +75,7 @@ def check_data(spec: ClassifierSpec, train: LabelledImages, test: LabelledImages
 
 
 def learning_rate(config: ClassifierConfig, step: int) -> float:
-    """Linear up, then linear down to nearly zero."""
+    """Compute a linear warm-up, then a linear decay to nearly zero."""
     warmup = max(1, round(WARMUP_SHARE * config.steps))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -90,23 +90,28 @@ def _loss(classifier: Classifier, data: LabelledImages, config: ClassifierConfig
 
 
 def mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:  # (B, C, H, W)
-    """About half of the images, left to right."""
+    """Flip about half of the images left to right."""
     is_mirrored = torch.rand(len(pixels), generator=generator) < 0.5
     return torch.where(is_mirrored[:, None, None, None], pixels.flip(3), pixels)
 
 
-def judge_facts(classifier: Classifier, train: LabelledImages, test: LabelledImages, *, command: str) -> JudgeFacts:
-    """What a classifier says of the real test images; raises InputError where these are too few for its features."""
+def evaluator_facts(
+    classifier: Classifier, train: LabelledImages, test: LabelledImages, *, command: str
+) -> EvaluatorFacts:
+    """Measure the statistics of the real test images; raises InputError where these are too few for the features."""
     features, predicted = classifier.look(test.images)
-    found = tuple(floors(features, test.labels, seed=0))
-    return JudgeFacts(
+    measured = tuple(baselines(features, test.labels, seed=0))
+    return EvaluatorFacts(
         spec=classifier.spec,
         real=Gaussian.fit(features),
         test_images=len(test),
         test_accuracy=share_of(predicted == test.labels)[0],
-        floors=found,
+        floors=measured,
         class_names=test.class_names,
         train_sha256=train.sha256,
         test_sha256=test.sha256,
         command=command,
     )
+
+
+judge_facts = evaluator_facts  # the earlier name, which the command line calls

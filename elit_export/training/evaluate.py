@@ -1,4 +1,4 @@
-"""Held-out velocity error per budget, on the same images, times and noise for every budget."""
+"""Measures held-out velocity error per budget, on the same images, times and noise for every budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCH = 250
 
 @dataclass(frozen=True)
 class BudgetError:
-    """Mean squared velocity error at one budget.
+    """The mean squared velocity error at one budget.
 
     `standard_error` is that of the mean; `above_full` is the paired difference to the full budget
     and `above_full_error` its standard error, which is far smaller because the draws are shared.
@@ -32,7 +32,7 @@ class BudgetError:
 
 
 def held_out_errors(model: Elit, data: LabelledImages, *, seed: int) -> Iterator[BudgetError]:
-    """Full budget first, then downwards; every image once, with its own label."""
+    """Measure every budget, full budget first, then downwards; every image once, with its own label."""
     full: np.ndarray[tuple[int], np.dtype[np.float64]] | None = None
     for budget in reversed(model.spec.budgets):
         errors = _errors_per_image(model, data, budget, seed)

@@ -1,4 +1,4 @@
-"""Rectified-flow training with tail drop: every step runs the core on a random number of latents.
+"""Trains by rectified flow with tail drop: every step runs the core on a random number of latents.
 
 All randomness of step i is a function of (seed, i), so a resumed run equals an uninterrupted one
 bit for bit on the same machine and thread count.
@@ -29,13 +29,13 @@ STATE_FORMAT = "elit_export training state/1"
 STATE_PARTS = {"run", "step", "model", "ema", "optimizer"}
 BETAS = (0.9, 0.999)
 CLIP_NORM = 1.0
-# What a state of an older version means by not saying it.
-UNSAID = {field.name: field.default for field in fields(ModelSpec) if field.default is not MISSING}
+# Values of spec fields that a state of an older version does not have.
+DEFAULTS = {field.name: field.default for field in fields(ModelSpec) if field.default is not MISSING}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Choices of one run.
+    """The settings of one run.
 
     K is drawn uniformly from the model's budgets of min_kept and more, once per step for the whole batch, except
     for a share `full_share` of the steps, which run the full budget.
@@ -66,7 +66,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainRecord:
-    """What one finished step did; `loss` is the mean squared error of the velocity."""
+    """The record of one step; `loss` is the mean squared error of the velocity."""
 
     step: int
     loss: float
@@ -76,7 +76,7 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class FlowBatch:
-    """x_t = (1 − t)·data + t·noise and its true velocity noise − data."""
+    """Inputs x_t = (1 − t)·data + t·noise with their true velocity noise − data."""
 
     x: Tensor  # (B, C, H, W)
     t: Tensor  # (B,)
@@ -90,23 +90,23 @@ def flow_batch(data: Tensor, t: Tensor, y: Tensor, noise: Tensor) -> FlowBatch:
 
 
 def random_times(count: int, generator: torch.Generator) -> Tensor:
-    """t = sigmoid of a standard normal, (count,)."""
+    """Draw t as the sigmoid of a standard normal, (count,)."""
     return torch.sigmoid(torch.randn(count, generator=generator))
 
 
 def to_signal(images: np.ndarray[Any, Any]) -> Tensor:
-    """Bytes → float32 in [−1, 1]."""
+    """Convert bytes to float32 in [−1, 1]."""
     return torch.from_numpy(images).float() / 127.5 - 1
 
 
 def generator_for(*numbers: int) -> torch.Generator:
-    """A generator that depends on these numbers alone."""
+    """Make a generator that depends on these numbers alone."""
     seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed))
 
 
 def epoch_batch(count: int, batch_size: int, seed: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A step's share of the epoch's permutation of `count` images; an incomplete last batch is left out."""
+    """Give a step's part of the epoch's permutation of `count` images; an incomplete last batch is left out."""
     epoch, place = divmod(step, count // batch_size)
     order = np.random.default_rng((seed, epoch)).permutation(count)
     return order[place * batch_size : (place + 1) * batch_size]
@@ -134,7 +134,7 @@ class Trainer:
         if len(data) < config.batch_size:
             raise InputError(f"batch_size {config.batch_size} is more than the {len(data)} images there are")
         runs = {budget.kept for budget in spec.budgets}
-        if config.min_kept not in runs | {1}:  # 1 is the least, whatever that is
+        if config.min_kept not in runs | {1}:  # 1 stands for the smallest budget
             raise InputError(f"min_kept {config.min_kept}: this model runs {listed(spec.budgets)}")
 
     # ------------------------------------------------------------ running
@@ -163,7 +163,7 @@ class Trainer:
         return TrainRecord(self.step, loss.item(), kept, rate)
 
     def _learning_rate(self) -> float:
-        """Linear warm-up, then cosine to zero."""
+        """Compute a linear warm-up, then a cosine to zero."""
         warmup, total = self.config.warmup_steps, self.config.steps
         if self.step < warmup:
             return self.config.learning_rate * (self.step + 1) / warmup
@@ -193,7 +193,7 @@ class Trainer:
     # ------------------------------------------------------------ state on disk
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on, whole or not at all."""
+        """Write everything needed to continue, atomically."""
         state = {
             "format": STATE_FORMAT,
             "run": self._identity(),
@@ -209,19 +209,23 @@ class Trainer:
             raise CheckpointError(f"{path}: cannot be written, is the disk full? ({error})") from error
 
     def resume(self, path: Path) -> None:
-        """Go on from a saved state; raises CheckpointError if it is damaged or of another run."""
+        """Continue from a saved state; raises CheckpointError if it is damaged or of another run."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
             raise CheckpointError(f"{path}: not a whole training state: {error}") from error
         if not isinstance(state, dict) or state.get("format") != STATE_FORMAT or not set(state) >= STATE_PARTS:
             raise CheckpointError(f"{path}: not a training state of this version")
-        mine, theirs = self._identity(), UNSAID | state["run"]
-        other = [
-            f"{name} (was {theirs.get(name)}, now {mine[name]})" for name in mine if mine[name] != theirs.get(name)
+        own_run, saved_run = self._identity(), DEFAULTS | state["run"]
+        differences = [
+            f"{name} (was {saved_run.get(name)}, now {own_run[name]})"
+            for name in own_run
+            if own_run[name] != saved_run.get(name)
         ]
-        if other:
-            raise CheckpointError(f"{path}: belongs to another run: {', '.join(other)}", "train into another folder")
+        if differences:
+            raise CheckpointError(
+                f"{path}: belongs to another run: {', '.join(differences)}", "train into another folder"
+            )
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -13,7 +13,7 @@ from elit_export.bench.timing import Timing
 from elit_export.cli.tables.bench import bench_tables, quality_table
 from elit_export.cost.flops import flops
 from elit_export.evaluate.quality import Estimate, QualityResult, QualityRow
-from elit_export.evaluate.statistics import Floor
+from elit_export.evaluate.statistics import Baseline
 from elit_export.spec import Budget
 from tests.helpers import tiny_spec
 
@@ -85,7 +85,7 @@ def quality_of(**changes: Any) -> QualityResult:
     )
     smaller = replace(row, name="half", budget="2of4", frechet_change=Estimate(-2.5, 0.25), sqnr_db=12.34)
     facts = {"images": 512, "guidance": "cfg:2", "seed": 0, "features": 48, "real_images": 10_000}
-    facts |= {"real_agreement": 0.92, "halves_floor": Floor(5000, 0.19, 0.03), "floor": Floor(512, 1.02, 0.15)}
+    facts |= {"real_agreement": 0.92, "halves_floor": Baseline(5000, 0.19, 0.03), "floor": Baseline(512, 1.02, 0.15)}
     return QualityResult(**{**facts, "rows": [row, smaller], "skipped": {}, **changes})  # type: ignore[arg-type]
 
 

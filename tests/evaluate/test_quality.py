@@ -21,16 +21,31 @@ from elit_export.bundle.reading import Bundle
 from elit_export.cli import main, plan_sets
 from elit_export.cli.plan_sets import able_plan_sets
 from elit_export.errors import BundleError, InputError
-from elit_export.evaluate.evaluator import SHIPPED, load_judge
-from elit_export.evaluate.quality import WAYS, QualityResult, Way, batches, options_of, quality, resampled_within
-from elit_export.evaluate.statistics import ClassifierSpec, Floor, Gaussian, Judge, JudgeFacts, frechet_distance
+from elit_export.evaluate.evaluator import SHIPPED, load_evaluator
+from elit_export.evaluate.quality import (
+    DEFAULT_CONFIGS,
+    QualityResult,
+    SamplerConfig,
+    batches,
+    options_of,
+    quality,
+    resampled_within,
+)
+from elit_export.evaluate.statistics import (
+    Baseline,
+    ClassifierSpec,
+    Evaluator,
+    EvaluatorFacts,
+    Gaussian,
+    frechet_distance,
+)
 from elit_export.runtime.noise import SeededNoise
 from elit_export.spec import SD_VAE, DataFacts, Precision
 from elit_export.verify.metrics import difference
 
 FEATURES = 3
 IMAGES = 24
-FEW = (Way("euler", 4), Way("ab3", 3))
+FEW = (SamplerConfig("euler", 4), SamplerConfig("ab3", 3))
 
 
 def look(images: Pixels) -> tuple[Float64, Int64]:
@@ -40,28 +55,30 @@ def look(images: Pixels) -> tuple[Float64, Int64]:
     return features, (rows[:, 0] * 2.999).astype(np.int64)
 
 
-FACTS = JudgeFacts(
+FACTS = EvaluatorFacts(
     spec=ClassifierSpec(channels=1, size=8, num_classes=3, width=8, features=FEATURES),
     real=Gaussian(np.full(FEATURES, 0.5), np.eye(FEATURES) / 100),
     test_images=1000,
     test_accuracy=0.9,
-    floors=(Floor(16, 0.2, 0.01), Floor(64, 0.05, 0.005), Floor(500, 0.01, 0.001)),
+    floors=(Baseline(16, 0.2, 0.01), Baseline(64, 0.05, 0.005), Baseline(500, 0.01, 0.001)),
     class_names=(),
     train_sha256="0" * 64,
     test_sha256="1" * 64,
     command="none",
 )
-JUDGE = Judge(look, FACTS)
+EVALUATOR = Evaluator(look, FACTS)
 
 
-def measured(opened: Any, judge: Judge = JUDGE, heard: list[tuple[str, int, int]] | None = None, **choices: Any) -> Any:
+def measured(
+    opened: Any, evaluator: Evaluator = EVALUATOR, heard: list[tuple[str, int, int]] | None = None, **choices: Any
+) -> Any:
     given: dict[str, Any] = {"images": IMAGES, "guidance": "cfg:2", "ways": FEW, "seed": 0, "skipped": {}}
     said = [] if heard is None else heard
 
     def on_images(what: str, done: int, *, total: int) -> None:
         said.append((what, done, total))
 
-    return quality(opened, judge, **(given | choices), on_images=on_images)
+    return quality(opened, evaluator, **(given | choices), on_images=on_images)
 
 
 @pytest.fixture
@@ -124,7 +141,7 @@ def test_the_first_rows_are_what_others_are_compared_with(pipeline: Pipeline) ->
 
 def test_differences_are_paired(pipeline: Pipeline) -> None:
     """A smaller budget changes samples a little, so the error of the change is far below that of the row."""
-    row = measured([("cpu", pipeline)], ways=(Way("euler", 4),)).rows[1]
+    row = measured([("cpu", pipeline)], ways=(SamplerConfig("euler", 4),)).rows[1]
     assert 0 < row.frechet_change.error < 0.5 * row.frechet.error
 
 
@@ -137,7 +154,7 @@ def test_agreement_and_its_errors(pipeline: Pipeline) -> None:
     def always_one(images: Pixels) -> tuple[Float64, Int64]:
         return look(images)[0], np.ones(len(images), np.int64)
 
-    row = measured([("cpu", pipeline)], Judge(always_one, FACTS)).rows[1]
+    row = measured([("cpu", pipeline)], Evaluator(always_one, FACTS)).rows[1]
     assert (row.agreement.value, row.agreement.error) == (1 / 3, pytest.approx((2 / 9 / IMAGES) ** 0.5))
     assert (row.agreement_change.value, row.agreement_change.error) == (0, 0)
 
@@ -169,8 +186,8 @@ def test_no_part_has_more_rows_than_the_profiles_take(pipeline: Pipeline, guidan
 
 
 def test_ways_are_read() -> None:
-    assert [Way.parse("euler:50"), Way.parse("ab3:14")] == list(WAYS)
-    assert [way.calls for way in WAYS] == [50, 15]
+    assert [SamplerConfig.parse("euler:50"), SamplerConfig.parse("ab3:14")] == list(DEFAULT_CONFIGS)
+    assert [way.calls for way in DEFAULT_CONFIGS] == [50, 15]
     for text, said in (
         ("euler", "is not SAMPLER:STEPS"),
         ("euler:x", "is not SAMPLER:STEPS"),
@@ -178,40 +195,40 @@ def test_ways_are_read() -> None:
         ("euler-maruyama:9", "draws noise"),
     ):
         with pytest.raises(InputError, match=said):
-            Way.parse(text)
+            SamplerConfig.parse(text)
 
 
 # ---------------------------------------------------------------- what cannot be judged
 
 
-def judge_of(**changes: Any) -> Judge:
+def evaluator_of(**changes: Any) -> Evaluator:
     names = {name: changes.pop(name) for name in ("class_names",) if name in changes}
-    return Judge(look, replace(FACTS, spec=replace(FACTS.spec, **changes), **names))
+    return Evaluator(look, replace(FACTS, spec=replace(FACTS.spec, **changes), **names))
 
 
 @pytest.mark.parametrize(
-    ("judge", "choices", "said"),
+    ("evaluator", "choices", "said"),
     [
-        (judge_of(size=16), {}, r"samples are \(1, 8, 8\), the classifier takes \(1, 16, 16\).*train-classifier"),
-        (judge_of(num_classes=4), {}, "model has 3 classes, the classifier 4.*--classifier FILE"),
-        (JUDGE, {"images": 3}, "3 images .* 3 features; give at least 4"),
-        (JUDGE, {"guidance": "cfg:x"}, "not a number"),
-        (JUDGE, {"ways": (Way("ab3", 0),)}, "at least"),
+        (evaluator_of(size=16), {}, r"samples are \(1, 8, 8\), the classifier takes \(1, 16, 16\).*train-classifier"),
+        (evaluator_of(num_classes=4), {}, "model has 3 classes, the classifier 4.*--classifier FILE"),
+        (EVALUATOR, {"images": 3}, "3 images .* 3 features; give at least 4"),
+        (EVALUATOR, {"guidance": "cfg:x"}, "not a number"),
+        (EVALUATOR, {"ways": (SamplerConfig("ab3", 0),)}, "at least"),
     ],
 )
 def test_nothing_is_sampled_for_what_cannot_be_judged(
-    judge: Judge, choices: dict[str, Any], said: str, pipeline: Pipeline
+    evaluator: Evaluator, choices: dict[str, Any], said: str, pipeline: Pipeline
 ) -> None:
     heard: list[tuple[str, int, int]] = []
     with pytest.raises(InputError, match=said):
-        measured([("cpu", pipeline)], judge, heard, **choices)
+        measured([("cpu", pipeline)], evaluator, heard, **choices)
     assert heard == []
 
 
 def test_classes_of_another_order_are_refused(pipeline: Pipeline) -> None:
     pipeline.data = DataFacts(kind="pixels", class_names=("a", "b", "c"))
     with pytest.raises(InputError, match="the model's classes are a, b, c, the classifier's a, c, b"):
-        measured([("cpu", pipeline)], judge_of(class_names=("a", "c", "b")))
+        measured([("cpu", pipeline)], evaluator_of(class_names=("a", "c", "b")))
 
 
 def test_latents_of_a_vae_are_refused(pipeline: Pipeline) -> None:
@@ -274,10 +291,10 @@ def test_the_command_judges_the_shipped_model(fashion_bundle: Bundle, tmp_path: 
     options = ("--images", "50", "--way", "ab3:4", "--json", tmp_path / "q.json")
     done = run(fashion_bundle.folder, *options)
     assert done.exit_code == 0, done.output
-    facts = load_judge(SHIPPED).facts
+    facts = load_evaluator(SHIPPED).facts
     said = " ".join(done.output.split())
     assert f"of real test images {facts.test_accuracy:.3f}" in said
-    assert f"one half of these to the other {facts.halves_floor.distance:.3g}" in said
+    assert f"one half of these to the other {facts.halves_baseline.distance:.3g}" in said
     result = json.loads((tmp_path / "q.json").read_text())["quality"]
     rows = {row["name"]: row for row in result["rows"]}
     assert (result["images"], result["guidance"], result["floor"]["images"]) == (50, "cfg:2", 64)

@@ -1,4 +1,4 @@
-"""Fréchet distances against closed forms, and the floors."""
+"""Fréchet distances against closed forms, and the real-vs-real baselines."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from elit_export.errors import InputError
 from elit_export.evaluate.statistics import (
     ClassifierSpec,
     Gaussian,
+    balanced_order,
+    baselines,
     check_images,
-    evenly,
-    floors,
     frechet_distance,
     share_of,
 )
@@ -93,35 +93,35 @@ def test_too_few_images_for_a_covariance_are_refused(images: int) -> None:
     check_images(4, 3)
 
 
-# ---------------------------------------------------------------- floors
+# ---------------------------------------------------------------- baselines
 
 
 def test_a_floor_falls_with_the_number_of_images_and_ends_with_halves() -> None:
     rng = np.random.default_rng(0)
-    found = list(floors(rng.standard_normal((1200, 4)), rng.integers(0, 3, 1200), seed=0))
+    found = list(baselines(rng.standard_normal((1200, 4)), rng.integers(0, 3, 1200), seed=0))
     assert [floor.images for floor in found] == [64, 128, 256, 512, 600]
     assert found[0].distance > 2 * found[1].distance > 2 * found[3].distance > 0
     assert all(0 < floor.spread < floor.distance for floor in found)
 
 
-def test_floors_depend_on_the_seed_alone() -> None:
+def test_baselines_depend_on_the_seed_alone() -> None:
     features, labels = np.random.default_rng(1).standard_normal((200, 3)), np.arange(200) % 5
-    one, again, other = (list(floors(features, labels, seed=seed)) for seed in (0, 0, 1))
+    one, again, other = (list(baselines(features, labels, seed=seed)) for seed in (0, 0, 1))
     assert one == again != other
 
 
 def test_too_few_images_for_two_halves_are_refused() -> None:
     with pytest.raises(InputError, match=r"9 test images are too few for 4 features.* at least 5.*--features 3"):
-        list(floors(np.ones((9, 4)), np.zeros(9, np.int64), seed=0))
+        list(baselines(np.ones((9, 4)), np.zeros(9, np.int64), seed=0))
 
 
 def test_every_beginning_holds_the_classes_evenly() -> None:
     labels = np.array([0] * 10 + [1] * 30 + [2] * 20)
-    order = evenly(labels, np.random.default_rng(0))
+    order = balanced_order(labels, np.random.default_rng(0))
     assert sorted(order.tolist()) == list(range(60))
     for count in (3, 15, 30):
         assert np.bincount(labels[order[:count]]).tolist() == [count // 3] * 3
-    assert order.tolist() != evenly(labels, np.random.default_rng(1)).tolist()
+    assert order.tolist() != balanced_order(labels, np.random.default_rng(1)).tolist()
 
 
 def test_a_share_and_its_error() -> None:

@@ -19,12 +19,12 @@ from elit_export.checkpoints.native import checkpoint_path, load_checkpoint
 from elit_export.cli import main
 from elit_export.errors import CheckpointError, InputError
 from elit_export.evaluate.classifier import Classifier
-from elit_export.evaluate.evaluator import FORMAT, MEAN, SHIPPED, load_judge, save_judge
-from elit_export.evaluate.statistics import ClassifierSpec, Gaussian, Judge, JudgeFacts, frechet_distance
+from elit_export.evaluate.evaluator import FORMAT, MEAN, SHIPPED, load_evaluator, save_evaluator
+from elit_export.evaluate.statistics import ClassifierSpec, Evaluator, EvaluatorFacts, Gaussian, frechet_distance
 from elit_export.training.classifier import (
     ClassifierConfig,
     check_data,
-    judge_facts,
+    evaluator_facts,
     learning_rate,
     mirrored,
     train_classifier,
@@ -58,27 +58,27 @@ def trained(data: LabelledImages, **changes: Any) -> tuple[Classifier, list[floa
 
 
 @pytest.fixture(scope="module")
-def tiny(train: LabelledImages, test: LabelledImages) -> tuple[Classifier, JudgeFacts]:
+def tiny(train: LabelledImages, test: LabelledImages) -> tuple[Classifier, EvaluatorFacts]:
     made, _ = trained(train)
-    return made, judge_facts(made, train, test, command="as tested")
+    return made, evaluator_facts(made, train, test, command="as tested")
 
 
 @pytest.fixture(scope="module")
-def saved(tiny: tuple[Classifier, JudgeFacts], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(tiny: tuple[Classifier, EvaluatorFacts], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("classifier") / "tiny.safetensors"
-    save_judge(path, *tiny)
+    save_evaluator(path, *tiny)
     return path
 
 
 @pytest.fixture(scope="module")
-def shipped() -> Judge:
-    return load_judge(SHIPPED)
+def shipped() -> Evaluator:
+    return load_evaluator(SHIPPED)
 
 
 # ---------------------------------------------------------------- training
 
 
-def test_it_learns(train: LabelledImages, tiny: tuple[Classifier, JudgeFacts]) -> None:
+def test_it_learns(train: LabelledImages, tiny: tuple[Classifier, EvaluatorFacts]) -> None:
     _, losses = trained(train)
     assert len(losses) == 40
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
@@ -92,7 +92,7 @@ def test_the_seed_decides_every_weight(train: LabelledImages) -> None:
     assert not torch.equal(one["to_features.weight"], other["to_features.weight"])
 
 
-def test_weights_are_what_half_precision_holds(tiny: tuple[Classifier, JudgeFacts]) -> None:
+def test_weights_are_what_half_precision_holds(tiny: tuple[Classifier, EvaluatorFacts]) -> None:
     assert all(torch.equal(tensor, tensor.half().float()) for tensor in tiny[0].state_dict().values())
 
 
@@ -111,14 +111,14 @@ def test_about_half_of_the_images_are_mirrored(train: LabelledImages) -> None:
     assert 0.3 < is_flipped.float().mean() < 0.7
 
 
-def test_an_image_is_seen_alone(train: LabelledImages, tiny: tuple[Classifier, JudgeFacts]) -> None:
+def test_an_image_is_seen_alone(train: LabelledImages, tiny: tuple[Classifier, EvaluatorFacts]) -> None:
     whole, _ = tiny[0].look(train.images)
     alone, _ = tiny[0].look(train.images[5:6])
     np.testing.assert_allclose(whole[5:6], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_facts_are_those_of_the_test_images(
-    tiny: tuple[Classifier, JudgeFacts], train: LabelledImages, test: LabelledImages
+    tiny: tuple[Classifier, EvaluatorFacts], train: LabelledImages, test: LabelledImages
 ) -> None:
     made, facts = tiny
     features, predicted = made.look(test.images)
@@ -163,15 +163,15 @@ def test_choices_that_cannot_be_are_refused(changes: dict[str, Any], said: str) 
 
 
 def test_a_file_gives_back_what_was_saved(
-    saved: Path, tiny: tuple[Classifier, JudgeFacts], test: LabelledImages
+    saved: Path, tiny: tuple[Classifier, EvaluatorFacts], test: LabelledImages
 ) -> None:
     made, facts = tiny
-    judge = load_judge(saved)
-    for found, expected in zip(judge.look(test.images), made.look(test.images), strict=True):
+    evaluator = load_evaluator(saved)
+    for found, expected in zip(evaluator.look(test.images), made.look(test.images), strict=True):
         np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(judge.facts.real.covariance, facts.real.covariance)
-    np.testing.assert_array_equal(judge.facts.real.mean, facts.real.mean)
-    assert replace(judge.facts, real=facts.real).__dict__ == facts.__dict__
+    np.testing.assert_array_equal(evaluator.facts.real.covariance, facts.real.covariance)
+    np.testing.assert_array_equal(evaluator.facts.real.mean, facts.real.mean)
+    assert replace(evaluator.facts, real=facts.real).__dict__ == facts.__dict__
 
 
 def rewritten(source: Path, target: Path, *, facts: dict[str, Any] | None = None, **tensors: torch.Tensor) -> Path:
@@ -189,7 +189,7 @@ def rewritten(source: Path, target: Path, *, facts: dict[str, Any] | None = None
         ({"spec": {"channels": 1}}, {}, "missing 4 required"),
         ({"spec": {**SPEC.__dict__, "width": 10**9}}, {}, r"width is 1000000000, must be a whole number in 1\.\.128"),
         ({"spec": {**SPEC.__dict__, "width": 16}}, {}, "the model needs"),
-        ({"floors": []}, {}, "no floors"),
+        ({"floors": []}, {}, "no baselines"),
         ({"floors": [{"images": "4", "distance": 1, "spread": 1}]}, {}, "not supported between"),
         ({"floors": [{"images": 4, "distance": -1, "spread": 1}]}, {}, "below zero"),
         ({"test_accuracy": 1.5}, {}, "accuracy outside"),
@@ -202,21 +202,21 @@ def test_a_file_that_describes_no_classifier_is_refused(
     facts: dict[str, Any], tensors: dict[str, torch.Tensor], said: str, saved: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=said):
-        load_judge(rewritten(saved, tmp_path / "other.safetensors", facts=facts, **tensors))
+        load_evaluator(rewritten(saved, tmp_path / "other.safetensors", facts=facts, **tensors))
 
 
 def test_a_damaged_file_is_refused(saved: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(saved.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
-        load_judge(cut)
+        load_evaluator(cut)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        load_judge(tmp_path / "none.safetensors")
+        load_evaluator(tmp_path / "none.safetensors")
 
 
 def test_models_and_classifiers_are_not_taken_for_each_other(saved: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="its format is 'elit_export/1', this version reads"):
-        load_judge(tiny_checkpoint)
+        load_evaluator(tiny_checkpoint)
     with pytest.raises(CheckpointError, match="its format is 'elit_export classifier/1'"):
         load_checkpoint(saved)
 
@@ -224,31 +224,31 @@ def test_models_and_classifiers_are_not_taken_for_each_other(saved: Path, tiny_c
 # ---------------------------------------------------------------- the shipped one
 
 
-def test_the_shipped_file_is_small_and_good(shipped: Judge) -> None:
+def test_the_shipped_file_is_small_and_good(shipped: Evaluator) -> None:
     assert checkpoint_path(SHIPPED).stat().st_size <= SHIPPED_MOST_BYTES
     facts = shipped.facts
     assert facts.test_accuracy >= 0.91
     assert (facts.test_images, facts.spec.features, facts.spec.num_classes) == (10_000, 48, 10)
     assert {512, 5000} <= {floor.images for floor in facts.floors}
-    assert facts.halves_floor.distance < facts.floor_at(512).distance
+    assert facts.halves_baseline.distance < facts.baseline_at(512).distance
 
 
-def test_the_shipped_classifier_is_as_accurate_as_it_says(shipped: Judge, test: LabelledImages) -> None:
+def test_the_shipped_classifier_is_as_accurate_as_it_says(shipped: Evaluator, test: LabelledImages) -> None:
     """On 32 test images: at its accuracy, fewer than 26 right happen once in thousands of draws."""
     _, predicted = shipped.look(test.images)
     assert (predicted == test.labels).sum() >= 26
 
 
-def test_the_shipped_facts_are_of_real_images(shipped: Judge, train: LabelledImages, test: LabelledImages) -> None:
+def test_the_shipped_facts_are_of_real_images(shipped: Evaluator, train: LabelledImages, test: LabelledImages) -> None:
     """Real images are near; the same images upside down are far."""
     images = np.concatenate([train.images, test.images])
     real, turned = (shipped.look(np.ascontiguousarray(these))[0] for these in (images, images[:, :, ::-1]))
     near = frechet_distance(shipped.facts.real, Gaussian.fit(real))
-    assert near < 3 * shipped.facts.floor_at(128).distance
+    assert near < 3 * shipped.facts.baseline_at(128).distance
     assert frechet_distance(shipped.facts.real, Gaussian.fit(turned)) > 5 * near
 
 
-def test_the_card_says_what_the_file_says(shipped: Judge) -> None:
+def test_the_card_says_what_the_file_says(shipped: Evaluator) -> None:
     card = checkpoint_path(SHIPPED).with_suffix(".md").read_text(encoding="utf-8")
     facts = shipped.facts
     assert facts.command.replace(str(checkpoint_path(SHIPPED)), "FILE") in " ".join(card.replace("\\\n", " ").split())
@@ -269,7 +269,7 @@ def test_the_command_trains_writes_and_tells(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["train-classifier", str(FASHION), *TINY, *files])
     assert done.exit_code == 0, done.output
     assert "32 test images, accuracy" in done.output
-    facts = load_judge(out).facts
+    facts = load_evaluator(out).facts
     told = json.loads((tmp_path / "facts.json").read_text())
     assert told["test_accuracy"] == facts.test_accuracy
     assert [floor["distance"] for floor in told["floors"]] == [floor.distance for floor in facts.floors]
