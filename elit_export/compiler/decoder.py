@@ -18,7 +18,7 @@ from elit_export.compiler.job import Job
 from elit_export.graphs.formats import FORMATS
 from elit_export.spec import DECODE, DecoderSpec, Precision, Range
 from elit_export.verify.cases import REFERENCE_FILE, decoder_rows
-from elit_export.verify.reference import decoder_answers
+from elit_export.verify.reference import decoder_outputs
 
 SHARE = 0.0  # of a build that is done: a damaged folder is found out before what takes long
 
@@ -87,7 +87,7 @@ def _answers(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> Dec
     counts = decoder_rows(rows)
 
     def make(folder: Path) -> Made:
-        np.savez(folder / REFERENCE_FILE, **decoder_answers(weights.decoder(), spec, counts))  # type: ignore[arg-type]
+        np.savez(folder / REFERENCE_FILE, **decoder_outputs(weights.decoder(), spec, counts))  # type: ignore[arg-type]
         return Made({"rows": counts})
 
     key = job.keys.decoder_answers(weights.folder.sha256, spec, counts)

@@ -27,7 +27,7 @@ from elit_export.verify.compare import Comparison, require
 from elit_export.verify.parity import (
     compared,
     compared_cases,
-    comparisons_of,
+    comparison_count,
     decoder_parity_of,
     load_reference,
     load_reference_file,
@@ -236,6 +236,6 @@ def verified(job: Job, bundle: Bundle, plan_set: PlanSet) -> PlanSet:
     with open_bank(bundle, plan_set) as bank:
         for comparison in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference)):
             found.append(require(comparison))
-            done = len(found) / comparisons_of(plan_set)
+            done = len(found) / comparison_count(plan_set)
             job.store.progress(f"verified {comparison.part}", VERIFY + (1 - VERIFY) * done)
     return plan_set.with_parity({name: parity_of(name, found) for name in names}, decoder_parity_of(found))

@@ -1,9 +1,9 @@
-"""Where does a plan that misses PyTorch go wrong: in itself, in the optimiser, at a node, or in its graph?
+"""Finds where a plan that misses PyTorch goes wrong: in the stored plan, the optimiser, a node, or the graph.
 
-Three plans are held against PyTorch's stored answer until one agrees: the stored one, the graph built
-again by the bundle's own backend, and the graph built with every node's output visible, which keeps
-nodes from being fused. If none does, each visible output is compared with ONNX's reference evaluator
-(NumPy), and the first that departs is named; if none departs, the graph says the same as its plan.
+Three plans are compared with PyTorch's stored reference outputs until one matches: the stored plan, the graph built
+again by the bundle's own backend, and the graph built with every node's output visible, which prevents fusion. If none
+matches, each visible output is compared with ONNX's reference evaluator (NumPy), and the first that departs is named.
+If none departs, the graph itself misses PyTorch, or rounding adds up.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from elit_export.bundle.reading import Bundle
 from elit_export.errors import BundleError, InputError
 from elit_export.runtime.opening import plan_set_target
 from elit_export.spec import STEP, GraphSpec
-from elit_export.verify.cases import point_of
+from elit_export.verify.cases import case_point
 from elit_export.verify.metrics import Difference, difference
 from elit_export.verify.parity import case_of, load_reference
 from elit_export.verify.tolerances import TOLERANCES
 
 
 class Cause(StrEnum):
-    """What a miss comes from."""
+    """The cause of a miss."""
 
     NOTHING = "the stored plan is sound"
     PLAN = "the stored plan is stale or altered"
@@ -53,18 +53,18 @@ class Departure:
     node: str
     output: str
     index: int
-    found: Difference
+    difference: Difference
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A cause, and the whole of it in words: where, what was measured, what to type."""
+    """A cause, and a message that says where, what was measured and what to type."""
 
     cause: Cause
-    told: str
+    message: str
 
     def __str__(self) -> str:
-        return self.told
+        return self.message
 
 
 def bisect(bundle: Bundle, plan_set: PlanSet, *, case: int) -> Verdict:
@@ -77,48 +77,48 @@ def bisect(bundle: Bundle, plan_set: PlanSet, *, case: int) -> Verdict:
     graph_file = _graph_file(bundle, plan_set)
     trial = _trial(bundle, plan_set, case)
     stored_db = trial.agreement_db(trial.run(trial.stored_plan()))
-    if stored_db >= trial.least_db:
-        return trial.verdict(Cause.NOTHING, f"it agrees with PyTorch's stored answer ({stored_db:.1f} dB)")
+    if stored_db >= trial.min_db:
+        return trial.verdict(Cause.NOTHING, f"it matches PyTorch's stored outputs ({stored_db:.1f} dB)")
     with tempfile.TemporaryDirectory() as folder:
         rebuilt_db = trial.agreement_db(trial.run(trial.build(graph_file, Path(folder))))
-    if rebuilt_db >= trial.least_db:
+    if rebuilt_db >= trial.min_db:
         return trial.verdict(
             Cause.PLAN,
             f"it gives {stored_db:.1f} dB, and {rebuilt_db:.1f} dB when its graph is built again. "
-            f"Build it anew: rm -r {trial.plan_folder} && {trial.build_command}",
+            f"Build it again: rm -r {trial.plan_folder} && {trial.build_command}",
         )
     return _bisected_graph(trial, onnx.load(graph_file), rebuilt_db)
 
 
 def _bisected_graph(trial: _Trial, model: onnx.ModelProto, rebuilt_db: float) -> Verdict:
-    """The verdict on a graph whose plan departs also when built again."""
+    """Give the verdict on a graph whose plan misses also when built again."""
     with tempfile.TemporaryDirectory() as folder:
-        found = trial.run(trial.build(_saved(visible(model), Path(folder)), Path(folder)))
-    visible_db = trial.agreement_db(found)
-    if visible_db >= trial.least_db:
+        outputs = trial.run(trial.build(_saved(visible(model), Path(folder)), Path(folder)))
+    visible_db = trial.agreement_db(outputs)
+    if visible_db >= trial.min_db:
         return trial.verdict(
             Cause.OPTIMISER,
             f"the graph built again gives {rebuilt_db:.1f} dB, and {visible_db:.1f} dB with every node's output "
             f"visible, which keeps nodes from being fused. {trial.other_version}",
         )
-    return _bisected_nodes(trial, model.graph, found, _reference_outputs(model, trial.inputs))
+    return _bisected_nodes(trial, model.graph, outputs, _reference_outputs(model, trial.inputs))
 
 
-def _bisected_nodes(trial: _Trial, graph: onnx.GraphProto, found: Arrays, exact: Arrays) -> Verdict:
-    """The verdict on a graph that departs also with every node's output visible."""
-    for first in departures(graph, found, exact, trial.least_db):
+def _bisected_nodes(trial: _Trial, graph: onnx.GraphProto, outputs: Arrays, expected: Arrays) -> Verdict:
+    """Give the verdict on a graph whose plan misses also with every node's output visible."""
+    for first in departures(graph, outputs, expected, trial.min_db):
         return trial.verdict(
             Cause.NODE,
             f"the first is node {first.index + 1} of {len(graph.node)}, {first.operator} ({first.node}), "
-            f"output {first.output} with {first.found.sqnr_db:.1f} dB. {trial.other_version}",
+            f"output {first.output} with {first.difference.sqnr_db:.1f} dB. {trial.other_version}",
         )
-    graph_db, plan_db = trial.agreement_db(exact), trial.agreement_db(found)
-    if graph_db < trial.least_db:
+    graph_db, plan_db = trial.agreement_db(expected), trial.agreement_db(outputs)
+    if graph_db < trial.min_db:
         folders = f"{trial.bundle.folder / 'graphs'} {trial.bundle.folder / 'plans'}"
         return trial.verdict(
             Cause.GRAPH,
-            f"the backend's nodes agree with it, but its own answer gives {graph_db:.1f} dB. "
-            f"Export it anew: rm -r {folders} && {trial.build_command}",
+            f"the backend's nodes match it, but its own output gives {graph_db:.1f} dB. "
+            f"Export it again: rm -r {folders} && {trial.build_command}",
         )
     return trial.verdict(
         Cause.ROUNDING,
@@ -126,14 +126,14 @@ def _bisected_nodes(trial: _Trial, graph: onnx.GraphProto, found: Arrays, exact:
     )
 
 
-def departures(graph: onnx.GraphProto, found: Arrays, exact: Arrays, least_db: float) -> Iterator[Departure]:
-    """Every floating-point output that misses, in the order of the graph."""
+def departures(graph: onnx.GraphProto, outputs: Arrays, expected: Arrays, min_db: float) -> Iterator[Departure]:
+    """Yield every floating-point output that misses, in the order of the graph."""
     for index, node in enumerate(graph.node):
         for name in node.output:
-            if name in found and np.issubdtype(exact[name].dtype, np.floating):
-                measured = difference(found[name], exact[name])
-                if measured.sqnr_db < least_db:
-                    yield Departure(node.op_type, node.name, name, index, measured)
+            if name in outputs and np.issubdtype(expected[name].dtype, np.floating):
+                deviation = difference(outputs[name], expected[name])
+                if deviation.sqnr_db < min_db:
+                    yield Departure(node.op_type, node.name, name, index, deviation)
 
 
 # ---------------------------------------------------------------- one case
@@ -141,16 +141,16 @@ def departures(graph: onnx.GraphProto, found: Arrays, exact: Arrays, least_db: f
 
 @dataclass(frozen=True)
 class _Trial:
-    """A reference case, what goes in, what PyTorch answered, and how the bundle's backend runs it."""
+    """A reference case with its inputs, PyTorch's outputs, and the bundle's backend that runs it."""
 
     bundle: Bundle
     plan_set: PlanSet
     case: ReferenceCase
     inputs: Arrays
-    answers: Arrays
+    expected: Arrays
 
     @property
-    def least_db(self) -> float:
+    def min_db(self) -> float:
         return TOLERANCES[self.plan_set.precision].step_db
 
     @property
@@ -162,14 +162,14 @@ class _Trial:
         return next(facts for facts in self.plan_set.profiles if facts.name == self.case.profile)
 
     def agreement_db(self, outputs: Arrays) -> float:
-        """The worst of the outputs that PyTorch answered."""
-        return min(difference(outputs[name], answer).sqnr_db for name, answer in self.answers.items())
+        """Compute the lowest SQNR over the outputs."""
+        return min(difference(outputs[name], array).sqnr_db for name, array in self.expected.items())
 
     def stored_plan(self) -> Path:
         return self.bundle.verified(self.profile.plan.artifact) / self.profile.plan.file
 
     def build(self, graph: Path, folder: Path) -> Path:
-        """A plan for the case's profile alone, in a folder made below `folder`."""
+        """Build a plan for the case's profile alone, in a new folder below `folder`."""
         plan_set = self.plan_set
         (folder / "plan").mkdir()
         built = (
@@ -187,7 +187,7 @@ class _Trial:
         return folder / "plan" / built.file
 
     def run(self, plan: Path) -> Arrays:
-        """What a plan gives; the stored one serves all its profiles, one built here only this one."""
+        """Run a plan; the stored one serves all its profiles, one built here only the case's profile."""
         origin = self.profile.plan
         file = PlanFile(plan, self.step, origin.versions, origin.built_on)
         stored = {facts.name: file for facts in self.plan_set.profiles if facts.plan == origin}
@@ -200,11 +200,11 @@ class _Trial:
             outputs = opened[self.profile.name](self.inputs)
             return {name: to_host(array) for name, array in outputs.items()}
 
-    # ------------------------------------------------------------ words
+    # ------------------------------------------------------------ messages
 
-    def verdict(self, cause: Cause, measured: str) -> Verdict:
-        where = f"profile {self.case.profile}, {point_of(self.case)}"
-        return Verdict(cause, f"{where}, where {self.least_db:g} dB are needed: {cause}: {measured}")
+    def verdict(self, cause: Cause, detail: str) -> Verdict:
+        where = f"profile {self.case.profile}, {case_point(self.case)}"
+        return Verdict(cause, f"{where}, where {self.min_db:g} dB are needed: {cause}: {detail}")
 
     @property
     def plan_folder(self) -> Path:
@@ -231,11 +231,11 @@ def _trial(bundle: Bundle, plan_set: PlanSet, index: int) -> _Trial:
 
 
 def _check_follows_graph(bundle: Bundle, plan_set: PlanSet) -> None:
-    """Are the nodes of the plans those of a stored ONNX graph, in the precision of that graph?"""
+    """Require plans whose nodes are those of a stored ONNX graph in the same precision; raises InputError."""
     backend = BACKENDS[plan_set.backend]
     if plan_set.precision.quantized:
         raise InputError(
-            f"{plan_set.precision.value} departs at every product, so that the first one tells nothing",
+            f"{plan_set.precision.value} departs at every product, so the first one is not informative",
             f"elit-export calibrate sensitivity {bundle.folder} --samples FILE --precision {plan_set.precision.value} "
             f"shows what each kind of layer costs",
         )
@@ -258,13 +258,13 @@ def _graph_file(bundle: Bundle, plan_set: PlanSet) -> Path:
 
 
 def visible(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose nodes' outputs are all outputs of the graph."""
-    marked = onnx.ModelProto()
-    marked.CopyFrom(model)
-    known = {value.name for value in marked.graph.output}
-    names = [name for node in marked.graph.node for name in node.output if name and name not in known]
-    marked.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return marked
+    """Copy a model with the outputs of all nodes as outputs of the graph."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    visible_names = {value.name for value in copied.graph.output}
+    names = [name for node in copied.graph.node for name in node.output if name and name not in visible_names]
+    copied.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return copied
 
 
 def _saved(model: onnx.ModelProto, folder: Path) -> Path:

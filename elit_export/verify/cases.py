@@ -1,4 +1,4 @@
-"""Which inputs engines are compared on: single steps at every profile's corners, and short trajectories."""
+"""The inputs on which engines are compared: single steps at every profile's corners, and short trajectories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POOL_IMAGES, POOL_STEPS = 8, 8
 
 
 def reference_cases(profiles: Sequence[Profile]) -> tuple[ReferenceCase, ...]:
-    """Every profile at its corners, each once."""
+    """List the corners of every profile, each once."""
     return tuple(
         ReferenceCase(profile=profile.name, kept=kept, rows=rows, text=text)
         for profile in profiles
@@ -36,9 +36,9 @@ def reference_cases(profiles: Sequence[Profile]) -> tuple[ReferenceCase, ...]:
 
 
 def corners(profile: Profile) -> Iterator[tuple[int, int, int]]:
-    """(K, rows, text) at min, opt and max of all, then at the least of one with the most of the others.
+    """Yield (K, rows, text) at min, opt and max of all ranges, then at the min of one with the max of the others.
 
-    Not all, because a bundle stores PyTorch's answer to each. `text` is 0 in models without.
+    Not all combinations, because a bundle stores PyTorch's outputs for each. `text` is 0 in models without text.
     """
     latents, rows = profile.latents, profile.rows
     text = profile.text.corners() if profile.text else (0, 0, 0)
@@ -47,40 +47,44 @@ def corners(profile: Profile) -> Iterator[tuple[int, int, int]]:
     yield latents.max, rows.min, text[0]
 
 
-def point_of(case: ReferenceCase) -> str:
-    """Where in its profile a case is, as messages tell it."""
+def case_point(case: ReferenceCase) -> str:
+    """Write the position of a case in its profile, for messages."""
     text = f" text={case.text}" if case.text else ""
     return f"K={case.kept} rows={case.rows}{text}"
 
 
 def trajectory_rows(pipeline: Pipeline, text: Range | None) -> Arrays:
-    """Inputs of every step of one sampling, by name: images of all classes and none, times from 1 to 1 / POOL_STEPS.
+    """Collect the inputs of every step of one sampling by name, with all classes and the null class.
 
-    Of models with text x and t alone; how long text is, differs from case to case.
+    t falls from 1 to 1 / POOL_STEPS. For models with text the inputs are x and t alone, because the length of text
+    differs between cases.
     """
     spec = pipeline.spec
     labels = (*(image % (spec.num_classes + 1) for image in range(POOL_IMAGES - 1)), spec.null_class)
     conditioning = Labels(labels) if kind_of(spec) is Labels else numbered(spec, range(POOL_IMAGES), text)
     request = pipeline.request(conditioning, steps=POOL_STEPS, sampler="euler", seed=INPUT_SEED)
     states = [request.start, *(record.x for record in sampling_steps(pipeline.bank, request))][:-1]
-    classes = {} if text else {name: np.tile(each, POOL_STEPS) for name, each in request.conditioning.items()}
+    labels_by_row = {} if text else {name: np.tile(values, POOL_STEPS) for name, values in request.conditioning.items()}
     return {
         "x": np.concatenate(states).astype(np.float32),
         "t": np.repeat(request.times[:-1], POOL_IMAGES).astype(np.float32),
-        **classes,
+        **labels_by_row,
     }
 
 
 def case_rows(case: ReferenceCase, index: int, pool: Arrays, spec: ModelSpec) -> Arrays:
-    """Rows of a pool, each once as far as they reach, with text of the case's length; a function of `index` alone."""
+    """Draw rows of a pool, with text of the case's length; a function of `index` alone.
+
+    No row is repeated before all are used.
+    """
     generator = np.random.default_rng((INPUT_SEED, index))
-    chosen = np.resize(generator.permutation(len(pool["t"])), case.rows)
+    indices = np.resize(generator.permutation(len(pool["t"])), case.rows)
     text = random_rows(spec, case.rows, case.text, generator) if case.text else {}
-    return {name: values[chosen] for name, values in pool.items()} | text
+    return {name: values[indices] for name, values in pool.items()} | text
 
 
 def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
-    """Noise-like x, t over (0, 1), and labels or text; a function of `index` alone."""
+    """Draw normal x, t over (0, 1), and labels or text; a function of `index` alone."""
     generator = np.random.default_rng((INPUT_SEED, index))
     return {
         "x": generator.standard_normal((case.rows, *spec.sample_shape)).astype(np.float32),
@@ -93,33 +97,33 @@ def case_inputs(case: ReferenceCase, index: int, spec: ModelSpec) -> Arrays:
 
 
 def cache_rows(profiles: Sequence[Profile]) -> tuple[int, ...]:
-    """Least and most usual rows; not the most, because what these graphs take and give is large."""
+    """The smallest min and the largest opt of the profiles' rows; not the max, because these tensors are large."""
     return tuple(sorted({min(profile.rows.min for profile in profiles), max(profile.rows.opt for profile in profiles)}))
 
 
 def cache_inputs(graph: str, rows: int, spec: ModelSpec) -> Arrays:
-    """Inputs of one of CACHE_GRAPHS; a function of (graph, rows) alone."""
+    """Draw inputs of one of CACHE_GRAPHS; a function of (graph, rows) alone."""
     generator = np.random.default_rng((INPUT_SEED, len(graph), rows))
-    common = case_inputs(ReferenceCase(profile="", kept=1, rows=rows), rows, spec)
+    shared = case_inputs(ReferenceCase(profile="", kept=1, rows=rows), rows, spec)
     shapes = {tensor.name: (rows, *map(int, tensor.dims[1:])) for tensor in spec.graph(graph).inputs}
     return {
-        name: common[name] if name in common else generator.standard_normal(shape).astype(np.float32)
+        name: shared[name] if name in shared else generator.standard_normal(shape).astype(np.float32)
         for name, shape in shapes.items()
     }
 
 
 def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> Arrays:
-    """Inputs of `fused` that make it compute or reuse whatever it measures; `inputs` take the place of zeros."""
-    given = (Role.LATENTS, Role.TEXT, Role.TEXT_MASK)
+    """Make inputs of `fused` that force it to compute or to reuse; `inputs` replace zeros."""
+    provided = (Role.LATENTS, Role.TEXT, Role.TEXT_MASK)
     zeros = {
         tensor.name: np.zeros([rows if size == ROWS else int(size) for size in tensor.dims], tensor.dtype)
         for tensor in spec.graph(FUSED).inputs
-        if tensor.role not in given
+        if tensor.role not in provided
     }
-    choices = {"threshold": np.inf, "low": -np.inf, "high": np.inf}
+    thresholds = {"threshold": np.inf, "low": -np.inf, "high": np.inf}
     return {
         **zeros,
-        **{name: np.array(value, np.float32) for name, value in choices.items()},
+        **{name: np.array(value, np.float32) for name, value in thresholds.items()},
         "force": np.array(force),
         "most": np.array(1, np.int64),
         "order": np.array(1, np.int64),
@@ -131,16 +135,16 @@ def fused_inputs(inputs: Arrays, *, force: bool, rows: int, spec: ModelSpec) -> 
 
 
 def decoder_rows(rows: Range) -> tuple[int, ...]:
-    """Least and most usual rows, or one more where these are the same: what mixes up images shows in no single one.
+    """The min and opt of the rows, or min and one more where they are equal: one row cannot show mixed-up images.
 
-    Not the most, because pictures are large.
+    Not the max, because pictures are large.
     """
     second = rows.opt if rows.opt > rows.min else min(rows.min + 1, rows.max)
     return tuple(sorted({rows.min, second}))
 
 
 def decoder_inputs(rows: int, spec: DecoderSpec) -> Arrays:
-    """What a decoder takes of latents that are standard normal, about as a model makes them."""
+    """Make a decoder's inputs from standard normal latents, which are close to those of a model."""
     generator = np.random.default_rng((INPUT_SEED, rows))
     latents = generator.standard_normal((rows, spec.channels, spec.side, spec.side))
     return {"z": decoder_input(latents, spec)}
@@ -150,23 +154,23 @@ def decoder_inputs(rows: int, spec: DecoderSpec) -> Arrays:
 
 
 def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tuple[ReferenceTrajectory, ...]:
-    """Short samplings, plain, guided, mixed and multistep, compared step by step.
+    """List short samplings that are compared step by step: plain, guided, mixed budgets, multistep.
 
-    Guidance that shares a call takes several rows an image: profiles without room for that are compared
-    unguided, and what no number of images fits is left out.
+    Guidance that shares a call needs several rows per image. Profiles without room for them are compared unguided, and
+    samplings that fit no number of images are left out.
     """
-    lowest = min(profile.latents.min for profile in profiles)
-    highest = max(profile.latents.max for profile in profiles)
+    min_kept = min(profile.latents.min for profile in profiles)
+    max_kept = max(profile.latents.max for profile in profiles)
     half = TRAJECTORY_STEPS // 2
-    mixed = f"0-{half - 1}:{lowest},{half}-{TRAJECTORY_STEPS - 1}:{highest}"
+    mixed = f"0-{half - 1}:{min_kept},{half}-{TRAJECTORY_STEPS - 1}:{max_kept}"
     guided_images = _image_count(
-        profiles, {lowest, highest}, rows_per_image=(1, Guidance.parse(GUIDANCE, spec).rows_per_image(spec.full))
+        profiles, {min_kept, max_kept}, rows_per_image=(1, Guidance.parse(GUIDANCE, spec).rows_per_image(spec.full))
     )
-    images = guided_images or _image_count(profiles, {lowest, highest}, rows_per_image=(1,))
-    weak = f"ccfg:2@{lowest}" if guided_images else "none"
-    wanted = (
-        ("plain", str(highest), "none", "euler", images),
-        ("guided", str(highest), GUIDANCE, "heun", guided_images),
+    images = guided_images or _image_count(profiles, {min_kept, max_kept}, rows_per_image=(1,))
+    weak = f"ccfg:2@{min_kept}" if guided_images else "none"
+    variants = (
+        ("plain", str(max_kept), "none", "euler", images),
+        ("guided", str(max_kept), GUIDANCE, "heun", guided_images),
         ("mixed", mixed, weak, "euler", images),
         ("multistep", mixed, weak, "ab3", images),
     )
@@ -183,13 +187,13 @@ def reference_trajectories(profiles: Sequence[Profile], spec: ModelSpec) -> tupl
             guidance=guidance,
             sampler=sampler,
         )
-        for name, schedule, guidance, sampler, count in wanted
+        for name, schedule, guidance, sampler, count in variants
         if count
     )
 
 
 def _image_count(profiles: Sequence[Profile], budgets: set[int], *, rows_per_image: tuple[int, ...]) -> int:
-    """Images, as near to two as may be, whose rows some profile takes at every budget; 0 if there is no such number."""
+    """The number of images nearest to two whose rows some profile takes at every budget; 0 if there is none."""
 
     def fits(images: int) -> bool:
         return all(
@@ -198,17 +202,17 @@ def _image_count(profiles: Sequence[Profile], budgets: set[int], *, rows_per_ima
             for rows in rows_per_image
         )
 
-    most = max(profile.rows.max for profile in profiles)
-    return next((images for images in sorted(range(1, most + 1), key=lambda n: abs(n - 2)) if fits(images)), 0)
+    max_rows = max(profile.rows.max for profile in profiles)
+    return next((images for images in sorted(range(1, max_rows + 1), key=lambda n: abs(n - 2)) if fits(images)), 0)
 
 
 def trajectory_request(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Request:
-    """The sampling, checked against any engines."""
-    shown: LabelsLike = trajectory.labels
+    """Make the checked request of a reference trajectory."""
+    conditioning: LabelsLike = trajectory.labels
     if trajectory.text:
-        shown = numbered(pipeline.spec, trajectory.labels, trajectory.text)
+        conditioning = numbered(pipeline.spec, trajectory.labels, trajectory.text)
     return pipeline.request(
-        shown,
+        conditioning,
         steps=trajectory.steps,
         schedule=trajectory.schedule,
         guidance=trajectory.guidance,
@@ -218,16 +222,16 @@ def trajectory_request(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> R
 
 
 def trajectory_steps(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Generator[StepRecord, None, None]:
-    """The steps of the sampling."""
+    """Run the steps of a reference trajectory."""
     return sampling_steps(pipeline.bank, trajectory_request(pipeline, trajectory))
 
 
 def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[Float64]:
-    """The state after each step."""
+    """Run a reference trajectory; returns the state after each step."""
     return [record.x for record in trajectory_steps(pipeline, trajectory)]
 
 
 def trajectory_profiles(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> tuple[str, ...]:
-    """The profiles that serve the sampling, in the order of their first call."""
+    """The profiles that serve a reference trajectory, in the order of their first call."""
     sizes = trajectory_request(pipeline, trajectory).sizes
     return tuple(dict.fromkeys(pipeline.coverage.profile_for(*size).name for size in sizes))

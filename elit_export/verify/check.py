@@ -1,4 +1,4 @@
-"""`verify`: a bundle's engines against PyTorch, from stored answers or live."""
+"""Compares a bundle's engines with PyTorch, by stored reference outputs or by a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def verify_plan_set(
     interface: str | Path | None = None,
     on_comparison: Callable[[Comparison], None],
 ) -> list[Comparison]:
-    """Run every comparison, also after a miss; with `checkpoint`, against PyTorch live (needs torch).
+    """Run every comparison, also after a miss; with `checkpoint`, against the model in PyTorch (needs torch).
 
     `interface` is the file of Read and Write for a checkpoint that is a folder.
 
@@ -38,18 +38,18 @@ def verify_plan_set(
         arrays = live_reference(bundle, plan_set, checkpoint, interface)
     else:
         arrays = load_reference(bundle, plan_set.reference)
-    found = []
+    comparisons = []
     with open_bank(bundle, plan_set) as bank:
         for comparison in compared(bundle, plan_set, bank, arrays):
             on_comparison(comparison)
-            found.append(comparison)
-    return found
+            comparisons.append(comparison)
+    return comparisons
 
 
 def live_reference(
     bundle: Bundle, plan_set: PlanSet, checkpoint: str | Path, interface: str | Path | None = None
 ) -> Arrays:
-    """The answers of the checkpoint's own model to the bundle's cases."""
+    """Compute the outputs of the checkpoint's own model at the bundle's cases."""
     from elit_export.models.upcast import upcast_on_use  # needs torch
     from elit_export.verify.reference import reference_arrays
 
@@ -60,13 +60,13 @@ def live_reference(
 
 
 def model_of(bundle: Bundle, checkpoint: str | Path, interface: str | Path | None = None) -> Elit:
-    """The model that the bundle was built from, its weights as stored; raises BundleError if it is another one's."""
+    """Load the model that the bundle was built from, weights as stored; raises BundleError for another checkpoint."""
     from elit_export.checkpoints.native import checkpoint_sha256, stored_checkpoint  # needs torch
 
     facts = bundle.manifest.model
     if checkpoint_sha256(checkpoint, interface) != facts.checkpoint_sha256:
         raise BundleError(
-            f"{bundle.folder} was not built from {_named(checkpoint, interface)} (sha256 differs)",
+            f"{bundle.folder} was not built from {_checkpoint_name(checkpoint, interface)} (sha256 differs)",
             "give its own checkpoint, or build again from this one",
         )
     spec = facts.spec
@@ -79,17 +79,17 @@ def model_of(bundle: Bundle, checkpoint: str | Path, interface: str | Path | Non
     )
 
 
-def _named(checkpoint: str | Path, interface: str | Path | None) -> str:
+def _checkpoint_name(checkpoint: str | Path, interface: str | Path | None) -> str:
     return f"{checkpoint} with {interface}" if interface else str(checkpoint)
 
 
-def record_success(bundle: Bundle, plan_set: PlanSet, found: Sequence[Comparison]) -> bool:
-    """Mark profiles that were never run as passed; True if the manifest changed."""
-    assert all(comparison.passed for comparison in found)
+def record_success(bundle: Bundle, plan_set: PlanSet, comparisons: Sequence[Comparison]) -> bool:
+    """Record profiles that were never run as passed; returns True if the manifest changed."""
+    assert all(comparison.passed for comparison in comparisons)
     if all(parity.ran for parity in plan_set.parities):
         return False
-    parities = {facts.name: parity_of(facts.name, found) for facts in plan_set.profiles}
-    verified = plan_set.with_parity(parities, decoder_parity_of(found))
+    parities = {facts.name: parity_of(facts.name, comparisons) for facts in plan_set.profiles}
+    verified = plan_set.with_parity(parities, decoder_parity_of(comparisons))
     with writing(bundle.folder) as store:
         manifest = store.manifest  # another target may have been built meanwhile
         if manifest is None or plan_set not in manifest.plan_sets:

@@ -1,4 +1,4 @@
-"""One output of an engine held against PyTorch's, and what a miss says."""
+"""The comparison of one engine output with PyTorch's, and the message for a miss."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import numpy as np
 from elit_export.errors import ParityError
 from elit_export.verify.metrics import Difference
 
-NOTHING = Difference(math.inf, math.inf, -math.inf, math.nan)  # no answer at all
+NO_OUTPUT = Difference(math.inf, math.inf, -math.inf, math.nan)  # the engine gave no output
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One output at one point. `part` is `profile NAME` or `trajectory NAME`, `point` where in it.
+    """The comparison of one output at one point.
 
-    `profiles` are those that a trajectory uses; `problem` is why an engine gave nothing to compare. `accepted` is the
-    recipe's reason for which it may miss, as far down as `accepted_from_db`. `most_relative` is how far a single value
-    may be off, as a share of the largest one, where that is demanded too. `case` is the index of a reference case.
+    `part` is `profile NAME`, `trajectory NAME` or `graph NAME`, `point` the position in it. `found` is the measured
+    difference, `least_db` the minimum SQNR. `profiles` are those that a trajectory uses. `problem` is the reason why an
+    engine gave no output. `accepted` is the recipe's reason for an accepted miss, which must reach `accepted_from_db`.
+    `most_relative` is the maximum error of a single value as a share of the largest value. `case` is the index of a
+    reference case.
     """
 
     part: str
@@ -36,25 +38,25 @@ class Comparison:
 
     @property
     def met(self) -> bool:
-        """Is it within its tolerance?"""
+        """Whether the output is within its tolerance."""
         return not list(self._misses())
 
     def _misses(self) -> Iterator[tuple[str, str]]:
-        """What was needed, and what would have passed."""
+        """Yield for each miss the tolerance, and the tolerance that would have passed."""
         if not self.found.sqnr_db >= self.least_db:
             yield f"{self.least_db:g} dB", f"{np.floor(self.found.sqnr_db):g} dB"
         if not self.found.max_relative <= self.most_relative:
-            enough = 1.05 * self.found.max_relative  # not less than that when it is told with two digits
-            yield f"{self.most_relative:.0e} of the largest value", f"{enough:.1e} of it"
+            sufficient = 1.05 * self.found.max_relative  # still sufficient when rounded to two digits
+            yield f"{self.most_relative:.0e} of the largest value", f"{sufficient:.1e} of it"
 
     @property
     def is_graph(self) -> bool:
-        """Is it of a graph beside `step`, of which no miss is ever accepted?"""
+        """Whether the output is of a graph beside `step`, for which no miss is ever accepted."""
         return self.part.startswith("graph ")
 
     @property
     def passed(self) -> bool:
-        """A miss may be accepted, no answer or numbers that are not finite never."""
+        """Whether the output is within tolerance or an accepted miss; missing or non-finite outputs never pass."""
         return self.met or (bool(self.accepted) and self.found.sqnr_db >= self.accepted_from_db)
 
     @property
@@ -63,36 +65,36 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """What was found, and for a miss the tolerance that would have passed, if any would."""
-        told = f"{self._where}: SQNR {self.found.sqnr_db:.1f} dB"
+        """The result in words, and for a miss the tolerance that would have passed, if any would."""
+        result = f"{self._where}: SQNR {self.found.sqnr_db:.1f} dB"
         if self.met:
-            return f"{told}, {self.margin_db:.1f} dB better than needed"
+            return f"{result}, {self.margin_db:.1f} dB better than needed"
         if self.problem:
             return f"{self._where}: nothing to compare: {self.problem}"
         if not math.isfinite(self.found.sqnr_db):
-            return f"{told}: no tolerance would have passed ({self._hopeless})"
-        needed, enough = (" and ".join(words) for words in zip(*self._misses(), strict=True))
+            return f"{result}: no tolerance would have passed ({self._infinite_cause})"
+        needed, sufficient = (" and ".join(words) for words in zip(*self._misses(), strict=True))
         return (
-            f"{told} (max error {self.found.max_relative:.1e} of the largest value) misses {needed}; "
-            f"a tolerance of {enough} would have passed"
+            f"{result} (max error {self.found.max_relative:.1e} of the largest value) misses {needed}; "
+            f"a tolerance of {sufficient} would have passed"
         )
 
     @property
     def _where(self) -> str:
-        used = f" (profiles {', '.join(self.profiles)})" if self.profiles else ""
-        return f"{self.part}{used}, {self.point}"
+        profiles = f" (profiles {', '.join(self.profiles)})" if self.profiles else ""
+        return f"{self.part}{profiles}, {self.point}"
 
     @property
-    def _hopeless(self) -> str:
+    def _infinite_cause(self) -> str:
         if math.isinf(self.found.max_abs):
             return "values that are not finite, or another shape"
         return f"max error {self.found.max_abs:.1e} where PyTorch has zeros only"
 
 
 def require(comparison: Comparison, remedy: str = "") -> Comparison:
-    """Give it back if it passed, else raise ParityError."""
+    """Return the comparison if it passed, else raise ParityError."""
     if not comparison.passed:
         may_be_accepted = not comparison.problem and not comparison.is_graph
-        keeping = 'accept_below_tolerance = "why" keeps it' if may_be_accepted else ""
-        raise ParityError("; ".join(part for part in (comparison.verdict, remedy, keeping) if part))
+        acceptance = 'accept_below_tolerance = "why" keeps it' if may_be_accepted else ""
+        raise ParityError("; ".join(part for part in (comparison.verdict, remedy, acceptance) if part))
     return comparison

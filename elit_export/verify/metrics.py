@@ -1,4 +1,4 @@
-"""How far one array is from another."""
+"""Metrics of the error of one array against another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Difference:
-    """`max_relative` is max|error| / max|expected|; `sqnr_db` is 10·log₁₀(Σ expected² / Σ error²)."""
+    """The error of an array.
+
+    `max_relative` is max|error| / max|expected|, `sqnr_db` is 10·log₁₀(Σ expected² / Σ error²).
+    """
 
     max_abs: float
     max_relative: float
@@ -19,27 +22,29 @@ class Difference:
     cosine: float
 
 
-def difference(found: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
-    """Compare in float64; another shape, or anything not finite, counts as infinitely wrong."""
-    wanted = np.asarray(expected, np.float64)
-    got = np.asarray(found, np.float64)
-    if got.shape != wanted.shape or not (np.isfinite(got).all() and np.isfinite(wanted).all()):
+def difference(actual: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
+    """Compare in float64; another shape or values that are not finite count as an infinite error."""
+    reference = np.asarray(expected, np.float64)
+    values = np.asarray(actual, np.float64)
+    if values.shape != reference.shape or not (np.isfinite(values).all() and np.isfinite(reference).all()):
         return Difference(math.inf, math.inf, -math.inf, math.nan)
-    error = got - wanted
+    error = values - reference
     if not error.any():
         return Difference(0.0, 0.0, math.inf, 1.0)
     noise = float(np.square(error).sum())
-    signal = float(np.square(wanted).sum())
+    signal = float(np.square(reference).sum())
     max_abs = float(np.abs(error).max())
-    largest = float(np.abs(wanted).max())
+    max_reference = float(np.abs(reference).max())
     if signal == 0:
         return Difference(max_abs, math.inf, -math.inf, 0.0)
-    cosine = float((got * wanted).sum() / math.sqrt(float(np.square(got).sum()) * signal)) if got.any() else 0.0
-    return Difference(max_abs, max_abs / largest, 10 * math.log10(signal / noise), cosine)
+    cosine = (
+        float((values * reference).sum() / math.sqrt(float(np.square(values).sum()) * signal)) if values.any() else 0.0
+    )
+    return Difference(max_abs, max_abs / max_reference, 10 * math.log10(signal / noise), cosine)
 
 
 def worst(differences: list[Difference]) -> Difference:
-    """The worst of each measure."""
+    """Take the worst value of each metric."""
     return Difference(
         max(d.max_abs for d in differences),
         max(d.max_relative for d in differences),

@@ -1,4 +1,4 @@
-"""Do the engines of a bundle match PyTorch? Needs neither torch nor the checkpoint."""
+"""Compares the engines of a bundle with stored reference outputs of PyTorch. Needs neither torch nor the checkpoint."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision,
 from elit_export.verify.cases import (
     REFERENCE_FILE,
     cache_inputs,
+    case_point,
     decoder_inputs,
     fused_inputs,
-    point_of,
     trajectory_profiles,
     trajectory_steps,
 )
-from elit_export.verify.compare import NOTHING, Comparison
+from elit_export.verify.compare import NO_OUTPUT, Comparison
 from elit_export.verify.metrics import Difference, difference, worst
 from elit_export.verify.tolerances import CACHE_DB, DECODE_DB, DECODE_RELATIVE, TOLERANCES
 
-LEAST_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
-SLACK_DB = 1.0  # by which a later verify may be worse than what was accepted
+MIN_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never accepted
+SLACK_DB = 1.0  # a later verify may be this much worse than the accepted SQNR
 IDENTICAL_DB = 999.0  # JSON has no infinity
 
 
 def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
-    """Every profile at its corners with its own engine, the cache's graphs, whole trajectories step by step.
+    """Compare every profile at its corners with its own engine, the graphs of the cache, and trajectories step by step.
 
-    An engine that fails or gives numbers that are not finite is a miss at every point it leaves without an answer.
+    An engine that fails or returns values that are not finite is a miss at every point for which it has no output.
     """
     recorded = {f"profile {facts.name}": facts.parity for facts in plan_set.profiles}
     for comparison in _compared(bundle, plan_set, bank, arrays):
@@ -49,12 +49,12 @@ def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays
 
 
 def _with_acceptance(comparison: Comparison, reason: str | None, recorded: Parity | None) -> Comparison:
-    """Steps and trajectories may miss, down to what was recorded; what is fp32 in every plan set may not."""
+    """Let steps and trajectories miss down to the recorded SQNR, but not graphs that are fp32 in every plan set."""
     if not reason or comparison.is_graph:
         return comparison
-    known = recorded.sqnr_db if recorded else None
+    recorded_db = recorded.sqnr_db if recorded else None
     return replace(
-        comparison, accepted=reason, accepted_from_db=LEAST_ACCEPTED_DB if known is None else known - SLACK_DB
+        comparison, accepted=reason, accepted_from_db=MIN_ACCEPTED_DB if recorded_db is None else recorded_db - SLACK_DB
     )
 
 
@@ -80,13 +80,13 @@ def _compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Array
 def compared_cases(
     engine: Engine, precision: Precision, reference: Reference, arrays: Arrays, spec: ModelSpec
 ) -> Iterator[Comparison]:
-    """The single steps of every profile, from one engine: for a graph that is no plan yet."""
+    """Compare the single steps of every profile with one engine: for a graph that is not yet a plan."""
     for index in range(len(reference.cases)):
         yield from _compared_case(engine, index, reference, arrays, spec, TOLERANCES[precision].step_db)
 
 
-def comparisons_of(plan_set: PlanSet) -> int:
-    """How many Comparisons a plan set has."""
+def comparison_count(plan_set: PlanSet) -> int:
+    """Count the comparisons of a plan set."""
     reference = plan_set.reference
     steps = 2 * len(reference.cases)  # velocity and residual
     cached = 4 * len(reference.cache_rows)  # outputs of CACHE_GRAPHS
@@ -95,38 +95,41 @@ def comparisons_of(plan_set: PlanSet) -> int:
     return steps + cached + fused + decoded + sum(trajectory.steps for trajectory in reference.trajectories)
 
 
+comparisons_of = comparison_count  # the earlier name, which the command line imports
+
+
 def met_db(sqnr_db: float | None, precision: Precision) -> bool:
-    """Is a single step so good?"""
+    """Whether the SQNR of a single step is within the tolerance of the precision."""
     return sqnr_db is not None and sqnr_db >= TOLERANCES[precision].step_db
 
 
 def accepted_miss(plan_set: PlanSet, graphs: Mapping[str, Graph]) -> str:
-    """Why a plan set that is below its tolerance, or whose graph is, was accepted; empty where nothing is below."""
+    """The reason why a plan set below its tolerance, or with such a graph, was accepted; empty where none is below."""
     quantized = graphs[plan_set.graph].sqnr_db if plan_set.graph in graphs else None
     is_below = any(facts.parity.status == "accepted" for facts in plan_set.profiles)
     is_below |= quantized is not None and not met_db(quantized, plan_set.precision)
     return (plan_set.accepted or "") if is_below else ""
 
 
-def parity_of(profile: str, found: Sequence[Comparison]) -> Parity:
-    """The worst that a profile showed, for the manifest.
+def parity_of(profile: str, comparisons: Sequence[Comparison]) -> Parity:
+    """Take the worst values of a profile, for the manifest.
 
     A trajectory that missed counts for all profiles it used, a graph of the cache and `fused` for every profile.
     """
-    own = [comparison for comparison in found if comparison.part == f"profile {profile}"]
+    own = [comparison for comparison in comparisons if comparison.part == f"profile {profile}"]
     measured = worst([comparison.found for comparison in own])
-    missed = [one for one in found if not one.met and _concerns(one, profile)]
+    misses = [comparison for comparison in comparisons if not comparison.met and _concerns(comparison, profile)]
     return Parity(
-        status="accepted" if missed else "passed",
-        reason=missed[0].accepted if missed else "",
+        status="accepted" if misses else "passed",
+        reason=misses[0].accepted if misses else "",
         sqnr_db=min(measured.sqnr_db, IDENTICAL_DB),
         max_relative=measured.max_relative,
     )
 
 
-def decoder_parity_of(found: Sequence[Comparison]) -> Parity:
-    """The worst that the decoder showed; it is fp32 and none of its misses is accepted."""
-    own = [comparison.found for comparison in found if comparison.part == f"graph {DECODE}"]
+def decoder_parity_of(comparisons: Sequence[Comparison]) -> Parity:
+    """Take the worst values of the decoder, which is fp32: none of its misses is accepted."""
+    own = [comparison.found for comparison in comparisons if comparison.part == f"graph {DECODE}"]
     if not own:
         return Parity(status="not run", reason="there is no decoder")
     measured = worst(own)
@@ -138,12 +141,12 @@ def _concerns(comparison: Comparison, profile: str) -> bool:
 
 
 def load_reference(bundle: Bundle, reference: Reference) -> Arrays:
-    """PyTorch's answers as the build stored them; raises BundleError."""
+    """Read PyTorch's outputs as the build stored them; raises BundleError."""
     return load_reference_file(bundle.verified(reference.artifact))
 
 
 def load_reference_file(folder: Path) -> Arrays:
-    """The same of an artifact that is known to be whole."""
+    """Read the outputs from an artifact whose hash was checked."""
     try:
         return plain_arrays(folder / REFERENCE_FILE)
     except (OSError, PlainArraysError) as error:
@@ -151,7 +154,7 @@ def load_reference_file(folder: Path) -> Arrays:
 
 
 def case_of(reference: Reference, index: int, arrays: Arrays, spec: ModelSpec) -> tuple[Arrays, Arrays]:
-    """Inputs of `step` and PyTorch's outputs at one reference case."""
+    """Select the inputs of `step` and PyTorch's outputs at one reference case."""
     step, latents = spec.graph(STEP), np.arange(reference.cases[index].kept)
     inputs = {
         tensor.name: latents if tensor.role is Role.LATENTS else arrays[f"{index}/{tensor.name}"]
@@ -161,55 +164,57 @@ def case_of(reference: Reference, index: int, arrays: Arrays, spec: ModelSpec) -
 
 
 def _compared_case(
-    engine: Engine, index: int, reference: Reference, arrays: Arrays, spec: ModelSpec, least_db: float
+    engine: Engine, index: int, reference: Reference, arrays: Arrays, spec: ModelSpec, min_db: float
 ) -> Iterator[Comparison]:
-    """Velocity and residual."""
+    """Compare velocity and residual of one case."""
     case = reference.cases[index]
     inputs, expected = case_of(reference, index, arrays, spec)
-    outputs, problem = _answers(engine, inputs)
+    outputs, problem = _run(engine, inputs)
     for name, values in expected.items():
-        found = _found(outputs, name, values)
-        point = f"{point_of(case)} {name}"
-        yield Comparison(f"profile {case.profile}", point, found, least_db, problem=problem, case=index)
+        deviation = _difference(outputs, name, values)
+        point = f"{case_point(case)} {name}"
+        yield Comparison(f"profile {case.profile}", point, deviation, min_db, problem=problem, case=index)
 
 
 def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
-    """These graphs are fp32 in every plan set."""
-    outputs, problem = _answers(bank.cache[graph], cache_inputs(graph, rows, spec))
+    """Compare a graph of the step cache, which is fp32 in every plan set."""
+    outputs, problem = _run(bank.cache[graph], cache_inputs(graph, rows, spec))
     for tensor in spec.graph(graph).outputs:
-        found = _found(outputs, tensor.name, arrays[f"{graph}/{rows}/{tensor.name}"])
-        yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", found, CACHE_DB, problem=problem)
+        deviation = _difference(outputs, tensor.name, arrays[f"{graph}/{rows}/{tensor.name}"])
+        yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", deviation, CACHE_DB, problem=problem)
 
 
 def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
-    """Computing, it says what `step` says; reusing, what `reuse` and `probe` say."""
-    reference, least_db = plan_set.reference, TOLERANCES[plan_set.precision].step_db
+    """Compare `fused`: where it computes with `step`, where it reuses with `reuse` and `probe`."""
+    reference, min_db = plan_set.reference, TOLERANCES[plan_set.precision].step_db
     for index, case in enumerate(reference.cases):
         inputs, expected = case_of(reference, index, arrays, spec)
-        outputs, problem = _answers(engine, fused_inputs(inputs, force=True, rows=case.rows, spec=spec))
-        for name, wanted in (("velocity", "velocity"), ("residual_next", "residual")):
-            found = _found(outputs, name, expected[wanted])
-            yield Comparison(f"graph {FUSED}", f"{point_of(case)} computed {wanted}", found, least_db, problem=problem)
+        outputs, problem = _run(engine, fused_inputs(inputs, force=True, rows=case.rows, spec=spec))
+        for name, reference_name in (("velocity", "velocity"), ("residual_next", "residual")):
+            deviation = _difference(outputs, name, expected[reference_name])
+            yield Comparison(
+                f"graph {FUSED}", f"{case_point(case)} computed {reference_name}", deviation, min_db, problem=problem
+            )
     for rows in reference.cache_rows:
         inputs = {LATENTS: np.arange(plan_set.profiles[0].latents.opt), **_reused(rows, spec)}
         inputs |= _any_text(plan_set.profiles[0].profile, rows, spec)
-        outputs, problem = _answers(engine, fused_inputs(inputs, force=False, rows=rows, spec=spec))
-        for name, wanted in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
-            found = _found(outputs, name, arrays[wanted.format(rows)])
-            yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", found, CACHE_DB, problem=problem)
+        outputs, problem = _run(engine, fused_inputs(inputs, force=False, rows=rows, spec=spec))
+        for name, reference_name in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
+            deviation = _difference(outputs, name, arrays[reference_name.format(rows)])
+            yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", deviation, CACHE_DB, problem=problem)
 
 
 def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> Iterator[Comparison]:
-    """The decoder of a VAE, which is fp32 in every plan set."""
+    """Compare the decoder of a VAE, which is fp32 in every plan set."""
     assert bank.decoder
     arrays = load_reference_file(bundle.verified(facts.answers.artifact))
     for rows in facts.answers.rows:
-        outputs, problem = _answers(bank.decoder, decoder_inputs(rows, facts.spec))
-        found = _found(outputs, "pixels", arrays[f"{rows}/pixels"])
+        outputs, problem = _run(bank.decoder, decoder_inputs(rows, facts.spec))
+        deviation = _difference(outputs, "pixels", arrays[f"{rows}/pixels"])
         yield Comparison(
             f"graph {DECODE}",
             f"rows={rows} pixels",
-            found,
+            deviation,
             DECODE_DB,
             problem=problem,
             most_relative=DECODE_RELATIVE,
@@ -217,25 +222,25 @@ def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> 
 
 
 def _any_text(profile: Profile, rows: int, spec: ModelSpec) -> Arrays:
-    """What no block reads where a step is reused."""
+    """Make text inputs, which no block reads where a step is reused."""
     return random_rows(spec, rows, profile.text.min, np.random.default_rng(0)) if profile.text else {}
 
 
 def _reused(rows: int, spec: ModelSpec) -> Arrays:
-    """The cases of `reuse` and `probe` in one: computed at t − forecast, and at one before that."""
-    given = cache_inputs("reuse", rows, spec)
-    t_computed = given["t"] - given.pop("forecast")
+    """Join the cases of `reuse` and `probe`: steps were computed at t − forecast and at one before that."""
+    inputs = cache_inputs("reuse", rows, spec)
+    t_computed = inputs["t"] - inputs.pop("forecast")
     times = {"t_computed": t_computed, "t_computed_prev": t_computed - 1}
-    return {**given, **times, "signal": cache_inputs("probe", rows, spec)["signal_prev"]}
+    return {**inputs, **times, "signal": cache_inputs("probe", rows, spec)["signal_prev"]}
 
 
-def _found(outputs: Mapping[str, Array], name: str, expected: HostArray) -> Difference:
-    answer = outputs.get(name)
-    return NOTHING if answer is None else difference(to_host(answer), expected)
+def _difference(outputs: Mapping[str, Array], name: str, expected: HostArray) -> Difference:
+    output = outputs.get(name)
+    return NO_OUTPUT if output is None else difference(to_host(output), expected)
 
 
-def _answers(engine: Engine, inputs: Mapping[str, Array]) -> tuple[Mapping[str, Array], str]:
-    """An engine's outputs, or none and why."""
+def _run(engine: Engine, inputs: Mapping[str, Array]) -> tuple[Mapping[str, Array], str]:
+    """Run an engine; returns its outputs, or none and the reason."""
     try:
         return engine(inputs), ""
     except EngineError as error:
@@ -243,18 +248,18 @@ def _answers(engine: Engine, inputs: Mapping[str, Array]) -> tuple[Mapping[str, 
 
 
 def _compared_trajectory(
-    pipeline: Pipeline, trajectory: ReferenceTrajectory, arrays: Arrays, least_db: float
+    pipeline: Pipeline, trajectory: ReferenceTrajectory, arrays: Arrays, min_db: float
 ) -> Iterator[Comparison]:
-    """Every state; where an engine fails, that step and the later ones miss."""
+    """Compare every state; where an engine fails, that step and the later ones miss."""
     profiles = trajectory_profiles(pipeline, trajectory)
     states = _states_and_problems(pipeline, trajectory)
     for step, (state, problem) in enumerate(states):
-        found = NOTHING if state is None else difference(state, arrays[f"{trajectory.name}/{step}"])
-        yield Comparison(f"trajectory {trajectory.name}", f"step {step}", found, least_db, profiles, problem)
+        deviation = NO_OUTPUT if state is None else difference(state, arrays[f"{trajectory.name}/{step}"])
+        yield Comparison(f"trajectory {trajectory.name}", f"step {step}", deviation, min_db, profiles, problem)
 
 
 def _states_and_problems(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Iterator[tuple[HostArray | None, str]]:
-    """As many as the trajectory has steps."""
+    """Yield a state or the reason why there is none, for each step of the trajectory."""
     done = 0
     try:
         for record in trajectory_steps(pipeline, trajectory):

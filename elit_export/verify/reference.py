@@ -1,4 +1,4 @@
-"""PyTorch's outputs: the model as an engine, and what it gives at the reference cases."""
+"""Computes PyTorch's reference outputs: the model as an engine, run at the reference cases."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ MAX_ROWS = 1 << 20
 
 
 def torch_engine(model: Elit, graph: str = STEP, *, compiled: bool = False) -> FunctionEngine:
-    """The model itself, where it is, as an engine for a graph, by torch.compile if asked."""
+    """Wrap a graph's method of the model, on its own device, as an engine; with `compiled` by torch.compile."""
     method, spec = getattr(model, graph), model.spec.graph(graph)
     run = torch.compile(method, dynamic=True) if compiled else method
     device = next(model.parameters()).device
 
     @torch.inference_mode()
-    def answer(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    def forward(inputs: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
         tensors = (torch.from_numpy(inputs[tensor.name]).to(device) for tensor in spec.inputs)
         outputs = run(*tensors)
         named = zip(spec.outputs, outputs if isinstance(outputs, tuple) else (outputs,), strict=True)
         return {tensor.name: output.cpu().numpy() for tensor, output in named}
 
-    return FunctionEngine(answer, spec)
+    return FunctionEngine(forward, spec)
 
 
 def torch_pipeline(model: Elit) -> Pipeline:
-    """The runtime with PyTorch in place of engines, at every budget."""
+    """Make a pipeline with PyTorch in place of engines, at every budget."""
     text = model.spec.any_text
-    every = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS), text)
+    profile = Profile("torch", Range(1, model.spec.latents, model.spec.latents), Range(1, 1, MAX_ROWS), text)
     cache = {graph: torch_engine(model, graph) for graph in CACHE_GRAPHS}
-    bank = EngineBank([Slot(every, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)
+    bank = EngineBank([Slot(profile, torch_engine(model))], model.spec.budgets, Precision.FP32, cache)
     return Pipeline(bank, model.spec, model.data)
 
 
@@ -55,10 +55,10 @@ def reference_arrays(
     trajectories: Sequence[ReferenceTrajectory],
     text: Range | None,
 ) -> Arrays:
-    """Inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`.
+    """Compute inputs and outputs of each case as `INDEX/NAME`, the states of each trajectory as `NAME/STEP`.
 
-    Inputs of cases are rows of real trajectories: engines in 8 bits are calibrated on these, and need not be good
-    at anything else; `text` is how long their prompts may be. Outputs of `probe` and `reuse` at each of `rows` as
+    Inputs of cases are rows of real trajectories: engines in 8 bits are calibrated on these, and need not be accurate
+    elsewhere; `text` is the range of their prompts' lengths. Outputs of `probe` and `reuse` at each of `rows` as
     `GRAPH/ROWS/NAME`.
     """
     engine, pipeline = torch_engine(model), torch_pipeline(model)
@@ -69,16 +69,16 @@ def reference_arrays(
         outputs = engine({**inputs, LATENTS: np.arange(case.kept)})
         arrays |= {f"{index}/{name}": to_host(array) for name, array in {**inputs, **outputs}.items()}
     for graph, count in product(CACHE_GRAPHS, rows):
-        answers = torch_engine(model, graph)(cache_inputs(graph, count, model.spec))
-        arrays |= {f"{graph}/{count}/{name}": to_host(array) for name, array in answers.items()}
+        outputs = torch_engine(model, graph)(cache_inputs(graph, count, model.spec))
+        arrays |= {f"{graph}/{count}/{name}": to_host(array) for name, array in outputs.items()}
     for trajectory in trajectories:
         states = trajectory_states(pipeline, trajectory)
         arrays |= {f"{trajectory.name}/{step}": state for step, state in enumerate(states)}
     return arrays
 
 
-def decoder_answers(decoder: nn.Module, spec: DecoderSpec, rows: Sequence[int]) -> Arrays:
-    """What a decoder says to its inputs, as `ROWS/pixels`."""
+def decoder_outputs(decoder: nn.Module, spec: DecoderSpec, rows: Sequence[int]) -> Arrays:
+    """Compute a decoder's outputs at its reference inputs, as `ROWS/pixels`."""
     with torch.inference_mode():
         return {
             f"{count}/pixels": decoder(torch.from_numpy(decoder_inputs(count, spec)["z"])).numpy() for count in rows

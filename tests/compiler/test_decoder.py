@@ -48,7 +48,7 @@ from elit_export.runtime.vae import decoder_input
 from elit_export.spec import DataFacts, DecoderSpec, Precision, Profile, Range, by_channel_text
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.compare import require
-from elit_export.verify.parity import compared, comparisons_of, load_reference
+from elit_export.verify.parity import compared, comparison_count, load_reference
 from tests.compiler.test_build import reads_of_a_build_that_does_nothing, sources_in
 from tests.conftest import recipe_values
 from tests.helpers import max_relative, tiny_model
@@ -214,7 +214,7 @@ def test_a_decoder_that_departs_is_a_miss_and_never_accepted(kl4: Bundle) -> Non
 
         wrong = EngineBank(bank.slots, kl4.manifest.model.spec.budgets, Precision.FP32, bank.cache, FunctionEngine(off))
         found = list(compared(kl4, plan_set, wrong, load_reference(kl4, plan_set.reference)))
-    assert len(found) == comparisons_of(plan_set)
+    assert len(found) == comparison_count(plan_set)
     missed = [comparison for comparison in found if not comparison.passed]
     assert [(comparison.part, comparison.point) for comparison in missed] == [
         ("graph decode", f"rows={rows} pixels") for rows in (1, 2)
@@ -369,7 +369,7 @@ def test_verify_against_the_checkpoint_keeps_the_answers_of_the_decoder(
 ) -> None:
     plan_set = kl4.manifest.plan_sets[0]
     found = verify_plan_set(kl4, plan_set, checkpoint=checkpoints[4], on_comparison=lambda _: None)
-    assert len(found) == comparisons_of(plan_set)
+    assert len(found) == comparison_count(plan_set)
     assert all(comparison.passed for comparison in found)
 
 

@@ -37,7 +37,7 @@ from elit_export.spec import FUSED, LATENTS, ROWS, STEP, Budget, Fit, ModelSpec,
 from elit_export.verify.cases import case_inputs, fused_inputs
 from elit_export.verify.check import verify_plan_set
 from elit_export.verify.metrics import difference
-from elit_export.verify.parity import comparisons_of
+from elit_export.verify.parity import comparison_count
 from elit_export.verify.tolerances import TOLERANCES
 from tests.conftest import fused_recipe, recipe_values
 from tests.helpers import Array, max_relative, rounding_graph, tiny_model
@@ -381,7 +381,7 @@ def test_verify_compares_it(fused_bundle: Bundle) -> None:
     found = verify_plan_set(fused_bundle, plan_set, checkpoint=None, on_comparison=lambda _: None)
     points = [comparison.point for comparison in found if comparison.part == f"graph {FUSED}"]
     assert len(points) == len(set(points)) == 2 * len(plan_set.reference.cases) + 2 * len(plan_set.reference.cache_rows)
-    assert len(found) == comparisons_of(plan_set)
+    assert len(found) == comparison_count(plan_set)
     assert all(comparison.passed for comparison in found)
 
 

@@ -23,7 +23,7 @@ from elit_export.errors import ParityError
 from elit_export.verify import parity
 from elit_export.verify.compare import Comparison, require
 from elit_export.verify.metrics import Difference
-from elit_export.verify.parity import NOTHING, parity_of
+from elit_export.verify.parity import NO_OUTPUT, parity_of
 from elit_export.verify.tolerances import Tolerance
 from tests.conftest import recipe_values
 
@@ -165,7 +165,7 @@ def comparison(sqnr_db: float, part: str = "profile full", accepted: str = REASO
         (comparison(math.inf), True, True),
         (comparison(-math.inf), False, False),
         (comparison(math.nan), False, False),
-        (Comparison("profile full", "K=1", NOTHING, 25.0, problem="failed", accepted=REASON), False, False),
+        (Comparison("profile full", "K=1", NO_OUTPUT, 25.0, problem="failed", accepted=REASON), False, False),
     ],
 )
 def test_what_may_be_accepted(found: Comparison, met: bool, passed: bool) -> None:

@@ -112,7 +112,7 @@ def test_a_sound_plan_is_said_to_be_sound(tiny_bundle: Bundle) -> None:
     verdict = verdict_on(tiny_bundle.folder)
     assert verdict.cause is Cause.NOTHING
     assert str(verdict).startswith(
-        "profile full, K=4 rows=2, where 115 dB are needed: the stored plan is sound: it agrees with PyTorch"
+        "profile full, K=4 rows=2, where 115 dB are needed: the stored plan is sound: it matches PyTorch"
     )
 
 
@@ -154,7 +154,7 @@ def test_a_wrong_graph_is_not_blamed_on_the_backend(copied: Path) -> None:
     alter(copied, "plans", wrong_weight)
     verdict = verdict_on(copied)
     assert verdict.cause is Cause.GRAPH
-    assert "Export it anew" in str(verdict)
+    assert "Export it again" in str(verdict)
 
 
 def test_a_miss_that_no_node_explains_is_rounding(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +201,7 @@ def test_what_the_verdict_says_to_type_mends_it(copied: Path, tiny_checkpoint: P
         f'name = "test"\ncheckpoint = "{tiny_checkpoint}"\nrows = {{ min = 1, opt = 2, max = 8 }}\n'
         '[targets.cpu]\nbackend = "onnxruntime"\ndevice = "cpu"\nprecision = "fp32"\nthreads = 2\n'
     )
-    command = str(verdict_on(copied)).split("Build it anew: ")[1].replace("RECIPE", str(tmp_path / "r.toml"))
+    command = str(verdict_on(copied)).split("Build it again: ")[1].replace("RECIPE", str(tmp_path / "r.toml"))
     removal, build = (part.split() for part in command.split(" && "))
     shutil.rmtree(removal[-1])
     built = CliRunner().invoke(main, build[1:])

@@ -14,7 +14,7 @@ from elit_export.checkpoints.native import save_checkpoint
 from elit_export.errors import BundleError
 from elit_export.verify.check import record_success, verify_plan_set
 from elit_export.verify.compare import Comparison
-from elit_export.verify.parity import comparisons_of
+from elit_export.verify.parity import comparison_count
 from tests.helpers import tiny_model
 
 
@@ -25,7 +25,7 @@ def check(bundle: Bundle, checkpoint: Path | None = None) -> list[Comparison]:
 
 def test_stored_and_live_answers_agree(tiny_bundle: Bundle, tiny_checkpoint: Path) -> None:
     stored, live = check(tiny_bundle), check(tiny_bundle, tiny_checkpoint)
-    assert len(stored) == len(live) == comparisons_of(tiny_bundle.manifest.plan_sets[0])
+    assert len(stored) == len(live) == comparison_count(tiny_bundle.manifest.plan_sets[0])
     assert all(comparison.passed for comparison in (*stored, *live))
     assert [(c.part, c.point) for c in stored] == [(c.part, c.point) for c in live]
 

@@ -16,7 +16,7 @@ from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.spec import CACHE_GRAPHS, Precision
 from elit_export.verify.compare import Comparison, require
-from elit_export.verify.parity import compared, comparisons_of, load_reference
+from elit_export.verify.parity import compared, comparison_count, load_reference
 from elit_export.verify.reference import torch_engine
 
 Outputs = dict[str, HostArray]
@@ -40,7 +40,7 @@ def found_with(bundle: Bundle, model: ElitSiT, change: Change) -> Iterator[Compa
 def check_with(bundle: Bundle, model: ElitSiT, change: Change) -> None:
     """Stops at the first miss."""
     found = [require(one) for one in found_with(bundle, model, change)]
-    assert len(found) == comparisons_of(bundle.manifest.plan_sets[0])
+    assert len(found) == comparison_count(bundle.manifest.plan_sets[0])
 
 
 def test_pytorch_itself_passes(golden_g4_bundle: Bundle, golden_g4_model: ElitSiT) -> None:
@@ -102,7 +102,7 @@ def test_an_engine_that_is_not_finite_misses_and_the_rest_is_still_compared(
         return outputs
 
     found = list(found_with(golden_g4_bundle, golden_g4_model, not_finite))
-    assert len(found) == comparisons_of(golden_g4_bundle.manifest.plan_sets[0])
+    assert len(found) == comparison_count(golden_g4_bundle.manifest.plan_sets[0])
     missed = {f"{comparison.part}, {comparison.point}": comparison for comparison in found if not comparison.passed}
     assert "no tolerance would have passed" in missed["profile full, K=16 rows=2 velocity"].verdict
     assert {name for name in missed if name.startswith("trajectory")} == {
