@@ -82,7 +82,7 @@ from elit_export.bench import timing  # noqa: E402
 from elit_export.bundle.calibration_inputs import save_inputs  # noqa: E402
 from elit_export.bundle.reading import Bundle  # noqa: E402
 from elit_export.bundle.recipe import Recipe, recipe_from_values, shipped_recipe  # noqa: E402
-from elit_export.calibrate.inputs import SampleRecipe, seen_rows, taken  # noqa: E402
+from elit_export.calibrate.inputs import SampleRecipe, recorded_rows, select_samples  # noqa: E402
 from elit_export.checkpoints.native import load_checkpoint, save_checkpoint  # noqa: E402
 from elit_export.models.sit import ElitSiT  # noqa: E402
 from tests.helpers import Golden, golden, tiny_model  # noqa: E402
@@ -181,7 +181,7 @@ def tiny_samples(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) 
     recipe = SampleRecipe(images=5, steps=8, sampler="euler", guidance=("none", "cfg:2"), samples=96, seed=4, rows=3)
     with Pipeline.load(tiny_bundle.folder) as pipeline:
         checkpoint = tiny_bundle.manifest.model.checkpoint_sha256
-        found = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, checkpoint)
+        found = select_samples(list(recorded_rows(pipeline, recipe)), pipeline, recipe, checkpoint)
     path = tmp_path_factory.mktemp("samples") / "samples.npz"
     save_inputs(found.samples, path)
     return path

@@ -26,8 +26,8 @@ from elit_export.backends.onnxruntime.engine import OnnxRuntimeEngine
 from elit_export.backends.protocols import to_host
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
-from elit_export.calibrate.inputs import SampleRecipe, seen_rows, taken
-from elit_export.calibrate.sensitivity import answers_of
+from elit_export.calibrate.inputs import SampleRecipe, recorded_rows, select_samples
+from elit_export.calibrate.sensitivity import outputs_of
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
 from elit_export.cost.flops import layer_flops
@@ -266,7 +266,7 @@ def modules_in_8_bits(graph: Path) -> set[str]:
 def test_a_graph_in_int8_is_quantized_in_every_kind_of_layer(built: Built, pipeline: Pipeline, tmp_path: Path) -> None:
     """Joins, and what merges and splits, too; on ONNX Runtime, as TensorRT's plans cannot run here."""
     recipe = SampleRecipe(images=3, steps=6, sampler="euler", guidance=("none",), samples=64, seed=4, rows=3)
-    found = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, "0" * 64).samples
+    found = select_samples(list(recorded_rows(pipeline, recipe)), pipeline, recipe, "0" * 64).samples
     graph = built.bundle.manifest.graphs["step-fp32"]
     source = built.bundle.verified(graph.artifact) / graph.file
     layers = [name for name, count in layer_flops(pipeline.spec, pipeline.spec.full).items() if count]
@@ -279,7 +279,7 @@ def test_a_graph_in_int8_is_quantized_in_every_kind_of_layer(built: Built, pipel
     assert ("core_joins.0.linear" in in_8_bits) == (built.variant == "ELIT-U-ViT")
     assert ({"merge.linear", "split.linear"} <= in_8_bits) == (built.variant == "ELIT-HDiT")
     rows = {budget.kept: inputs_of(model_of(built.variant), STEP, 4, budget.kept) for budget in pipeline.spec.budgets}
-    exact, eight_bits = answers_of(source, rows), answers_of(rounded, rows)
+    exact, eight_bits = outputs_of(source, rows), outputs_of(rounded, rows)
     for kept in rows:
         assert 15 < difference(eight_bits[kept]["velocity"], exact[kept]["velocity"]).sqnr_db < 60
 

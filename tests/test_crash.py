@@ -37,7 +37,7 @@ from elit_export.bundle.manifest import KINDS
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.bundle.store import LOCK, STAGING, Progress, Store
-from elit_export.calibrate.step_cache import Watched
+from elit_export.calibrate.step_cache import ProbingEngine
 from elit_export.callbacks import noop
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
@@ -444,7 +444,7 @@ def test_a_killed_calibration_leaves_the_old_manifest_or_the_new(copied: Path, t
         elif moment == "after the commit":
             Store.clean = die  # type: ignore[assignment,method-assign]
         else:
-            Watched.__call__ = die  # type: ignore[assignment,method-assign]
+            ProbingEngine.__call__ = die  # type: ignore[assignment,method-assign]
         CliRunner().invoke(main, command)
 
     assert died_of_kill(forked(calibrate))

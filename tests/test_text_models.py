@@ -19,7 +19,7 @@ from elit_export.bench import cache as cache_sweep
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.bundle.store import writing
-from elit_export.calibrate.step_cache import Trajectories, joined, sampled_pairs
+from elit_export.calibrate.step_cache import Trajectories, joined, sample_pairs
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
 from elit_export.cost.flops import flops, flops_per_image
@@ -224,7 +224,7 @@ def test_guidance_that_no_step_uses_needs_no_negative_prompt(pipeline: Pipeline,
 def test_what_a_calibration_sees_needs_no_text(pipeline: Pipeline) -> None:
     """The engines of `probe` take none, and refuse it."""
     wanted = Trajectories(images=4, steps=(4,), budgets=(pipeline.spec.full,), guidance=("cfg:2",), seed=1, rows=8)
-    found = joined(list(sampled_pairs(pipeline, wanted)))
+    found = joined(list(sample_pairs(pipeline, wanted)))
     assert (found.distance > 0).all()
     assert (found.change > 0).all()
 

@@ -20,7 +20,7 @@ from elit_export.bundle.calibration_inputs import CalibrationInputs, load_inputs
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.bundle.recipe import Recipe
 from elit_export.calibrate import sensitivity
-from elit_export.calibrate.inputs import SampleRecipe, Taken, seen_rows, taken
+from elit_export.calibrate.inputs import SampleRecipe, SelectedSamples, recorded_rows, select_samples
 from elit_export.calibrate.sensitivity import flops_share, sensitivity_count
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
@@ -70,12 +70,12 @@ def pipeline(bundle: Bundle) -> Iterator[Pipeline]:
 
 
 @pytest.fixture(scope="module")
-def small(pipeline: Pipeline, bundle: Bundle) -> Taken:
+def small(pipeline: Pipeline, bundle: Bundle) -> SelectedSamples:
     return sampled(pipeline, PROMPTS, bundle.manifest.model.checkpoint_sha256)
 
 
 @pytest.fixture(scope="module")
-def samples_file(small: Taken, checkpoint: Path) -> Path:
+def samples_file(small: SelectedSamples, checkpoint: Path) -> Path:
     save_inputs(small.samples, checkpoint.parent / "samples.npz")
     return checkpoint.parent / "samples.npz"
 
@@ -93,9 +93,9 @@ def recipe_file(checkpoint: Path) -> Path:
     return path
 
 
-def sampled(pipeline: Pipeline, prompts: Prompts, sha256: str = "a" * 64, **changes: Any) -> Taken:
+def sampled(pipeline: Pipeline, prompts: Prompts, sha256: str = "a" * 64, **changes: Any) -> SelectedSamples:
     wanted = SMALL.model_copy(update=changes)
-    return taken(list(seen_rows(pipeline, wanted, prompts)), pipeline, wanted, sha256)
+    return select_samples(list(recorded_rows(pipeline, wanted, prompts)), pipeline, wanted, sha256)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -119,7 +119,7 @@ def row_of(told: Embedded, image: int, longest: int) -> bytes:
 # ---------------------------------------------------------------- samples
 
 
-def test_samples_show_every_prompt_and_the_negative_ones_where_guidance_asks(small: Taken) -> None:
+def test_samples_show_every_prompt_and_the_negative_ones_where_guidance_asks(small: SelectedSamples) -> None:
     negative = PROMPTS.negative
     assert negative
     texts, masks = (small.samples.conditioning[name] for name in ("text", "text_mask"))
@@ -143,7 +143,7 @@ def test_without_negative_prompts_there_is_no_guidance_that_needs_them(pipeline:
     alone = Prompts(PROMPTS.positive)
     assert not sampled(pipeline, alone, guidance=("none", "autoguidance:2@1")).null.any()
     with pytest.raises(InputError, match="guidance cfg:3: it needs negative prompts, and there are none"):
-        next(seen_rows(pipeline, SMALL, alone))
+        next(recorded_rows(pipeline, SMALL, alone))
 
 
 def test_the_negative_rows_of_a_weak_branch_alone_are_told(pipeline: Pipeline) -> None:
@@ -151,7 +151,7 @@ def test_the_negative_rows_of_a_weak_branch_alone_are_told(pipeline: Pipeline) -
     assert np.array_equal(found.null, found.samples.kept == 1)
 
 
-def test_what_padding_holds_does_not_reach_the_samples(pipeline: Pipeline, small: Taken) -> None:
+def test_what_padding_holds_does_not_reach_the_samples(pipeline: Pipeline, small: SelectedSamples) -> None:
     text, mask = PROMPTS.positive.text.copy(), PROMPTS.positive.mask
     text[mask == 0] = np.nan
     assert sampled(pipeline, Prompts(Embedded(text, mask), PROMPTS.negative)).samples.sha256 == small.samples.sha256
@@ -203,12 +203,12 @@ def test_a_model_of_classes_takes_no_prompts(
 
 def test_neither_takes_the_other_from_python(pipeline: Pipeline, tiny_bundle: Bundle) -> None:
     with pytest.raises(InputError, match="this model takes prompts, not"):
-        next(seen_rows(pipeline, SMALL))
+        next(recorded_rows(pipeline, SMALL))
     with (
         Pipeline.load(tiny_bundle.folder) as other,
         pytest.raises(InputError, match="takes labels 0 to 3, not prompts"),
     ):
-        next(seen_rows(other, SMALL.model_copy(update={"budgets": (), "images": 8}), PROMPTS))
+        next(recorded_rows(other, SMALL.model_copy(update={"budgets": (), "images": 8}), PROMPTS))
 
 
 # ---------------------------------------------------------------- files of them
@@ -249,7 +249,7 @@ def of_another_checkpoint(samples: CalibrationInputs) -> CalibrationInputs:
 )
 def test_unfit_samples_are_refused_before_anything_is_built(
     checkpoint: Path,
-    small: Taken,
+    small: SelectedSamples,
     tmp_path: Path,
     change: Callable[[CalibrationInputs], CalibrationInputs],
     problem: str,
@@ -294,7 +294,7 @@ def test_every_product_of_both_streams_belongs_to_one_kind_of_layer(bundle: Bund
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
 def test_an_int8_plan_is_built_of_a_graph_that_keeps_its_decibels(
-    bundle: Bundle, checkpoint: Path, samples_file: Path, small: Taken, tmp_path: Path
+    bundle: Bundle, checkpoint: Path, samples_file: Path, small: SelectedSamples, tmp_path: Path
 ) -> None:
     """Compared with PyTorch by ONNX Runtime; the plan is for a GPU that is not here."""
     pytest.importorskip("modelopt.onnx.quantization", reason="needs the extra quantize")
@@ -320,7 +320,7 @@ def test_an_int8_plan_is_built_of_a_graph_that_keeps_its_decibels(
     assert stages == [NOTHING_CHANGED]
 
 
-def test_openvino_rounds_the_same_linear_layers_and_the_tails(bundle: Bundle, small: Taken) -> None:
+def test_openvino_rounds_the_same_linear_layers_and_the_tails(bundle: Bundle, small: SelectedSamples) -> None:
     """Embedders of image and text stay out, as those of models of classes do."""
     ov = pytest.importorskip("openvino")
     pytest.importorskip("nncf")

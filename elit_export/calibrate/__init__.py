@@ -1,4 +1,4 @@
-"""Trajectories of a bundle's engines → numbers that later builds and samplings decide by.
+"""Samples trajectories of a bundle's engines, and computes calibrations from them.
 
 Takes: a pipeline.  Gives: calibration inputs, fits for the step cache, sensitivity of layers.
 May touch: the manifest of a bundle.

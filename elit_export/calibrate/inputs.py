@@ -1,7 +1,7 @@
-"""Samples for quantization: what the engines of a bundle are really given along trajectories.
+"""Collects calibration samples for quantization: real inputs of a bundle's engines along trajectories.
 
-Every budget is sampled by itself with every guidance, from noise and labels or prompts of its own. Of all the rows that
-engines were given as many as wanted are taken, spread evenly over budgets, and for each budget over t.
+Every budget is sampled by itself with every guidance, each with its own noise and labels or prompts. From all recorded
+rows the requested number is selected, balanced over budgets, and for each budget over t.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from elit_export.runtime.request import Request
 from elit_export.runtime.sampling import Call, sampling_steps
 from elit_export.spec import LATENTS, Budget
 
-T_PARTS = 8  # of [0, 1], each with as many samples as the others
-CONDITIONING, CHOICE = 1, 2  # beside the seed, so that neither depends on the other
+T_PARTS = 8  # of [0, 1], balanced in the selection
+CONDITIONING_SEED, SELECTION_SEED = 1, 2  # added to the seed, for independent draws
 
 
 class SampleRecipe(BaseModel):
-    """Which trajectories to sample, and how many `samples` to take of what they show.
+    """The trajectories to sample, and the number of `samples` to select from them.
 
-    `images` trajectories for each of the `budgets` with each `guidance`, `rows` at once. Without `budgets`
-    they are the least, the best and the most of every profile.
+    There are `images` trajectories for each of the `budgets` with each `guidance`, `rows` at once. Without `budgets`
+    these are the min, opt and max of every profile.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,7 +55,7 @@ class SampleRecipe(BaseModel):
     rows: int = Field(ge=1)
 
 
-# That of calibration/fashion.toml, for bundles without one of their own.
+# The values of calibration/fashion.toml, for bundles without a recipe of their own.
 DEFAULT_RECIPE = SampleRecipe(
     images=10, steps=20, sampler="euler", guidance=("none", "cfg:2"), samples=256, seed=0, rows=5
 )
@@ -66,14 +66,14 @@ def load_sample_recipe(path: Path) -> SampleRecipe:
     try:
         return SampleRecipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise CalibrationError(f"no recipe at {path}", "leave --recipe out to take the usual samples") from error
+        raise CalibrationError(f"no recipe at {path}", "leave --recipe out to use the default recipe") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
-        raise CalibrationError(f"{path}: " + "; ".join(_told(problem) for problem in error.errors())) from error
+        raise CalibrationError(f"{path}: " + "; ".join(_problem_text(problem) for problem in error.errors())) from error
 
 
-def _told(problem: Any) -> str:
+def _problem_text(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
         return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
@@ -85,11 +85,10 @@ def _told(problem: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One row that an engine was given, as inputs of one row.
+class RecordedRow:
+    """The inputs of one row of an engine call.
 
-    `guided` says whether its trajectory was, `null` whether it is what guidance leads away from: no class, or a
-    negative prompt.
+    `guided` is whether its trajectory was guided, `null` whether it belongs to the unconditional or negative branch.
     """
 
     inputs: Arrays
@@ -105,79 +104,82 @@ class Seen:
         return float(self.inputs["t"][0])
 
 
-class Watched(Engine):
-    """An engine that remembers what it is given, which nothing writes into later."""
+class RecordingEngine(Engine):
+    """An engine that records its inputs, which are never written again."""
 
-    def __init__(self, engine: Engine, seen: list[Arrays]) -> None:
-        self._engine, self._seen = engine, seen
+    def __init__(self, engine: Engine, recorded: list[Arrays]) -> None:
+        self._engine, self._recorded = engine, recorded
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        self._seen.append({name: to_host(array) for name, array in inputs.items()})
+        self._recorded.append({name: to_host(array) for name, array in inputs.items()})
         return self._engine(inputs)
 
     def close(self) -> None:
         """The engine belongs to the pipeline."""
 
 
-def seen_rows(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None = None) -> Iterator[list[Seen]]:
-    """What the engines are given in one sampling of `recipe.rows` images after another; `batches` of them.
+def recorded_rows(
+    pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None = None
+) -> Iterator[list[RecordedRow]]:
+    """Record the engines' inputs in `batch_count` samplings of up to `recipe.rows` images.
 
-    A model with text is shown `prompts`, one of classes its labels. Everything is checked before the first; raises
-    CalibrationError, InputError or EngineError.
+    Models with text are conditioned on `prompts`, others on all their classes. All samplings are checked before the
+    first one runs; raises CalibrationError, InputError or EngineError.
     """
-    noise, shown = _noise(pipeline, recipe), _shown(pipeline, recipe, prompts)
+    noise, conditioning_of = _noise(pipeline, recipe), _conditioning(pipeline, recipe, prompts)
     requests = [
-        _request(pipeline, recipe, budget, guidance, shown(images), noise[images])
-        for images, budget, guidance in _kinds(pipeline, recipe)
+        _request(pipeline, recipe, budget, guidance, conditioning_of(images), noise[images])
+        for images, budget, guidance in _samplings(pipeline, recipe)
     ]
     _check_enough(pipeline, recipe)
     for request in requests:
-        yield _watched(pipeline.bank, pipeline.spec.budgets, request)
+        yield _record(pipeline.bank, pipeline.spec.budgets, request)
 
 
-def batches(pipeline: Pipeline, recipe: SampleRecipe) -> int:
-    return len(list(_kinds(pipeline, recipe)))
+def batch_count(pipeline: Pipeline, recipe: SampleRecipe) -> int:
+    """Count the samplings of a recipe."""
+    return len(list(_samplings(pipeline, recipe)))
 
 
-def _kinds(pipeline: Pipeline, recipe: SampleRecipe) -> Iterator[tuple[slice, Budget, str]]:
-    """Every sampling: which images it has (of all), its budget and guidance."""
-    for number, (budget, guidance) in enumerate(product(budgets_of(pipeline, recipe), recipe.guidance)):
-        end = (number + 1) * recipe.images
-        for start in range(number * recipe.images, end, recipe.rows):
+def _samplings(pipeline: Pipeline, recipe: SampleRecipe) -> Iterator[tuple[slice, Budget, str]]:
+    """Yield for every sampling the slice of its images, its budget and its guidance."""
+    for sampling, (budget, guidance) in enumerate(product(budgets_of(pipeline, recipe), recipe.guidance)):
+        end = (sampling + 1) * recipe.images
+        for start in range(sampling * recipe.images, end, recipe.rows):
             yield slice(start, min(start + recipe.rows, end)), budget, guidance
 
 
 def budgets_of(pipeline: Pipeline, recipe: SampleRecipe) -> tuple[Budget, ...]:
-    """Those of the recipe, or the corners of every profile; largest first."""
+    """The budgets of the recipe, or the corners of every profile; largest first."""
     corners = {kept for slot in pipeline.bank.slots for kept in slot.profile.latents.corners()}
-    wanted = {pipeline.spec.budget(budget) for budget in recipe.budgets or corners}
-    return tuple(sorted(wanted, reverse=True))
+    budgets = {pipeline.spec.budget(budget) for budget in recipe.budgets or corners}
+    return tuple(sorted(budgets, reverse=True))
 
 
 def _check_enough(pipeline: Pipeline, recipe: SampleRecipe) -> None:
     budgets = len(budgets_of(pipeline, recipe))
-    least = recipe.images * recipe.steps * budgets * len(recipe.guidance)
-    if least < recipe.samples:
+    available = recipe.images * recipe.steps * budgets * len(recipe.guidance)
+    if available < recipe.samples:
         raise CalibrationError(
             f"{recipe.images} images in {recipe.steps} steps at {budgets} budgets with {len(recipe.guidance)} kinds of "
-            f"guidance show {least} rows, and {recipe.samples} samples are wanted",
+            f"guidance give {available} rows, fewer than the {recipe.samples} samples of the recipe",
             "raise images or steps in the recipe",
         )
 
 
 def _noise(pipeline: Pipeline, recipe: SampleRecipe) -> Float64:
-    """The start of every image."""
+    """Draw the start noise of every image."""
     return SeededNoise(recipe.seed, _images(pipeline, recipe), pipeline.spec.sample_shape)()
 
 
-def _shown(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> Callable[[slice], LabelsLike]:
-    """What a slice of all images shows: all classes or prompts in an order of their own, over and over."""
-    every = Labels(tuple(range(pipeline.spec.num_classes))) if prompts is None else prompts
-    if not len(every):
+def _conditioning(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> Callable[[slice], LabelsLike]:
+    """Give the conditioning of a slice of all images: all classes or prompts, shuffled and repeated."""
+    pool = Labels(tuple(range(pipeline.spec.num_classes))) if prompts is None else prompts
+    if not len(pool):
         raise InputError("this model takes prompts, not labels", "elit-export embed FOLDER writes them")
-    order = np.random.default_rng((recipe.seed, CONDITIONING)).permutation(len(every))
+    order = np.random.default_rng((recipe.seed, CONDITIONING_SEED)).permutation(len(pool))
     numbers = np.resize(order, _images(pipeline, recipe)).astype(np.int64)
-    return lambda images: every.at(numbers[images])
+    return lambda images: pool.at(numbers[images])
 
 
 def _images(pipeline: Pipeline, recipe: SampleRecipe) -> int:
@@ -189,11 +191,11 @@ def _request(
     recipe: SampleRecipe,
     budget: Budget,
     guidance: str,
-    shown: LabelsLike,
+    conditioning: LabelsLike,
     noise: Float64,
 ) -> Request:
     return pipeline.request(
-        shown,
+        conditioning,
         steps=recipe.steps,
         sampler=recipe.sampler,
         schedule=[budget] * recipe.steps,
@@ -203,20 +205,20 @@ def _request(
     )
 
 
-def _watched(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> list[Seen]:
-    given: list[Arrays] = []
-    slots = [Slot(slot.profile, Watched(slot.engine, given)) for slot in bank.slots]
+def _record(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> list[RecordedRow]:
+    recorded: list[Arrays] = []
+    slots = [Slot(slot.profile, RecordingEngine(slot.engine, recorded)) for slot in bank.slots]
     records = list(sampling_steps(EngineBank(slots, budgets, bank.precision), request))
     calls = [call for record in records for call in record.calls]
     return [
-        Seen(_row(inputs, row), request.guidance.guides, null)
-        for inputs, call in zip(given, calls, strict=True)
+        RecordedRow(_row(inputs, row), request.guidance.guides, null)
+        for inputs, call in zip(recorded, calls, strict=True)
         for row, null in enumerate(_null_rows(call))
     ]
 
 
 def _null_rows(call: Call) -> list[bool]:
-    """For each row of a call whether it is of a branch without a class, or of the negative prompt."""
+    """Give for each row of a call whether it belongs to the unconditional or negative branch."""
     return [branch.null_class for branch in call.branches for _ in range(call.rows // len(call.branches))]
 
 
@@ -224,25 +226,27 @@ def _row(inputs: Arrays, row: int) -> Arrays:
     return {name: array if name == LATENTS else array[row : row + 1] for name, array in inputs.items()}
 
 
-# ---------------------------------------------------------------- which rows are taken
+# ---------------------------------------------------------------- selection of rows
 
 
 @dataclass(frozen=True)
-class Taken:
-    """Samples, and for each what `Seen` says of it."""
+class SelectedSamples:
+    """The selected samples, and `guided` and `null` of each, as in `RecordedRow`."""
 
     samples: CalibrationInputs
     guided: Bools
     null: Bools
 
 
-def taken(parts: Sequence[Sequence[Seen]], pipeline: Pipeline, recipe: SampleRecipe, checkpoint_sha256: str) -> Taken:
-    """As many of all rows as the recipe wants, in the order in which they were seen."""
+def select_samples(
+    parts: Sequence[Sequence[RecordedRow]], pipeline: Pipeline, recipe: SampleRecipe, checkpoint_sha256: str
+) -> SelectedSamples:
+    """Select as many rows as the recipe asks for, in the order in which they were recorded."""
     names = [tensor.name for tensor in pipeline.spec.conditioning]
-    every = [seen for part in parts for seen in part]
-    kinds = [(seen.guided, seen.null) for seen in every]
-    chosen = _spread(every, kinds, recipe)
-    rows = [every[index].inputs for index in chosen]
+    candidates = [row for part in parts for row in part]
+    kinds = [(row.guided, row.null) for row in candidates]
+    indices = _balanced_indices(candidates, kinds, recipe)
+    rows = [candidates[index].inputs for index in indices]
     facts = CalibrationFacts(
         package_version=version("elit-export"),
         checkpoint_sha256=checkpoint_sha256,
@@ -261,24 +265,31 @@ def taken(parts: Sequence[Sequence[Seen]], pipeline: Pipeline, recipe: SampleRec
         kept=np.array([len(row[LATENTS]) for row in rows], np.int64),
         conditioning=joined([{name: row[name] for name in names} for row in rows]),
     )
-    guided, null = (np.array([kinds[index][which] for index in chosen]) for which in (0, 1))
-    return Taken(samples, guided, null)
+    guided, null = (np.array([kinds[index][column] for index in indices]) for column in (0, 1))
+    return SelectedSamples(samples, guided, null)
 
 
-def _spread(every: Sequence[Seen], kinds: Sequence[tuple[bool, bool]], recipe: SampleRecipe) -> list[int]:
-    """Rows drawn such that budgets take turns, for each budget the parts of t, and for each of these the kinds."""
-    order: list[int] = np.random.default_rng((recipe.seed, CHOICE)).permutation(len(every)).tolist()
-    parts = [(seen.kept, min(int(seen.t * T_PARTS), T_PARTS - 1)) for seen in every]
-    for groups in ([*zip(parts, kinds, strict=True)], parts, [seen.kept for seen in every]):
-        order = _in_turns(order, groups)
+def _balanced_indices(
+    candidates: Sequence[RecordedRow], kinds: Sequence[tuple[bool, bool]], recipe: SampleRecipe
+) -> list[int]:
+    """Draw rows balanced over budgets, within a budget over parts of t, and within these over guided and null."""
+    order: list[int] = np.random.default_rng((recipe.seed, SELECTION_SEED)).permutation(len(candidates)).tolist()
+    parts = [(row.kept, min(int(row.t * T_PARTS), T_PARTS - 1)) for row in candidates]
+    for groups in ([*zip(parts, kinds, strict=True)], parts, [row.kept for row in candidates]):
+        order = _interleave(order, groups)
     return sorted(order[: recipe.samples])
 
 
-def _in_turns(order: Sequence[int], groups: Sequence[Any]) -> list[int]:
-    """The first of every group, then the second of every group, …"""
-    met: Counter[Any] = Counter()
+def _interleave(order: Sequence[int], groups: Sequence[Any]) -> list[int]:
+    """Order the first of every group before the second of every group, and so on."""
+    counts: Counter[Any] = Counter()
     turns = []
     for index in order:
-        turns.append(met[groups[index]])
-        met[groups[index]] += 1
+        turns.append(counts[groups[index]])
+        counts[groups[index]] += 1
     return [index for _, index in sorted(zip(turns, order, strict=True), key=lambda pair: pair[0])]
+
+
+# Earlier names, which the command line imports.
+Taken = SelectedSamples
+batches, seen_rows, taken = batch_count, recorded_rows, select_samples

@@ -20,13 +20,13 @@ from elit_export.bundle.reading import Bundle
 from elit_export.calibrate.inputs import (
     DEFAULT_RECIPE,
     T_PARTS,
+    RecordedRow,
     SampleRecipe,
-    Seen,
-    Taken,
-    batches,
+    SelectedSamples,
+    batch_count,
     load_sample_recipe,
-    seen_rows,
-    taken,
+    recorded_rows,
+    select_samples,
 )
 from elit_export.cli import main
 from elit_export.errors import CalibrationError, EngineError, InputError
@@ -43,13 +43,13 @@ def pipeline(tiny_bundle: Bundle) -> Iterator[Pipeline]:
         yield opened
 
 
-def sampled(pipeline: Pipeline, **changes: Any) -> Taken:
+def sampled(pipeline: Pipeline, **changes: Any) -> SelectedSamples:
     recipe = SMALL.model_copy(update=changes)
-    return taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, CHECKPOINT)
+    return select_samples(list(recorded_rows(pipeline, recipe)), pipeline, recipe, CHECKPOINT)
 
 
 @pytest.fixture(scope="module")
-def small(pipeline: Pipeline) -> Taken:
+def small(pipeline: Pipeline) -> SelectedSamples:
     return sampled(pipeline)
 
 
@@ -60,7 +60,7 @@ def key(inputs: Mapping[str, Array]) -> bytes:
 # ---------------------------------------------------------------- what is taken
 
 
-def test_every_sample_is_what_an_engine_was_given(pipeline: Pipeline, small: Taken) -> None:
+def test_every_sample_is_what_an_engine_was_given(pipeline: Pipeline, small: SelectedSamples) -> None:
     """Sampled again by the public way, with the engines watched from below."""
     given: set[bytes] = set()
 
@@ -75,23 +75,23 @@ def test_every_sample_is_what_an_engine_was_given(pipeline: Pipeline, small: Tak
 
     bank = EngineBank([watching(slot) for slot in pipeline.bank.slots], pipeline.spec.budgets, pipeline.bank.precision)
     watched = Pipeline(bank, pipeline.spec, pipeline.data)
-    again = taken(list(seen_rows(watched, SMALL)), watched, SMALL, CHECKPOINT)
+    again = select_samples(list(recorded_rows(watched, SMALL)), watched, SMALL, CHECKPOINT)
     assert again.samples.sha256 == small.samples.sha256
     assert all(key(inputs) in given for inputs in small.samples.inputs())
 
 
-def test_the_seed_alone_decides(pipeline: Pipeline, small: Taken) -> None:
+def test_the_seed_alone_decides(pipeline: Pipeline, small: SelectedSamples) -> None:
     assert sampled(pipeline).samples.sha256 == small.samples.sha256
     assert sampled(pipeline, seed=5).samples.sha256 != small.samples.sha256
     one_by_one = sampled(pipeline, rows=1).samples  # other batches: the same rows up to the order of sums
     assert np.array_equal(np.sort(one_by_one.kept), np.sort(small.samples.kept))
 
 
-def test_no_two_samples_are_the_same(small: Taken) -> None:
+def test_no_two_samples_are_the_same(small: SelectedSamples) -> None:
     assert len({key(inputs) for inputs in small.samples.inputs()}) == SMALL.samples
 
 
-def test_every_profile_is_there_at_its_corners_and_over_all_of_t(pipeline: Pipeline, small: Taken) -> None:
+def test_every_profile_is_there_at_its_corners_and_over_all_of_t(pipeline: Pipeline, small: SelectedSamples) -> None:
     samples = small.samples
     corners = {kept for slot in pipeline.bank.slots for kept in slot.profile.latents.corners()}
     counts = Counter(samples.kept.tolist())
@@ -103,7 +103,7 @@ def test_every_profile_is_there_at_its_corners_and_over_all_of_t(pipeline: Pipel
         assert set(parts.values()) == {3, 4}  # 24 samples over 7 parts
 
 
-def test_guided_and_unguided_rows_of_every_class_are_there(pipeline: Pipeline, small: Taken) -> None:
+def test_guided_and_unguided_rows_of_every_class_are_there(pipeline: Pipeline, small: SelectedSamples) -> None:
     labels, null = small.samples.conditioning["y"], pipeline.spec.null_class
     assert np.array_equal(labels == null, small.null)
     assert set(labels.tolist()) == {0, 1, 2, null}
@@ -114,7 +114,7 @@ def test_guided_and_unguided_rows_of_every_class_are_there(pipeline: Pipeline, s
         assert min(kinds[kind] for kind in ((False, False), (True, False), (True, True))) >= 4
 
 
-def test_samples_follow_the_model_and_are_no_noise(small: Taken) -> None:
+def test_samples_follow_the_model_and_are_no_noise(small: SelectedSamples) -> None:
     """Noise alone at t=1, and less of it the further a trajectory went."""
     samples = small.samples
     spread = samples.x.std(axis=(1, 2, 3))
@@ -123,7 +123,7 @@ def test_samples_follow_the_model_and_are_no_noise(small: Taken) -> None:
     assert not np.allclose(late.std(axis=(1, 2, 3)).mean(), 1, atol=0.02)
 
 
-def test_facts_say_where_they_are_from(small: Taken) -> None:
+def test_facts_say_where_they_are_from(small: SelectedSamples) -> None:
     facts = small.samples.facts
     assert facts.checkpoint_sha256 == CHECKPOINT
     assert (facts.seed, facts.images, facts.steps, facts.sampler) == (4, 5, 8, "euler")
@@ -145,24 +145,26 @@ def test_the_weak_budget_of_guidance_is_seen_too(pipeline: Pipeline) -> None:
 
 
 def test_a_batch_at_a_time(pipeline: Pipeline) -> None:
-    parts = list(seen_rows(pipeline, SMALL))
-    assert len(parts) == batches(pipeline, SMALL) == 4 * 2 * 2
+    parts = list(recorded_rows(pipeline, SMALL))
+    assert len(parts) == batch_count(pipeline, SMALL) == 4 * 2 * 2
     assert sum(map(len, parts)) == 4 * 8 * (5 + 10)
-    assert all(isinstance(row, Seen) for part in parts for row in part)
+    assert all(isinstance(row, RecordedRow) for part in parts for row in part)
 
 
 # ---------------------------------------------------------------- what is refused
 
 
 def test_trajectories_that_show_too_little_are_refused_before_any_is_sampled(pipeline: Pipeline) -> None:
-    with pytest.raises(CalibrationError, match=r"show 64 rows, and 96 samples are wanted; raise images or steps"):
-        next(seen_rows(pipeline, SMALL.model_copy(update={"images": 1})))
+    with pytest.raises(
+        CalibrationError, match=r"give 64 rows, fewer than the 96 samples of the recipe; raise images or steps"
+    ):
+        next(recorded_rows(pipeline, SMALL.model_copy(update={"images": 1})))
     with pytest.raises(InputError, match="rows at budget"):
-        next(seen_rows(pipeline, SMALL.model_copy(update={"images": 9, "rows": 9})))
+        next(recorded_rows(pipeline, SMALL.model_copy(update={"images": 9, "rows": 9})))
     with pytest.raises(InputError, match="keeps 1 to 4"):
-        next(seen_rows(pipeline, SMALL.model_copy(update={"budgets": (7,)})))
+        next(recorded_rows(pipeline, SMALL.model_copy(update={"budgets": (7,)})))
     with pytest.raises(InputError, match="sampler"):
-        next(seen_rows(pipeline, SMALL.model_copy(update={"sampler": "none"})))
+        next(recorded_rows(pipeline, SMALL.model_copy(update={"sampler": "none"})))
 
 
 def test_an_engine_that_gives_no_numbers_is_an_error(pipeline: Pipeline) -> None:
@@ -174,7 +176,7 @@ def test_an_engine_that_gives_no_numbers_is_an_error(pipeline: Pipeline) -> None
     slots = [Slot(slot.profile, FunctionEngine(poisoned)) for slot in pipeline.bank.slots]
     bank = EngineBank(slots, pipeline.spec.budgets, pipeline.bank.precision)
     with pytest.raises(EngineError, match="not finite"):
-        list(seen_rows(Pipeline(bank, pipeline.spec, pipeline.data), SMALL))
+        list(recorded_rows(Pipeline(bank, pipeline.spec, pipeline.data), SMALL))
 
 
 # ---------------------------------------------------------------- recipes

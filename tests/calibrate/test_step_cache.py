@@ -21,13 +21,13 @@ from elit_export.bundle.store import writing
 from elit_export.calibrate.step_cache import (
     Pairs,
     Trajectories,
-    batches,
-    calibrated,
-    fitted,
+    batch_count,
+    fit_pairs,
+    image_numbers,
     joined,
-    numbers_of,
+    make_calibration,
     record,
-    sampled_pairs,
+    sample_pairs,
 )
 from elit_export.cli import main
 from elit_export.cli.calibrate import advised
@@ -66,8 +66,8 @@ def pipeline(tiny_bundle: Bundle) -> Iterator[Pipeline]:
 def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
     """Against the engines called by hand."""
     wanted = trajectories(pipeline, images=4, steps=(3,))
-    found = joined(list(sampled_pairs(pipeline, wanted)))
-    labels = [number % pipeline.spec.num_classes for number in numbers_of(range(4))]
+    found = joined(list(sample_pairs(pipeline, wanted)))
+    labels = [number % pipeline.spec.num_classes for number in image_numbers(range(4))]
     states = [record.x for record in pipeline.steps(labels, steps=3, sampler="euler", seed=1)]
     start = pipeline.request(labels, steps=3, sampler="euler", seed=1).start
     signal = np.zeros((4, pipeline.spec.tokens, pipeline.spec.hidden_size), np.float32)
@@ -86,16 +86,16 @@ def test_pairs_are_what_a_trajectory_shows(pipeline: Pipeline) -> None:
 
 @pytest.mark.parametrize("classes", [1, 2, 4, 10])
 def test_what_is_held_out_has_every_label(classes: int) -> None:
-    labels = [number % classes for number in numbers_of(range(64))]
+    labels = [number % classes for number in image_numbers(range(64))]
     assert set(labels[3::4]) == set(labels) == set(range(classes))
 
 
 def test_every_image_step_count_budget_and_guidance_is_there(pipeline: Pipeline) -> None:
     small = pipeline.spec.budget(1)
     wanted = trajectories(pipeline, budgets=(pipeline.spec.full, small), guidance=("none", "cfg:2"))
-    parts = list(sampled_pairs(pipeline, wanted))
+    parts = list(sample_pairs(pipeline, wanted))
     found = joined(parts)
-    assert len(parts) == batches(wanted) == 16
+    assert len(parts) == batch_count(wanted) == 16
     assert len(found) == 2 * (2 + 4) * (6 + 12)  # budgets, changes, rows without and with guidance
     assert set(found.image.tolist()) == set(range(6))
     assert {*zip(found.kept.tolist(), found.steps.tolist(), strict=True)} == {(4, 3), (4, 5), (1, 3), (1, 5)}
@@ -103,9 +103,7 @@ def test_every_image_step_count_budget_and_guidance_is_there(pipeline: Pipeline)
 
 def test_an_image_depends_on_its_number_alone(pipeline: Pipeline) -> None:
     """Not on how many are sampled at once."""
-    one, many = (
-        joined(list(sampled_pairs(pipeline, trajectories(pipeline, steps=(3,), rows=rows)))) for rows in (1, 4)
-    )
+    one, many = (joined(list(sample_pairs(pipeline, trajectories(pipeline, steps=(3,), rows=rows)))) for rows in (1, 4))
     for image in range(6):
         of_one, of_many = (pairs.where(pairs.image == image) for pairs in (one, many))
         assert of_one.distance == pytest.approx(of_many.distance, rel=1e-4)
@@ -120,7 +118,7 @@ def test_the_last_smaller_batch_is_checked_before_any_is_sampled(pipeline: Pipel
     bank = EngineBank(slots, pipeline.spec.budgets, pipeline.bank.precision, pipeline.bank.cache)
     odd = trajectories(pipeline, images=5, rows=4)  # four, then one
     with pytest.raises(InputError, match="1 rows at budget"):
-        list(sampled_pairs(Pipeline(bank, pipeline.spec, pipeline.data), odd))
+        list(sample_pairs(Pipeline(bank, pipeline.spec, pipeline.data), odd))
 
 
 def test_trajectories_that_tell_nothing_are_refused(pipeline: Pipeline) -> None:
@@ -134,7 +132,7 @@ def test_trajectories_that_tell_nothing_are_refused(pipeline: Pipeline) -> None:
         EngineBank(pipeline.bank.slots, pipeline.spec.budgets, pipeline.bank.precision), pipeline.spec, pipeline.data
     )
     with pytest.raises(CalibrationError, match="no graph `probe`"):
-        list(sampled_pairs(bare, trajectories(pipeline)))
+        list(sample_pairs(bare, trajectories(pipeline)))
 
 
 # ---------------------------------------------------------------- fits
@@ -144,7 +142,7 @@ def test_trajectories_that_tell_nothing_are_refused(pipeline: Pipeline) -> None:
     "function", [lambda d: 3 * d, lambda d: 0.01 + 2 * d + 20 * d**2, lambda d: d + 500 * d**4], ids=["1", "2", "4"]
 )
 def test_what_is_a_polynomial_is_found(function: Any) -> None:
-    fit = fitted(pairs_of(function), None)
+    fit = fit_pairs(pairs_of(function), None)
     reach = np.linspace(LOW, HIGH, 50)
     found = increments(fit.fit, reach.astype(np.float32))
     assert found == pytest.approx(function(reach), rel=1e-4)
@@ -155,26 +153,26 @@ def test_what_is_a_polynomial_is_found(function: Any) -> None:
 
 def test_noise_is_not_fitted() -> None:
     """The error is of images that the fit has not seen."""
-    fit = fitted(pairs_of(lambda d: 3 * d, noise=0.05), None)
+    fit = fit_pairs(pairs_of(lambda d: 3 * d, noise=0.05), None)
     assert fit.held_out_error == pytest.approx(0.05, rel=0.25)
     assert 0.5 < fit.r2 < 0.95
 
 
 def test_a_fit_never_falls() -> None:
     """The best polynomial of a curve that rises and falls would."""
-    fit = fitted(pairs_of(lambda d: d * (0.35 - d)), None)
+    fit = fit_pairs(pairs_of(lambda d: d * (0.35 - d)), None)
     values = increments(replace(fit.fit, low=0, high=1), np.linspace(LOW, HIGH, 99).astype(np.float32))
     assert (np.diff(values) >= -1e-7).all()
 
 
 def test_a_change_that_falls_with_the_distance_is_refused() -> None:
     with pytest.raises(CalibrationError, match="does not change more where the input changes more"):
-        fitted(pairs_of(lambda d: 1 - d), None)
+        fit_pairs(pairs_of(lambda d: 1 - d), None)
 
 
 def test_numbers_that_are_not_finite_are_refused() -> None:
     with pytest.raises(CalibrationError, match="not finite"):
-        fitted(pairs_of(lambda d: np.where(d > 0.1, np.nan, d)), None)
+        fit_pairs(pairs_of(lambda d: np.where(d > 0.1, np.nan, d)), None)
 
 
 def test_the_size_of_a_step_is_not_taken_for_knowledge() -> None:
@@ -186,7 +184,7 @@ def test_the_size_of_a_step_is_not_taken_for_knowledge() -> None:
         change = middle * (2 + 0.2 * generator.standard_normal(200))
         same = np.ones(200, np.int64)
         parts.append(Pairs(distance, change, same * 4, same * steps, np.arange(200)))
-    fit = fitted(joined(parts), None)
+    fit = fit_pairs(joined(parts), None)
     assert fit.r2 > 0.9
     assert fit.r2_same_steps < 0.1
     assert abs(fit.rank_same_steps) < 0.4  # of 50 held-out pairs each
@@ -202,10 +200,10 @@ def test_a_change_that_falls_at_equal_steps_is_told(pipeline: Pipeline, sign: in
         parts.append(
             Pairs(middle * (1 + along), middle * (2 + sign * along), same * 4, same * steps, np.arange(200) % 40)
         )
-    fit = fitted(joined(parts), None)
+    fit = fit_pairs(joined(parts), None)
     assert fit.r2 > 0.9
     assert fit.rank_same_steps == pytest.approx(sign)
-    calibration = calibrated(joined(parts), trajectories(pipeline), "0" * 64)
+    calibration = make_calibration(joined(parts), trajectories(pipeline), "0" * 64)
     assert (advised(calibration) == "teacache:0.2") == (sign > 0)
 
 
@@ -214,7 +212,7 @@ def test_a_budget_has_its_own_fit_only_if_that_halves_the_error(
     pipeline: Pipeline, slope: float, fits: list[int | None]
 ) -> None:
     pairs = joined([pairs_of(lambda d: d, noise=0.02, kept=4), pairs_of(lambda d: slope * d, noise=0.02, kept=1)])
-    calibration = calibrated(pairs, trajectories(pipeline), "0" * 64)
+    calibration = make_calibration(pairs, trajectories(pipeline), "0" * 64)
     assert [fit.kept for fit in calibration.fits] == fits
     assert calibration.fit_for(3) == calibration.fits[-1].fit
 

@@ -25,12 +25,12 @@ from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.bundle.calibration_inputs import CalibrationInputs, save_inputs
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import shipped_recipe
-from elit_export.calibrate.inputs import SampleRecipe, seen_rows, taken
+from elit_export.calibrate.inputs import SampleRecipe, recorded_rows, select_samples
 from elit_export.calibrate.sensitivity import (
     AS_BUILT,
-    answers_of,
     flops_share,
     held_out_rows,
+    outputs_of,
     sensitivities,
     sensitivity_count,
 )
@@ -58,8 +58,8 @@ SMALL = SampleRecipe(images=2, steps=10, sampler="euler", guidance=("none", "cfg
 
 def samples_of(bundle: Bundle, recipe: SampleRecipe) -> CalibrationInputs:
     with Pipeline.load(bundle.folder) as pipeline:
-        parts = list(seen_rows(pipeline, recipe))
-        return taken(parts, pipeline, recipe, bundle.manifest.model.checkpoint_sha256).samples
+        parts = list(recorded_rows(pipeline, recipe))
+        return select_samples(parts, pipeline, recipe, bundle.manifest.model.checkpoint_sha256).samples
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_every_profile_of_the_shipped_model_keeps_its_decibels(
         rows = held_out_rows(exact, model.spec, model.data, samples)
     profiles = default_profiles(model.spec.latents, Range(1, 1, 1))
     assert set(rows) == {kept for profile in profiles for kept in profile.latents.corners()}
-    expected, found = answers_of(exact_graph, rows), answers_of(graphs[precision], rows)
+    expected, found = outputs_of(exact_graph, rows), outputs_of(graphs[precision], rows)
     for kept in rows:
         for name in ("velocity", "residual"):
             assert difference(found[kept][name], expected[kept][name]).sqnr_db >= LEAST_DB[precision], (kept, name)
@@ -319,7 +319,7 @@ def test_a_graph_of_it_has_all_its_linear_layers_in_8_bits(
 ) -> None:
     pipeline, budgets = torch_pipeline(backbone), tuple(budget.kept for budget in backbone.spec.budgets)
     recipe = SMALL.model_copy(update={"budgets": budgets})
-    samples = taken(list(seen_rows(pipeline, recipe)), pipeline, recipe, "none").samples
+    samples = select_samples(list(recorded_rows(pipeline, recipe)), pipeline, recipe, "none").samples
     path = quantized_graph(backbone_graph, tmp_path, Precision.FP8, samples, backbone.spec)
     assert products_in_8_bits(path) == products_of(backbone_graph, LINEAR)
     check_graph(path, backbone.spec.graph(STEP), opset=20)
