@@ -53,4 +53,5 @@ def sampler_errors(
 
 
 # Earlier names, which the command line imports.
-EXACT_STEPS, SolverError, solver_errors = REFERENCE_STEPS, SamplerError, sampler_errors
+SolverError = SamplerError
+EXACT_STEPS, solver_errors = REFERENCE_STEPS, sampler_errors

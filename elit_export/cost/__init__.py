@@ -1,4 +1,4 @@
-"""What a model costs, from its spec alone: every layer, FLOPs, parameters, memory. No torch.
+"""Computes what a model costs from its spec alone, without torch: layers, FLOPs, parameters, memory.
 
 Takes: a ModelSpec, a budget.  Gives: numbers.
 May touch: nothing.

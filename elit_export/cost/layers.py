@@ -1,4 +1,6 @@
-"""Every layer of a model from its spec alone: path, kind, parameters, FLOPs. Rounding, 8 bits, size and cost read it.
+"""Lists every layer of a model from its spec alone: path, kind, parameters, FLOPs.
+
+Half precision, quantization, model sizes and costs are derived from this list.
 
 FLOPs are 2 per multiply-add of matrix products, convolutions and attention, for one image and one forward pass; norms,
 activations and sums are not counted. A test holds the list against the real modules, and FLOPs against torch's counter.
@@ -16,8 +18,8 @@ from elit_export.spec import LayerKind, ModelSpec
 TIME_FEATURES = 256  # as in `models.layers`, which needs torch
 HEAD, READ, CORE, WRITE, TAIL, OTHER = "head", "read", "core", "write", "tail", "other"
 BLOCKS = (HEAD, CORE, TAIL)
-STREAMS = {1: ("",), 2: ("text.", "image.")}  # prefixes of what has weights of its own in a block
-# Kinds of layers as 8 bits tell them apart, in the order of reports.
+STREAMS = {1: ("",), 2: ("text.", "image.")}  # prefixes of the streams with separate weights in a block
+# Groups of layers that are quantized separately, in the order of reports.
 PRODUCTS = LayerKind.PRODUCTS.value
 GROUPS = (
     *(f"{part} {LayerKind.ATTENTION.value}" for part in BLOCKS),
@@ -28,7 +30,7 @@ GROUPS = (
 
 @dataclass(frozen=True)
 class Layer:
-    """A module with parameters, or a product without, in one `part` of the model."""
+    """A module with parameters, or a matrix product without parameters, in one `part` of the model."""
 
     path: str
     kind: LayerKind
@@ -38,7 +40,7 @@ class Layer:
 
     @property
     def group(self) -> str:
-        """What it is called where layers are quantized, one of GROUPS; empty for a kind that never is."""
+        """The group in which the layer is quantized, one of GROUPS; empty for kinds that never are."""
         if not self.kind.quantizes:
             return ""
         if self.kind in (LayerKind.PRODUCTS, LayerKind.SKIP, LayerKind.MERGE):
@@ -47,14 +49,14 @@ class Layer:
 
 
 def layers_of(spec: ModelSpec, core_tokens: int | None = None, text: int = 0) -> tuple[Layer, ...]:
-    """Every layer, its FLOPs with so many spatial tokens in the core (all kept latents by default) and of text."""
-    in_core = spec.latents * spec.groups if core_tokens is None else core_tokens
-    tokens = {HEAD: spec.tokens, CORE: in_core, TAIL: spec.tokens}
+    """List every layer; FLOPs are for `core_tokens` tokens in the core (by default all latents) and `text` of text."""
+    core_length = spec.latents * spec.groups if core_tokens is None else core_tokens
+    tokens = {HEAD: spec.tokens, CORE: core_length, TAIL: spec.tokens}
     return (*_around(spec, text), *_blocks(spec, tokens, text), *_read(spec), *_write(spec))
 
 
 def modules_kept_exact(spec: ModelSpec) -> tuple[str, ...]:
-    """Paths of modules with no product that may be quantized, for a backend that quantizes a whole graph."""
+    """List paths of modules without a quantizable product, for backends that quantize a whole graph."""
     layers = layers_of(spec)
     quantized = {layer.path for layer in layers if layer.kind.quantizes}
     return tuple(layer.path for layer in layers if layer.path not in quantized)
@@ -75,7 +77,7 @@ def _norm(path: str, part: str, parameters: int) -> Layer:
 
 
 def _attention(path: str, part: str, queries: int, keys: int, width: int, times: int = 1) -> Layer:
-    """q · kᵀ and the weighted sum of v, over all heads."""
+    """Count q · kᵀ and the weighted sum of v, over all heads."""
     return Layer(path, LayerKind.PRODUCTS, part, 0, times * 2 * 2 * queries * keys * width)
 
 
@@ -101,12 +103,12 @@ def _around(spec: ModelSpec, text: int) -> Iterator[Layer]:
 
 
 def _blocks(spec: ModelSpec, tokens: dict[str, int], text: int) -> Iterator[Layer]:
-    done: Counter[str] = Counter()
+    block_counts: Counter[str] = Counter()
     for stage in backbone_of(spec).stages(spec):
         length = tokens[stage.part] // stage.merged
-        for index in range(done[stage.part], done[stage.part] + stage.depth):
+        for index in range(block_counts[stage.part], block_counts[stage.part] + stage.depth):
             yield from _block(spec, stage, f"{stage.part}.{index}.", length, text)
-        done[stage.part] += stage.depth
+        block_counts[stage.part] += stage.depth
         yield from _skips(spec, stage, length)
         yield from _merging(spec, stage, length)
 
@@ -128,9 +130,9 @@ def _stream(spec: ModelSpec, stage: Stage, path: str, tokens: int) -> Iterator[L
     else:
         yield _linear(f"{path}attn.qkv", LayerKind.ATTENTION, part, tokens, width, 3 * width)
     if spec.qk_norm:
-        each = spec.hidden_size // spec.num_heads * (1 if spec.qk_norm_kind == "rms" else 2)
-        yield _norm(f"{path}attn.q_norm", part, each)
-        yield _norm(f"{path}attn.k_norm", part, each)
+        norm_size = spec.hidden_size // spec.num_heads * (1 if spec.qk_norm_kind == "rms" else 2)
+        yield _norm(f"{path}attn.q_norm", part, norm_size)
+        yield _norm(f"{path}attn.k_norm", part, norm_size)
     yield _linear(f"{path}attn.proj", LayerKind.ATTENTION, part, tokens, width, width)
     yield _linear(f"{path}mlp.fc1", LayerKind.MLP, part, tokens, width, hidden)
     yield _linear(f"{path}mlp.fc2", LayerKind.MLP, part, tokens, hidden, width)
@@ -145,16 +147,16 @@ def _skips(spec: ModelSpec, stage: Stage, length: int) -> Iterator[Layer]:
 
 def _merging(spec: ModelSpec, stage: Stage, length: int) -> Iterator[Layer]:
     if stage.merged > 1:
-        together, width = stage.merged * spec.hidden_size, stage.widened * spec.hidden_size
-        yield _linear("merge.linear", LayerKind.MERGE, stage.part, length, together, width)
-        yield _linear("split.linear", LayerKind.MERGE, stage.part, length, width, together)
+        merged_width, width = stage.merged * spec.hidden_size, stage.widened * spec.hidden_size
+        yield _linear("merge.linear", LayerKind.MERGE, stage.part, length, merged_width, width)
+        yield _linear("split.linear", LayerKind.MERGE, stage.part, length, width, merged_width)
 
 
 # ---------------------------------------------------------------- Read and Write
 
 
 def _read(spec: ModelSpec) -> Iterator[Layer]:
-    """Its queries are parameters, J for all groups, so their projection is a constant of the graph."""
+    """Yield the layers of Read; its queries are parameters, J for all groups, so their projection is a constant."""
     width = spec.hidden_size
     yield Layer("read", LayerKind.TABLE, READ, (2 * spec.latents + spec.tokens) * width, 0)
     yield _linear("read.attn.q_proj", LayerKind.CONSTANT, READ, spec.latents, width, width)
@@ -170,7 +172,7 @@ def _write(spec: ModelSpec) -> Iterator[Layer]:
 
 
 def _interface(spec: ModelSpec, part: str) -> Iterator[Layer]:
-    """Inside every group J queries meet J keys."""
+    """Yield the layers that Read and Write share; in every group J queries attend to J keys."""
     width, tokens = spec.hidden_size, spec.tokens
     yield _linear(f"{part}.attn.kv_proj", LayerKind.ATTENTION, part, tokens, width, 2 * width)
     yield _norm(f"{part}.attn.q_norm", part, width)

@@ -1,7 +1,7 @@
-"""How large a model is and what that asks of a GPU, from the spec alone.
+"""Computes the size of a model and the GPU memory it needs, from the spec alone.
 
-Parameters are exact (tests count the model's own). The rest is arithmetic from assumptions stated below, none of it
-measured.
+Parameters are exact (a test compares them with the model). The rest is arithmetic from the assumptions below; none of
+it is measured.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ GPUS_GB = {"A100 or H100, 80 GB": 80, "96 GB": 96, "H200, 141 GB": 141, "B200, 1
 PEAK_FLOPS = 989e12  # of an H100 SXM: dense products in bf16, NVIDIA's data sheet
 ASSUMED_SHARE = 0.4  # of that peak
 ROWS = 2  # one image with guidance
-# Values of a token that are alive at once: the tokens, what a block adds, the inputs of the two, in float32; queries,
-# keys, values and what was attended, and the MLP's hidden ones before and after GELU, in half precision unless all are
-# float32. Where graphs spell attention out, its scores before and after softmax too, unless an engine fuses them.
+# Values per token that are alive at once. In float32: the token, the residual, and the inputs of attention and MLP. In
+# the precision of products: queries, keys, values and the attention's output, and the MLP's hidden values before and
+# after GELU. Where attention is decomposed: its scores before and after softmax, unless an engine fuses them.
 FLOAT32_WIDTHS, PRODUCT_WIDTHS, PRODUCT_HIDDEN, SCORES = 4, 4, 2, 2
 EXACT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """`rounded` are those that a lower precision rounds (attention, MLP, joins, merging), `exact` stay in float32."""
+    """The number of parameters: `rounded` are cast in a lower precision, `exact` stay in float32."""
 
     rounded: int
     exact: int
@@ -36,11 +36,12 @@ class Parameters:
         return self.rounded + self.exact
 
     def size_bytes(self, precision: Precision) -> int:
-        """In a graph or plan; quantized ones leave a few more layers exact."""
+        """The size in a graph or plan; quantized ones keep a few more layers in float32."""
         return self.rounded * precision.weight_bytes + self.exact * EXACT_BYTES
 
 
 def parameters(spec: ModelSpec) -> Parameters:
+    """Count the parameters of a model."""
     layers = layers_of(spec)
     return Parameters(
         rounded=sum(layer.parameters for layer in layers if layer.kind.casts),
@@ -49,19 +50,21 @@ def parameters(spec: ModelSpec) -> Parameters:
 
 
 def activation_bytes(spec: ModelSpec, precision: Precision, rows: int, text: int) -> int:
-    """An estimate of what a plan needs beside its weights."""
+    """Estimate the memory that a plan needs beside its weights."""
     length, width, value = spec.tokens + text, spec.hidden_size, precision.value_bytes
-    of_token = (EXACT_BYTES * FLOAT32_WIDTHS + value * PRODUCT_WIDTHS) * width + value * PRODUCT_HIDDEN * spec.mlp_size
+    token_bytes = (
+        EXACT_BYTES * FLOAT32_WIDTHS + value * PRODUCT_WIDTHS
+    ) * width + value * PRODUCT_HIDDEN * spec.mlp_size
     scores = 0 if precision.native_attention else SCORES * EXACT_BYTES * spec.num_heads * length**2
-    return rows * (length * of_token + scores)
+    return rows * (length * token_bytes + scores)
 
 
 def fitting(size_bytes: int) -> tuple[str, ...]:
-    """The GPUs that hold so much."""
+    """List the GPUs whose memory holds `size_bytes`."""
     return tuple(name for name, gigabytes in GPUS_GB.items() if size_bytes <= gigabytes * GIGABYTE)
 
 
 def expected_ms(spec: ModelSpec, kept: int, text: int) -> float:
-    """One step of ROWS rows at ASSUMED_SHARE of PEAK_FLOPS."""
+    """Estimate the time of one step of ROWS rows at ASSUMED_SHARE of PEAK_FLOPS."""
     budget = spec.budget(kept)
     return 1000 * ROWS * flops(spec, budget, text=text).total / (ASSUMED_SHARE * PEAK_FLOPS)

@@ -1,4 +1,4 @@
-"""Model → ONNX graph or torch.export program, in every precision.
+"""Exports models as ONNX graphs or torch.export programs, in every precision.
 
 Takes: a model, a folder.  Gives: a checked graph with its weights.
 May touch: that folder.

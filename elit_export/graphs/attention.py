@@ -1,6 +1,6 @@
-"""What stands in graphs for torch's scaled_dot_product_attention.
+"""The translations of torch's scaled_dot_product_attention into ONNX.
 
-Queries, keys and values are (B, h, L, D/h) each. `bias` is None, or what is added to the scores.
+Queries, keys and values are (B, h, L, D/h) each. `bias` is None, or added to the scores.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from elit_export.spec import GraphSpec, Precision
 
 
 def _decomposed(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
-    """softmax(q · kᵀ / √d + bias) · v in six nodes, or seven.
+    """Write softmax(q · kᵀ / √d + bias) · v in six nodes, or seven with a bias.
 
-    The exporter's own form takes k apart and together again through its runtime shape, which
-    keeps backends from recognising attention.
+    The exporter's own form reshapes k by its runtime shape, which prevents backends from recognising attention.
     """
     scaled = op.Mul(query, op.Constant(value_float=scale))
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
@@ -33,13 +32,13 @@ def _biased(scores: Any, bias: Any) -> Any:
 
 
 def _native(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
-    """ONNX's Attention: nothing stands between scale, softmax and the two products."""
+    """Write one node of ONNX's Attention."""
     attended, *_ = opset23.Attention(query, key, value, _for_each_query(query, bias), scale=scale)
     return attended
 
 
 def _for_each_query(query: Any, bias: Any) -> Any:
-    """(B, 1, L, L) from (B, 1, 1, L): ONNX Runtime 1.24 does not broadcast it itself, though the operator should."""
+    """Expand a bias (B, 1, 1, L) to (B, 1, L, L), as ONNX Runtime 1.24 does not broadcast it."""
     if bias is None:
         return None
     queries: Any = opset23.Shape(query, start=2, end=3)
@@ -49,19 +48,19 @@ def _for_each_query(query: Any, bias: Any) -> Any:
 
 
 def _half_decomposed(query: Any, key: Any, value: Any, bias: Any, scale: float) -> Any:
-    """As _decomposed, with both products in half precision; scale, bias and softmax are float32."""
-    half, exact = query.dtype, ir.DataType.FLOAT
-    query_exact: Any = op.Cast(query, to=exact)
-    scaled: Any = op.Mul(query_exact, op.Constant(value_float=scale))
+    """Write _decomposed with both products in half precision; scale, bias and softmax are float32."""
+    half, float32 = query.dtype, ir.DataType.FLOAT
+    query_float32: Any = op.Cast(query, to=float32)
+    scaled: Any = op.Mul(query_float32, op.Constant(value_float=scale))
     scores: Any = op.MatMul(op.Cast(scaled, to=half), op.Transpose(key, perm=[0, 1, 3, 2]))
-    scores_exact: Any = op.Cast(scores, to=exact)
-    bias_exact: Any = None if bias is None else op.Cast(bias, to=exact)
-    weights: Any = op.Softmax(_biased(scores_exact, bias_exact), axis=-1)
+    scores_float32: Any = op.Cast(scores, to=float32)
+    bias_float32: Any = None if bias is None else op.Cast(bias, to=float32)
+    weights: Any = op.Softmax(_biased(scores_float32, bias_float32), axis=-1)
     return op.MatMul(op.Cast(weights, to=half), value)
 
 
 def attention_table(graph: GraphSpec, precision: Precision) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What the exporter puts in its place.
+    """Give the exporter's translation table for a graph in a precision.
 
     TensorRT has no native attention in fp32, and (TensorRT for RTX 1.7) none inside an If.
     """
@@ -71,7 +70,7 @@ def attention_table(graph: GraphSpec, precision: Precision) -> dict[Callable[...
 
 
 def _in_place_of_sdpa(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """What the exporter calls for scaled_dot_product_attention; a mask must be an additive bias."""
+    """Adapt a translation to the signature of scaled_dot_product_attention; a mask must be an additive bias."""
 
     def translated(
         query: Any,

@@ -1,4 +1,4 @@
-"""What every graph must be, whatever wrote it."""
+"""Checks that hold for every graph, whatever wrote it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from onnx import checker, helper
 from elit_export.errors import ExportError
 from elit_export.spec import LATENTS, GraphSpec, TensorSpec
 
-# Each would keep a compiler from planning shapes ahead, or hide a loop over the batch.
+# Each prevents a compiler from planning shapes ahead, or hides a loop over the batch.
 FORBIDDEN = {"NonZero", "Loop", "Scan", "ScatterND", "ScatterElements"}
-CHOICE = "If"
-WEIGHT = "DequantizeLinear"
+IF = "If"
+DEQUANTIZE = "DequantizeLinear"
 
 
 def check_graph(path: Path, graph: GraphSpec, *, opset: int) -> None:
     """Check names, types and dynamic dimensions, forbidden nodes, folded queries, and ONNX's own rules.
 
-    A graph that chooses inside has one `If`, which counts with both its branches. Raises ExportError with every
+    A graph with an `If` has exactly one; the nodes of both its branches are checked too. Raises ExportError with every
     problem found.
     """
     try:
@@ -43,16 +43,16 @@ def check_graph(path: Path, graph: GraphSpec, *, opset: int) -> None:
 
 
 def _form_problems(model: onnx.ModelProto, opset: int) -> list[str]:
-    """One flat graph of standard operators, so that the checks below see every node."""
-    found = {entry.domain: entry.version for entry in model.opset_import}
-    problems = [] if found == {"": opset} else [f"operator sets are {found}, wanted {opset} of the standard alone"]
+    """Require one flat graph of standard operators, so that the checks below see every node."""
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    problems = [] if opsets == {"": opset} else [f"operator sets are {opsets}, wanted {opset} of the standard alone"]
     problems += [f"function {function.name} is not inlined" for function in model.functions]
     return problems
 
 
-def _signature_problems(found: Sequence[onnx.ValueInfoProto], wanted: Sequence[TensorSpec], what: str) -> list[str]:
-    theirs, ours = [_signature(value) for value in found], [tensor.signature for tensor in wanted]
-    return [] if theirs == ours else [f"{what}s are {theirs}, wanted {ours}"]
+def _signature_problems(actual: Sequence[onnx.ValueInfoProto], expected: Sequence[TensorSpec], what: str) -> list[str]:
+    signatures, required = [_signature(value) for value in actual], [tensor.signature for tensor in expected]
+    return [] if signatures == required else [f"{what}s are {signatures}, wanted {required}"]
 
 
 def _signature(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int | str, ...]]:
@@ -71,29 +71,31 @@ def _with_branches(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 def _forbidden_nodes(nodes: Sequence[onnx.NodeProto], *, choices: int) -> list[str]:
     problems = [f"forbidden node {node.op_type} ({node.name})" for node in nodes if node.op_type in FORBIDDEN]
-    found = sum(node.op_type == CHOICE for node in nodes)
-    return problems if found == choices else [*problems, f"{found} nodes {CHOICE}, wanted {choices}"]
+    count = sum(node.op_type == IF for node in nodes)
+    return problems if count == choices else [*problems, f"{count} nodes {IF}, wanted {choices}"]
 
 
 def _unfolded_nodes(graphs: Sequence[onnx.GraphProto], nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """Nodes that compute a constant at every call; the projected queries of Read are the usual ones.
+    """Find nodes that compute a constant at every call, most often the projected queries of Read.
 
-    A weight stored in 8 bits is none: what dequantizes it is part of the product that it goes into.
+    DequantizeLinear of a weight in 8 bits is allowed: it is part of the product that uses the weight.
     """
     constants = {tensor.name for graph in graphs for tensor in graph.initializer}
     constants |= {name for node in nodes if node.op_type == "Constant" for name in node.output}
     return [
         f"node {node.op_type} ({node.name}) computes a constant"
         for node in nodes
-        if node.op_type != WEIGHT and node.input and all(name in constants or not name for name in node.input)
+        if node.op_type != DEQUANTIZE and node.input and all(name in constants or not name for name in node.input)
     ]
 
 
 def _latents_problems(nodes: Sequence[onnx.NodeProto]) -> list[str]:
-    """The length of `latents` is the budget: it selects by Gather, its values decide no shape."""
-    # index_select flattens its index first; that is the same vector.
-    same = {LATENTS} | {node.output[0] for node in nodes if node.op_type == "Reshape" and node.input[0] == LATENTS}
-    users = {node.op_type for node in nodes if same & set(node.input)}
+    """Require that `latents` selects by Gather: its length is the budget, its values decide no shape."""
+    # index_select flattens its index first, which does not change it.
+    equal_to_latents = {LATENTS} | {
+        node.output[0] for node in nodes if node.op_type == "Reshape" and node.input[0] == LATENTS
+    }
+    users = {node.op_type for node in nodes if equal_to_latents & set(node.input)}
     if "Gather" in users and users <= {"Gather", "Shape", "Reshape"}:
         return []
     return [f"`{LATENTS}` feeds {sorted(users)}, wanted a Gather (and its Shape)"]

@@ -1,4 +1,4 @@
-"""Model, or the decoder of a VAE → ONNX."""
+"""Exports a model, or the decoder of a VAE, to ONNX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from elit_export.graphs.check import check_graph
 from elit_export.graphs.fused import fused
 from elit_export.graphs.rounding import in_precision
 from elit_export.graphs.vae_frames import join_frames, of_one_frame
-from elit_export.graphs.weights import give_weights, weightless
+from elit_export.graphs.weights import set_weights, weightless
 from elit_export.models.elit import Elit
 from elit_export.spec import (
     LATENTS,
@@ -46,24 +46,24 @@ from elit_export.spec import (
     TensorSpec,
 )
 
-HEAD_SIZES = range(16, 257, 8)  # what kernels of native attention take
-# Constant folding has no size limit: what depends on weights alone (the queries of Read, the grouped
-# latent positions) becomes a constant of the graph, and nothing large can appear from it.
+HEAD_SIZES = range(16, 257, 8)  # supported by kernels of native attention
+# Constant folding has no size limit: tensors that depend on weights alone (the queries of Read, the grouped latent
+# positions) become constants of the graph, and none of them is large.
 NO_LIMIT = 1 << 40
-SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter keeps the modules around a node, innermost last
+SCOPES = "pkg.torch.onnx.name_scopes"  # the exporter's metadata: the modules around a node, innermost last
 MODEL = "model"  # of GraphModule
 MODULE_PATH = r"[a-z]\w*(?:\.\w+)*"
-MULTIPLES = "multiples"  # of the least number of latents that a model keeps
-EXAMPLE_ROWS = 3  # 0 and 1 would be taken as fixed sizes
+MULTIPLES = "multiples"  # the dimension of which K is a multiple, where a model keeps multiples alone
+EXAMPLE_ROWS = 3  # 0 and 1 would become fixed sizes
 EXAMPLE_TEXT = 5
 
 
 def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Precision.FP32) -> Path:
-    """Write the graph `step`, `fused` or one of CACHE_GRAPHS into `folder` (made if missing), once checked.
+    """Export and check the graph `step`, `fused` or one of CACHE_GRAPHS; writes it into `folder`, made if missing.
 
-    The model's weights may be of any floating-point type, and mapped onto their file: they are read one by one. Inputs
-    and outputs are the same in every precision; `graphs.rounding` says what is rounded.
-    Gives the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
+    The model's weights may have any floating-point type, and be mapped onto their file: they are read one by one.
+    Inputs and outputs are the same in every precision; `graphs.rounding` defines which layers are rounded.
+    Returns the path of the graph, NAME.onnx; its weights lie beside it as NAME.onnx.data. Raises ExportError.
     """
     _check_exportable(model.spec, precision)
     return _written(lambda: graph_model(model, name, precision), model.spec.graph(name), folder, precision)
@@ -72,25 +72,25 @@ def export_graph(model: Elit, name: str, folder: Path, precision: Precision = Pr
 def export_decoder(decoder: nn.Module, spec: DecoderSpec, folder: Path) -> Path:
     """Write the graph `decode` in fp32, as export_graph does."""
 
-    def made() -> ir.Model:
+    def build() -> ir.Model:
         program = _traced(traceable_decoder(decoder, spec), Precision.FP32)
         graph = _folded(program, spec.graph)
         join_frames(graph)
         return graph
 
-    return _written(made, spec.graph, folder, Precision.FP32)
+    return _written(build, spec.graph, folder, Precision.FP32)
 
 
 def _written(make: Callable[[], ir.Model], graph: GraphSpec, folder: Path, precision: Precision) -> Path:
-    """The path of a graph that was made, checked, and only then given its name."""
+    """Build and check a graph in a temporary folder, then move it to its name; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as private:
-        path = Path(private) / f"{graph.name}.onnx"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
+        path = Path(temporary) / f"{graph.name}.onnx"
         ir.save(make(), path, external_data=f"{path.name}.data")
         check_graph(path, graph, opset=precision.opset)
         (folder / path.name).unlink(missing_ok=True)  # an old graph would read the new weights
-        for file in (f"{path.name}.data", path.name):  # the graph last: it is what a reader looks for
-            (Path(private) / file).replace(folder / file)
+        for file in (f"{path.name}.data", path.name):  # the graph last: readers look for it
+            (Path(temporary) / file).replace(folder / file)
     return folder / path.name
 
 
@@ -107,30 +107,30 @@ def _check_exportable(spec: ModelSpec, precision: Precision) -> None:
 
 
 def graph_model(model: Elit, name: str, precision: Precision) -> ir.Model:
-    """A graph in memory; its weights are those of the model, read and rounded when they are asked for."""
+    """Export a graph in memory; its weights are read from the model, and rounded, when they are written."""
     mode = FakeTensorMode()
-    traced = traceable(weightless(model, mode), name, precision)
+    described = traceable(weightless(model, mode), name, precision)
     with mode:
-        program = _traced(traced, precision)
-    weights = {f"{MODEL}.{own}": tensor for own, tensor in model.state_dict(keep_vars=True).items()}
-    give_weights(program.model, weights)
-    return _folded(program, traced.graph)
+        program = _traced(described, precision)
+    weights = {f"{MODEL}.{path}": tensor for path, tensor in model.state_dict(keep_vars=True).items()}
+    set_weights(program.model, weights)
+    return _folded(program, described.graph)
 
 
-def _traced(traced: Traceable, precision: Precision) -> torch.onnx.ONNXProgram:
+def _traced(described: Traceable, precision: Precision) -> torch.onnx.ONNXProgram:
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
-                traced.module,
-                traced.examples,
+                described.module,
+                described.examples,
                 dynamo=True,
                 opset_version=precision.opset,
-                input_names=[tensor.name for tensor in traced.graph.inputs],
-                output_names=[tensor.name for tensor in traced.graph.outputs],
-                dynamic_shapes=traced.dynamic_shapes,
-                custom_translation_table=attention_table(traced.graph, precision),
+                input_names=[tensor.name for tensor in described.graph.inputs],
+                output_names=[tensor.name for tensor in described.graph.outputs],
+                dynamic_shapes=described.dynamic_shapes,
+                custom_translation_table=attention_table(described.graph, precision),
                 verbose=False,
-                optimize=False,  # weights come first
+                optimize=False,  # after the weights are set
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(f"torch.onnx.export failed: {error}") from error
@@ -140,30 +140,30 @@ def _traced(traced: Traceable, precision: Precision) -> torch.onnx.ONNXProgram:
 
 
 def _folded(program: torch.onnx.ONNXProgram, graph: GraphSpec) -> ir.Model:
-    """Without what can be computed now, once the weights are there."""
+    """Fold constants, now that the weights are set, and name dimensions and nodes."""
     program.optimize()
-    made: ir.Model = program.model
-    _name_dimensions(made, graph)
-    fold_constants(made, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
-    RemoveUnusedNodesPass()(made)
-    LiftSubgraphInitializersToMainGraphPass()(made)  # ONNX Runtime writes those of branches twice
-    name_nodes(made)
-    ClearMetadataAndDocStringPass()(made)  # stack traces of the exporting machine
-    return made
+    model_ir: ir.Model = program.model
+    _name_dimensions(model_ir, graph)
+    fold_constants(model_ir, input_size_limit=NO_LIMIT, output_size_limit=NO_LIMIT)
+    RemoveUnusedNodesPass()(model_ir)
+    LiftSubgraphInitializersToMainGraphPass()(model_ir)  # ONNX Runtime would write initializers of branches twice
+    name_nodes(model_ir)
+    ClearMetadataAndDocStringPass()(model_ir)  # stack traces of the exporting machine
+    return model_ir
 
 
-def _name_dimensions(made: ir.Model, graph: GraphSpec) -> None:
-    """Dynamic dimensions of inputs as in the spec, where the exporter calls one `4*multiples`."""
-    for value, tensor in zip(made.graph.inputs, graph.inputs, strict=True):
+def _name_dimensions(model_ir: ir.Model, graph: GraphSpec) -> None:
+    """Name dynamic dimensions of inputs as in the spec, where the exporter writes `4*multiples`."""
+    for value, tensor in zip(model_ir.graph.inputs, graph.inputs, strict=True):
         value.shape = ir.Shape(tensor.dims)
 
 
-def name_nodes(made: ir.Model) -> None:
-    """Name every node after the module it came from, so that errors and profiles can be read.
+def name_nodes(model_ir: ir.Model) -> None:
+    """Name every node after its module, so that errors and profiles are readable.
 
-    `core.3.attn/MatMul_93`; nodes that belong to no module keep their name alone.
+    `core.3.attn/MatMul_93`; nodes outside any module have the kind and number alone.
     """
-    for number, node in enumerate(ir.traversal.RecursiveGraphIterator(made.graph)):
+    for number, node in enumerate(ir.traversal.RecursiveGraphIterator(model_ir.graph)):
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
         module = str(scopes[-2]).removeprefix(f"{MODEL}.") if len(scopes) > 1 else ""
         kind = f"{node.op_type}_{number}"
@@ -171,7 +171,7 @@ def name_nodes(made: ir.Model) -> None:
 
 
 class GraphModule(nn.Module):
-    """What the exporter traces: a function of a model, which it keeps to find the weights."""
+    """The module that the exporter traces: a function of a model, held to find the weights by name."""
 
     def __init__(self, model: nn.Module, run: Callable[..., Any]) -> None:
         super().__init__()
@@ -182,12 +182,12 @@ class GraphModule(nn.Module):
         return self.run(*inputs)
 
 
-# ---------------------------------------------------------------- what is traced
+# ---------------------------------------------------------------- tracing
 
 
 @dataclass(frozen=True)
 class Traceable:
-    """A module to trace, its graph, what each dynamic dimension may be, and is while it is traced."""
+    """A module to trace, its graph, and for each dynamic dimension its range and its size while traced."""
 
     module: nn.Module
     graph: GraphSpec
@@ -209,7 +209,7 @@ class Traceable:
 
 
 def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
-    """A graph of the model: one that chooses inside, or its method of that name."""
+    """Describe a graph of the model: `fused` for one with an `If`, else the method of that name."""
     rounded, graph = in_precision(model, precision), model.spec.graph(name)
     run = partial(fused, rounded) if graph.has_if else getattr(rounded, name)
     spec = model.spec
@@ -220,15 +220,16 @@ def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
 
 
 def _latents_dim(spec: ModelSpec) -> Any:
-    """K; where a model keeps multiples alone, so many times the dimension that torch knows."""
-    step, most = spec.budget_step, len(spec.budgets)
+    """The dimension K; where a model keeps multiples alone, a multiple of the dimension that torch sees."""
+    step, max_latents = spec.budget_step, len(spec.budgets)
     if step == 1:
-        return torch.export.Dim(LATENTS, min=1, max=most)
-    return step * torch.export.Dim(MULTIPLES, min=1, max=most)
+        return torch.export.Dim(LATENTS, min=1, max=max_latents)
+    return step * torch.export.Dim(MULTIPLES, min=1, max=max_latents)
 
 
-def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, most_rows: int | None = None) -> Traceable:
-    rows = torch.export.Dim(ROWS, min=1, max=most_rows)
+def traceable_decoder(decoder: nn.Module, spec: DecoderSpec, max_rows: int | None = None) -> Traceable:
+    """Describe the decoder of a VAE."""
+    rows = torch.export.Dim(ROWS, min=1, max=max_rows)
     decoder = of_one_frame(decoder)
     module = GraphModule(decoder, decoder.forward).eval()
     return Traceable(module, spec.graph, {ROWS: rows}, {ROWS: EXAMPLE_ROWS})
@@ -243,7 +244,7 @@ def _example(tensor: TensorSpec, sizes: Mapping[str, int]) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the exporter says about torchvision and aliased names: it is harmless and constant."""
+    """Silence the exporter's messages about torchvision and aliased names: they are harmless and always the same."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = registration.level
     registration.setLevel(logging.ERROR)

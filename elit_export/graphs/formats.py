@@ -1,4 +1,4 @@
-"""What writes graphs in each format that backends build from."""
+"""The writers of graphs, one for each format that backends build from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elit_export.spec import DecoderSpec, Precision
 
 
 class GraphFormat(Protocol):
-    """Writes one graph into a folder and gives its path; raises ExportError."""
+    """A writer of one graph into a folder; returns its path, raises ExportError."""
 
     def export(self, model: Elit, name: str, folder: Path, precision: Precision) -> Path: ...
 
@@ -22,6 +22,8 @@ class GraphFormat(Protocol):
 
 
 class OnnxFormat:
+    """Writes ONNX."""
+
     def export(self, model: Elit, name: str, folder: Path, precision: Precision) -> Path:
         return export_graph(model, name, folder, precision)
 
@@ -30,6 +32,8 @@ class OnnxFormat:
 
 
 class ProgramFormat:
+    """Writes torch.export programs."""
+
     def export(self, model: Elit, name: str, folder: Path, precision: Precision) -> Path:
         return export_program(model, name, folder, precision)
 

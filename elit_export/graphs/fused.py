@@ -1,6 +1,7 @@
-"""A whole cached step as one function: the choice between computing and reusing inside, as ONNX `If`.
+"""A whole cached step as one function, which computes or reuses in an ONNX `If`.
 
-It decides as `runtime/residuals.py` does, in the same float32 arithmetic.
+It decides as `runtime/residuals.py` does, in the same float32 arithmetic. Names of closure variables are part of the
+exported graph: renaming one can change its bytes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from elit_export.spec import FUSED, PROBE, REUSE, STEP
 
 
 def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Takes and gives what `spec.graph("fused")` says.
+    """Run a cached step with the inputs and outputs of `spec.graph("fused")`.
 
-    `reused` counts the reuses in a row, −1 before anything was computed. Until two steps were computed the two
-    `t_computed` are equal, and the residual is taken as it is.
+    `reused` counts consecutive reuses, −1 before the first computed step. Until two steps are computed the two
+    `t_computed` are equal, and the residual is reused unchanged.
     """
     given = {tensor.name: value for tensor, value in zip(model.spec.graph(FUSED).inputs, inputs, strict=True)}
 
@@ -31,7 +32,7 @@ def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
     signal_next, distance = run(PROBE, signal_prev=given["signal"])
     accumulated = given["accumulated"] + polynomial(given["coefficients"], distance).clamp_min(0)
     is_covered = (distance >= given["low"]) & (distance <= given["high"])  # not so for NaN
-    over = (~is_covered | ~(accumulated < given["threshold"])).any()  # computes too where the threshold is NaN
+    over = (~is_covered | ~(accumulated < given["threshold"])).any()  # also computes where the threshold is NaN
     compute = given["force"] | (reused < 0) | (reused >= given["most"]) | over
 
     span = t_computed - t_computed_prev
@@ -42,7 +43,7 @@ def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
 
     def computed() -> tuple[Tensor, Tensor, Tensor]:
         velocity, found = run(STEP)
-        found = found.contiguous()  # as what is reused is: torch wants both branches to lie in memory alike
+        found = found.contiguous()  # as in the other branch: torch requires equal strides of both
         return velocity, found, torch.where(is_first, found, residual)
 
     def forecast() -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +59,7 @@ def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def polynomial(coefficients: Tensor, at: Tensor) -> Tensor:
-    """Horner's scheme, the lowest power first in `coefficients`."""
+    """Evaluate a polynomial by Horner's scheme; `coefficients` start with the lowest power."""
     value = torch.zeros_like(at)
     for coefficient in reversed(coefficients.unbind()):
         value = value * at + coefficient

@@ -1,4 +1,4 @@
-"""Model → a saved torch.export program, for backends that read it in place of ONNX."""
+"""Exports a model as a saved torch.export program, for backends that read it in place of ONNX."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def export_program(model: Elit, name: str, folder: Path, precision: Precision = 
     return _written(traceable(upcast_whole(model), name, precision), folder / f"{name}.pt2")
 
 
-def export_decoder_program(decoder: nn.Module, spec: DecoderSpec, most_rows: int, folder: Path) -> Path:
-    """The same of the decoder of a VAE: `decode`, in fp32.
+def export_decoder_program(decoder: nn.Module, spec: DecoderSpec, max_rows: int, folder: Path) -> Path:
+    """Write the program `decode` of a VAE's decoder, in fp32.
 
-    It takes so many rows at most: diffusers goes another way where there are very many values at once.
+    It takes at most `max_rows` rows, because diffusers switches to another code path for very large inputs.
     """
-    return _written(traceable_decoder(decoder, spec, max(most_rows, EXAMPLE_ROWS)), folder / f"{DECODE}.pt2")
+    return _written(traceable_decoder(decoder, spec, max(max_rows, EXAMPLE_ROWS)), folder / f"{DECODE}.pt2")
 
 
-def _written(traced: Traceable, path: Path) -> Path:
+def _written(described: Traceable, path: Path) -> Path:
     try:
         program = torch.export.export(
-            traced.module,
-            traced.examples,
-            dynamic_shapes=traced.dynamic_shapes,
-            prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx.export: K = J − 1 is no special case
+            described.module,
+            described.examples,
+            dynamic_shapes=described.dynamic_shapes,
+            prefer_deferred_runtime_asserts_over_guards=True,  # as torch.onnx.export: K = J − 1 needs no case
         )
     except (torch._dynamo.exc.UserError, ValueError) as error:
         raise ExportError(f"torch.export failed: {error}") from error
@@ -46,7 +46,7 @@ def _written(traced: Traceable, path: Path) -> Path:
 
 
 def _drop_assertions(program: torch.export.ExportedProgram) -> None:
-    """torch asserts that no dimension is empty; at the full budget no latent is dropped, and one is."""
+    """Remove torch's assertions that no dimension is empty: at the full budget the dropped latents are."""
     graph = program.graph_module.graph
     for node in list(graph.nodes):
         if node.target is torch.ops.aten._assert_scalar.default:

@@ -1,8 +1,8 @@
-"""A model whose large products run in half precision, the rest in float32.
+"""Casts the large products of a model to half precision; the rest stays in float32.
 
-Cast are the layers whose kind says so: `LayerKind.casts` in `spec.layers`, by layer in `cost.layers`. In float32 stay
-the tokens between them, embedders, adaLN, every norm, the final layer, and the query projection of Read: a constant of
-the network, rounded once after it is computed. OpenVINO casts by itself.
+`LayerKind.casts` in `spec.layers` decides by kind of layer, `cost.layers` lists the layers. Tokens between layers,
+embedders, adaLN, norms, the final layer and the query projection of Read stay in float32; that projection is a constant
+of the network, rounded once after it is computed. OpenVINO casts by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from elit_export.spec import Precision
 
 
 def in_precision(model: Elit, precision: Precision) -> Elit:
-    """The model itself for fp32, else a copy with rounded weights; the model given stays as it is."""
+    """Return the model itself for fp32, else a copy with rounded weights; the argument is not changed."""
     if not precision.dtype:
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -30,6 +30,6 @@ def in_precision(model: Elit, precision: Precision) -> Elit:
 
 
 def _cast(layer: nn.Module, dtype: torch.dtype) -> None:
-    """New parameters, because the layer's own are shared."""
+    """Replace a layer's parameters by cast ones; its own are shared with the original model."""
     for name, parameter in list(layer.named_parameters()):
         setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))

@@ -1,8 +1,8 @@
-"""A decoder of videos → the same for a single frame, without what other frames alone need.
+"""Reduces a decoder of videos to a single frame.
 
-A causal convolution looks at its own frame and at those before it. Before the first there are only zeros, so that of
-its kernel only the last slice in time counts: a convolution in two dimensions, with a third of the multiplications
-where a kernel spans three frames.
+A causal convolution reads its own frame and earlier ones. Before the first frame there are only zeros, so only the last
+time slice of its kernel matters: a two-dimensional convolution, with a third of the multiplications for a kernel of
+three frames.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 def of_one_frame(module: nn.Module) -> nn.Module:
-    """A copy whose 3-D convolutions, taken to be causal and to keep sides, work on one frame (B, C, 1, H, W)."""
+    """Copy a decoder for one frame (B, C, 1, H, W); its 3-D convolutions must be causal and keep the sides."""
     shared = {id(parameter): parameter for parameter in module.parameters()}
     copied = copy.deepcopy(module, shared)
     for parent in list(copied.modules()):
@@ -30,6 +30,8 @@ def of_one_frame(module: nn.Module) -> nn.Module:
 
 
 class _OneFrameConv(nn.Module):
+    """The last time slice of a causal 3-D convolution, as a 2-D convolution."""
+
     def __init__(self, conv: nn.Conv3d) -> None:
         super().__init__()
         _, height, width = conv.kernel_size
@@ -38,7 +40,7 @@ class _OneFrameConv(nn.Module):
             conv.out_channels,
             (height, width),
             padding=(height // 2, width // 2),
-            device="meta",  # what it would be filled with is replaced
+            device="meta",  # weights and bias are replaced
         )
         self.conv.weight = nn.Parameter(conv.weight[:, :, -1].contiguous(), requires_grad=False)
         self.conv.bias = conv.bias
@@ -49,16 +51,16 @@ class _OneFrameConv(nn.Module):
 
 
 def _simplify(upsample: nn.Upsample) -> None:
-    """By whole factors `nearest-exact` and `nearest` are the same, and only the second is one node of ONNX."""
+    """Use `nearest` for `nearest-exact` by whole factors: they are equal, and only `nearest` is one node of ONNX."""
     factors = upsample.scale_factor if isinstance(upsample.scale_factor, tuple) else (upsample.scale_factor,)
     if upsample.mode == "nearest-exact" and all(factor and float(factor).is_integer() for factor in factors):
         upsample.mode = "nearest"
 
 
-def join_frames(made: ir.Model) -> None:
-    """Take out of a graph the axes of time that are added only to be dropped: OpenVINO loses names of inputs there."""
-    RewriteRuleSet([RewriteRule(_added_and_dropped, _as_it_was)]).apply_to_model(made)
-    IdentityEliminationPass()(made)
+def join_frames(model: ir.Model) -> None:
+    """Remove pairs of Unsqueeze and Squeeze of the time axis, at which OpenVINO loses names of inputs."""
+    RewriteRuleSet([RewriteRule(_added_and_dropped, _as_it_was)]).apply_to_model(model)
+    IdentityEliminationPass()(model)
 
 
 def _added_and_dropped(op: Any, x: Any, axes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Facts of checkpoints and bundles, and pictures of what was measured. matplotlib lives here.
+"""Reports: facts of checkpoints and bundles, and plots of measurements. Only this room uses matplotlib.
 
 Takes: a bundle, results.  Gives: plain facts, PNG files.
 May touch: the file it is told to write.

@@ -1,4 +1,4 @@
-"""What a checkpoint or a bundle holds, or a named model would, as plain facts."""
+"""Describes a checkpoint, a bundle or a named model as plain facts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elit_export.spec import DataFacts, ModelSpec, Precision, Range, covered_tex
 from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
-WEAK = "eighth"  # of the branch that guides cheaply
+WEAK = "eighth"  # budget of the weak branch
 NAMED_DATA = DataFacts(kind="vae", vae="of the checkpoint")
 
 
@@ -29,11 +29,11 @@ def inspect_path(
     text: int | None = None,
     **numbers: int | None,
 ) -> Facts:
-    """Facts of a bundle, a checkpoint, or, where there is no such file, a model of that name.
+    """Describe a bundle, a checkpoint or, where there is no such file, the model with that name.
 
     A folder with a `config.json`, or for which there is an `interface`, is a checkpoint of diffusers. `resolution` is
-    that of a named model, `text` how many tokens prompts have: without it as many as a bundle is tuned for, else
-    USUAL_TEXT. Raises BundleError, CheckpointError or InputError.
+    that of a named model. `text` is the number of prompt tokens, by default the number that a bundle is optimised for,
+    else USUAL_TEXT. Raises BundleError, CheckpointError or InputError.
     """
     tokens = USUAL_TEXT if text is None else text
     if path in NAMES and not Path(path).exists():
@@ -44,30 +44,30 @@ def inspect_path(
     return checkpoint_facts(path, interface, tokens, **numbers)
 
 
-def _refuse_for_names(name: str, given: Mapping[str, object]) -> None:
-    """What a name settles or has no use for; its head alone has no one depth."""
-    if meant := [key for key, value in given.items() if value is not None and key != "head_depth"]:
+def _refuse_for_names(name: str, options: Mapping[str, object]) -> None:
+    """Refuse options that the name of a size decides or does not use; only its head's depth can vary."""
+    if used := [key for key, value in options.items() if value is not None and key != "head_depth"]:
         raise InputError(
-            f"{name} is the name of a size, for which there is no --{meant[0].replace('_', '-')}", "leave it out"
+            f"{name} is the name of a size, for which there is no --{used[0].replace('_', '-')}", "leave it out"
         )
 
 
 def _is_of_diffusers(folder: Path) -> bool:
-    """As `checkpoints.diffusers.transformer_folder`, which needs torch."""
+    """Whether this is a folder of diffusers, as in `checkpoints.diffusers.transformer_folder`, which needs torch."""
     return any((folder / part / "config.json").is_file() for part in ("", "transformer"))
 
 
 def named_facts(name: str, spec: ModelSpec, text: int) -> Facts:
-    """What can be said without weights: shapes, costs, and what it asks of a GPU."""
-    parts = model_facts(spec, NAMED_DATA, text)
-    return {"kind": "named size", "name": name, "parameters": parameters(spec).total, **parts} | {
-        "deployment": deployment_facts(spec, parts["text_tokens"])
+    """Describe a model without weights: shapes, costs, and the GPU memory it needs."""
+    facts = model_facts(spec, NAMED_DATA, text)
+    return {"kind": "named size", "name": name, "parameters": parameters(spec).total, **facts} | {
+        "deployment": deployment_facts(spec, facts["text_tokens"])
     }
 
 
 def deployment_facts(spec: ModelSpec, text: int) -> Facts:
-    """Arithmetic, nothing measured: weights, plans, GPUs by precision, and a step's time by budget."""
-    count, named = parameters(spec), list(spec.named_budgets)
+    """Estimate weights, plans and GPUs by precision, and a step's time by budget; nothing is measured."""
+    counts, named = parameters(spec), list(spec.named_budgets)
     weak = WEAK if WEAK in named else named[-1]
     plans = len(default_profiles(spec.latents, Range(1, 1, 1), step=spec.budget_step))
     return {
@@ -75,8 +75,8 @@ def deployment_facts(spec: ModelSpec, text: int) -> Facts:
         "assumed_flops": ASSUMED_SHARE * PEAK_FLOPS,
         "assumed_share": ASSUMED_SHARE,
         "peak_flops": PEAK_FLOPS,
-        "rounded_parameters": count.rounded,
-        "exact_parameters": count.exact,
+        "rounded_parameters": counts.rounded,
+        "exact_parameters": counts.exact,
         "per_profile_plans": plans,
         "precisions": {
             precision.value: {
@@ -87,7 +87,7 @@ def deployment_facts(spec: ModelSpec, text: int) -> Facts:
                 "fits_per_profile": fitting(plans * weights + activations),
             }
             for precision in (Precision.FP32, Precision.BF16, Precision.FP8)
-            for weights in (count.size_bytes(precision),)
+            for weights in (counts.size_bytes(precision),)
             for activations in (activation_bytes(spec, precision, ROWS, text),)
         },
         "weak": weak,
@@ -97,26 +97,23 @@ def deployment_facts(spec: ModelSpec, text: int) -> Facts:
 
 
 def checkpoint_facts(path: str, interface: str | Path | None = None, text: int = USUAL_TEXT, **numbers: Any) -> Facts:
-    from elit_export.checkpoints.native import (  # a machine that only runs has no torch
-        checkpoint_files,
-        stored_checkpoint,
-    )
+    from elit_export.checkpoints.native import checkpoint_files, stored_checkpoint  # needs torch
 
-    found = checkpoint_files(path, interface)
+    files = checkpoint_files(path, interface)
     model = stored_checkpoint(path, interface=interface, **numbers)
-    own = {
+    file_facts = {
         "kind": "checkpoint",
-        "file": Path(path).name if Path(path).is_dir() else found[0].name,
-        "size_bytes": sum(file.stat().st_size for file in found),
+        "file": Path(path).name if Path(path).is_dir() else files[0].name,
+        "size_bytes": sum(file.stat().st_size for file in files),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-    return own | model_facts(model.spec, model.data, text)
+    return file_facts | model_facts(model.spec, model.data, text)
 
 
 def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
     manifest, calibration = bundle.manifest, bundle.manifest.cache_calibration
-    tuned = covered_text([facts.profile for plan_set in manifest.plan_sets for facts in plan_set.profiles])
-    tokens = tuned.opt if text is None and tuned else text or 0
+    text_range = covered_text([facts.profile for plan_set in manifest.plan_sets for facts in plan_set.profiles])
+    tokens = text_range.opt if text is None and text_range else text or 0
     return {
         "kind": "bundle",
         "name": manifest.model.name,
@@ -134,7 +131,7 @@ def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
 
 
 def model_facts(spec: ModelSpec, data: DataFacts, text: int) -> Facts:
-    """`text` is how many tokens prompts have, and left out for a model without."""
+    """Describe the model; `text` is the number of prompt tokens, ignored for a model without text."""
     tokens = text if spec.takes_text else 0
     shapes = {
         "tokens": spec.tokens,
@@ -153,7 +150,7 @@ def model_facts(spec: ModelSpec, data: DataFacts, text: int) -> Facts:
 
 
 def budget_facts(spec: ModelSpec, text: int) -> list[Facts]:
-    """The named budgets, largest first, with FLOPs of one image's forward pass."""
+    """List the named budgets, largest first, with FLOPs of one image's forward pass."""
     full = flops(spec, spec.full, text=text).total
     return [
         {"name": name, "budget": str(budget), "flops": cost, "share_of_full": cost / full}

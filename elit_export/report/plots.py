@@ -1,4 +1,4 @@
-"""Results → pictures."""
+"""Draws plots of results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.manifest import CacheCalibration
 from elit_export.calibrate.step_cache import Pairs
 
+MAX_POINTS = 4000  # of a scatter plot: more would hide each other
+
 
 def plot_bench(result: BenchResult, path: Path) -> None:
-    """Latency and error against budget, side by side."""
+    """Plot latency and error against budget, side by side."""
     largest = result.budgets[0].name
-    sampled = [budget for budget in result.budgets if budget.sample_sqnr_db is not None]
-    figure = Figure(figsize=(9 if sampled else 4.5, 3.6), layout="constrained")
-    latency, *rest = figure.subplots(1, 2 if sampled else 1, squeeze=False)[0]
+    with_samples = [budget for budget in result.budgets if budget.sample_sqnr_db is not None]
+    figure = Figure(figsize=(9 if with_samples else 4.5, 3.6), layout="constrained")
+    latency, *rest = figure.subplots(1, 2 if with_samples else 1, squeeze=False)[0]
     shares = [budget.flops_over_largest for budget in result.budgets]
     for name in result.budgets[0].timings:
         medians = [budget.timings[name].median_ms / result.rows for budget in result.budgets]
@@ -31,7 +33,7 @@ def plot_bench(result: BenchResult, path: Path) -> None:
         points = [(share, budget.sample_sqnr_db) for share, budget in zip(shares, result.budgets, strict=True)]
         error.plot(*zip(*points, strict=True), marker="o", color="tab:red")
         error.set(xlabel=f"FLOPs of one forward pass, {largest} = 1", ylabel="SQNR in dB")
-        error.set_title(f"final images against a fine solution at {largest}")
+        error.set_title(f"final images against the reference solution at {largest}")
         for point, budget in zip(points, result.budgets, strict=True):
             error.annotate(budget.budget, point, textcoords="offset points", xytext=(4, 4))
     with atomic_write(path) as temporary:
@@ -39,7 +41,7 @@ def plot_bench(result: BenchResult, path: Path) -> None:
 
 
 def plot_sweep(result: SweepResult, path: Path) -> None:
-    """Error against engine time; controls are lines."""
+    """Plot error against engine time; controls are lines."""
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
     (reference,) = (row for row in result.rows if row.family == REFERENCE)
@@ -55,22 +57,19 @@ def plot_sweep(result: SweepResult, path: Path) -> None:
         figure.savefig(temporary, dpi=110)
 
 
-POINTS = 4000  # of a scatter: more of them hide each other
-
-
 def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) -> None:
-    """Change of the residual against distance of the signal, and the fits over their ranges."""
+    """Plot the change of the residual against the distance of the signal, and the fits over their ranges."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for steps in calibration.steps:
-        chosen = pairs.where(pairs.steps == steps)
-        thin = np.random.default_rng(0).permutation(len(chosen))[:POINTS]
-        axes.scatter(chosen.distance[thin], chosen.change[thin], s=2, alpha=0.3, label=f"{steps} steps")
+        selected = pairs.where(pairs.steps == steps)
+        subset = np.random.default_rng(0).permutation(len(selected))[:MAX_POINTS]
+        axes.scatter(selected.distance[subset], selected.change[subset], s=2, alpha=0.3, label=f"{steps} steps")
     for facts in calibration.fits:
-        reach = np.linspace(facts.fit.low, facts.fit.high, 200)
-        label = "fit" if facts.kept is None else f"fit of budget {facts.kept}"
-        axes.plot(reach, np.polynomial.polynomial.polyval(reach, facts.fit.coefficients), color="black", label=label)
-    axes.set(xlabel="distance that the probe measures", ylabel="relative change of the residual", xlim=(0, None))
+        fit, label = facts.fit, "fit" if facts.kept is None else f"fit of budget {facts.kept}"
+        distance = np.linspace(fit.low, fit.high, 200)
+        axes.plot(distance, np.polynomial.polynomial.polyval(distance, fit.coefficients), color="black", label=label)
+    axes.set(xlabel="distance measured by the probe", ylabel="relative change of the residual", xlim=(0, None))
     axes.legend(markerscale=4)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110)
