@@ -137,11 +137,11 @@ def quality(
     `skipped` holds the reason why other plan sets of the bundle are left out. `on_images` is called with what was
     sampled and the number of evaluations. Raises InputError before anything is sampled.
     """
-    table = _Rows(evaluator, images, seed)
+    maker = _Rows(evaluator, images, seed)
     rows = [
         row
         for target, pipeline in pipelines
-        for row in table.rows(target, pipeline, guidance=guidance, ways=ways, on_images=on_images)
+        for row in maker.rows(target, pipeline, guidance=guidance, sampler_configs=ways, on_images=on_images)
     ]
     facts = evaluator.facts
     return QualityResult(
@@ -225,12 +225,12 @@ class _Rows:
         pipeline: Pipeline,
         *,
         guidance: str,
-        ways: tuple[SamplerConfig, ...],
+        sampler_configs: tuple[SamplerConfig, ...],
         on_images: OnImages,
     ) -> Iterator[QualityRow]:
         check_evaluator(pipeline, self._evaluator.facts, self._images)
         budgets = measured_budgets(pipeline)
-        configs = [(config, name, options_of(config, name, guidance)) for config in ways for name in budgets]
+        configs = [(config, name, options_of(config, name, guidance)) for config in sampler_configs for name in budgets]
         total = sum(self._images * config.calls for config, _, _ in configs)
         for _, _, options in configs:
             part = batches(pipeline, options, self._images)[0]
