@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from elit_export.errors import InputError
+from elit_export.spec import limits
 
 BUDGET_NAMES = {"full": 1, "half": 2, "quarter": 4, "eighth": 8, "sixteenth": 16}
 FRACTION_TOLERANCE = 1e-3  # of a latent; a trained fraction like 0.0781 for 5/64 misses by 1.6e-3
@@ -111,6 +112,12 @@ class Profile:
     latents: Range
     rows: Range
     text: Range | None = None
+
+    def __post_init__(self) -> None:
+        limits.ROWS.check(self.rows.max, f"profile {self.name}: rows.max")
+        limits.BUDGETS.check(self.latents.max, f"profile {self.name}: latents.max")
+        if self.text:
+            limits.TEXT.check(self.text.max, f"profile {self.name}: text.max")
 
     def tokens(self, text: int) -> int:
         """How many tokens an engine runs on that is given so many: shorter text is padded."""

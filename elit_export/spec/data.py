@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from elit_export.errors import InputError
+from elit_export.spec import limits
 from elit_export.spec.graphs import GraphSpec, decoder_graph
 
 ByChannel = float | tuple[float, ...]  # one number that all channels share, or one of each
@@ -90,6 +91,8 @@ class VaeSpec:
     def __post_init__(self) -> None:
         if min(self.channels, self.image_channels, self.factor) < 1:
             raise InputError(f"decoder: channels and factor must be at least 1, not {self}")
+        limits.CHANNELS.check(self.channels, "decoder: channels")
+        limits.FACTOR.check(self.factor, "decoder: factor")
         if not len(self.scale) == len(self.shift) == self.channels:
             raise InputError(
                 f"{len(self.scale)} scales and {len(self.shift)} shifts of a decoder of {self.channels} channels"
@@ -108,6 +111,7 @@ class DecoderSpec(VaeSpec):
         super().__post_init__()
         if self.side < 1:
             raise InputError(f"decoder: side is {self.side}, must be at least 1")
+        limits.TILE.check(self.side, "decoder: side")
 
     @property
     def graph(self) -> GraphSpec:

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from elit_export.errors import InputError
+from elit_export.spec.limits import TEXT as TEXT_LIMIT
 
 if TYPE_CHECKING:
     from elit_export.spec.data import DecoderSpec
@@ -20,7 +21,7 @@ ROWS = "rows"
 LATENTS = "latents"
 TEXT = "text"
 TEXT_MASK = "text_mask"
-LONGEST_TEXT = 1024  # tokens
+LONGEST_TEXT = int(TEXT_LIMIT.most)  # tokens
 
 # Graphs, by name.
 STEP = "step"

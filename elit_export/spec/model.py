@@ -12,11 +12,26 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Self
 
 from elit_export.errors import InputError
+from elit_export.spec import limits
 from elit_export.spec.budgets import BUDGET_NAMES, Budget, Range, listed
 from elit_export.spec.graphs import LONGEST_TEXT, GraphSpec, TensorSpec, conditioning_tensors, graph_of
 
 RELEASED_BACKBONE = "ELIT-SiT"  # what a spec that names no backbone is: released checkpoints know no other
 QK_NORM_KINDS = ("layer", "rms")
+FIELD_LIMITS = {
+    "in_channels": limits.CHANNELS,
+    "input_size": limits.SIDE,
+    "patch_size": limits.SIDE,
+    "hidden_size": limits.WIDTH,
+    "num_heads": limits.HEADS,
+    "head_depth": limits.BLOCKS,
+    "core_depth": limits.BLOCKS,
+    "tail_depth": limits.BLOCKS,
+    "group_size": limits.GROUP_SIDE,
+    "mlp_ratio": limits.MLP_RATIO,
+    "num_classes": limits.CLASSES,
+    "text_width": limits.WIDTH,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +74,9 @@ class ModelSpec:
                 raise InputError(f"model spec: {name} is {getattr(self, name)}, must not be negative")
         if not 0 < self.mlp_ratio < math.inf:
             raise InputError(f"model spec: mlp_ratio is {self.mlp_ratio}, must be positive and finite")
+        for name, limit in FIELD_LIMITS.items():
+            limit.check(getattr(self, name), f"model spec: {name}")
+        limits.TOKENS.check(self.tokens, "model spec: the square of input_size over patch_size")
         if self.qk_norm_kind != QK_NORM_KINDS[0] and not self.qk_norm:
             raise InputError(f"model spec: qk_norm_kind is {self.qk_norm_kind!r}, but qk_norm is off")
         if self.qk_norm_kind not in QK_NORM_KINDS:
