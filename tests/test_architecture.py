@@ -91,6 +91,39 @@ LIBRARIES: dict[str, set[str]] = {
     "filelock": {"bundle/store.py"},
     "matplotlib": {"report/plots.py"},
 }
+# The one door for files that are read, and who else opens some: (file, call) → why it may.
+DOOR = "bundle/readers.py"
+OPENS_ITSELF: dict[tuple[str, str], str] = {
+    ("bundle/atomic.py", "path.open"): "hashes files of any size by parts; the caller knows that they are regular",
+    ("bundle/atomic.py", "os.open"): "locks and syncs files that it writes",
+    ("bundle/calibration_inputs.py", "temporary.open"): "writes",
+    ("bundle/keys.py", "path.read_bytes"): "source of the package",
+    ("backends/openvino/cpu.py", "CPU_FACTS.read_text"): "a file of the system",
+    ("bench/timing.py", "STATUS.read_text"): "a file of the system",
+    ("backends/openvino/engine.py", "plan.read_bytes"): "a plan, verified by size and hash",
+    ("backends/openvino/build.py", "ov.Core().read_model"): "a graph that the build made or verified",
+    ("backends/tensorrt/opened.py", "path.read_bytes"): "a plan, verified by size and hash",
+    (
+        "backends/tensorrt/opened.py",
+        "self._cache_file.read_bytes",
+    ): "kernels that the engine keeps in a folder of its own",
+    ("backends/tensorrt/build.py", "path.read_bytes"): "timings that the build keeps in a folder of its own",
+    ("backends/torch_tensorrt/build.py", "torch.export.load"): "a graph that the build made or verified",
+    ("checkpoints/diffusers.py", "safetensors.safe_open"): "of a file that `check_regular` passed",
+    ("checkpoints/weights.py", "safetensors.safe_open"): "of a file that `check_regular` passed",
+    ("checkpoints/weights.py", "load_file"): "of a file that `check_regular` passed",
+    ("checkpoints/released.py", "torch.load"): "of a file that `check_saved_by_torch` passed",
+    ("training/trainer.py", "torch.load"): "of a file that `check_saved_by_torch` passed",
+    ("training/data.py", "Image.open"): "of bytes that the door gave",
+    ("graphs/check.py", "onnx.load"): "a graph that the build made or verified",
+    ("graphs/quantize.py", "onnx.load"): "a graph that the build made or verified",
+    ("verify/bisect.py", "onnx.load"): "a graph, verified by size and hash",
+    ("cli/train.py", "path.open"): "writes",
+}
+OPENING = re.compile(
+    r"(os|path|temporary|[a-z_]*file)\.open|open|.*\.(read_text|read_bytes|safe_open|read_model|fromfile|memmap)"
+    r"|(json|np|numpy|torch|torch\.export|onnx|tomllib|pickle)\.load|tomllib\.loads|(gzip|zipfile|Image)\.\w+|load_file"
+)
 BACKBONE_MODULES = [row.module.removeprefix("elit_export.") for row in BACKBONES.values()]
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -168,6 +201,21 @@ def test_libraries_are_named_only_where_they_belong() -> None:
 
 
 FOLDERS_OF_BACKENDS = {backend.folder for backend in BACKENDS.values()}
+
+
+def calls(path: Path) -> set[str]:
+    """Everything a file calls, as it is written there."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+
+
+def test_files_are_opened_for_reading_by_the_door_alone() -> None:
+    """It refuses special files and bounds what it reads; who opens some itself is named with the reason."""
+    opened = {
+        (str(path.relative_to(PACKAGE)), call) for path in FILES for call in calls(path) if OPENING.fullmatch(call)
+    }
+    harmless = {call for call in opened if call[1].startswith(("Image.new", "Image.fromarray", "Image.alpha"))}
+    assert {call for call in opened - harmless if call[0] != DOOR} == set(OPENS_ITSELF)
 
 
 def test_no_backend_is_asked_for_by_name_outside_its_folder() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from elit_export.bundle.readers import read_json
 from elit_export.errors import InputError
 
 
@@ -30,10 +31,10 @@ class Limit(BaseModel):
 
 def load_limits(path: Path) -> list[Limit]:
     """Read and check a file of limits; raises InputError."""
-    if not path.is_file():
-        raise InputError(f"no file of limits at {path}")
     try:
-        return TypeAdapter(list[Limit]).validate_json(path.read_bytes())
+        return TypeAdapter(list[Limit]).validate_python(read_json(path, what="the limits", error=InputError))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(f"no file of limits at {path}") from error
     except ValidationError as error:
         raise InputError(f"{path}: not a list of limits: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from elit_export.arrays import Arrays, Float32, HostArray, Int64
 from elit_export.bundle.atomic import atomic_write
-from elit_export.bundle.readers import PlainArraysError, plain_arrays
+from elit_export.bundle.readers import PlainArraysError, array_names, plain_arrays
 from elit_export.errors import CalibrationError
 from elit_export.spec import LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, ModelSpec, Profile, Role, TensorSpec, listed
+from elit_export.spec.limits import SAMPLES
 
 FEWEST = 64  # samples that a calibration may rest on
 FACTS = "facts"  # the entry of the file that holds JSON
+FACTS_BYTES = 1 << 20  # of that JSON, and of what headers of arrays add
+ITEM_BYTES = 8  # of a number, of which most have 4
+WHAT = "the samples"
+NOT_SAMPLES = "not a file of calibration samples of this version"
 CONDITIONING = "conditioning/"  # before the names of those inputs in the file
 
 
@@ -112,7 +118,7 @@ def check_covered(samples: CalibrationInputs, profiles: Sequence[Profile]) -> No
 def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> CalibrationInputs:
     """Read samples for a model; raises CalibrationError with what is wrong and the command that makes new ones."""
     try:
-        samples = _read(path)
+        samples = _read(path, spec)
         _check_origin(samples, checkpoint_sha256)
         _check_shapes(samples, spec)
         _check_values(samples, spec)
@@ -121,11 +127,11 @@ def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Calibrat
     return samples
 
 
-def _read(path: Path) -> CalibrationInputs:
+def _read(path: Path, spec: ModelSpec) -> CalibrationInputs:
     if not path.exists():
         raise CalibrationError("no calibration samples there", "collect some")
     try:
-        arrays = plain_arrays(path)
+        arrays = _wanted_arrays(path, spec)
     except OSError as error:
         raise CalibrationError(f"cannot be read ({error.strerror or error})", "collect the samples again") from error
     except PlainArraysError as error:
@@ -133,17 +139,51 @@ def _read(path: Path) -> CalibrationInputs:
     return _samples_of(arrays)
 
 
-def _samples_of(arrays: Arrays) -> CalibrationInputs:
-    try:
-        facts = CalibrationFacts.model_validate_json(str(arrays.pop(FACTS)))
-        x, t, kept = (arrays.pop(name) for name in ("x", "t", "kept"))
-    except (KeyError, ValidationError) as error:
-        raise CalibrationError(
-            "not a file of calibration samples of this version", "collect the samples again"
-        ) from error
-    return CalibrationInputs(
-        facts, x, t, kept, {name.removeprefix(CONDITIONING): values for name, values in arrays.items()}
+def _wanted_arrays(path: Path, spec: ModelSpec) -> Arrays:
+    """What samples of this model have, no more bytes than so many of its rows can have; nothing else is read."""
+    facts = plain_arrays(path, (FACTS,), what=WHAT, error=CalibrationError, limit_bytes=FACTS_BYTES)
+    rows = _facts_of(facts).samples
+    if problem := SAMPLES.problem(rows, "their number"):
+        raise CalibrationError(problem, "collect the samples again")
+    names = [name for name in array_names(path, what=WHAT, error=CalibrationError) if name.startswith(CONDITIONING)]
+    _check_conditioned([name.removeprefix(CONDITIONING) for name in names], spec)
+    wanted, limit = {"x", "t", "kept", *names}, max(rows, FEWEST) * _row_bytes(spec) + FACTS_BYTES
+    return facts | plain_arrays(path, wanted, what=WHAT, error=CalibrationError, limit_bytes=limit)
+
+
+def _check_conditioned(names: Sequence[str], spec: ModelSpec) -> None:
+    conditioning = {tensor.name for tensor in spec.conditioning}
+    if set(names) != conditioning:
+        wanted, found = ", ".join(sorted(conditioning)), ", ".join(names) or "nothing"
+        raise CalibrationError(f"conditioned by {found}, this model by {wanted}", "collect samples of this model")
+
+
+def _row_bytes(spec: ModelSpec) -> int:
+    """The most that one row has."""
+    sizes = {ROWS: 1, TEXT: LONGEST_TEXT}
+    return sum(
+        math.prod(sizes.get(size, 1) if isinstance(size, str) else size for size in tensor.dims) * ITEM_BYTES
+        for tensor in spec.graph(STEP).inputs
     )
+
+
+def _facts_of(arrays: Arrays) -> CalibrationFacts:
+    try:
+        return CalibrationFacts.model_validate_json(str(arrays[FACTS]))
+    except (KeyError, ValidationError) as error:
+        raise CalibrationError(NOT_SAMPLES, "collect the samples again") from error
+
+
+def _samples_of(arrays: Arrays) -> CalibrationInputs:
+    facts = _facts_of(arrays)
+    try:
+        x, t, kept = (arrays[name] for name in ("x", "t", "kept"))
+    except KeyError as error:
+        raise CalibrationError(NOT_SAMPLES, "collect the samples again") from error
+    conditioning = {
+        name.removeprefix(CONDITIONING): values for name, values in arrays.items() if name.startswith(CONDITIONING)
+    }
+    return CalibrationInputs(facts, x, t, kept, conditioning)
 
 
 def _check_origin(samples: CalibrationInputs, checkpoint_sha256: str) -> None:
@@ -158,10 +198,6 @@ def _check_origin(samples: CalibrationInputs, checkpoint_sha256: str) -> None:
 
 
 def _check_shapes(inputs: CalibrationInputs, spec: ModelSpec) -> None:
-    conditioning = {tensor.name for tensor in spec.conditioning}
-    if set(inputs.conditioning) != conditioning:
-        wanted, found = ", ".join(sorted(conditioning)), ", ".join(inputs.conditioning) or "nothing"
-        raise CalibrationError(f"conditioned by {found}, this model by {wanted}", "collect samples of this model")
     sizes = {ROWS: len(inputs)}
     for tensor in spec.graph(STEP).inputs:
         if tensor.role is Role.LATENTS:  # of which the file has the number of each row

@@ -19,6 +19,7 @@ from pydantic import (
 from elit_export.bundle.atomic import NAME_PATTERN
 from elit_export.bundle.calibration_inputs import CalibrationFacts
 from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, Fit, ModelSpec, Precision, Profile, Range
+from elit_export.spec.limits import ROWS
 
 SCHEMA = 8
 KINDS = ("graphs", "plans", "reference")
@@ -83,7 +84,7 @@ class ReferenceCase(_Facts):
 
     profile: str
     kept: int
-    rows: int
+    rows: int = Field(le=int(ROWS.most))
     text: int = 0  # tokens, in models with text
 
 

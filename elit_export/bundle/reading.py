@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from elit_export.bundle.atomic import sha256_of
 from elit_export.bundle.manifest import SCHEMA, Artifact, FileFacts, Manifest
 from elit_export.bundle.migrate import STEPS, migrated
+from elit_export.bundle.readers import CONFIG_BYTES, parsed_json, read_bytes
 from elit_export.errors import BundleError, InputError
 
 OWN_HASH = "sha256"
@@ -60,7 +61,7 @@ def verified_folder(bundle: Path, artifact: Artifact) -> Path:
 def manifest_bytes(folder: Path) -> bytes | None:
     """The content of the manifest, None if there is none; raises KeptBundleError if it cannot be read."""
     try:
-        return (folder / MANIFEST).read_bytes()
+        return read_bytes(folder / MANIFEST, what="the manifest", error=KeptBundleError, limit_bytes=CONFIG_BYTES)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except OSError as error:
@@ -73,8 +74,8 @@ def _unreadable(path: Path, error: OSError, bundle: Path) -> str:
 
 def read_manifest(path: Path, content: bytes) -> Manifest:
     try:
-        values = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        values = parsed_json(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise BundleError(f"{path}: damaged: {error}", _rebuild(path.parent)) from error
     version = values.get("schema_version") if isinstance(values, dict) else None
     if isinstance(version, int) and version > SCHEMA:
@@ -103,7 +104,7 @@ def _check_text(manifest: Manifest) -> None:
     takes = manifest.model.spec.takes_text
     for plan_set in manifest.plan_sets:
         for facts in plan_set.profiles:
-            if (facts.text is not None) != takes:
+            if (facts.profile.text is not None) != takes:
                 what = "has no range of text, which the model takes" if takes else "has text, which the model does not"
                 raise InputError(f"profile {facts.name} of target {plan_set.target} {what}")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import reprlib
-import tomllib
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -16,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from elit_export.backends import BACKENDS
 from elit_export.backends.target import Target
 from elit_export.bundle.atomic import NAME_PATTERN
+from elit_export.bundle.readers import read_toml
 from elit_export.errors import BundleError, RecipeError
 from elit_export.spec import LONGEST_TEXT, Budget, ModelSpec, Profile, Range, default_profiles, listed
+from elit_export.spec.limits import ROWS, TEXT, TILE
 
 SHIPPED_RECIPE = "fashion.toml"
 UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
@@ -76,7 +77,7 @@ class DecoderTable(_Table):
     """
 
     folder: str = Field(min_length=1)
-    tile: int = Field(default=64, ge=4, multiple_of=4)
+    tile: int = Field(default=64, ge=4, le=int(TILE.most), multiple_of=4)
     rows: Range = Range(min=1, opt=1, max=4)
 
 
@@ -101,6 +102,17 @@ class Recipe(_Table):
         names = [table.name for table in self.profiles]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"profiles: {twice[0]!r} is the name of two profiles")
+        return self
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        tables = [("rows", self.rows), *((f"profiles.{at}.rows", each.rows) for at, each in enumerate(self.profiles))]
+        tables.append(("decoder.rows", self.decoder.rows if self.decoder else None))
+        for name, table in tables:
+            if table:
+                ROWS.check(table.max, f"{name}.max")
+        if self.text:
+            TEXT.check(self.text.max, "text.max")
         return self
 
     def target(self, name: str) -> Target:
@@ -158,12 +170,10 @@ class Recipe(_Table):
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe; raises RecipeError naming file and key. Paths in it become absolute."""
-    if not path.is_file():
-        raise RecipeError(f"no recipe at {path}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from error
+        values = read_toml(path, what="the recipe", error=RecipeError)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise RecipeError(f"no recipe at {path}") from error
     return _with_absolute_paths(recipe_from_values(values, str(path)), path.parent.absolute())
 
 

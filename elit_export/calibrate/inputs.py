@@ -7,21 +7,21 @@ rows the requested number is selected, balanced over budgets, and for each budge
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from elit_export.arrays import Arrays, Bools, Float64
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs
+from elit_export.bundle.readers import read_toml
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.conditioning import Labels, LabelsLike
@@ -31,6 +31,7 @@ from elit_export.runtime.prompts import Prompts, joined
 from elit_export.runtime.request import Request
 from elit_export.runtime.sampling import Call, sampling_steps
 from elit_export.spec import LATENTS, Budget
+from elit_export.spec.limits import ROWS, SAMPLES, STEPS, TRAJECTORIES
 
 T_PARTS = 8  # of [0, 1], balanced in the selection
 CONDITIONING_SEED, SELECTION_SEED = 1, 2  # added to the seed, for independent draws
@@ -54,6 +55,12 @@ class SampleRecipe(BaseModel):
     seed: int = Field(ge=0)
     rows: int = Field(ge=1)
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        for name, limit in {"images": TRAJECTORIES, "steps": STEPS, "samples": SAMPLES, "rows": ROWS}.items():
+            limit.check(getattr(self, name), name)
+        return self
+
 
 # The values of calibration/fashion.toml, for bundles without a recipe of their own.
 DEFAULT_RECIPE = SampleRecipe(
@@ -64,11 +71,9 @@ DEFAULT_RECIPE = SampleRecipe(
 def load_sample_recipe(path: Path) -> SampleRecipe:
     """Read and check a recipe; raises CalibrationError naming file and key."""
     try:
-        return SampleRecipe.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return SampleRecipe.model_validate(read_toml(path, what="the recipe", error=CalibrationError))
     except FileNotFoundError as error:
         raise CalibrationError(f"no recipe at {path}", "leave --recipe out to use the default recipe") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"{path}: not TOML: {error}") from error
     except ValidationError as error:
         raise CalibrationError(f"{path}: " + "; ".join(_problem_text(problem) for problem in error.errors())) from error
 
@@ -76,7 +81,8 @@ def load_sample_recipe(path: Path) -> SampleRecipe:
 def _problem_text(problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+        message = problem["msg"].removeprefix("Value error, ")
+        return f"{key}: {message[0].lower()}{message[1:]}" if key else message
     near = difflib.get_close_matches(key, SampleRecipe.model_fields, n=1)
     return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
 

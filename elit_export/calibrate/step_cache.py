@@ -27,6 +27,7 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.request import Request
 from elit_export.runtime.sampling import sampling_steps
 from elit_export.spec import COEFFICIENTS, LATENTS, Budget, Fit
+from elit_export.spec.limits import STEPS, TRAJECTORIES
 
 HELD_OUT_INTERVAL = 4  # every 4th image is held out
 GRID = 256  # points at which a fit is checked to be monotonic
@@ -52,6 +53,8 @@ class Trajectories:
             raise CalibrationError("no named budget is covered", "name one that is (--budget)")
         if min(self.steps) < 2:
             raise CalibrationError(f"{min(self.steps)} steps: a change needs at least 2")
+        TRAJECTORIES.check(self.images, "images")
+        STEPS.check(max(self.steps), "steps")
 
 
 @dataclass(frozen=True)

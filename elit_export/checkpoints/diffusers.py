@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from elit_export.bundle.readers import read_json_object
+from elit_export.bundle.readers import check_regular, read_json_object
 from elit_export.checkpoints.hf_folder import CONFIG, part_folder, shards_of
 from elit_export.checkpoints.weights import (
     Weights,
@@ -115,6 +115,7 @@ def mapped_tensors(folder: Path) -> Weights:
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
+        check_regular(path, what="the weights", error=CheckpointError)
         with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118, as it is no mapping
                 yield name, file.get_tensor(name)

@@ -5,10 +5,13 @@ Needs no torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from elit_export.bundle.readers import read_json_object
+from elit_export.bundle.readers import check_folder, read_json_object
 from elit_export.errors import CheckpointError
+from elit_export.spec.limits import BLOCKS, Bound
 
 CONFIG = "config.json"
 
@@ -18,7 +21,8 @@ def part_folder(folder: Path, part: str, what: str, remedy: str) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"no {what} at {folder}", remedy)
     for path in (folder, folder / part):
-        if (path / CONFIG).is_file():
+        if (path / CONFIG).exists():
+            check_folder(path, what="the folder's content", error=CheckpointError)
             return path
     raise CheckpointError(f"no {what} at {folder}: no {CONFIG} in it or in its `{part}`", remedy)
 
@@ -35,3 +39,27 @@ def shards_of(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent}: lacks {name}, which its index names", "copy the folder again")
     return [index.parent / name for name in found]
+
+
+def check_numbers(
+    file: Path, config: Mapping[str, Any], limits: Mapping[str, Bound], usual: Bound | None = None
+) -> None:
+    """Raise CheckpointError for whole numbers of a configuration, at any depth, that no model of its kind has.
+
+    Libraries make layers and tables of them before they look at weights. `limits` are by name, `usual` is that of the
+    other names, None for any. Lists of a name with a limit may have as many entries as a model has blocks.
+    """
+    for name, value in config.items():
+        limit = limits.get(name, usual)
+        parts = value if isinstance(value, list) else [value]
+        for part in parts:
+            if isinstance(part, dict):
+                check_numbers(file, part, limits, usual)
+            elif limit and isinstance(part, int) and (problem := limit.problem(part, name)):
+                raise CheckpointError(f"{file}: {problem}", "copy the folder again")
+        if limit and (problem := BLOCKS.problem(len(parts), f"the length of {name}")) and _are_whole(parts):
+            raise CheckpointError(f"{file}: {problem}", "copy the folder again")
+
+
+def _are_whole(values: list[Any]) -> bool:
+    return all(isinstance(value, int) for value in values)

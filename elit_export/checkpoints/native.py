@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from elit_export.bundle.atomic import sha256_of
+from elit_export.bundle.readers import check_regular
 from elit_export.checkpoints.diffusers import diffusers_files, interface_file, load_diffusers, transformer_folder
 from elit_export.checkpoints.released import load_released
 from elit_export.checkpoints.weights import (
@@ -102,8 +103,10 @@ def checkpoint_path(path: str | Path) -> Path:
         file = Path(str(files("elit_export"))) / "assets" / f"{name.removeprefix(SHIPPED_PREFIX)}.safetensors"
     else:
         file = Path(path)
-    if not file.is_file():
-        raise CheckpointError(f"no checkpoint at {name}")
+    try:
+        check_regular(file, what="the checkpoint", error=CheckpointError)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise CheckpointError(f"no checkpoint at {name}") from error
     return file
 
 

@@ -1,6 +1,6 @@
 """Released `.pt` files → model: the only place that knows their key names.
 
-They are read with `weights_only=True` and one allowed class.
+They are read with `weights_only=True` and a few allowed classes, none of which does anything when it is made.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
-from pathlib import Path
+from pathlib import Path, PosixPath
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from elit_export.bundle.readers import check_saved_by_torch
 from elit_export.checkpoints.weights import Shape, Weights, check_tensors, meta_model
 from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.models.elit import Elit
@@ -29,6 +31,18 @@ log = logging.getLogger(__name__)
 # A released file does not say what its numbers mean; its channels do, mostly.
 DATA_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 4: SD_VAE}
 UNKNOWN_VAE = DataFacts(kind="vae", vae="unknown")
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # a number from its type and its bytes
+WRAPPERS = ("module.", "_orig_mod.")  # what data-parallel and compiled models put before the names of their tensors
+# In `args`: what argparse makes of a command line, paths, and numbers of NumPy, also as its older versions name them.
+SAFE: list[Any] = [
+    *(argparse.Namespace, PosixPath, np.dtype),
+    *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"}, key=str),
+]
+REMEDY = (
+    "save it again where it was made, torch.save({'ema': …}, FILE), and give what args would tell: --num-heads N, "
+    "--head-depth N, --tail-depth N"
+)
 
 
 def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
@@ -39,7 +53,7 @@ def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise CheckpointError(f"{path}: no `ema` weights in it; a released checkpoint has model, ema, opt, args")
-    weights = dict(weights)
+    weights = _unwrapped(path, weights)
     _drop_projectors(weights)
     spec = _released_spec(path, weights, _args_of(content), given)
     _add_missing_latent_positions(weights, spec)
@@ -50,12 +64,15 @@ def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
 
 
 def _read_pt(path: Path) -> Mapping[str, Any]:
+    check_saved_by_torch(path, error=CheckpointError)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(SAFE):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise CheckpointError(
-            f"{path}: refused, because {_forbidden(error)}; only tensors, plain values and argparse.Namespace are read"
+            f"{path}: refused, because {_forbidden(error)}; only tensors, plain values and argparse.Namespace, with "
+            f"paths and NumPy numbers, are read",
+            REMEDY,
         ) from error
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(
@@ -76,8 +93,30 @@ def _forbidden(error: UnpicklingError) -> str:
 
 
 def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, whether they were kept as argparse gives them or as a table; numbers of NumPy as those of Python."""
     args = content.get("args")
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+    values = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(values, Mapping):
+        return {}
+    return {str(name): value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+
+
+def _unwrapped(path: Path, weights: Mapping[str, Tensor]) -> Weights:
+    """Without what wrappers of a model put before every name; raises CheckpointError if names become one."""
+    names = {name: _without_wrappers(name) for name in weights}
+    if found := sorted({prefix for name in names for prefix in WRAPPERS if name.startswith(prefix)}):
+        log.warning("left out %s before the names of tensors (a wrapped model was saved)", " and ".join(found))
+    if len(set(names.values())) < len(names):
+        raise CheckpointError(
+            f"{path}: holds tensors twice, with and without {' or '.join(WRAPPERS)}", "save one of the two models"
+        )
+    return {names[name]: tensor for name, tensor in weights.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    while prefix := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), ""):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _drop_projectors(weights: Weights) -> None:

@@ -16,14 +16,18 @@ from typing import Any
 
 from elit_export.bundle.atomic import sha256_of
 from elit_export.bundle.readers import read_json_object
-from elit_export.checkpoints.hf_folder import CONFIG, part_folder
+from elit_export.checkpoints.hf_folder import CONFIG, check_numbers, part_folder
 from elit_export.errors import CheckpointError, RecipeError
 from elit_export.spec import DataFacts, DecoderSpec, ModelSpec, VaeSpec, by_channel_text
+from elit_export.spec.limits import FACTOR, PARTS, VAE_CHANNELS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OF_PIPELINE = "vae"  # where a whole pipeline keeps its VAE
 IMAGE_CHANNELS = (1, 3)
-MOST_FACTOR = 64  # pixels along a latent; real ones have 8 to 32
+# Of these each becomes layers; whole numbers of other names are channels, or as small.
+NUMBER_LIMITS = dict.fromkeys(
+    ("layers_per_block", "num_res_blocks", "num_encoder_blocks", "num_decoder_blocks", "dim_mult"), PARTS
+)
 LARGEST = sys.float_info.max
 UNKNOWN = ("", "unknown")  # as `DataFacts.vae`, where nobody said what its scale and shift are
 SAME = 1e-6
@@ -81,6 +85,7 @@ def read_decoder(folder: str | Path) -> DecoderFolder:
     """Read the configuration in `folder`, or in its `vae`; raises CheckpointError."""
     path = part_folder(Path(folder), OF_PIPELINE, "decoder", "give a folder that diffusers saved (save_pretrained)")
     config = read_json_object(path / CONFIG)
+    check_numbers(path / CONFIG, config, NUMBER_LIMITS, VAE_CHANNELS)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise CheckpointError(f"{path}: its class is {name!r}; known: {', '.join(KINDS)}")
@@ -105,8 +110,8 @@ def _described(path: Path, name: str, config: _Config) -> DecoderFolder:
     if image_channels not in IMAGE_CHANNELS:
         raise CheckpointError(f"{config.path}: {kind.image_channels} is {image_channels}: images have 1 or 3 channels")
     factor = kind.factor(config)
-    if factor > MOST_FACTOR:
-        raise CheckpointError(f"{config.path}: a latent would be {factor} pixels wide, at most {MOST_FACTOR} are known")
+    if problem := FACTOR.problem(factor, "the number of pixels along a latent"):
+        raise CheckpointError(f"{config.path}: {problem}", "copy the folder again")
     channels = config.count(kind.channels)
     scale, shift = kind.normalisation(config, channels)
     vae = VaeSpec(channels=channels, image_channels=image_channels, scale=scale, shift=shift, factor=factor)

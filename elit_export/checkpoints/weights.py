@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.readers import check_regular, parsed_json
 from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.models.elit import Elit
 from elit_export.models.registry import new_model
@@ -39,6 +40,7 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) ->
 def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
     """Tensors and metadata; raises CheckpointError if the file is damaged or says another format than `wanted`."""
     try:
+        check_regular(path, what="the weights", error=CheckpointError)
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         weights = load_file(path)
@@ -92,10 +94,10 @@ def spec_to_metadata(model: Elit) -> dict[str, str]:
 def spec_from_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[ModelSpec, DataFacts]:
     """Inverse of spec_to_metadata; raises CheckpointError."""
     try:
-        spec = ModelSpec.from_dict(json.loads(metadata["spec"]))
-        data = DataFacts.from_dict(json.loads(metadata["data"]))
+        spec = ModelSpec.from_dict(parsed_json(metadata["spec"]))
+        data = DataFacts.from_dict(parsed_json(metadata["data"]))
         data.of_channels(spec.in_channels)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: unreadable metadata: {error}") from error
     return spec, data
 

@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from elit_export.bundle.readers import parsed_json
 from elit_export.checkpoints.native import checkpoint_path
 from elit_export.checkpoints.weights import check_tensors, read_safetensors, write_safetensors
 from elit_export.errors import CheckpointError, InputError
@@ -42,7 +43,7 @@ def load_evaluator(path: str | Path) -> Evaluator:
     file = checkpoint_path(path)
     weights, header = read_safetensors(file, FORMAT)
     try:
-        metadata = json.loads(header["facts"])
+        metadata = parsed_json(header["facts"])
         classifier = Classifier(ClassifierSpec(**metadata["spec"]))
         expected = {f"{WEIGHT_PREFIX}{name}": tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
         width = classifier.spec.features
@@ -51,7 +52,7 @@ def load_evaluator(path: str | Path) -> Evaluator:
             raise InputError("it holds values that are not finite")
         real = Gaussian(*(weights[name].double().numpy() for name in (MEAN, COVARIANCE)))
         facts = _facts(metadata, classifier.spec, real)
-    except (InputError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (InputError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path}: does not describe a classifier: {error}", "make one with `elit-export train-classifier`"
         ) from error

@@ -33,6 +33,7 @@ from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.request import call_sizes
 from elit_export.runtime.samplers import sampler_named
 from elit_export.spec import Budget
+from elit_export.spec.limits import STEPS
 from elit_export.verify.metrics import difference
 
 OnImages = Callable[..., None]  # called with (label, evaluations done, total=evaluations of this pipeline)
@@ -56,7 +57,7 @@ class SamplerConfig:
         sampler = sampler_named(name)
         if sampler.uses_noise:
             raise InputError(f"way {text!r}: {name} draws noise at every step, so rows could not be compared")
-        return cls(sampler.name, int(steps))
+        return cls(sampler.name, STEPS.whole(steps, f"way {name}: steps"))
 
     @property
     def calls(self) -> int:

@@ -26,6 +26,7 @@ from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
 from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.runtime.timegrid import warp
 from elit_export.spec import Budget, ModelSpec
+from elit_export.spec.limits import STEPS
 
 Accepts = tuple[str, tuple[type, ...]]  # what an option may be, in words and in types
 INTEGER: Accepts = "a whole number", (int, np.integer)
@@ -108,6 +109,7 @@ class SamplingOptions:
             value, (words, types) = getattr(self, name), each.accepts
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 raise InputError(f"{name} must be {words}, not {value!r}")
+        STEPS.check(int(self.steps), "steps")
         interval = self.guidance_interval
         if interval is None:
             return

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from elit_export.errors import InputError
-from elit_export.spec import Budget, ModelSpec
+from elit_export.spec import Budget, ModelSpec, limits
 
 ScheduleLike = str | int | Budget | Sequence[Budget]
-STEPS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?")
+STEPS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
 TIMES = re.compile(r"(\d*\.\d*)-(\d*\.\d*)")
 
 
@@ -57,7 +57,9 @@ def _step_ranges(entries: Sequence[tuple[str, str]], steps: int, spec: ModelSpec
     for range_, name in entries:
         match = STEPS.fullmatch(range_)
         assert match
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (
+            limits.STEPS.whole(end, f"schedule range {range_[:40]}") for end in (match[1], match[2] or match[1])
+        )
         if first > last:
             raise InputError(f"schedule range {range_} runs backwards")
         if last >= steps:

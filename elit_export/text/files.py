@@ -14,13 +14,15 @@ import numpy as np
 
 from elit_export.arrays import HostArray
 from elit_export.bundle.atomic import atomic_write
-from elit_export.bundle.readers import PlainArraysError, plain_arrays
+from elit_export.bundle.readers import GIB, PlainArraysError, array_names, plain_arrays
 from elit_export.errors import InputError
 from elit_export.runtime.prompts import Embedded, Prompts, as_float32
 
 NEGATIVE = "negative_"
 TEXTS = ("prompts", "negative_prompts")
-KNOWN = ("text", "mask", "negative_text", "negative_mask", *TEXTS)
+ARRAYS = ("text", "mask", "negative_text", "negative_mask")
+KNOWN = (*ARRAYS, *TEXTS)
+EMBEDDINGS_BYTES = 4 * GIB  # 290 prompts of 1,024 tokens, 3,584 numbers each, in float32
 REMEDY = "write it with elit-export embed FOLDER --prompt TEXT --out FILE.npz, or by numpy.savez(FILE, text=…, mask=…)"
 
 
@@ -39,17 +41,18 @@ def save_prompts(path: Path, prompts: Prompts, *, texts: Sequence[str] = (), neg
 def load_prompts(path: Path) -> Prompts:
     """Read embeddings; raises InputError. Whether they are those of a model, `Prompts.checked` says."""
     arrays = _read(path)
-    if unknown := sorted(set(arrays) - set(KNOWN)):
-        raise InputError(f"{path}: holds {unknown[0]!r}; known: {', '.join(KNOWN)}")
     has_negative = any(NEGATIVE + name in arrays for name in ("text", "mask"))
     return Prompts(_embedded(path, arrays, ""), _embedded(path, arrays, NEGATIVE) if has_negative else None)
 
 
 def _read(path: Path) -> dict[str, HostArray]:
-    if not path.is_file():
-        raise InputError(f"no embeddings at {path}", REMEDY)
     try:
-        return plain_arrays(path)
+        names = array_names(path, what="the embeddings", error=InputError)
+        if unknown := sorted(set(names) - set(KNOWN)):
+            raise InputError(f"{path}: holds {unknown[0]!r}; known: {', '.join(KNOWN)}", REMEDY)
+        return plain_arrays(path, ARRAYS, what="the embeddings", error=InputError, limit_bytes=EMBEDDINGS_BYTES)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(f"no embeddings at {path}", REMEDY) from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except PlainArraysError as error:

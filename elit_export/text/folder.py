@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elit_export.bundle.readers import read_json_object
-from elit_export.checkpoints.hf_folder import CONFIG, part_folder, shards_of
+from elit_export.bundle.readers import check_folder, read_json_object
+from elit_export.checkpoints.hf_folder import CONFIG, check_numbers, part_folder, shards_of
 from elit_export.errors import CheckpointError, InputError
 from elit_export.spec import ModelSpec
+from elit_export.spec.limits import BLOCKS, HEADS, VOCABULARY, WIDTH
 
+# Of a configuration, as transformers calls them.
+NUMBER_LIMITS = {
+    **dict.fromkeys(("num_hidden_layers", "depth"), BLOCKS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), HEADS),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "head_dim", "out_hidden_size"), WIDTH),
+    "vocab_size": VOCABULARY,
+}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -83,6 +91,7 @@ def read_encoder(folder: str | Path) -> EncoderFolder:
     """
     path = part_folder(Path(folder), ENCODER_PART, "text encoder", REMEDY)
     config = read_json_object(path / CONFIG)
+    check_numbers(path / CONFIG, config, NUMBER_LIMITS)
     kind = _kind(path, config)
     width = _width(path, config)
     _check_weights(path, kind)
@@ -131,6 +140,7 @@ def _tokenizer_path(encoder: Path) -> Path:
     places = (encoder, encoder.resolve().parent / TOKENIZER_PART)
     for path in places:
         if any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES):
+            check_folder(path, what="the tokenizer", error=CheckpointError)
             return path
     wanted = " or ".join(" and ".join(names) for names in TOKENIZER_FILES)
     raise CheckpointError(

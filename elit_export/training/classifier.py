@@ -16,6 +16,7 @@ from torch import Tensor
 from elit_export.errors import InputError
 from elit_export.evaluate.classifier import Classifier, initialise
 from elit_export.evaluate.statistics import ClassifierSpec, EvaluatorFacts, Gaussian, baselines, check_halves, share_of
+from elit_export.spec.limits import BATCH, TRAINING_STEPS
 from elit_export.training.data import LabelledImages
 from elit_export.training.trainer import epoch_batch, generator_for
 
@@ -37,6 +38,8 @@ class ClassifierConfig:
         for name, minimum in (("steps", 1), ("batch_size", 1), ("seed", 0)):
             if getattr(self, name) < minimum:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least {minimum}")
+        TRAINING_STEPS.check(self.steps, "steps")
+        BATCH.check(self.batch_size, "batch_size")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}, must be positive")
 

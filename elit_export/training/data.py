@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from zlib import error as ZlibError
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from elit_export.arrays import Int64, Pixels
+from elit_export.bundle.readers import GIB, MIB, read_bytes, read_gzipped
 from elit_export.errors import InputError
+from elit_export.spec.limits import DATA_BYTES
 
 Bytes = Pixels
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+UNREAD_SUFFIXES = {".gif", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg"}  # images that are not read
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # 8-bit grey and colour
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for damage
 IDX_UBYTE = 0x08
-GZIP_MAGIC = b"\x1f\x8b"
+IDX_BYTES = 2 * GIB  # that are read at once; MNIST has 47 MB
+IMAGE_BYTES = 256 * MIB
 IDX_SPLITS = {"train": "train", "test": "t10k"}  # what IDX data sets call them
 
 
@@ -60,7 +66,9 @@ def load_images(folder: Path, *, split: str, size: int, class_names: Sequence[st
     labels_file = _idx_file(folder, f"{prefix}-labels-idx1-ubyte")
     if labels_file is None:
         raise InputError(f"{folder}: {idx.name} has no {prefix}-labels-idx1-ubyte beside it")
-    images = np.stack([_fitted(Image.fromarray(image), size) for image in read_idx(idx, dims=3)])
+    raw = read_idx(idx, dims=3)
+    _check_memory(folder, len(raw), 1, size)
+    images = np.stack([_fitted(Image.fromarray(image), size) for image in raw])
     labels = read_idx(labels_file, dims=1).astype(np.int64)
     if len(images) != len(labels):
         raise InputError(f"{folder}: {len(images)} images but {len(labels)} labels")
@@ -77,22 +85,29 @@ def has_split(folder: Path, split: str) -> bool:
 
 
 def _idx_file(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
 
 
 def read_idx(path: Path, *, dims: int) -> Bytes:
     """An IDX file of bytes (LeCun's format, gzipped or not) with `dims` axes."""
+    head_bytes, shape = 4 + 4 * dims, list[int]()
+
+    def needed(head: bytes) -> int:
+        if len(head) < head_bytes or head[:4] != bytes((0, 0, IDX_UBYTE, dims)):
+            raise InputError(f"{path}: not an IDX file of bytes with {dims} axes", "download it again")
+        shape[:] = np.frombuffer(head, ">u4", count=dims, offset=4).tolist()
+        if math.prod(shape) > IDX_BYTES:
+            raise InputError(f"{path}: says shape {tuple(shape)}, {IDX_BYTES:,} bytes are the most", "split it")
+        return head_bytes + math.prod(shape)
+
     try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if raw.startswith(GZIP_MAGIC) else raw
-    except (OSError, EOFError, ZlibError) as error:
-        raise InputError(f"{path}: unreadable: {error}") from error
-    if len(content) < 4 + 4 * dims or content[:4] != bytes((0, 0, IDX_UBYTE, dims)):
-        raise InputError(f"{path}: not an IDX file of bytes with {dims} axes")
-    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", count=dims, offset=4))
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * dims)
-    if values.size != np.prod(shape) or not values.size:
-        raise InputError(f"{path}: says shape {shape}, but holds {values.size} bytes")
+        content = read_gzipped(path, what="IDX data", error=InputError, needed=needed, head_bytes=head_bytes)
+    except OSError as error:
+        raise InputError(f"{path}: unreadable: {error}", "download it again") from error
+    values = np.frombuffer(content, np.uint8, offset=head_bytes)
+    if values.size != math.prod(shape) or not values.size:
+        more = "more" if values.size > math.prod(shape) else str(values.size)
+        raise InputError(f"{path}: says shape {tuple(shape)}, but holds {more} bytes", "download it again")
     return values.reshape(shape)
 
 
@@ -113,7 +128,8 @@ def _load_class_folders(folder: Path, size: int, class_names: Sequence[str]) -> 
         raise InputError(f"{folder}: neither IDX files nor folders of images, one per class")
     files = [(path, label) for label, name in enumerate(names) for path in found.get(name, ())]
     mode = "L" if all(_mode(path) == "L" for path, _ in files) else "RGB"
-    images = np.stack([_fitted(_opened(path).convert(mode), size) for path, _ in files])
+    _check_memory(folder, len(files), len(mode), size)
+    images = np.stack([_fitted(_shown(_opened(path)).convert(mode), size) for path, _ in files])
     return LabelledImages(images, np.array([label for _, label in files], np.int64), tuple(names))
 
 
@@ -123,28 +139,61 @@ def _class_folders(folder: Path) -> list[Path]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+    """Raises InputError for an image of a kind that is not read, which would be missed in silence."""
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        if path.suffix.lower() in UNREAD_SUFFIXES:
+            raise InputError(f"{path}: {path.suffix} files are not read", "convert it to PNG, or move it elsewhere")
+    return [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def _check_memory(folder: Path, count: int, channels: int, size: int) -> None:
+    """Raise InputError for more bytes than are held in memory."""
+    DATA_BYTES.check(count * channels * size * size, f"{folder}: {count} images of {size}x{size}")
 
 
 def _mode(path: Path) -> str:
     """Raises InputError for pixels that are not 8-bit grey or colour: conversion would clip them."""
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-    except IMAGE_ERRORS as error:
-        raise InputError(f"{path}: not a readable image: {error}") from error
-    if mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
-        raise InputError(f"{path}: pixels of mode {mode}; only 8-bit grey and colour images are read")
+    with _named(path), _parsed(path) as image:
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise InputError(f"{path}: a TIFF of several pages", "save each as a file of its own")
+        mode = image.mode
+    if mode not in MODES:
+        raise InputError(
+            f"{path}: pixels of mode {mode}; only 8-bit grey and colour images are read", "convert it to 8 bits"
+        )
     return mode
 
 
 def _opened(path: Path) -> Image.Image:
+    with _named(path), _parsed(path) as image:
+        image.load()
+        return image
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise InputError for what Pillow raises of damaged files."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        yield
+    except InputError:
+        raise
     except IMAGE_ERRORS as error:
-        raise InputError(f"{path}: not a readable image: {error}") from error
+        raise InputError(f"{path}: not a readable image: {error}", "replace it or move it elsewhere") from error
+
+
+def _parsed(path: Path) -> Image.Image:
+    """An image whose pixels are not decoded yet."""
+    return Image.open(io.BytesIO(read_bytes(path, what="an image", error=InputError, limit_bytes=IMAGE_BYTES)))
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    """As a viewer shows it on black: upright by its orientation tag, without the colours of transparent pixels."""
+    upright = ImageOps.exif_transpose(image)
+    if not upright.has_transparency_data:
+        return upright
+    clear = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", clear.size, (0, 0, 0, 255)), clear)
 
 
 def _fitted(image: Image.Image, size: int) -> Bytes:  # → (C, size, size)

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.readers import check_saved_by_torch
 from elit_export.errors import CheckpointError, InputError
 from elit_export.models.elit import initialise
 from elit_export.models.registry import new_model
 from elit_export.spec import DataFacts, ModelSpec, listed
+from elit_export.spec.limits import BATCH, BUDGETS, TRAINING_STEPS
 from elit_export.training.data import LabelledImages
 
 STATE_FORMAT = "elit_export training state/1"
 STATE_PARTS = {"run", "step", "model", "ema", "optimizer"}
 BETAS = (0.9, 0.999)
 CLIP_NORM = 1.0
+CONFIG_LIMITS = {"steps": TRAINING_STEPS, "batch_size": BATCH, "warmup_steps": TRAINING_STEPS, "min_kept": BUDGETS}
 # Values of spec fields that a state of an older version does not have.
 DEFAULTS = {field.name: field.default for field in fields(ModelSpec) if field.default is not MISSING}
 
@@ -55,6 +58,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "warmup_steps", "min_kept"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, must be at least 1")
+        for name, limit in CONFIG_LIMITS.items():
+            limit.check(getattr(self, name), name)
         if self.seed < 0:
             raise InputError(f"seed is {self.seed}, must not be negative")
         for name in ("ema_decay", "label_dropout", "full_share"):
@@ -210,6 +215,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Continue from a saved state; raises CheckpointError if it is damaged or of another run."""
+        check_saved_by_torch(path, error=CheckpointError)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:

@@ -147,10 +147,13 @@ def load_reference(bundle: Bundle, reference: Reference) -> Arrays:
 
 def load_reference_file(folder: Path) -> Arrays:
     """Read the outputs from an artifact whose hash was checked."""
-    try:
-        return plain_arrays(folder / REFERENCE_FILE)
+    path = folder / REFERENCE_FILE
+    try:  # a build compresses nothing
+        return plain_arrays(
+            path, lambda _: True, what="the reference", error=BundleError, limit_bytes=path.stat().st_size
+        )
     except (OSError, PlainArraysError) as error:
-        raise BundleError(f"{folder / REFERENCE_FILE}: unreadable: {error}") from error
+        raise BundleError(f"{path}: unreadable: {error}", "copy the bundle again, or build it again") from error
 
 
 def case_of(reference: Reference, index: int, arrays: Arrays, spec: ModelSpec) -> tuple[Arrays, Arrays]:

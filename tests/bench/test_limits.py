@@ -32,10 +32,16 @@ def test_a_negative_number_counts_from_the_end() -> None:
     ]
 
 
-@pytest.mark.parametrize("content", ["", "{}", '[{"metrik": "switching"}]', '[{"metric": "a", "min": "x"}]'])
+@pytest.mark.parametrize("content", ["null", "{}", '[{"metrik": "switching"}]', '[{"metric": "a", "min": "x"}]'])
 def test_a_file_that_is_no_list_of_bars_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "limits.json").write_text(content)
     with pytest.raises(InputError, match="not a list of limits"):
+        load_limits(tmp_path / "limits.json")
+
+
+def test_a_file_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "limits.json").write_text("")
+    with pytest.raises(InputError, match=r"not JSON: .*; copy or write the limits again"):
         load_limits(tmp_path / "limits.json")
 
 

@@ -256,11 +256,14 @@ def test_a_missing_recipe_is_named(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-@pytest.mark.parametrize("content", [b"name: mine", b"name = ", b"\xff\xfe\x00"])
-def test_what_is_not_toml_is_refused_with_the_file(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(b"name: mine", "not TOML"), (b"name = ", "not TOML"), (b"\xff\xfe\x00", "not text in UTF-8")],
+)
+def test_what_is_not_toml_is_refused_with_the_file(tmp_path: Path, content: bytes, problem: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
-    with pytest.raises(RecipeError, match=re.escape(f"{path}: not TOML")):
+    with pytest.raises(RecipeError, match=re.escape(f"{path}: {problem}")):
         load_recipe(path)
 
 

@@ -13,9 +13,11 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -458,15 +460,50 @@ class Renamed(argparse.Namespace):
     [
         (types.SimpleNamespace(encoder_depth=1), "types.SimpleNamespace"),
         (Renamed(encoder_depth=1), "Renamed"),
-        (namespace(encoder_depth=1, data=Path("data")), "Path"),
+        (namespace(encoder_depth=1, clock=datetime.now(UTC)), "datetime"),
     ],
 )
 def test_an_object_of_another_class_is_refused_by_name(
     qknorm: Golden, tmp_path: Path, args: object, named: str
 ) -> None:
     path = qknorm.save_pt(tmp_path / "a.pt", args=args)
-    with pytest.raises(CheckpointError, match=f"refused, because .*{named}.*only tensors, plain values and argparse"):
+    told = rf"refused, because .*{named}.*only tensors, plain values and argparse.*torch\.save\(.*--num-heads N, --head"
+    with pytest.raises(CheckpointError, match=told):
         load_checkpoint(path, tail_depth=2)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"encoder_depth": 1},
+        namespace(encoder_depth=1, data=Path("data"), rate=np.float64(1e-4), name=np.str_("x"), flag=np.bool_(True)),
+        namespace(encoder_depth=np.int64(1)),
+        {"encoder_depth": np.int32(1), "model": None},
+    ],
+    ids=["a table", "paths and numbers of NumPy", "a depth of NumPy", "a table of NumPy"],
+)
+def test_args_of_other_programs_are_read(qknorm: Golden, tmp_path: Path, args: object) -> None:
+    model = load_checkpoint(qknorm.save_pt(tmp_path / "a.pt", args=args), tail_depth=2)
+    assert model.spec == load_checkpoint(qknorm.save_pt(tmp_path / "b.pt"), tail_depth=2).spec
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_wrapped_models_are_unwrapped_and_said(
+    qknorm: Golden, tmp_path: Path, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in qknorm.ema.items()}
+    torch.save({"ema": wrapped, "args": namespace(encoder_depth=1)}, tmp_path / "a.pt")
+    model = load_checkpoint(tmp_path / "a.pt", tail_depth=2).state_dict()
+    assert re.search(r"left out (module\.|_orig_mod\.) before the names", caplog.text)
+    plain = load_checkpoint(qknorm.save_pt(tmp_path / "b.pt"), tail_depth=2).state_dict()
+    assert all(torch.equal(model[name], tensor) for name, tensor in plain.items())
+
+
+def test_a_wrapped_and_a_plain_model_in_one_are_refused(qknorm: Golden, tmp_path: Path) -> None:
+    both = qknorm.ema | {f"module.{name}": tensor for name, tensor in qknorm.ema.items()}
+    torch.save({"ema": both, "args": namespace(encoder_depth=1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"holds tensors twice.*save one of the two models"):
+        load_checkpoint(tmp_path / "a.pt", tail_depth=2)
 
 
 def test_a_refusal_does_not_advise_to_read_the_file_unsafely(qknorm: Golden, tmp_path: Path) -> None:

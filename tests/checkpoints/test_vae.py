@@ -185,7 +185,7 @@ def test_pickled_weights_are_refused_with_the_reason(kl4: Path) -> None:
     [
         ("scaling_factor", float("nan"), "scaling_factor is nan, must be a finite number"),
         ("scaling_factor", float("inf"), "scaling_factor is inf, must be a finite number"),
-        ("scaling_factor", 10**400, r"scaling_factor is 10+, must be a finite number"),
+        ("scaling_factor", 10**400, "not JSON: a whole number of more than 128 bits"),
         ("scaling_factor", None, "scaling_factor is None, must be a finite number"),
         ("scaling_factor", 0, "scaling_factor is 0, must be positive; latents are divided by it"),
         ("scaling_factor", -0.18215, "scaling_factor is -0.18215, must be positive; latents are divided by it"),
@@ -193,7 +193,7 @@ def test_pickled_weights_are_refused_with_the_reason(kl4: Path) -> None:
         ("latent_channels", True, "latent_channels is True, must be a whole number"),
         ("latent_channels", 0, "latent_channels is 0, must be a whole number of at least 1"),
         ("out_channels", 4, "out_channels is 4: images have 1 or 3 channels"),
-        ("block_out_channels", [8] * 20, "a latent would be 524288 pixels wide, at most 64 are known"),
+        ("block_out_channels", [8] * 20, "the number of pixels along a latent is 524,288, at most 64"),
         ("block_out_channels", [], r"block_out_channels is \[\], must be a list"),
         ("latents_mean", [0.0] * 4, "latents_mean is given: of this class only latents of one scaling_factor"),
         ("latents_std", [1.0] * 4, "latents_std is given"),

@@ -39,7 +39,7 @@ from tests.spec.refusals import wrong_refusals
 BAD = ("-1", "-0.1", "nan", "inf", "-inf", "1e999")
 thresholds = st.floats(0, allow_nan=False, allow_infinity=False)
 rules = st.one_of(
-    st.builds(Every, st.integers(1, 999_999)),
+    st.builds(Every, st.integers(1, 9_999)),
     st.builds(Mask, st.lists(st.booleans(), min_size=1, max_size=40).map(tuple)),
     st.builds(TimeDistance, thresholds),
     st.builds(TeaCache, thresholds),
@@ -155,7 +155,7 @@ def test_a_mask_may_lie_in_a_file(tmp_path: Path) -> None:
         (b"", "one digit a step"),
         (b"10x1", "one digit a step"),
         (b"1012", "one digit a step"),
-        ("1001\N{ARABIC-INDIC DIGIT ONE}".encode(), "not text"),
+        ("1001\N{ARABIC-INDIC DIGIT ONE}".encode(), "a mask is one digit a step"),
         (b"\xff\x00", "not text"),
         (None, "No such file"),
     ],

@@ -236,12 +236,20 @@ def test_a_wrong_magic_number_is_refused(idx: Path, magic: bytes) -> None:
         load_images(idx, split="train", size=28)
 
 
-@pytest.mark.parametrize("shape", [(95, 28, 28), (96, 28, 29), (0, 28, 28), (2**32 - 1, 2**32 - 1, 2**32 - 1)])
-def test_a_shape_that_does_not_fit_the_bytes_is_refused(idx: Path, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "told"),
+    [
+        ((95, 28, 28), "but holds more bytes; download it again"),
+        ((96, 28, 29), "but holds 75264 bytes; download it again"),
+        ((0, 28, 28), "but holds more bytes; download it again"),
+        ((2**32 - 1, 2**32 - 1, 2**32 - 1), "2,147,483,648 bytes are the most; split it"),
+    ],
+)
+def test_a_shape_that_does_not_fit_the_bytes_is_refused(idx: Path, shape: tuple[int, int, int], told: str) -> None:
     path = idx / TRAIN_IMAGES
     content = path.read_bytes()
     path.write_bytes(content[:4] + struct.pack(">3I", *shape) + content[16:])
-    with pytest.raises(InputError, match=rf"says shape \({shape[0]}, {shape[1]}, {shape[2]}\), but holds 75264 bytes"):
+    with pytest.raises(InputError, match=rf"says shape \({shape[0]}, {shape[1]}, {shape[2]}\), {told}"):
         load_images(idx, split="train", size=28)
 
 
@@ -307,3 +315,73 @@ def test_a_file_that_is_no_readable_image_is_named(fashion: LabelledImages, tmp_
     (tmp_path / "class 0" / "broken.png").write_bytes(content)
     with pytest.raises(InputError, match=r"broken\.png: not a readable image"):
         load_images(tmp_path, split="train", size=28)
+
+
+# ---------------------------------------------------------------- images as a viewer shows them
+
+
+def in_class(folder: Path, name: str, image: Image.Image, **options: object) -> Path:
+    path = folder / "class" / name
+    path.parent.mkdir(exist_ok=True)
+    image.save(path, **options)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright_by_their_orientation_tag(tmp_path: Path, suffix: str, orientation: int) -> None:
+    """As a viewer shows it the upper half is white, and of that the left half grey."""
+    shown = np.zeros((16, 16), np.uint8)
+    shown[:8], shown[:8, :8] = 255, 128
+    stored = {
+        1: shown,
+        2: shown[:, ::-1],
+        3: shown[::-1, ::-1],
+        4: shown[::-1],
+        5: shown.T,
+        6: np.rot90(shown),
+        7: shown[::-1, ::-1].T,
+        8: np.rot90(shown, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    in_class(tmp_path, f"a.{suffix}", Image.fromarray(stored.copy()).convert("RGB"), exif=exif)
+    found = load_images(tmp_path, split="train", size=16).images[0, 0].astype(int)
+    assert np.abs(found - shown).max() < 60, found
+
+
+def test_transparent_pixels_are_black_whatever_colour_they_hide(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    pixels[..., 0] = 255  # red that is never seen
+    pixels[4:12, 4:12] = (0, 200, 0, 255)
+    pixels[4:12, 4:8, 3] = 127
+    in_class(tmp_path, "rgba.png", Image.fromarray(pixels))
+    in_class(tmp_path, "la.png", Image.fromarray(pixels).convert("LA"))
+    palette = Image.fromarray(np.zeros((16, 16), np.uint8), "L").convert("P")
+    palette.putpalette([255, 0, 0] * 256)
+    in_class(tmp_path, "p.png", palette, transparency=0)
+    grey, mapped, coloured = load_images(tmp_path, split="train", size=16).images
+    assert coloured[:, 0, 0].tolist() == grey[:, 0, 0].tolist() == [0, 0, 0]
+    assert not mapped.any()
+    assert coloured[:, 5, 10].tolist() == [0, 200, 0]
+    assert abs(int(coloured[1, 5, 5]) - 100) <= 1
+
+
+def test_tiff_files_are_images(tmp_path: Path, fashion: LabelledImages) -> None:
+    for index, suffix in enumerate(("tif", "TIFF")):
+        in_class(tmp_path, f"{index}.{suffix}", Image.fromarray(fashion.images[index, 0]))
+    assert np.array_equal(load_images(tmp_path, split="train", size=28).images, fashion.images[:2])
+
+
+def test_a_tiff_of_several_pages_is_refused(tmp_path: Path) -> None:
+    page = Image.new("L", (4, 4))
+    in_class(tmp_path, "a.tiff", page, save_all=True, append_images=[page])
+    with pytest.raises(InputError, match="a TIFF of several pages; save each as a file of its own"):
+        load_images(tmp_path, split="train", size=4)
+
+
+def test_images_of_kinds_that_are_not_read_are_refused_and_not_passed_over(tmp_path: Path) -> None:
+    in_class(tmp_path, "a.png", Image.new("L", (4, 4)))
+    (tmp_path / "class" / "b.HEIC").write_bytes(b"")
+    with pytest.raises(InputError, match=r"b\.HEIC: \.HEIC files are not read; convert it to PNG"):
+        load_images(tmp_path, split="train", size=4)

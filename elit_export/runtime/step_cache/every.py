@@ -8,6 +8,7 @@ from typing import Self
 
 from elit_export.errors import InputError
 from elit_export.runtime.step_cache.base import IsDue, Rule, RuleText, TimeChanges
+from elit_export.spec.limits import STEPS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Every(Rule):
 
     @classmethod
     def parse(cls, text: RuleText) -> Self | None:
-        return cls(int(text.value)) if re.fullmatch(r"\d{1,6}", text.value) else None
+        is_number = re.fullmatch(r"\d+", text.value, re.ASCII)
+        return cls(STEPS.whole(text.value, f"cache {text.policy!r}: N")) if is_number else None
 
     @property
     def max_skip(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from elit_export.bundle.readers import read_text
 from elit_export.errors import InputError
 from elit_export.runtime.step_cache.base import IsDue, Rule, RuleText, TimeChanges
 
@@ -44,8 +45,10 @@ def mask_from_file(text: RuleText) -> Mask | None:
     if not text.value:
         return None
     try:
-        digits = Path(text.value).read_text(encoding="ascii")
-    except (OSError, ValueError) as error:  # no such file, no text, no name of a file
-        reason = error.strerror if isinstance(error, OSError) else "not text"
+        digits = read_text(Path(text.value), what="a mask", error=InputError)
+    except InputError as error:
+        raise InputError(f"cache {text.policy!r}: {error.problem}", error.remedy) from error
+    except (OSError, ValueError) as error:  # no such file, no name of a file
+        reason = error.strerror if isinstance(error, OSError) else "not the name of a file"
         raise text.refusal(f"no mask there ({reason}); use {text.usage}") from error
     return Mask.parse(replace(text, value="".join(digits.split())))
