@@ -8,10 +8,12 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from elit_export.arrays import Arrays, Int64
+from elit_export.arrays import Arrays, Int64, refuse_masked
 from elit_export.errors import InputError
+from elit_export.runtime.labels import label_named
 from elit_export.runtime.prompts import Prompts
 from elit_export.spec import DataFacts, ModelSpec, Range
+from elit_export.spec.limits import IMAGES
 
 
 class Conditioning(Protocol):
@@ -111,6 +113,9 @@ def as_conditioning(given: LabelsLike, spec: ModelSpec, data: DataFacts) -> Cond
 
 
 def _checked_labels(given: Sequence[int | str], spec: ModelSpec, data: DataFacts) -> tuple[int, ...]:
+    refuse_masked(given, "labels")
+    if hasattr(given, "__len__"):
+        IMAGES.check(len(given), "the number of labels")
     if isinstance(given, list | tuple):
         given = [label_named(label, data) if isinstance(label, str) else label for label in given]
     try:
@@ -125,15 +130,6 @@ def _checked_labels(given: Sequence[int | str], spec: ModelSpec, data: DataFacts
             f"label {wrong} is out of range: classes are 0 to {spec.num_classes - 1}, {spec.null_class} means no class"
         )
     return tuple(y.tolist())
-
-
-def label_named(name: str, data: DataFacts, known_forms: str = "a number") -> int:
-    """The label of a class, whatever the case of its letters; raises InputError, which tells what else it may be."""
-    names = [known.lower() for known in data.class_names]
-    if name.lower() not in names:
-        known = f"; class names: {', '.join(data.class_names)}" if names else ""
-        raise InputError(f"label {name!r} is neither {known_forms} nor a class name{known}")
-    return names.index(name.lower())
 
 
 def numbered(spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Labels | Prompts:

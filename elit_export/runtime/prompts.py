@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from elit_export.arrays import Arrays, HostArray, Int64
+from elit_export.arrays import Arrays, HostArray, Int64, refuse_masked
 from elit_export.errors import InputError, summary
 from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec, Range
 
@@ -154,6 +154,7 @@ def _noise(spec: ModelSpec, numbers: Sequence[int], tokens: int, kind: int) -> E
 
 def _numbers(values: object, what: str, kinds: str) -> HostArray:
     """An array of one of NumPy's `kinds` of numbers; raises InputError."""
+    refuse_masked(values, what)
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors of other libraries

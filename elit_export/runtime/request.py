@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.arrays import Arrays, Float64, HostArray
+from elit_export.arrays import Arrays, Float64, HostArray, refuse_masked
 from elit_export.errors import InputError
 from elit_export.runtime.conditioning import Conditioning
 from elit_export.runtime.coverage import Coverage
@@ -108,6 +108,7 @@ def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> 
 
 def finite_array(values: npt.ArrayLike, name: str) -> Float64:
     """Numbers as float64; raises InputError for anything else."""
+    refuse_masked(values, name)
     try:
         array = np.array(values, np.float64)
     except (ValueError, TypeError) as error:
