@@ -13,6 +13,7 @@ import warnings
 import click
 
 from elit_export.cli.groups import Commands, Deferred
+from elit_export.cli.printable import PrintableFormatter, printable
 
 # command → the first sentence of its help
 COMMANDS = {
@@ -36,7 +37,7 @@ COMMANDS = {
 
 def _plain_warning(message: Warning | str, *_: object, **__: object) -> str:
     """Leave out the file and the line, which are of this package."""
-    return f"warning: {message}\n"
+    return f"warning: {printable(str(message))}\n"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -46,9 +47,9 @@ def main() -> None:
     from rich.logging import RichHandler
 
     warnings.formatwarning = _plain_warning
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False, show_time=False)]
-    )
+    handler = RichHandler(show_path=False, show_time=False)
+    handler.setFormatter(PrintableFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 for name, short_help in COMMANDS.items():

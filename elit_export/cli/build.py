@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, INTERFACE_OPTION, build_progress, progress_bar, say, show
+from elit_export.cli.common import FILE, FOLDER, INTERFACE_OPTION, NAME, build_progress, progress_bar, say, show
 from elit_export.cli.tables.inspect import inspection_tables
 
 DEFAULT_BUILD_FOLDER = Path("engines/build")
@@ -16,7 +16,7 @@ DEFAULT_BUILD_FOLDER = Path("engines/build")
 @click.argument("recipe", type=FILE)
 @click.option("--target", help="Which [targets.NAME]; needed if the recipe has several.")
 @click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
-@click.option("--checkpoint", help="In place of the recipe's checkpoint: a file, or a folder of diffusers.")
+@click.option("--checkpoint", type=NAME, help="In place of the recipe's checkpoint: a file, or a folder of diffusers.")
 @INTERFACE_OPTION
 @click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
 def build(
@@ -29,10 +29,11 @@ def build(
 ) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
     from elit_export.bundle.recipe import load_recipe
-    from elit_export.compiler.build import NOTHING_CHANGED, compile_bundle
-    from elit_export.report.inspection import bundle_facts
 
     loaded = load_recipe(recipe)
+    from elit_export.compiler.build import NOTHING_CHANGED, compile_bundle  # torch, when the recipe is right
+    from elit_export.report.inspection import bundle_facts
+
     folder = out or DEFAULT_BUILD_FOLDER / loaded.name
     stages: list[str] = []
     with progress_bar() as progress:

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, Count, progress_bar, say, show, write_json
 from elit_export.cli.prompts import EMBEDDED, prompts_in
 from elit_export.errors import BundleError
 from elit_export.runtime.options import SamplingOptions
-from elit_export.spec import QUANTIZED, STEP, Precision
+from elit_export.spec import QUANTIZED, STEP, Precision, limits
 
 if TYPE_CHECKING:
     from elit_export.bundle.manifest import CacheCalibration
     from elit_export.bundle.reading import Bundle
-
-COUNT = click.IntRange(min=1)
 
 
 @click.group()
@@ -27,12 +25,20 @@ def calibrate() -> None:
 
 @calibrate.command("cache")
 @click.argument("bundle", type=FOLDER)
-@click.option("--images", type=COUNT, default=64, show_default=True, help="Seeds, each with a label of its own.")
-@click.option("--steps", type=COUNT, multiple=True, default=(10, 25, 60), show_default=True, help="May be repeated.")
+@click.option(
+    "--images",
+    type=Count(limits.TRAJECTORIES),
+    default=64,
+    show_default=True,
+    help="Seeds, each with a label of its own.",
+)
+@click.option(
+    "--steps", type=Count(limits.STEPS), multiple=True, default=(10, 25, 60), show_default=True, help="May be repeated."
+)
 @click.option("--budget", "budgets", multiple=True, help="May be repeated.  [default: the named ones that are covered]")
 @click.option("--guidance", multiple=True, default=("cfg:2",), show_default=True, help="none or cfg; may be repeated.")
 @click.option("--seed", default=SamplingOptions.seed, show_default=True)
-@click.option("--rows", type=COUNT, default=4, show_default=True, help="Images at once; cfg doubles them.")
+@click.option("--rows", type=Count(limits.ROWS), default=4, show_default=True, help="Images at once; cfg doubles them.")
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
@@ -136,12 +142,13 @@ def calibrate_sensitivity(
     """
     from elit_export.bundle.calibration_inputs import load_inputs
     from elit_export.bundle.reading import Bundle
-    from elit_export.calibrate.sensitivity import sensitivities, sensitivity_count
     from elit_export.cli.tables.calibration import sensitivity_facts, sensitivity_table
 
     opened = Bundle.open(bundle)
     model, graph = opened.manifest.model, stored_graph(opened)
     prompts, samples = prompts_in(file, model.spec), load_inputs(samples_file, model.spec, model.checkpoint_sha256)
+    from elit_export.calibrate.sensitivity import sensitivities, sensitivity_count  # torch, when the files are right
+
     with progress_bar() as progress:
         found = sensitivities(graph, model.spec, model.data, Precision(precision), samples, prompts)
         total = sensitivity_count(model.spec)

@@ -5,34 +5,86 @@ from __future__ import annotations
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from elit_export.bundle.atomic import write_text
+from elit_export.cli.printable import printable
 from elit_export.errors import InputError
+from elit_export.spec.limits import Bound
 
 if TYPE_CHECKING:
     from elit_export.bench.limits import Limit
     from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
 
-FOLDER = click.Path(file_okay=False, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
+
+class NamedPath(click.Path):
+    """A path that is not empty: the empty one would be the working folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(_named(self, value, param, ctx), param, ctx)
+
+
+class NamedText(click.types.StringParamType):
+    """Text that names something, and is not empty."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return _named(self, value, param, ctx)
+
+
+def _named(kind: Any, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    if not str(value) or "\0" in str(value):
+        kind.fail("it is empty or no name; give one, or leave the option out", param, ctx)
+    return value
+
+
+class Count(click.IntRange):
+    """A whole number of one and more, up to a Bound, whose reason is told where it is passed."""
+
+    def __init__(self, limit: Bound) -> None:
+        super().__init__(min=1, max=int(limit.most))
+        self.limit = limit
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = click.INT.convert(value, param, ctx)
+        if problem := self.limit.problem(number, "it"):
+            self.fail(problem, param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FOLDER = NamedPath(file_okay=False, path_type=Path)
+FILE = NamedPath(dir_okay=False, path_type=Path)
+NAME = NamedText()
 
 
 PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
 
 
 def progress_bar() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=PrintableConsole(stderr=True))
+
+
+class PrintableConsole(Console):
+    """Shows the text of cells and titles as it is, without markup in it, and never obeys it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options | {"markup": False, "emoji": False})
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Whatever text is made of; what moves the cursor for progress bars is no text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 @contextmanager
@@ -63,7 +115,7 @@ def build_progress(progress: Progress) -> Callable[[str, float], None]:
 
 def show(*tables: Table, json_to: str | None = None) -> None:
     """Print for people: on standard error where the JSON goes to standard output."""
-    console = Console(stderr=json_to == "-")
+    console = PrintableConsole(stderr=json_to == "-")
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     for made in tables:
@@ -72,7 +124,12 @@ def show(*tables: Table, json_to: str | None = None) -> None:
 
 def say(text: str, *, json_to: str | None = None) -> None:
     """One plain line for people: no markup, no wrapping."""
-    click.echo(text, err=json_to == "-")
+    click.echo(printable(text), err=json_to == "-")
+
+
+def complain(text: str) -> None:
+    """One plain line on standard error."""
+    click.echo(printable(text), err=True)
 
 
 def say_accepted(bundle: Bundle, plan_set: PlanSet, *, json_to: str | None = None) -> None:
@@ -116,7 +173,7 @@ def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
 
 
 INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")
-JSON_OPTION = click.option("--json", "json_to", metavar="FILE|-", help="Write the facts as JSON too.")
+JSON_OPTION = click.option("--json", "json_to", type=NAME, metavar="FILE|-", help="Write the facts as JSON too.")
 CHECK_OPTION = click.option("--check", type=FILE, help="JSON file of limits; status 1 if one does not hold.")
 
 
@@ -134,6 +191,6 @@ def conclude(tables: Sequence[Table], facts: Any, limits: Sequence[Limit], json_
     write_json(facts, json_to)
     missed = misses(limits, facts)
     for line in missed:
-        click.echo(line, err=True)
+        complain(line)
     if missed:
         raise SystemExit(1)

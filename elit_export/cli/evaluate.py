@@ -10,22 +10,21 @@ from typing import TYPE_CHECKING
 import click
 from rich.progress import Progress
 
-from elit_export.cli.common import CHECK_OPTION, FOLDER, JSON_OPTION, conclude, progress_bar, say_accepted
+from elit_export.cli.common import CHECK_OPTION, FOLDER, JSON_OPTION, NAME, Count, conclude, progress_bar, say_accepted
+from elit_export.spec.limits import IMAGES
 
 if TYPE_CHECKING:
     from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
     from elit_export.runtime.pipeline import Pipeline
 
-COUNT = click.IntRange(min=1)
-
 
 @click.command()
 @click.argument("bundle", type=FOLDER)
-@click.option("--images", type=COUNT, default=512, show_default=True, help="Images of each row.")
+@click.option("--images", type=Count(IMAGES), default=512, show_default=True, help="Images of each row.")
 @click.option("--guidance", default="cfg:2", show_default=True)
 @click.option("--way", "ways", multiple=True, metavar="SAMPLER:STEPS", help="[default: euler:50, ab3:14]")
-@click.option("--classifier", metavar="FILE", help="What train-classifier made.  [default: the shipped one]")
+@click.option("--classifier", type=NAME, metavar="FILE", help="What train-classifier made.  [default: the shipped one]")
 @CHECK_OPTION
 @click.option("--target", help="Only this one.  [default: all that can run here]")
 @click.option("--precision", help="Only this one.  [default: all]")
@@ -49,11 +48,12 @@ def evaluate(
     from elit_export.bundle.reading import Bundle
     from elit_export.cli.plan_sets import able_plan_sets
     from elit_export.cli.tables.bench import quality_table
-    from elit_export.evaluate.evaluator import SHIPPED, load_judge
     from elit_export.evaluate.quality import WAYS, Way, quality
 
     limits = load_limits(check) if check else []
     chosen = tuple(Way.parse(way) for way in dict.fromkeys(ways)) or WAYS
+    from elit_export.evaluate.evaluator import SHIPPED, load_judge  # torch, when the options are right
+
     judge = load_judge(classifier or SHIPPED)
     opened = Bundle.open(bundle)
     measured, skipped = able_plan_sets(opened, target, precision)

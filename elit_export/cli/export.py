@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FOLDER, INTERFACE_OPTION, architecture_options, say
+from elit_export.cli.common import FOLDER, INTERFACE_OPTION, NAME, architecture_options, say
 from elit_export.spec import STEP, Precision
 
 PRECISION = click.Choice([precision.value for precision in Precision if not precision.quantized])
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=NAME)
 @click.option("--out", type=FOLDER, required=True, help="Folder for step.onnx and its weights.")
 @click.option("--precision", type=PRECISION, default=Precision.FP32.value, show_default=True)
 @INTERFACE_OPTION

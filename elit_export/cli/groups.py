@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from elit_export.cli.printable import printable
 from elit_export.cli.tools import naming_the_extra
 from elit_export.errors import ElitExportError
 
@@ -40,10 +41,13 @@ class Commands(click.Group):
             with naming_the_extra("this command"):
                 return super().invoke(ctx)
         except ElitExportError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(2)
         except OSError as error:
-            click.echo(f"error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            click.echo(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
+            ctx.exit(2)
+        except MemoryError:
+            click.echo("error: not enough memory; ask for less at once, or take a larger machine", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing half-written was left behind", err=True)

@@ -6,15 +6,24 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import INTERFACE_OPTION, JSON_OPTION, architecture_options, show, write_json
+from elit_export.cli.common import INTERFACE_OPTION, JSON_OPTION, NAME, Count, architecture_options, show, write_json
 from elit_export.cli.tables.inspect import inspection_tables
+from elit_export.spec.limits import SIDE_PIXELS, TEXT
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=NAME)
 @INTERFACE_OPTION
-@click.option("--resolution", type=int, default=256, show_default=True, help="Pixels along a side, of a named model.")
-@click.option("--text", type=int, help="Tokens of a prompt, for FLOPs.  [default: a bundle's usual ones, else 128]")
+@click.option(
+    "--resolution",
+    type=Count(SIDE_PIXELS),
+    default=256,
+    show_default=True,
+    help="Pixels along a side, of a named model.",
+)
+@click.option(
+    "--text", type=Count(TEXT), help="Tokens of a prompt, for FLOPs.  [default: a bundle's usual ones, else 128]"
+)
 @architecture_options
 @JSON_OPTION
 def inspect(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,16 @@ import numpy as np
 
 from elit_export.arrays import Pixels
 from elit_export.bundle.atomic import atomic_write
-from elit_export.cli.common import FILE, FOLDER, progress_bar, say, say_accepted
+from elit_export.cli.common import FILE, FOLDER, Count, progress_bar, say, say_accepted
 from elit_export.cli.prompts import HOW, PromptOptions, prompt_options
 from elit_export.cli.sampling_options import sampling_options
 from elit_export.errors import InputError
-from elit_export.runtime.conditioning import LabelsLike, as_conditioning, kind_of, label_named
+from elit_export.runtime.conditioning import LabelsLike, as_conditioning, kind_of
+from elit_export.runtime.labels import parse_labels
 from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.request import check_calls, prepare
-from elit_export.spec import DataFacts, ModelSpec
+from elit_export.spec.limits import IMAGES
 
 
 @click.command()
@@ -28,7 +28,7 @@ from elit_export.spec import DataFacts, ModelSpec
 @click.option("--labels", default="", help="E.g. 3,3,7 or 0-9 or class names.  [default: the first ten classes]")
 @prompt_options
 @click.option(
-    "--images", type=click.IntRange(min=1), default=1, show_default=True, help="Of each prompt or label, all different."
+    "--images", type=Count(IMAGES), default=1, show_default=True, help="Of each prompt or label, all different."
 )
 @sampling_options
 @click.option("--target", help="Needed if the bundle has several.")
@@ -65,6 +65,7 @@ def sample(
         described.refuse_for_classes()
         shown = parse_labels(labels, model.spec, model.data)
     once = as_conditioning(shown, model.spec, model.data)
+    IMAGES.check(len(once) * images, "the number of images, --images of each label or prompt,")
     check_calls(coverage, resolved, len(once) * images, once.tokens, once.null_tokens)  # before it is repeated
     request = prepare(model.spec, coverage, once.repeated(images), resolved)
     with Pipeline.of(opened, plan_set) as pipeline:
@@ -93,22 +94,6 @@ def save_grid(images: Pixels, path: Path) -> None:
     zoom = zoom_of(images, 2)
     with atomic_write(path) as temporary:
         grid([images[i : i + 10] for i in range(0, len(images), 10)], zoom=zoom).save(temporary)
-
-
-def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
-    """`3,3,7`, `0-9`, class names, or nothing for the first ten classes; raises InputError."""
-    if not text:
-        return list(range(min(10, spec.num_classes)))
-    names = {name.lower() for name in data.class_names}
-    labels: list[int] = []
-    for part in (part.strip() for part in text.split(",")):
-        match = None if part.lower() in names else re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first <= last:  # of what is out of range one label is enough to be refused
-            labels += range(first, last + 1) if last <= spec.null_class else [last]
-        else:
-            labels.append(label_named(part, data, "a number, a range like 0-9"))
-    return labels
 
 
 def refuse_labels(labels: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,19 +11,21 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FOLDER, progress_bar, show, stop_requested, write_json
+from elit_export.cli.common import FOLDER, Count, complain, progress_bar, say, show, stop_requested, write_json
 from elit_export.cli.tables.inspect import table
+from elit_export.errors import InputError
 from elit_export.models.registry import OF_CLASSES, backbone_named
-from elit_export.spec import QK_NORM_KINDS, RELEASED_BACKBONE, DataFacts, ModelSpec
-
-POSITIVE = click.IntRange(min=1)
+from elit_export.spec import QK_NORM_KINDS, RELEASED_BACKBONE, DataFacts, ModelSpec, limits
 
 
 def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, int, int]:
     parts = value.split("-")
-    if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+    if len(parts) != 3 or not all(re.fullmatch(r"\d+", part, re.ASCII) for part in parts):
         raise click.BadParameter(f"{value!r} is not HEAD-CORE-TAIL, e.g. 1-8-1")
-    head, core, tail = (int(part) for part in parts)
+    try:
+        head, core, tail = (limits.BLOCKS.whole(part, "a part of it") for part in parts)
+    except InputError as error:
+        raise click.BadParameter(str(error)) from error
     return head, core, tail
 
 
@@ -31,29 +34,43 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 @click.option("--out", type=FOLDER, required=True, help="Folder for state.pt, model.safetensors and train.jsonl.")
 @click.option(
     "--size",
-    type=POSITIVE,
+    type=Count(limits.SIDE),
     default=32,
     show_default=True,
     help="Image side; data is padded or cropped to it.",
 )
-@click.option("--patch", type=POSITIVE, default=4, show_default=True)
-@click.option("--group", type=POSITIVE, default=4, show_default=True, help="Group side in tokens; its square is J.")
-@click.option("--width", type=POSITIVE, default=128, show_default=True)
-@click.option("--heads", type=POSITIVE, default=4, show_default=True)
+@click.option("--patch", type=Count(limits.SIDE), default=4, show_default=True)
+@click.option(
+    "--group",
+    type=Count(limits.GROUP_SIDE),
+    default=4,
+    show_default=True,
+    help="Group side in tokens; its square is J.",
+)
+@click.option("--width", type=Count(limits.WIDTH), default=128, show_default=True)
+@click.option("--heads", type=Count(limits.HEADS), default=4, show_default=True)
 @click.option("--split", default="1-8-1", show_default=True, callback=parse_split, help="Blocks HEAD-CORE-TAIL.")
 @click.option("--backbone", type=click.Choice(OF_CLASSES), default=RELEASED_BACKBONE, show_default=True)
 @click.option("--rope", is_flag=True, help="Turn queries and keys by their 2-D positions.")
 @click.option("--qk-norm", type=click.Choice(["none", *QK_NORM_KINDS]), default="none", show_default=True)
-@click.option("--steps", type=POSITIVE, default=4500, show_default=True)
-@click.option("--batch-size", type=POSITIVE, default=128, show_default=True)
+@click.option("--steps", type=Count(limits.TRAINING_STEPS), default=4500, show_default=True)
+@click.option("--batch-size", type=Count(limits.BATCH), default=128, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
-@click.option("--warmup-steps", type=POSITIVE, default=200, show_default=True)
+@click.option("--warmup-steps", type=Count(limits.TRAINING_STEPS), default=200, show_default=True)
 @click.option("--ema-decay", default=0.999, show_default=True)
 @click.option("--label-dropout", default=0.1, show_default=True)
-@click.option("--min-kept", type=POSITIVE, default=1, show_default=True, help="Smallest number of latents drawn.")
+@click.option(
+    "--min-kept", type=Count(limits.BUDGETS), default=1, show_default=True, help="Smallest number of latents drawn."
+)
 @click.option("--full-share", default=0.25, show_default=True, help="Share of steps at the full budget.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--save-every", type=POSITIVE, default=200, show_default=True, help="Steps between two saved states.")
+@click.option(
+    "--save-every",
+    type=Count(limits.TRAINING_STEPS),
+    default=200,
+    show_default=True,
+    help="Steps between two saved states.",
+)
 @click.option("--class-names", default="", help="Comma-separated, for IDX data.")
 @click.option("--half", is_flag=True, help="Store the final weights as float16.")
 def train(
@@ -78,14 +95,16 @@ def train(
 
     Held-out images (IDX t10k, or a folder test/) give the velocity error at every budget.
     """
-    import torch
-
-    from elit_export.checkpoints.native import load_checkpoint, save_checkpoint
     from elit_export.training.data import has_split, load_images
-    from elit_export.training.trainer import TrainConfig, Trainer
 
     names = [name.strip() for name in class_names.split(",") if name.strip()]
     images = load_images(data, split="train", size=size, class_names=names)
+    import torch  # takes seconds, of which refused data costs none
+
+    from elit_export.checkpoints.native import load_checkpoint, save_checkpoint
+    from elit_export.cost.params import parameters
+    from elit_export.training.trainer import TrainConfig, Trainer
+
     head, core, tail = split
     shape = {"input_size": size, "patch_size": patch, "group_size": group, "hidden_size": width, "num_heads": heads}
     spec = ModelSpec(
@@ -102,13 +121,14 @@ def train(
         **shape,
         **backbone_named(backbone).fields(core),
     )
+    limits.TRAINED_PARAMETERS.check(parameters(spec).total, "the size of this model")
     facts = DataFacts(kind="pixels", class_names=images.class_names)
     trainer, state = Trainer(spec, facts, images, TrainConfig(**choices)), out / "state.pt"
     resume(trainer, state)
     run_training(trainer, state, save_every)
     weights = out / "model.safetensors"
     save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
-    click.echo(f"wrote {weights}")
+    say(f"wrote {weights}")
     if has_split(data, "test"):
         held_out = load_images(data, split="test", size=size, class_names=images.class_names)
         report_held_out(load_checkpoint(weights), held_out, out / "held_out.json")
@@ -120,7 +140,7 @@ def resume(trainer: Any, state: Path) -> None:
         stale.unlink()
     if state.exists():
         trainer.resume(state)
-        click.echo(f"resumed at step {trainer.step}")
+        say(f"resumed at step {trainer.step}")
 
 
 def run_training(trainer: Any, state: Path, save_every: int) -> None:
@@ -138,7 +158,7 @@ def run_training(trainer: Any, state: Path, save_every: int) -> None:
             if stop:
                 break
     if stop:
-        click.echo(f"interrupted at step {trainer.step}; {state} is saved, run the same command to go on", err=True)
+        complain(f"interrupted at step {trainer.step}; {state} is saved, run the same command to go on")
         sys.exit(130)
 
 

@@ -9,22 +9,33 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, progress_bar, say, show, write_json
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, Count, progress_bar, say, show, write_json
 from elit_export.errors import InputError
-
-POSITIVE = click.IntRange(min=1)
+from elit_export.spec import limits
 
 
 @click.command("train-classifier")
 @click.argument("data", type=FOLDER)
 @click.option("--out", type=FILE, required=True, help="The .safetensors file to write.")
 @click.option(
-    "--size", type=POSITIVE, default=32, show_default=True, help="Image side; data is padded or cropped to it."
+    "--size",
+    type=Count(limits.SIDE),
+    default=32,
+    show_default=True,
+    help="Image side; data is padded or cropped to it.",
 )
-@click.option("--width", type=POSITIVE, default=32, show_default=True, help="Channels of the first layer.")
-@click.option("--features", type=POSITIVE, default=48, show_default=True, help="Numbers before the last layer, to 64.")
-@click.option("--steps", type=POSITIVE, default=5600, show_default=True)
-@click.option("--batch-size", type=POSITIVE, default=64, show_default=True)
+@click.option(
+    "--width", type=Count(limits.FEATURES), default=32, show_default=True, help="Channels of the first layer."
+)
+@click.option(
+    "--features",
+    type=Count(limits.FEATURES),
+    default=48,
+    show_default=True,
+    help="Numbers before the last layer, to 64.",
+)
+@click.option("--steps", type=Count(limits.TRAINING_STEPS), default=5600, show_default=True)
+@click.option("--batch-size", type=Count(limits.BATCH), default=64, show_default=True)
 @click.option("--learning-rate", default=2e-3, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--class-names", default="", help="Comma-separated, for IDX data.")

@@ -12,6 +12,8 @@ from elit_export.cli.common import (
     FOLDER,
     INTERFACE_OPTION,
     JSON_OPTION,
+    NAME,
+    complain,
     progress_bar,
     refuse_alone,
     say,
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=FOLDER)
-@click.option("--checkpoint", help="Compare with PyTorch live instead of with its stored answers.")
+@click.option("--checkpoint", type=NAME, help="Compare with PyTorch live instead of with its stored answers.")
 @INTERFACE_OPTION
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
@@ -73,7 +75,7 @@ def verify(
     if any(not comparison.met for comparison in found) and plan_set.accepted:
         say(f"below tolerance, accepted by the recipe: {plan_set.accepted}", json_to=json_to)
     for comparison in missed:
-        click.echo(comparison.verdict, err=True)
+        complain(comparison.verdict)
     if missed:
         if bisect:
             say_first_departure(opened, plan_set, missed[0])
@@ -88,6 +90,6 @@ def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -
         with naming_the_extra("this"):
             from elit_export.verify.bisect import bisect
 
-            click.echo(str(bisect(bundle, plan_set, case=missed.case or 0)), err=True)
+            complain(str(bisect(bundle, plan_set, case=missed.case or 0)))
     except (ElitExportError, OSError) as error:
-        click.echo(f"cannot bisect: {error}", err=True)
+        complain(f"cannot bisect: {error}")

@@ -342,8 +342,8 @@ def test_bench_refuses_the_checkpoint_of_another_model(tiny_bundle: Bundle, tmp_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["engines", "--rounds", "0"], "0 is not in the range x>=1"),
-        (["engines", "--rows", "0"], "0 is not in the range x>=1"),
+        (["engines", "--rounds", "0"], "0 is not in the range 1<=x<="),
+        (["engines", "--rows", "0"], "0 is not in the range 1<=x<="),
         (["engines", "--rows", "9"], "choose other --rows"),
         (["engines", "--guidance", "cfg:4"], "No such option"),  # it would measure cfg:2
         (["samplers", "--plot", "p.png"], "No such option"),
@@ -489,7 +489,7 @@ def test_brackets_in_a_path_are_printed_as_they_are(tiny_bundle: Bundle, tmp_pat
     assert str(out) in ok("sample", tiny_bundle.folder, "--steps", "1", "--out", out)
 
 
-@pytest.mark.parametrize("labels", ["5-2", "²", "1--2", "-1"])
+@pytest.mark.parametrize("labels", ["²", "1--2", "-1"])
 def test_odd_labels_are_refused(tiny_bundle: Bundle, labels: str) -> None:
     assert "is neither a number" in refused("sample", tiny_bundle.folder, f"--labels={labels}")
 
@@ -543,7 +543,7 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_interrupted_sampling_leaves_no_file(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
     out = tmp_path / "s.png"
-    process = start("sample", golden_g4_bundle.folder, "--out", out, "--steps", "1000000", "--labels", "1")
+    process = start("sample", golden_g4_bundle.folder, "--out", out, "--steps", "10000", "--labels", "1")
     assert process.stderr is not None
     time.sleep(4)  # well inside the million steps, well after the start
     process.send_signal(signal.SIGINT)

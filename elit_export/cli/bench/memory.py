@@ -7,8 +7,9 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.bench.options import BUNDLE, COUNT, chosen, opened_pipeline
-from elit_export.cli.common import CHECK_OPTION, JSON_OPTION, TARGET_OPTIONS, conclude, progress_bar
+from elit_export.cli.bench.options import BUNDLE, chosen, opened_pipeline
+from elit_export.cli.common import CHECK_OPTION, JSON_OPTION, TARGET_OPTIONS, Count, conclude, progress_bar
+from elit_export.spec import limits
 
 
 @click.command()
@@ -33,7 +34,13 @@ def memory(bundle: Path, check: Path | None, target: str | None, precision: str 
 
 @click.command()
 @BUNDLE
-@click.option("--samplings", type=COUNT, default=10_000, show_default=True, help="Of one image in one or two steps.")
+@click.option(
+    "--samplings",
+    type=Count(limits.SAMPLINGS),
+    default=10_000,
+    show_default=True,
+    help="Of one image in one or two steps.",
+)
 @CHECK_OPTION
 @TARGET_OPTIONS
 @JSON_OPTION

@@ -10,21 +10,27 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress, TaskID
 
-from elit_export.cli.common import FOLDER, say_accepted
+from elit_export.cli.common import FOLDER, NAME, Count, say_accepted
+from elit_export.spec import limits
 
 if TYPE_CHECKING:
     from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
     from elit_export.runtime.pipeline import Pipeline
 
-COUNT = click.IntRange(min=1)
 BUNDLE = click.argument("bundle", type=FOLDER)
-CHECKPOINT_OPTION = click.option("--checkpoint", help="Time PyTorch beside the engines, in turn in this process.")
-ROWS_OPTION = click.option("--rows", type=COUNT, default=8, show_default=True, help="Engine rows per call.")
-ROUNDS_OPTION = click.option(
-    "--rounds", type=COUNT, default=10, show_default=True, help="Measured calls of each, after warm-up."
+CHECKPOINT_OPTION = click.option(
+    "--checkpoint", type=NAME, help="Time PyTorch beside the engines, in turn in this process."
 )
-IMAGES_OPTION = click.option("--images", type=COUNT, default=8, show_default=True, help="Sampled at once.")
+ROWS_OPTION = click.option(
+    "--rows", type=Count(limits.ROWS), default=8, show_default=True, help="Engine rows per call."
+)
+ROUNDS_OPTION = click.option(
+    "--rounds", type=Count(limits.ROUNDS), default=10, show_default=True, help="Measured calls of each, after warm-up."
+)
+IMAGES_OPTION = click.option(
+    "--images", type=Count(limits.IMAGES), default=8, show_default=True, help="Sampled at once."
+)
 GUIDANCE_OPTION = click.option("--guidance", default="none", show_default=True)
 
 

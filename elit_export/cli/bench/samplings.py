@@ -9,7 +9,6 @@ import click
 
 from elit_export.cli.bench.options import (
     BUNDLE,
-    COUNT,
     GUIDANCE_OPTION,
     IMAGES_OPTION,
     ROUNDS_OPTION,
@@ -18,7 +17,8 @@ from elit_export.cli.bench.options import (
     drawer,
     opened_pipeline,
 )
-from elit_export.cli.common import CHECK_OPTION, FILE, JSON_OPTION, TARGET_OPTIONS, conclude, progress_bar
+from elit_export.cli.common import CHECK_OPTION, FILE, JSON_OPTION, TARGET_OPTIONS, Count, conclude, progress_bar
+from elit_export.spec import limits
 
 
 @click.command()
@@ -60,7 +60,9 @@ def samplers(
 @ROUNDS_OPTION
 @click.option("--schedule", default="full", show_default=True, help="t ranges fit every step count.")
 @GUIDANCE_OPTION
-@click.option("--fine-steps", type=COUNT, default=100, show_default=True, help="Heun's, of the reference solution.")
+@click.option(
+    "--fine-steps", type=Count(limits.STEPS), default=100, show_default=True, help="Heun's, of the reference solution."
+)
 @click.option("--plot", type=FILE, help="Draw error against time into a PNG.")
 @CHECK_OPTION
 @TARGET_OPTIONS
