@@ -5,6 +5,7 @@ A backend's `build.py` offers Builders, its `engine.py` EngineLoaders. Both take
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from elit_export.arrays import Arrays, HostArray
+from elit_export.backends.process import ProcessBound
 from elit_export.errors import EngineError
 from elit_export.spec import GraphSpec, Profile
 
@@ -174,22 +176,50 @@ class HostOutput:
         return self._values
 
 
-class LateEngine(Engine):
-    """An engine that its first call opens, with whatever that raises; if it fails, the next call tries again."""
+class OpenedEngine(ProcessBound, Engine):
+    """An engine over what a library opened in this process: the base of every backend's own.
 
-    def __init__(self, opener: Callable[[], Engine]) -> None:
-        self._opener = opener
-        self._opened: Engine | None = None
+    Closed once, and used no more. In a child made by fork it refuses calls, and closing it leaves it as it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
         self._closed = False
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        self.check_process()
         if self._closed:
-            raise EngineError("this engine is closed")
+            raise EngineError("this engine is closed", "load the pipeline again")
+        return self._run(inputs)
+
+    def close(self) -> None:
+        if self.is_foreign or self._closed:
+            return
+        self._closed = True
+        self._release()
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """What a call gives."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free what the library holds."""
+
+
+class LateEngine(OpenedEngine):
+    """An engine that its first call opens, with whatever that raises; if it fails, the next call tries again."""
+
+    def __init__(self, opener: Callable[[], Engine]) -> None:
+        super().__init__()
+        self._opener = opener
+        self._opened: Engine | None = None
+
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         self._opened = self._opened or self._opener()
         return self._opened(inputs)
 
-    def close(self) -> None:
-        self._closed = True
+    def _release(self) -> None:
         if self._opened:
             self._opened.close()
 

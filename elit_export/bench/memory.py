@@ -6,15 +6,14 @@ Only Linux reports it. The processes are spawned, so a script that calls this ne
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
 from elit_export.arrays import HostArray
+from elit_export.bench.processes import in_own_process
 from elit_export.bench.timing import resident_bytes
 from elit_export.bundle.manifest import PlanSet, ProfileFacts, ReferenceCase
 from elit_export.bundle.reading import Bundle
@@ -58,15 +57,14 @@ def _is_reported(plan_set: PlanSet) -> bool:
 
 
 def _measure_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[ProfileFacts]) -> int:
-    partial_set = plan_set.model_copy(update={"profiles": tuple(profiles)})
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as processes:
-        try:
-            return processes.submit(held_bytes, folder, partial_set).result()
-        except BrokenProcessPool as error:
-            raise EngineError(
-                f"a process that opened the engines of {folder} to measure their memory died; "
-                f"is there memory for a second copy of them?"
-            ) from error
+    part = plan_set.model_copy(update={"profiles": tuple(profiles)})
+    try:
+        return in_own_process(held_bytes, folder, part)
+    except BrokenProcessPool as error:
+        raise EngineError(
+            f"a process that opened the engines of {folder} to measure their memory died; "
+            f"is there memory for a second copy of them?"
+        ) from error
 
 
 def held_bytes(folder: Path, plan_set: PlanSet) -> int:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from elit_export.arrays import Float32, Float64, HostArray
+from elit_export.backends.process import ProcessBound
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.errors import EngineError
 from elit_export.runtime.coverage import Coverage
@@ -34,10 +35,11 @@ class Served(NamedTuple):
     text: int
 
 
-class EngineBank:
+class EngineBank(ProcessBound):
     """Engines of one model and precision, chosen by budget. Owns them: close it, or use it in `with`.
 
-    One call at a time: a lock makes a bank safe to share between threads and pipelines.
+    One call at a time: a lock makes a bank safe to share between threads and pipelines. In a child made by fork it
+    refuses calls, and closing it does nothing: the lock may be that of a thread that is not there.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class EngineBank:
 
         `decoder` makes pixels of VAE latents.
         """
+        super().__init__()
         self.slots = tuple(slots)
         self.cache = dict(cache or {})
         self.decoder = decoder
@@ -116,6 +119,7 @@ class EngineBank:
         return to_host(outputs["pixels"])
 
     def _run(self, engine: Engine, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        self.check_process()
         with self._lock:
             if self._closed:
                 raise EngineError("this engine bank is closed; load the pipeline again")
@@ -123,6 +127,8 @@ class EngineBank:
 
     def close(self) -> None:
         """Close every engine once, after a call in progress."""
+        if self.is_foreign:
+            return
         with self._lock:
             if self._closed:
                 return

@@ -34,6 +34,7 @@ from elit_export.verify.cases import cache_inputs, fused_inputs, trajectory_rows
 from elit_export.verify.metrics import difference
 from elit_export.verify.reference import torch_engine, torch_pipeline
 from elit_export.verify.tolerances import TOLERANCES
+from tests.backends.test_process import needs_fork, said_by_workers
 from tests.conftest import openvino_recipe
 from tests.helpers import calibrate, fit_of, tiny_model
 
@@ -300,6 +301,11 @@ def test_threads_and_hint_are_those_of_the_recipe(openvino_bundle: Bundle, opene
         assert isinstance(engine, openvino_engine.OpenVinoEngine)
         compiled = engine._request.get_compiled_model()
         assert "THROUGHPUT" in str(compiled.get_property("PERFORMANCE_HINT")).upper()
+
+
+@needs_fork
+def test_workers_forked_after_loading_end(openvino_bundle: Bundle) -> None:
+    assert said_by_workers(openvino_bundle.folder, "ov-fp32") == ["closes 0", "ends 0", "calls 0"]
 
 
 # ---------------------------------------------------------------- what is refused when running

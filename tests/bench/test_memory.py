@@ -47,7 +47,7 @@ def with_own_plans(folder: Path, plan_set: PlanSet) -> PlanSet:
 
 def test_a_system_that_does_not_tell_starts_no_process(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resident_bytes", lambda: None)
-    monkeypatch.delattr(module, "ProcessPoolExecutor")
+    monkeypatch.delattr(module, "in_own_process")
     plan_set = tiny_bundle.manifest.plan_sets[0]
     assert bank_memory(tiny_bundle.folder, plan_set) is bank_bytes(tiny_bundle.folder, plan_set) is None
 

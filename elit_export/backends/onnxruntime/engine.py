@@ -12,7 +12,7 @@ import onnxruntime as ort
 
 from elit_export.arrays import HostArray
 from elit_export.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeTarget
-from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, PlanFile, PlanOrigin
+from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin
 from elit_export.backends.versions import version_numbers
 from elit_export.errors import BackendUnavailable, BundleError, EngineError, summary
 from elit_export.spec import GraphSpec
@@ -85,7 +85,7 @@ def _check_version(built: str) -> None:
         )
 
 
-class OnnxRuntimeEngine(Engine):
+class OnnxRuntimeEngine(OpenedEngine):
     """One inference session. `threads = 0` uses all cores; `device` is "cpu" or "cuda".
 
     Raises BackendUnavailable if the device's provider is not there: ONNX Runtime itself would
@@ -97,6 +97,7 @@ class OnnxRuntimeEngine(Engine):
     def __init__(
         self, plan: Path, *, device: str, threads: int, graph: GraphSpec | None = None, as_written: bool = False
     ) -> None:
+        super().__init__()
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise BackendUnavailable(f"this onnxruntime has no {provider}", "elit-export doctor says what to do")
@@ -118,7 +119,7 @@ class OnnxRuntimeEngine(Engine):
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._on_host = graph.on_host if graph else frozenset(self._outputs)
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         binding = self._session.io_binding()
         for name, array in inputs.items():
             self._bind_input(binding, name, array)
@@ -140,8 +141,8 @@ class OnnxRuntimeEngine(Engine):
             host = array if isinstance(array, np.ndarray) else array.numpy()
             binding.bind_cpu_input(name, np.ascontiguousarray(host))
 
-    def close(self) -> None:
-        self.__dict__.pop("_session", None)
+    def _release(self) -> None:
+        del self._session
 
 
 class OrtArray(DeviceArray):

@@ -13,7 +13,16 @@ import openvino as ov
 from elit_export.arrays import HostArray
 from elit_export.backends.openvino.cpu import cpu_features
 from elit_export.backends.openvino.options import DEVICE, OpenVinoTarget
-from elit_export.backends.protocols import Array, Engine, EngineLoader, HostOutput, PlanFile, PlanOrigin, to_host
+from elit_export.backends.protocols import (
+    Array,
+    Engine,
+    EngineLoader,
+    HostOutput,
+    OpenedEngine,
+    PlanFile,
+    PlanOrigin,
+    to_host,
+)
 from elit_export.errors import BundleError, EngineError, summary
 from elit_export.spec import GraphSpec
 
@@ -85,10 +94,11 @@ def _rebuild(target: OpenVinoTarget) -> str:
     return f"build it again here: elit-export build RECIPE --target TARGET --out BUNDLE{inputs}"
 
 
-class OpenVinoEngine(Engine):
+class OpenVinoEngine(OpenedEngine):
     """One compiled model with one request; raises EngineError if the library opens it in another arithmetic."""
 
     def __init__(self, plan: Path, properties: Mapping[str, Any], graph: GraphSpec) -> None:
+        super().__init__()
         try:
             compiled = ov.Core().import_model(plan.read_bytes(), DEVICE, dict(properties))
         except RuntimeError as error:  # what the library raises
@@ -102,7 +112,7 @@ class OpenVinoEngine(Engine):
         self._outputs = [output.any_name for output in compiled.outputs]
         self._on_host = graph.on_host
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         if inputs.keys() != self._inputs:  # what is left out would be what the call before gave
             raise EngineError(f"openvino takes {', '.join(sorted(self._inputs))}, not {', '.join(sorted(inputs))}")
         try:
@@ -115,8 +125,8 @@ class OpenVinoEngine(Engine):
     def _output(self, name: str, values: HostArray) -> Array:
         return values if name in self._on_host else HostOutput(values)
 
-    def close(self) -> None:
-        self.__dict__.pop("_request", None)
+    def _release(self) -> None:
+        del self._request
 
 
 LOADERS: dict[str, EngineLoader] = {"openvino": OpenVinoLoader()}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from elit_export.arrays import HostArray
-from elit_export.backends.protocols import Array, Engine, EngineLoader, PlanFile, PlanOrigin, to_host
+from elit_export.backends.protocols import Array, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin, to_host
 from elit_export.backends.tensorrt import cuda as cuda_layer
 from elit_export.backends.tensorrt.memory import Device, DeviceBuffer
 from elit_export.backends.tensorrt.opened import OpenedPlan
@@ -131,15 +131,16 @@ class Port:
     pinned: HostArray
 
 
-class TensorRTEngine(Engine):
+class TensorRTEngine(OpenedEngine):
     """One profile of a plan. `scratch` is the activation memory (address, bytes) that the bank's engines share.
 
     With CUDA graphs, the second call in a row with the same shapes captures, and the next ones replay.
     """
 
     def __init__(self, device: Device, plan: OpenedPlan, index: int, scratch: tuple[int, int]) -> None:
+        super().__init__()
         self._device, self._plan = device, plan
-        self._closed = self._warm = False
+        self._warm = False
         self._graph: int | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._context: Any = None
@@ -153,9 +154,7 @@ class TensorRTEngine(Engine):
             self._inputs, self._outputs = self._ports(index)
             undo.pop_all()
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        if self._closed:
-            raise EngineError("this engine is closed")
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         if inputs.keys() != self._inputs.keys():
             raise EngineError(f"this engine takes {', '.join(self._inputs)}, not {', '.join(inputs)}")
         arrays = {name: self._near(port, inputs[name]) for name, port in self._inputs.items()}
@@ -163,7 +162,7 @@ class TensorRTEngine(Engine):
             self._set_shapes({name: tuple(array.shape) for name, array in arrays.items()})
             for name, array in arrays.items():
                 self._feed(self._inputs[name], array)
-            self._run()
+            self._launch()
             outputs = {port.name: self._fetch(port) for port in self._outputs}
             self._device.wait()
             return {name: array.copy() if isinstance(array, np.ndarray) else array for name, array in outputs.items()}
@@ -228,7 +227,7 @@ class TensorRTEngine(Engine):
 
     # ------------------------------------------------------------ launching
 
-    def _run(self) -> None:
+    def _launch(self) -> None:
         if self._graph is None and self._plan.captures and self._warm:
             self._graph = self._captured()
         if self._graph is not None:
@@ -262,11 +261,8 @@ class TensorRTEngine(Engine):
 
     # ------------------------------------------------------------ closing
 
-    def close(self) -> None:
+    def _release(self) -> None:
         """Every step is taken, whatever fails: wait, then graph, context, and with the last engine the device."""
-        if self._closed:
-            return
-        self._closed = True
         with ExitStack() as steps:
             steps.callback(self._device.let_go)
             steps.callback(self._drop_context)

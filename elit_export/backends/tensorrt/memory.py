@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from elit_export.arrays import HostArray
+from elit_export.backends.process import ProcessBound
 from elit_export.backends.protocols import DeviceArray
 from elit_export.backends.tensorrt.cuda import Cuda
 from elit_export.errors import EngineError
 
 
-class Device:
+class Device(ProcessBound):
     """What the engines of a bank share: a stream, memory, opened plans. Closed with the last of them.
 
     The lock is held by whoever uses the stream: what another thread asks of it would end up in a graph
@@ -27,6 +28,7 @@ class Device:
     """
 
     def __init__(self, cuda: Cuda) -> None:
+        super().__init__()
         self.cuda = cuda
         self.lock = threading.Lock()
         self.closed = False
@@ -96,7 +98,8 @@ class DeviceBuffer(DeviceArray):
         return self._shape
 
     def numpy(self) -> HostArray:
-        """A copy on the host; raises EngineError once the bank is closed."""
+        """A copy on the host; raises EngineError once the bank is closed, and in another process."""
+        self.device.check_process()
         values = np.empty(self._shape, self.dtype)
         with self.device.lock:
             if self.device.closed:

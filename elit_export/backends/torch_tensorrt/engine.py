@@ -13,7 +13,7 @@ import torch
 import torch_tensorrt
 
 from elit_export.arrays import HostArray
-from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, PlanFile, PlanOrigin
+from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
 from elit_export.errors import BackendUnavailable, EngineError
 
@@ -47,18 +47,19 @@ class TorchTensorRTLoader:
         return ("", "") if torch.cuda.is_available() else ("torch sees no GPU", "see nvidia-smi")
 
 
-class TorchTensorRTEngine(Engine):
+class TorchTensorRTEngine(OpenedEngine):
     """One saved program on the GPU, whose inputs and outputs come in the order of the graph's."""
 
     def __init__(self, plan: PlanFile) -> None:
+        super().__init__()
         self._graph = plan.graph
-        self._run: Any = torch_tensorrt.load(str(plan.path)).module()
+        self._module: Any = torch_tensorrt.load(str(plan.path)).module()
 
-    def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         tensors = [_on_device(inputs[tensor.name]) for tensor in self._graph.inputs]
         try:
             with torch.inference_mode():
-                found = self._run(*tensors)
+                found = self._module(*tensors)
         except RuntimeError as error:
             raise EngineError(f"torch-tensorrt failed: {error}") from error
         pairs = zip(self._graph.outputs, found if isinstance(found, tuple | list) else (found,), strict=True)
@@ -66,8 +67,8 @@ class TorchTensorRTEngine(Engine):
             spec.name: tensor.cpu().numpy() if spec.on_host else TorchArray(tensor.clone()) for spec, tensor in pairs
         }
 
-    def close(self) -> None:
-        self.__dict__.pop("_run", None)
+    def _release(self) -> None:
+        del self._module
 
 
 class TorchArray(DeviceArray):
