@@ -17,16 +17,18 @@ Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]  # 0 uses all cores
 class InputFormat:
     """What a backend builds from; `graphs.formats` has what writes it.
 
-    `suffix` ends the names of stored graphs. `bounds_rows`: a graph holds the most rows it may be given.
+    `suffix` ends the names of stored graphs. `bounds_rows`: a graph holds the most rows it may be given. `is_program`:
+    opening a graph can run any code that is in it.
     """
 
     name: str
     suffix: str = ""
     bounds_rows: bool = False
+    is_program: bool = False
 
 
 ONNX = InputFormat("onnx")
-PROGRAM = InputFormat("program", suffix="-program", bounds_rows=True)  # of torch.export
+PROGRAM = InputFormat("program", suffix="-program", bounds_rows=True, is_program=True)  # of torch.export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class TargetFacts:
 
     `supports_if`: it can run a graph that chooses inside.
     `casts_weights`: it makes every precision of the fp32 graph itself. `keeps_nodes`: its plans run the nodes of their
-    graph, so that a departure can be traced to one.
+    graph, so that a departure can be traced to one. `plans_are_programs`: opening a plan can run any code in it.
     """
 
     devices: tuple[str, ...]
@@ -44,6 +46,7 @@ class TargetFacts:
     supports_if: bool = True
     casts_weights: bool = False
     keeps_nodes: bool = True
+    plans_are_programs: bool = False
 
     def graph_precision(self, target_precision: Precision, *, exact: bool) -> Precision:
         """The precision of a stored graph: an exact one is never rounded, and some backends cast weights themselves."""
@@ -89,6 +92,11 @@ class Target(BaseModel):
                 f"fused: backend {self.backend} would round what decides too, so that it decides otherwise; "
                 f"use precision fp32 or leave it out"
             )
+
+    @property
+    def plans_are_programs(self) -> bool:
+        """Can opening a plan run any code that is in it? Then only trusted ones are opened."""
+        return self.facts.plans_are_programs
 
     def options(self) -> dict[str, Any]:
         """What the backend adds, as the manifest keeps it."""

@@ -35,7 +35,7 @@ class BankMemory:
         return self.whole_bytes / self.one_bytes
 
 
-def bank_memory(folder: Path, plan_set: PlanSet) -> BankMemory | None:
+def bank_memory(bundle: Bundle, plan_set: PlanSet) -> BankMemory | None:
     """Measure a bank; None where the system does not report memory, and for a device that has its own.
 
     Raises EngineError if a process dies, as one does that runs out of memory.
@@ -43,33 +43,33 @@ def bank_memory(folder: Path, plan_set: PlanSet) -> BankMemory | None:
     if not _is_reported(plan_set):
         return None
     largest = max(plan_set.profiles, key=lambda facts: facts.profile.latents.max)
-    whole, one = (_measure_in_own_process(folder, plan_set, profiles) for profiles in (plan_set.profiles, (largest,)))
+    whole, one = (_measure_in_own_process(bundle, plan_set, profiles) for profiles in (plan_set.profiles, (largest,)))
     return BankMemory(whole, one)
 
 
-def bank_bytes(folder: Path, plan_set: PlanSet) -> int | None:
+def bank_bytes(bundle: Bundle, plan_set: PlanSet) -> int | None:
     """Measure the whole bank alone, as bank_memory does."""
-    return _measure_in_own_process(folder, plan_set, plan_set.profiles) if _is_reported(plan_set) else None
+    return _measure_in_own_process(bundle, plan_set, plan_set.profiles) if _is_reported(plan_set) else None
 
 
 def _is_reported(plan_set: PlanSet) -> bool:
     return resident_bytes() is not None and plan_set.device == "cpu"
 
 
-def _measure_in_own_process(folder: Path, plan_set: PlanSet, profiles: Sequence[ProfileFacts]) -> int:
+def _measure_in_own_process(bundle: Bundle, plan_set: PlanSet, profiles: Sequence[ProfileFacts]) -> int:
     part = plan_set.model_copy(update={"profiles": tuple(profiles)})
     try:
-        return in_own_process(held_bytes, folder, part)
+        return in_own_process(held_bytes, bundle.folder, part, trust=bundle.trust)
     except BrokenProcessPool as error:
         raise EngineError(
-            f"a process that opened the engines of {folder} to measure their memory died; "
+            f"a process that opened the engines of {bundle.folder} to measure their memory died; "
             f"is there memory for a second copy of them?"
         ) from error
 
 
-def held_bytes(folder: Path, plan_set: PlanSet) -> int:
+def held_bytes(folder: Path, plan_set: PlanSet, *, trust: bool) -> int:
     """Measure how much this process grows by opening a plan set's bank and calling every profile once at its opt."""
-    bundle = Bundle.open(folder)
+    bundle = Bundle.open(folder, trust=trust)
     empty = plan_set.model_copy(update={"profiles": ()})
     open_bank(bundle, empty).close()  # loads the library, whose memory is not the bank's
     before = _resident()

@@ -25,14 +25,18 @@ class KeptBundleError(BundleError):
 
 
 class Bundle:
-    """An existing bundle, its manifest read and checked."""
+    """An existing bundle, its manifest read and checked.
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    `trust` opens saved programs that this user did not build here (`bundle.trust`).
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> None:
         self.folder = folder
         self.manifest = manifest
+        self.trust = trust
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
+    def open(cls, folder: str | Path, *, trust: bool = False) -> Self:
         """Read the manifest; raises BundleError if it is missing, unreadable, damaged or of another schema."""
         folder = Path(folder)
         content = manifest_bytes(folder)
@@ -40,7 +44,7 @@ class Bundle:
             raise BundleError(
                 f"no bundle at {folder} (no {MANIFEST})", f"make one: elit-export build RECIPE --out {folder}"
             )
-        return cls(folder, read_manifest(folder / MANIFEST, content))
+        return cls(folder, read_manifest(folder / MANIFEST, content), trust=trust)
 
     def verified(self, artifact: Artifact) -> Path:
         """The folder of an artifact after checking every file's size and hash; raises BundleError."""

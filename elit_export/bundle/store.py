@@ -34,7 +34,6 @@ from elit_export.bundle.reading import (
     read_manifest,
     verified_folder,
 )
-from elit_export.callbacks import noop
 from elit_export.errors import BundleError
 
 Progress = Callable[[str, float], None]
@@ -86,11 +85,13 @@ class Store:
         stage: Stage,
         first: Callable[[], object] = lambda: None,
         beside: Path | None = None,
+        is_program: bool = False,
     ) -> R:
         """The record of what `make` writes into an empty folder, or an earlier one of this key that is still whole.
 
         `first` is called before the stage is reported: what it loads, several stages share. The folder lies in
-        `beside`, where plans of a target share files while they are built.
+        `beside`, where plans of a target share files while they are built. Of a program, the user's list of trusted
+        files gets the hashes.
         """
         if earlier := self.known(record, key):
             return earlier
@@ -99,6 +100,8 @@ class Store:
         with _subfolder(beside, key) if beside else self.staged() as folder:
             made = make(folder)
             artifact = self.adopt(folder, record.KIND, made.name or name)
+        if is_program:
+            remember(artifact)
         return record(artifact=artifact, key=key, **made.fields)
 
     def known(self, record: type[R], key: str) -> R | None:

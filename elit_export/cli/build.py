@@ -6,7 +6,17 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, INTERFACE_OPTION, NAME, build_progress, progress_bar, say, show
+from elit_export.cli.common import (
+    FILE,
+    FOLDER,
+    INTERFACE_OPTION,
+    NAME,
+    TRUST_OPTION,
+    build_progress,
+    progress_bar,
+    say,
+    show,
+)
 from elit_export.cli.tables.inspect import inspection_tables
 
 DEFAULT_BUILD_FOLDER = Path("engines/build")
@@ -19,6 +29,7 @@ DEFAULT_BUILD_FOLDER = Path("engines/build")
 @click.option("--checkpoint", type=NAME, help="In place of the recipe's checkpoint: a file, or a folder of diffusers.")
 @INTERFACE_OPTION
 @click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
+@TRUST_OPTION
 def build(
     recipe: Path,
     target: str | None,
@@ -26,6 +37,7 @@ def build(
     checkpoint: str | None,
     interface: Path | None,
     samples: Path | None,
+    trust: bool,
 ) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
     from elit_export.bundle.recipe import load_recipe
@@ -50,6 +62,7 @@ def build(
             checkpoint=checkpoint,
             interface=interface,
             samples=samples,
+            trust=trust,
             progress=on_stage,
         )
     if stages == [NOTHING_CHANGED]:

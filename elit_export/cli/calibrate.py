@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, Count, progress_bar, say, show, write_json
+from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, TRUST_OPTION, Count, progress_bar, say, show, write_json
 from elit_export.cli.prompts import EMBEDDED, prompts_in
 from elit_export.errors import BundleError
 from elit_export.runtime.options import SamplingOptions
@@ -42,6 +42,7 @@ def calibrate() -> None:
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
+@TRUST_OPTION
 @JSON_OPTION
 def calibrate_cache(
     bundle: Path,
@@ -54,6 +55,7 @@ def calibrate_cache(
     plot: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
@@ -65,7 +67,7 @@ def calibrate_cache(
     if plot is not None:  # before anything is measured, as it needs matplotlib
         from elit_export.report.plots import plot_calibration
     opened = Bundle.open(bundle)  # before its engines: what is measured is of this checkpoint
-    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
+    with Pipeline.load(bundle, target=target, precision=precision, trust=trust) as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
@@ -94,6 +96,7 @@ def advised(calibration: CacheCalibration) -> str:
 @click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
+@TRUST_OPTION
 @JSON_OPTION
 def calibrate_samples(
     bundle: Path,
@@ -102,6 +105,7 @@ def calibrate_samples(
     out: Path,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """Take inputs of the engines along trajectories, on which int8 and fp8 builds are calibrated.
@@ -117,7 +121,7 @@ def calibrate_samples(
     wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
     model = Bundle.open(bundle).manifest.model  # before its engines, as above
     prompts = prompts_in(file, model.spec)
-    with Pipeline.load(bundle, target=target, precision=precision) as pipeline, progress_bar() as progress:
+    with Pipeline.load(bundle, target=target, precision=precision, trust=trust) as pipeline, progress_bar() as progress:
         total = batches(pipeline, wanted)
         parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
         found = taken(parts, pipeline, wanted, model.checkpoint_sha256)

@@ -176,6 +176,10 @@ INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write f
 JSON_OPTION = click.option("--json", "json_to", type=NAME, metavar="FILE|-", help="Write the facts as JSON too.")
 CHECK_OPTION = click.option("--check", type=FILE, help="JSON file of limits; status 1 if one does not hold.")
 
+TRUST_OPTION = click.option(
+    "--trust", is_flag=True, help="Open saved programs, which can run any code, though they were not built here."
+)
+
 
 def TARGET_OPTIONS(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 (used as the options beside it are)
     """Which plan set of a bundle."""

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 import click
 
 from elit_export.bundle.atomic import atomic_write
-from elit_export.cli.common import FOLDER, JSON_OPTION, build_progress, progress_bar, say, show, write_json
+from elit_export.cli.common import (
+    FOLDER,
+    JSON_OPTION,
+    TRUST_OPTION,
+    build_progress,
+    progress_bar,
+    say,
+    show,
+    write_json,
+)
 from elit_export.cli.tables.inspect import table
 from elit_export.cli.tools import naming_the_extra
 from elit_export.errors import InputError
@@ -63,7 +72,7 @@ def build_demo(folder: Path, progress: Progress) -> Pipeline:
     return Pipeline.load(folder / "bundle", target="cpu")
 
 
-def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pipeline:
+def open_demo(bundle: Path, *, target: str | None, precision: str | None, trust: bool = False) -> Pipeline:
     """Open a bundle that is already built; raises InputError if it takes text, or no pictures can be made of it."""
     from elit_export.bundle.reading import Bundle
     from elit_export.runtime.images import DECODER_REMEDY
@@ -74,7 +83,7 @@ def open_demo(bundle: Path, *, target: str | None, precision: str | None) -> Pip
             f"the demo draws classes, and {bundle} takes text",
             f"elit-export sample {bundle} --prompt TEXT --encoder FOLDER, or --prompts FILE.npz",
         )
-    pipeline = Pipeline.load(bundle, target=target, precision=precision)
+    pipeline = Pipeline.load(bundle, target=target, precision=precision, trust=trust)
     if not pipeline.makes_pictures:
         pipeline.close()
         raise InputError(
@@ -132,12 +141,15 @@ def save_picture(rows: list[DemoRow], path: Path) -> None:
 @click.option("--bundle", type=FOLDER, help="Draw from this bundle and build nothing; needs no torch.")
 @click.option("--target", help="Of --bundle; needed if it has several.")
 @click.option("--precision", help="Of --bundle; needed if the target has several.")
+@TRUST_OPTION
 @JSON_OPTION
-def demo(out: Path, bundle: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
+def demo(
+    out: Path, bundle: Path | None, target: str | None, precision: str | None, trust: bool, json_to: str | None
+) -> None:
     """Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them."""
-    if bundle is None and (target or precision):
-        raise InputError("--target and --precision choose from a bundle", "give --bundle BUNDLE too")
-    pipeline = open_demo(bundle, target=target, precision=precision) if bundle else built_demo(out)
+    if bundle is None and (target or precision or trust):
+        raise InputError("--target, --precision and --trust are of a bundle", "give --bundle BUNDLE too")
+    pipeline = open_demo(bundle, target=target, precision=precision, trust=trust) if bundle else built_demo(out)
     with pipeline, progress_bar() as progress:
         ways = demo_ways(pipeline)
         rows = list(progress.track(demo_rows(pipeline, ways), total=len(ways), description="sampling"))

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import click
 from rich.progress import Progress
 
-from elit_export.cli.common import CHECK_OPTION, FOLDER, JSON_OPTION, NAME, Count, conclude, progress_bar, say_accepted
+from elit_export.cli.common import (
+    CHECK_OPTION,
+    FOLDER,
+    JSON_OPTION,
+    NAME,
+    TRUST_OPTION,
+    Count,
+    conclude,
+    progress_bar,
+    say_accepted,
+)
 from elit_export.spec.limits import IMAGES
 
 if TYPE_CHECKING:
@@ -28,6 +38,7 @@ if TYPE_CHECKING:
 @CHECK_OPTION
 @click.option("--target", help="Only this one.  [default: all that can run here]")
 @click.option("--precision", help="Only this one.  [default: all]")
+@TRUST_OPTION
 @JSON_OPTION
 def evaluate(
     bundle: Path,
@@ -38,6 +49,7 @@ def evaluate(
     check: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """Measure the quality of BUNDLE's samples, as a classifier of real images sees it.
@@ -55,7 +67,7 @@ def evaluate(
     from elit_export.evaluate.evaluator import SHIPPED, load_judge  # torch, when the options are right
 
     judge = load_judge(classifier or SHIPPED)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, trust=trust)
     measured, skipped = able_plan_sets(opened, target, precision)
     for plan_set in measured:
         say_accepted(opened, plan_set, json_to=json_to)
@@ -80,7 +92,6 @@ def opened_in_turn(bundle: Bundle, plan_sets: Sequence[PlanSet], progress: Progr
     from elit_export.runtime.pipeline import Pipeline
 
     for plan_set in plan_sets:
-        name = plan_set.precision.value
-        with Pipeline.load(bundle.folder, target=plan_set.target, precision=name) as pipeline:
+        with Pipeline.of(bundle, plan_set) as pipeline:
             progress.add_task("", total=None)
             yield plan_set.target, pipeline

@@ -10,7 +10,7 @@ import numpy as np
 
 from elit_export.arrays import Pixels
 from elit_export.bundle.atomic import atomic_write
-from elit_export.cli.common import FILE, FOLDER, Count, progress_bar, say, say_accepted
+from elit_export.cli.common import FILE, FOLDER, TRUST_OPTION, Count, progress_bar, say, say_accepted
 from elit_export.cli.prompts import HOW, PromptOptions, prompt_options
 from elit_export.cli.sampling_options import sampling_options
 from elit_export.errors import InputError
@@ -33,6 +33,7 @@ from elit_export.spec.limits import IMAGES
 @sampling_options
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
+@TRUST_OPTION
 def sample(
     bundle: Path,
     out: Path,
@@ -42,6 +43,7 @@ def sample(
     options: SamplingOptions,
     target: str | None,
     precision: str | None,
+    trust: bool,
 ) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
     from elit_export.bundle.reading import Bundle
@@ -53,7 +55,7 @@ def sample(
         raise InputError(f"--out {out}: pictures are written as .png")
     arrays = out.with_suffix(".npz")
     described.refuse_to_overwrite(out, arrays)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, trust=trust)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     check_verified(plan_set, opened.folder)
     model, coverage = opened.manifest.model, coverage_of(opened, plan_set)

@@ -13,6 +13,7 @@ from elit_export.cli.common import (
     INTERFACE_OPTION,
     JSON_OPTION,
     NAME,
+    TRUST_OPTION,
     complain,
     progress_bar,
     refuse_alone,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @INTERFACE_OPTION
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
+@TRUST_OPTION
 @click.option("--bisect", is_flag=True, help="After a miss, find where: plan, optimiser, node or graph (needs onnx).")
 @JSON_OPTION
 def verify(
@@ -43,6 +45,7 @@ def verify(
     interface: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     bisect: bool,
     json_to: str | None,
 ) -> None:
@@ -58,7 +61,7 @@ def verify(
     from elit_export.verify.parity import comparisons_of
 
     refuse_alone(interface, checkpoint)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, trust=trust)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     with progress_bar() as progress:
         task = progress.add_task("verifying", total=comparisons_of(plan_set))

@@ -38,16 +38,18 @@ def compile_bundle(
     checkpoint: str | Path | None = None,
     interface: str | Path | None = None,
     samples: str | Path | None = None,
+    trust: bool = False,
     progress: Progress = noop,
 ) -> Bundle:
     """Export, build, verify, and only then make the bundle in `out` real.
 
     `checkpoint` and `interface` take the places of the recipe's. `samples` is the file of `calibrate samples`, which a
-    target in int8 or fp8 needs. What an earlier build made from the same checkpoint, recipe, decoder, samples,
-    libraries, CPU (where plans depend on it) and code stays as it is, and so do plan sets of other targets of the same
-    model. Plans whose device is not here are recorded as never run. `progress` hears each stage that does something
-    and the share done before it, and NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's
-    errors; a failed or interrupted build leaves an earlier bundle as it was.
+    target in int8 or fp8 needs. `trust` lets saved programs be used that somebody else built into `out`. What an
+    earlier build made from the same checkpoint, recipe, decoder, samples, libraries, CPU (where plans depend on it) and
+    code stays as it is, and so do plan sets of other targets of the same model. Plans whose device is not here are
+    recorded as never run. `progress` hears each stage that does something and the share done before it, and
+    NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a failed or interrupted
+    build leaves an earlier bundle as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
@@ -55,7 +57,7 @@ def compile_bundle(
     if path is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint", "give one (--checkpoint FILE)")
     file = Path(samples) if samples else None
-    order = Order(recipe, target, options, str(path), interface or recipe.interface, file)
+    order = Order(recipe, target, options, str(path), interface or recipe.interface, file, trust=trust)
     decoder = order.check(Path(out))  # before anything that takes long
     with writing(Path(out), progress) as store:
         return _build(store, order, decoder)
@@ -71,6 +73,7 @@ class Order:
     checkpoint: str
     interface: str | Path | None
     inputs_file: Path | None
+    trust: bool
 
     def check(self, out: Path) -> DecoderFolder | None:
         """Raise what can be known before a checkpoint is read; gives the recipe's decoder, its configuration read."""
@@ -105,7 +108,7 @@ def _build(store: Store, order: Order, folder: DecoderFolder | None) -> Bundle:
     if inputs:  # before anything is made
         check_covered(inputs, profiles)
     keys = Keys(order.options, key, inputs.sha256 if inputs else "")
-    job = Job(store, order.target, order.options, source, keys, facts, profiles, inputs, order.inputs_file)
+    job = Job(store, order.target, order.options, source, keys, facts, profiles, inputs, order.inputs_file, order.trust)
     decoder = make_decoder(job, folder, order.recipe.decoder) if folder and order.recipe.decoder else None
     reference = make_reference(job)
     graphs = make_graphs(job, reference)
@@ -116,7 +119,8 @@ def _build(store: Store, order: Order, folder: DecoderFolder | None) -> Bundle:
     if before and before.without_parity() == plan_set.without_parity():
         plan_set = before
     draft = _manifest(earlier, facts, key, graphs, plan_set)
-    manifest = _manifest(earlier, facts, key, graphs, verified(job, Bundle(store.folder, draft), plan_set))
+    drafted = Bundle(store.folder, draft, trust=order.trust)
+    manifest = _manifest(earlier, facts, key, graphs, verified(job, drafted, plan_set))
     if manifest == earlier:
         store.progress(NOTHING_CHANGED, 1.0)
         return Bundle(store.folder, manifest)

@@ -79,7 +79,8 @@ def _graph(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> Graph
 
     key = job.keys.decoder_graph(weights.folder.sha256, spec, rows.max)
     name, stage = job.keys.stored_name(spec.graph), Stage(f"export graph {DECODE}", SHARE)
-    return job.store.artifact(Graph, name, key, make, stage=stage, first=weights.decoder)
+    is_program = job.options.facts.input_format.is_program
+    return job.store.artifact(Graph, name, key, make, stage=stage, first=weights.decoder, is_program=is_program)
 
 
 def _answers(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> DecoderAnswers:

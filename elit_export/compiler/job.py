@@ -55,6 +55,7 @@ class Job:
     profiles: tuple[Profile, ...]
     inputs: CalibrationInputs | None
     inputs_file: Path | None
+    trust: bool
 
     @property
     def graph_names(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from elit_export.bundle.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, version
 from elit_export.bundle.manifest import Graph, Parity, Plan, PlanSet, ProfileFacts, Reference
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import Made, Stage
+from elit_export.bundle.trust import check_trusted
 from elit_export.compiler.decoder import BuiltDecoder
 from elit_export.compiler.job import Job
 from elit_export.cost.layers import modules_kept_exact
@@ -85,7 +86,8 @@ def _exported(job: Job, graph: GraphSpec, precision: Precision) -> Graph:
         return Made({"graph": graph.name, "precision": precision, "file": file, "versions": versions})
 
     stage = Stage(f"export graph {graph.name}", GRAPH)
-    return job.store.artifact(Graph, name, job.keys.graph(name), make, stage=stage, first=job.source.model)
+    key, is_program = job.keys.graph(name), job.options.facts.input_format.is_program
+    return job.store.artifact(Graph, name, key, make, stage=stage, first=job.source.model, is_program=is_program)
 
 
 def _quantized(job: Job, graph: GraphSpec, exact: Graph, reference: Reference) -> Graph:
@@ -202,6 +204,8 @@ def _plan(
     what = f"build {', '.join([graph.name, *names])}"
 
     def make(folder: Path) -> Made:
+        if job.options.facts.input_format.is_program:
+            check_trusted(job.store.folder, stored.artifact, trust=job.trust)
         kept = modules_kept_exact(job.facts.spec) if quantizes else ()
         builder = BACKENDS[job.options.backend].builder()
         built = builder.build_plan(
@@ -217,7 +221,10 @@ def _plan(
         return Made({"file": built.file, "versions": built.versions, "built_on": built.built_on}, name)
 
     key = job.keys.plan(stored, profiles, quantizes=quantizes)
-    return job.store.artifact(Plan, graph.name, key, make, stage=Stage(what, before), beside=shared)
+    is_program = job.options.plans_are_programs
+    return job.store.artifact(
+        Plan, graph.name, key, make, stage=Stage(what, before), beside=shared, is_program=is_program
+    )
 
 
 # ---------------------------------------------------------------- verification

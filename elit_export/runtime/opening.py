@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from elit_export.backends import BACKENDS, Backend
@@ -11,6 +12,7 @@ from elit_export.backends.target import Target
 from elit_export.bundle.manifest import Plan, PlanSet, described
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import target_of
+from elit_export.bundle.trust import check_trusted
 from elit_export.errors import BackendUnavailable, BundleError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.coverage import Coverage
@@ -93,8 +95,8 @@ def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     """Verify and open the plans of one set, each once; that of a decoder is opened when it is first called."""
     spec = bundle.manifest.model.spec
     step = spec.graph(STEP)
-    plans = {facts.name: _plan_file(bundle, facts.plan, step) for facts in plan_set.profiles}
-    cache = {name: _plan_file(bundle, plan, spec.graph(name)) for name, plan in plan_set.cache.items()}
+    plans = {facts.name: _plan_file(bundle, plan_set, facts.plan, step) for facts in plan_set.profiles}
+    cache = {name: _plan_file(bundle, plan_set, plan, spec.graph(name)) for name, plan in plan_set.cache.items()}
     decoder = _late_decoder(bundle, plan_set)
     opened = _opened({**plans, **{f"{CACHE}{name}": plan for name, plan in cache.items()}}, plan_set)
     slots = [Slot(facts.profile, opened[facts.name]) for facts in plan_set.profiles]
@@ -102,14 +104,25 @@ def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
     return EngineBank(slots, spec.budgets, plan_set.precision, caching, decoder)
 
 
-def _plan_file(bundle: Bundle, plan: Plan, graph: GraphSpec) -> PlanFile:
-    """After every byte of it was verified."""
-    return PlanFile(bundle.verified(plan.artifact) / plan.file, graph, plan.versions, plan.built_on)
+def _plan_file(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpec) -> PlanFile:
+    """After every byte of it was verified, and if it can run code, after it is known to be trusted."""
+    folder = bundle.verified(plan.artifact)
+    with _naming(plan_set):
+        if plan_set_target(plan_set).plans_are_programs:
+            check_trusted(bundle.folder, plan.artifact, trust=bundle.trust)
+    return PlanFile(folder / plan.file, graph, plan.versions, plan.built_on)
 
 
 def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, Engine]:
-    try:
+    with _naming(plan_set):
         return _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
+
+
+@contextmanager
+def _naming(plan_set: PlanSet) -> Iterator[None]:
+    """What is wrong with a plan set, under the name of its target."""
+    try:
+        yield
     except (BackendUnavailable, BundleError) as error:
         raise type(error)(f"target {plan_set.target}: {error.problem}", error.remedy) from error
 
@@ -123,7 +136,7 @@ def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
     if facts is None:
         return None
     plan, graph = facts.plan, facts.spec.graph
-    bundle.verified(plan.artifact)
+    _plan_file(bundle, plan_set, plan, graph)
     return LateEngine(lambda: _opened_alone(bundle, plan_set, plan, graph))
 
 
@@ -140,7 +153,7 @@ def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
 
 
 def _opened_alone(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpec) -> Engine:
-    return _opened({graph.name: _plan_file(bundle, plan, graph)}, plan_set)[graph.name]
+    return _opened({graph.name: _plan_file(bundle, plan_set, plan, graph)}, plan_set)[graph.name]
 
 
 def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:

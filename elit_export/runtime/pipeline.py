@@ -120,14 +120,16 @@ class Pipeline:
         *,
         target: str | None = None,
         precision: str | None = None,
+        trust: bool = False,
         allow_unverified: bool = False,
     ) -> Self:
         """Verify and open a bundle's plans; `target` and `precision` are needed only where several fit.
 
-        Raises BundleError (missing, altered, never run on its device), BackendUnavailable, or
-        InputError listing the plan sets.
+        `trust` opens saved programs, which can run any code, though this user did not build them here. Raises
+        BundleError (missing, altered, not trusted, never run on its device), BackendUnavailable, or InputError listing
+        the plan sets.
         """
-        opened = Bundle.open(bundle)
+        opened = Bundle.open(bundle, trust=trust)
         plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
         return cls.of(opened, plan_set, allow_unverified=allow_unverified)
 

@@ -26,6 +26,7 @@ from elit_export.text.folder import EncoderFolder, read_encoder
 
 LOADING = threading.Lock()
 OPTIONS = {"local_files_only": True, "trust_remote_code": False}
+ATTENTION = "sdpa"  # PyTorch's own, whatever a configuration names: that may be a kernel to download and run
 
 
 class Weights(StrEnum):
@@ -213,6 +214,7 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
             use_safetensors=True,
             dtype=torch.float32 if weights is Weights.FLOAT32 else "auto",
             output_loading_info=True,
+            attn_implementation=ATTENTION,
             ignore_mismatched_sizes=True,  # told below by name
             **OPTIONS,
         )

@@ -14,9 +14,14 @@ import torch
 from elit_export.backends import BACKENDS
 from elit_export.backends.protocols import GraphFile
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
+from elit_export.bundle.manifest import Graph
+from elit_export.bundle.store import writing
+from elit_export.compiler import stages
+from elit_export.errors import BundleError
 from elit_export.graphs.program import export_program
 from elit_export.models.elit import Elit
 from elit_export.spec import CACHE_GRAPHS, STEP, Precision, Profile, Range
+from tests.bundle.test_trust import TORCH_SAYS, write_hostile
 from tests.helpers import tiny_model
 from tests.text_models import text_model
 
@@ -102,3 +107,34 @@ def test_models_of_classes_have_rows_and_latents(library: Library, tmp_path: Pat
     found = asked(library, tiny_model(), STEP, Profile("full", Range(1, 2, 4), ROWS), tmp_path)
     assert found["y"] == [(rows,) for rows in ROWS.corners()]
     assert found["latents"] == [(1,), (2,), (4,)]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of a format that it calls old
+@pytest.mark.parametrize(("trust", "refused"), [(False, BundleError), (True, TORCH_SAYS)])
+def test_a_build_reads_no_graph_that_somebody_else_left(
+    library: Library, tmp_path: Path, trust: bool, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was found in the bundle under the right key: the builder would have torch unpickle it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    marker, facts = tmp_path / "it ran", SimpleNamespace(spec=tiny_model().spec)
+    with writing(tmp_path / "bundle") as store, store.staged() as shared:
+        with store.staged() as staged:
+            write_hostile(staged / "step.pt2", marker)
+            artifact = store.adopt(staged, "graphs", "step")
+        given: Any = {"key": "k", "graph": STEP, "precision": Precision.FP32, "file": "step.pt2", "versions": {}}
+        keys = SimpleNamespace(plan=lambda *_, **__: "key")
+        job: Any = SimpleNamespace(
+            options=TARGET, store=store, keys=keys, trust=trust, facts=facts, inputs=None, target="t"
+        )
+        with pytest.raises(refused) as caught:
+            stages._plan(
+                job,
+                facts.spec.graph(STEP),
+                Graph(artifact=artifact, **given),
+                [Profile("full", LATENTS, ROWS)],
+                shared,
+                (0.0, 1.0),
+            )
+    assert marker.exists() is trust
+    if not trust:
+        assert "--trust" in str(caught.value)

@@ -18,7 +18,7 @@ from elit_export.errors import EngineError
 def test_profiles_that_share_an_engine_cost_nothing_more(fashion_bundle: Bundle) -> None:
     if resident_bytes() is None:
         pytest.skip("only Linux tells its memory")
-    found = bank_memory(fashion_bundle.folder, fashion_bundle.manifest.plan_sets[0])
+    found = bank_memory(fashion_bundle, fashion_bundle.manifest.plan_sets[0])
     assert found
     assert found.ratio == pytest.approx(1.0, abs=0.1)
     assert found.whole_bytes > 13_000_000  # its weights
@@ -28,7 +28,7 @@ def test_an_engine_for_every_profile_shows(fashion_bundle: Bundle, tmp_path: Pat
     if resident_bytes() is None:
         pytest.skip("only Linux tells its memory")
     folder = Path(shutil.copytree(fashion_bundle.folder, tmp_path / "copied"))
-    found = bank_memory(folder, with_own_plans(folder, fashion_bundle.manifest.plan_sets[0]))
+    found = bank_memory(Bundle.open(folder), with_own_plans(folder, fashion_bundle.manifest.plan_sets[0]))
     assert found
     assert found.ratio > 1.5
 
@@ -49,17 +49,17 @@ def test_a_system_that_does_not_tell_starts_no_process(tiny_bundle: Bundle, monk
     monkeypatch.setattr(module, "resident_bytes", lambda: None)
     monkeypatch.delattr(module, "in_own_process")
     plan_set = tiny_bundle.manifest.plan_sets[0]
-    assert bank_memory(tiny_bundle.folder, plan_set) is bank_bytes(tiny_bundle.folder, plan_set) is None
+    assert bank_memory(tiny_bundle, plan_set) is bank_bytes(tiny_bundle, plan_set) is None
 
 
 def test_a_process_that_dies_is_a_clear_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resident_bytes", lambda: 1)
     monkeypatch.setattr(module, "held_bytes", kill_own_process)
     with pytest.raises(EngineError, match="measure their memory died"):
-        bank_memory(tiny_bundle.folder, tiny_bundle.manifest.plan_sets[0])
+        bank_memory(tiny_bundle, tiny_bundle.manifest.plan_sets[0])
 
 
-def kill_own_process(_folder: Path, _plan_set: PlanSet) -> int:
+def kill_own_process(_folder: Path, _plan_set: PlanSet, *, trust: bool) -> int:
     """As the kernel does where memory runs out."""
     import os
     import signal

@@ -295,6 +295,24 @@ def test_a_folder_without_weights_is_refused(copied: Path) -> None:
         read_encoder(copied)
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_kernel_that_a_configuration_names_is_not_fetched(
+    copied: Path, loaded: TextEncoder, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """transformers would download it and run its code."""
+    path = read_encoder(copied).path / CONFIG
+    config = json.loads(path.read_text())
+    config[key] = config["text_config"][key] = "somebody/kernel"
+    path.write_text(json.dumps(config))
+    fetched: list[object] = []
+    monkeypatch.setattr(
+        transformers.modeling_utils, "lazy_import_flash_attention", lambda *given, **_: fetched.append(given)
+    )
+    found = load_encoder(copied)
+    assert fetched == []
+    assert np.array_equal(found.embed(TEXTS[:1]).text, loaded.embed(TEXTS[:1]).text)
+
+
 def test_pickled_weights_are_refused_with_the_reason(copied: Path) -> None:
     place = copied / "text_encoder"
     (place / WEIGHTS).unlink()

@@ -28,7 +28,7 @@ class OpenedPlan:
         self.on_host = plan.graph.on_host
         self.captures = target.cuda_graphs and not flavour.compiles_on_device
         runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
-        # A version-compatible plan brings code that runs on the host; its hash was checked before.
+        # A version-compatible plan brings code that runs on the host; it was trusted before.
         runtime.engine_host_code_allowed = target.fits_later_versions
         content = path.read_bytes()
         if flavour.tells_validity:

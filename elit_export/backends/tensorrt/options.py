@@ -99,6 +99,11 @@ class TensorRTTarget(Target):
         return FLAVOURS[self.backend]
 
     @property
+    def plans_are_programs(self) -> bool:
+        """A version-compatible plan brings code that runs on the host."""
+        return self.fits_later_versions
+
+    @property
     def fits_later_versions(self) -> bool:
         return self.flavour.compatibility and self.compatibility in ("version", "both")
 

@@ -17,6 +17,7 @@ class TorchTensorRTTarget(Target):
         input_format=PROGRAM,
         supports_if=False,
         keeps_nodes=False,
+        plans_are_programs=True,
     )
 
     backend: Literal["torch-tensorrt"]

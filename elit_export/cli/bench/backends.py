@@ -23,6 +23,7 @@ from elit_export.cli.common import (
     CHECK_OPTION,
     INTERFACE_OPTION,
     JSON_OPTION,
+    TRUST_OPTION,
     conclude,
     progress_bar,
     refuse_alone,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @CHECK_OPTION
 @click.option("--target", help="Only this one.  [default: all that can run here]")
 @click.option("--precision", help="Only this one.  [default: all]")
+@TRUST_OPTION
 @JSON_OPTION
 def backends(
     bundle: Path,
@@ -55,6 +57,7 @@ def backends(
     check: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """All plan sets that run here, side by side."""
@@ -65,7 +68,7 @@ def backends(
     from elit_export.cli.tables.bench import backends_tables
 
     refuse_alone(interface, checkpoint)
-    limits, opened = load_limits(check) if check else [], Bundle.open(bundle)
+    limits, opened = load_limits(check) if check else [], Bundle.open(bundle, trust=trust)
     plan_sets, skipped = able_plan_sets(opened, target, precision)
     baseline, peaks = _pytorch(opened, checkpoint, interface) if checkpoint else ({}, {})
     with ExitStack() as stack, progress_bar() as progress:
@@ -90,8 +93,8 @@ def _competitor(stack: ExitStack, bundle: Bundle, plan_set: PlanSet) -> Any:
     from elit_export.bench.memory import bank_bytes
     from elit_export.verify.parity import accepted_miss
 
-    held = bank_bytes(bundle.folder, plan_set)
-    opened = stack.enter_context(opened_pipeline(bundle.folder, plan_set))
+    held = bank_bytes(bundle, plan_set)
+    opened = stack.enter_context(opened_pipeline(bundle, plan_set))
     return Competitor(plan_set, opened, accepted_miss(plan_set, bundle.manifest.graphs), held)
 
 

@@ -25,6 +25,7 @@ from elit_export.cli.common import (
     INTERFACE_OPTION,
     JSON_OPTION,
     TARGET_OPTIONS,
+    TRUST_OPTION,
     conclude,
     progress_bar,
     refuse_alone,
@@ -44,6 +45,7 @@ from elit_export.errors import InputError
 @click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
 @CHECK_OPTION
 @TARGET_OPTIONS
+@TRUST_OPTION
 @JSON_OPTION
 def engines(
     bundle: Path,
@@ -57,6 +59,7 @@ def engines(
     check: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """Time and error per budget, cost of switching, ways to sample."""
@@ -69,9 +72,9 @@ def engines(
     if no_compile and not checkpoint:
         raise InputError("--no-compile is of PyTorch's own times", "give --checkpoint FILE too")
     limits, draw = load_limits(check) if check else [], drawer("plot_bench", plot)
-    opened, plan_set = chosen(bundle, target, precision, json_to)
+    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
     decoder = plan_set.decoder
-    with opened_pipeline(bundle, plan_set) as pipeline:
+    with opened_pipeline(opened, plan_set) as pipeline:
         show(cost_table(pipeline.spec, pipeline.coverage.tokens), json_to=json_to)
         others = torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
         with progress_bar() as progress:
@@ -83,7 +86,7 @@ def engines(
                 sampling=not no_sampling,
                 plan_bytes=plan_set.model_bytes,
                 decoder_bytes=decoder.plan.artifact.size_bytes if decoder else None,
-                memory=partial(bank_memory, opened.folder, plan_set),
+                memory=partial(bank_memory, opened, plan_set),
                 on_stage=advancing(progress, progress.add_task("", total=None)),
             )
     draw(result)

@@ -8,7 +8,15 @@ from pathlib import Path
 import click
 
 from elit_export.cli.bench.options import BUNDLE, chosen, opened_pipeline
-from elit_export.cli.common import CHECK_OPTION, JSON_OPTION, TARGET_OPTIONS, Count, conclude, progress_bar
+from elit_export.cli.common import (
+    CHECK_OPTION,
+    JSON_OPTION,
+    TARGET_OPTIONS,
+    TRUST_OPTION,
+    Count,
+    conclude,
+    progress_bar,
+)
 from elit_export.spec import limits
 
 
@@ -16,18 +24,26 @@ from elit_export.spec import limits
 @BUNDLE
 @CHECK_OPTION
 @TARGET_OPTIONS
+@TRUST_OPTION
 @JSON_OPTION
-def memory(bundle: Path, check: Path | None, target: str | None, precision: str | None, json_to: str | None) -> None:
+def memory(
+    bundle: Path,
+    check: Path | None,
+    target: str | None,
+    precision: str | None,
+    trust: bool,
+    json_to: str | None,
+) -> None:
     """What all engines hold, over what one of them does."""
     from elit_export.bench.limits import load_limits
     from elit_export.bench.memory import bank_memory
     from elit_export.cli.tables.bench import memory_table
 
     limits = load_limits(check) if check else []
-    opened, plan_set = chosen(bundle, target, precision, json_to)
+    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
     with progress_bar() as progress:
         progress.add_task("opening engines", total=None)
-        held = bank_memory(opened.folder, plan_set)
+        held = bank_memory(opened, plan_set)
     facts = {"plan_bytes": plan_set.model_bytes, **(asdict(held) | {"ratio": held.ratio} if held else {})}
     conclude([memory_table(held, plan_set.model_bytes)], {"memory": facts}, limits, json_to)
 
@@ -43,6 +59,7 @@ def memory(bundle: Path, check: Path | None, target: str | None, precision: str 
 )
 @CHECK_OPTION
 @TARGET_OPTIONS
+@TRUST_OPTION
 @JSON_OPTION
 def soak(
     bundle: Path,
@@ -50,6 +67,7 @@ def soak(
     check: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """Memory over many short samplings in one process."""
@@ -58,8 +76,8 @@ def soak(
     from elit_export.cli.tables.bench import soak_table
 
     limits = load_limits(check) if check else []
-    _, plan_set = chosen(bundle, target, precision, json_to)
-    with opened_pipeline(bundle, plan_set) as pipeline, progress_bar() as progress:
+    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
+    with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
         task = progress.add_task("sampling", total=samplings)
         result = soaked(pipeline, samplings=samplings, on_sampling=lambda _: progress.advance(task))
     conclude([soak_table(result)], {"soak": asdict(result)}, limits, json_to)

@@ -39,20 +39,22 @@ def advancing(progress: Progress, task: TaskID) -> Callable[[str, int], None]:
     return lambda stage, total: progress.update(task, description=stage, advance=1, total=total)
 
 
-def chosen(bundle: Path, target: str | None, precision: str | None, json_to: str | None) -> tuple[Bundle, PlanSet]:
+def chosen(
+    bundle: Path, target: str | None, precision: str | None, json_to: str | None, *, trust: bool
+) -> tuple[Bundle, PlanSet]:
     from elit_export.bundle.reading import Bundle
     from elit_export.runtime.opening import chosen_plan_set
 
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, trust=trust)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     say_accepted(opened, plan_set, json_to=json_to)
     return opened, plan_set
 
 
-def opened_pipeline(bundle: Path, plan_set: PlanSet) -> Pipeline:
+def opened_pipeline(bundle: Bundle, plan_set: PlanSet) -> Pipeline:
     from elit_export.runtime.pipeline import Pipeline
 
-    return Pipeline.load(bundle, target=plan_set.target, precision=plan_set.precision.value)
+    return Pipeline.of(bundle, plan_set)
 
 
 def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Mapping[str, Any]:

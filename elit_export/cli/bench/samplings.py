@@ -17,7 +17,16 @@ from elit_export.cli.bench.options import (
     drawer,
     opened_pipeline,
 )
-from elit_export.cli.common import CHECK_OPTION, FILE, JSON_OPTION, TARGET_OPTIONS, Count, conclude, progress_bar
+from elit_export.cli.common import (
+    CHECK_OPTION,
+    FILE,
+    JSON_OPTION,
+    TARGET_OPTIONS,
+    TRUST_OPTION,
+    Count,
+    conclude,
+    progress_bar,
+)
 from elit_export.spec import limits
 
 
@@ -27,6 +36,7 @@ from elit_export.spec import limits
 @GUIDANCE_OPTION
 @CHECK_OPTION
 @TARGET_OPTIONS
+@TRUST_OPTION
 @JSON_OPTION
 def samplers(
     bundle: Path,
@@ -35,6 +45,7 @@ def samplers(
     check: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """The error of every sampler."""
@@ -44,8 +55,8 @@ def samplers(
     from elit_export.runtime.conditioning import numbered
 
     limits = load_limits(check) if check else []
-    _, plan_set = chosen(bundle, target, precision, json_to)
-    with opened_pipeline(bundle, plan_set) as pipeline, progress_bar() as progress:
+    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
+    with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
         conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
         errors = solver_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
         found = list(progress.track(errors, total=len(COMPARED), description="sampling"))
@@ -66,6 +77,7 @@ def samplers(
 @click.option("--plot", type=FILE, help="Draw error against time into a PNG.")
 @CHECK_OPTION
 @TARGET_OPTIONS
+@TRUST_OPTION
 @JSON_OPTION
 def cache(
     bundle: Path,
@@ -78,6 +90,7 @@ def cache(
     check: Path | None,
     target: str | None,
     precision: str | None,
+    trust: bool,
     json_to: str | None,
 ) -> None:
     """What step caching is worth, beside what else the time could buy."""
@@ -86,8 +99,8 @@ def cache(
     from elit_export.cli.tables.bench import sweep_tables
 
     limits, draw = load_limits(check) if check else [], drawer("plot_sweep", plot)
-    _, plan_set = chosen(bundle, target, precision, json_to)
-    with opened_pipeline(bundle, plan_set) as pipeline, progress_bar() as progress:
+    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
+    with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
         result = sweep(
             pipeline,
             schedule=schedule,
