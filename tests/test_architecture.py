@@ -63,7 +63,7 @@ ANYWHERE = {"errors", "arrays", "callbacks", "bundle.atomic", "bundle.readers"}
 BACKEND_FILES: dict[str, set[str]] = {
     "options": {"spec", "backends.target"},
     "build": {"spec", "errors", "backends.protocols", "backends.versions"},
-    "engine": {"spec", "errors", "arrays", "backends.protocols", "backends.versions"},
+    "engine": {"spec", "errors", "arrays", "backends.ports", "backends.protocols", "backends.versions"},
 }
 # library → the only places that may name it
 LIBRARIES: dict[str, set[str]] = {

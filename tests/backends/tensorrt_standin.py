@@ -347,6 +347,9 @@ class StandInEngine:
         dtype: str = self.tensors[name][0]
         return dtype
 
+    def get_tensor_shape(self, name: str) -> Shape:
+        return shape_in(self.tensors[name][1], {})
+
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[Shape]:
         ranges = self.facts["profiles"][profile]
         return [shape_in(self.tensors[name][1], {key: ranges[key][corner] for key in ranges}) for corner in range(3)]

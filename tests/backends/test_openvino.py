@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from elit_export.errors import BackendUnavailable, BuildError, BundleError, Engi
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.opening import chosen_plan_set, incompatibility, open_fused, plan_set_target
-from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, STEP, Precision, Profile, Range
+from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, PROBE, STEP, Precision, Profile, Range
 from elit_export.verify.bisect import bisect
 from elit_export.verify.cases import cache_inputs, fused_inputs, trajectory_rows
 from elit_export.verify.metrics import difference
@@ -329,6 +329,29 @@ def test_a_file_that_is_no_plan_is_an_engine_error(model: ElitSiT, tmp_path: Pat
         openvino_engine.OpenVinoEngine(
             tmp_path / "step.blob", {"INFERENCE_PRECISION_HINT": "f32"}, model.spec.graph(STEP)
         )
+
+
+def test_a_plan_of_another_graph_is_refused_as_it_is_opened(openvino_bundle: Bundle) -> None:
+    plan = replace(plan_of(openvino_bundle), graph=openvino_bundle.manifest.model.spec.graph(PROBE))
+    with pytest.raises(
+        BundleError, match=r"is not a plan of the graph `probe`: it takes x float32\[\?, 1, 8, 8\], .*; copy"
+    ):
+        LOADER.open_engines({"step": plan}, target("fp32"))
+
+
+@pytest.mark.parametrize("start", range(0, 256, 32))
+def test_a_damaged_plan_is_an_engine_error_or_opens(openvino_bundle: Bundle, tmp_path: Path, start: int) -> None:
+    """What damage near the beginning makes of it, the library cannot always tell in words: UnicodeDecodeError."""
+    plan = plan_of(openvino_bundle)
+    content = bytearray(plan.path.read_bytes())
+    content[start : start + 8] = b"\xff\xc3\x28\x80" * 2
+    path = tmp_path / "step.blob"
+    path.write_bytes(content)
+    with suppress(EngineError, BundleError):
+        LOADER.open_engines({"step": replace(plan, path=path)}, target("fp32"))["step"].close()
+    path.write_bytes(content[: len(content) * start // 256])
+    with pytest.raises(EngineError, match=r"openvino cannot open .*; build it again"):
+        LOADER.open_engines({"step": replace(plan, path=path)}, target("fp32"))
 
 
 def test_a_plan_of_another_cpu_is_refused_with_the_command(

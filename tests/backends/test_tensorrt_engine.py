@@ -25,7 +25,7 @@ from elit_export.backends.tensorrt import opened as opened_plans
 from elit_export.backends.tensorrt.cuda import Cuda
 from elit_export.backends.tensorrt.engine import LOADERS, TensorRTEngine
 from elit_export.backends.tensorrt.memory import DeviceBuffer
-from elit_export.errors import BackendUnavailable, EngineError
+from elit_export.errors import BackendUnavailable, BundleError, EngineError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import PIXELS, Budget, Precision, Profile, Range, default_profiles
@@ -715,6 +715,16 @@ def test_tensorrt_for_rtx_opens_plans_of_its_own_version_only(machine_with: Mach
     machine = machine_with(backend="tensorrt-rtx", built_with="1.4.0.1", version="1.7.1.116", compatibility="version")
     here.has(machine)
     assert "built with tensorrt-rtx 1.4.0.1, installed is 1.7.1.116" in incompatibility(machine)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_a_plan_of_another_graph_is_refused_and_leaves_nothing(machine_with: MachineMaker, backend: str) -> None:
+    machine = machine_with(LOW, backend=backend)
+    machine.plans = {"low": replace(machine.plans["low"], graph=STEP_WITH_RESIDUAL.graph)}
+    told = r"is not a plan of the graph `step`: it takes x float32\[\?, .*residual_before.*; copy the bundle again, or bu"
+    with pytest.raises(BundleError, match=told):
+        machine.open()
+    assert machine.left() == []
 
 
 def test_code_in_a_plan_is_not_run_unless_it_was_asked_for(machine_with: MachineMaker) -> None:

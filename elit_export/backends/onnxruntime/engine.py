@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from elit_export.arrays import HostArray
 from elit_export.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeTarget
+from elit_export.backends.ports import Port, check_ports, open_dim
 from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin
 from elit_export.backends.versions import version_numbers
 from elit_export.errors import BackendUnavailable, BundleError, EngineError, summary
@@ -109,12 +110,14 @@ class OnnxRuntimeEngine(OpenedEngine):
         try:
             self._session = ort.InferenceSession(plan, options, providers=[provider])
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
-            raise EngineError(f"onnxruntime cannot open {plan}: {summary(error)}") from error
+            raise EngineError(f"onnxruntime cannot open {plan}: {summary(error)}", "build it again") from error
         if self._session.get_providers()[0] != provider:  # it falls back to the CPU without a word
             raise BackendUnavailable(
                 f"onnxruntime could not start {provider} for {plan.name}",
                 "elit-export doctor says what to do, or build a target with device = 'cpu'",
             )
+        if graph:
+            check_ports(plan, graph, *map(_ports, (self._session.get_inputs(), self._session.get_outputs())))
         self._device = device
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._on_host = graph.on_host if graph else frozenset(self._outputs)
@@ -143,6 +146,19 @@ class OnnxRuntimeEngine(OpenedEngine):
 
     def _release(self) -> None:
         del self._session
+
+
+TYPES = {"float": "float32", "double": "float64"}  # in its words, where NumPy has others
+
+
+def _ports(found: Sequence[Any]) -> list[Port]:
+    return [Port(each.name, _dtype(each.type), tuple(map(open_dim, each.shape))) for each in found]
+
+
+def _dtype(told: str) -> str:
+    """NumPy's name of `tensor(float)`."""
+    name = told.removeprefix("tensor(").removesuffix(")")
+    return TYPES.get(name, name)
 
 
 class OrtArray(DeviceArray):

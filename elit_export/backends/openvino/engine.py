@@ -13,6 +13,7 @@ import openvino as ov
 from elit_export.arrays import HostArray
 from elit_export.backends.openvino.cpu import cpu_features
 from elit_export.backends.openvino.options import DEVICE, OpenVinoTarget
+from elit_export.backends.ports import Port, check_ports
 from elit_export.backends.protocols import (
     Array,
     Engine,
@@ -101,12 +102,13 @@ class OpenVinoEngine(OpenedEngine):
         super().__init__()
         try:
             compiled = ov.Core().import_model(plan.read_bytes(), DEVICE, dict(properties))
-        except RuntimeError as error:  # what the library raises
-            raise EngineError(f"openvino cannot open {plan}: {summary(error, last=True)}") from error
+        except Exception as error:  # of a damaged plan the library raises RuntimeError, UnicodeDecodeError and others
+            raise EngineError(f"openvino cannot open {plan}: {summary(error, last=True)}", "build it again") from error
         wanted = TYPES[properties["INFERENCE_PRECISION_HINT"]]
         found = compiled.get_property("INFERENCE_PRECISION_HINT")
         if found != wanted:
             raise EngineError(f"openvino opened {plan.name} in {found.to_string()}, not in {wanted.to_string()}")
+        check_ports(plan, graph, _ports(compiled.inputs), _ports(compiled.outputs))
         self._request = compiled.create_infer_request()
         self._inputs = {given.any_name for given in compiled.inputs}
         self._outputs = [output.any_name for output in compiled.outputs]
@@ -127,6 +129,16 @@ class OpenVinoEngine(OpenedEngine):
 
     def _release(self) -> None:
         del self._request
+
+
+def _ports(found: Sequence[Any]) -> list[Port]:
+    return [Port(each.any_name, each.element_type.to_dtype().name, _dims(each.partial_shape)) for each in found]
+
+
+def _dims(shape: Any) -> tuple[int | None, ...] | None:
+    if shape.rank.is_dynamic:
+        return None
+    return tuple(size.get_length() if size.is_static else None for size in shape)
 
 
 LOADERS: dict[str, EngineLoader] = {"openvino": OpenVinoLoader()}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from elit_export.arrays import HostArray
+from elit_export.backends.ports import check_ports
 from elit_export.backends.protocols import Array, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin, to_host
 from elit_export.backends.tensorrt import cuda as cuda_layer
 from elit_export.backends.tensorrt.memory import Device, DeviceBuffer
@@ -91,6 +92,8 @@ def opened_on(
     with ExitStack() as stack:
         stack.callback(device.close)
         opened = {plan.path: _owned(device, OpenedPlan(trt, plan, target)) for plan in _each_file(plans)}
+        for plan in _each_file(plans):
+            check_ports(plan.path, plan.graph, *opened[plan.path].ports())
         # Contexts of one plan are numbered by the order of its profiles.
         seats = [(name, opened[plan.path], _index(plans, name)) for name, plan in plans.items()]
         scratch_bytes = max(plan.engine.get_device_memory_size_for_profile_v2(index) for _, plan, index in seats)

@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from elit_export.backends.ports import Port, open_dim
 from elit_export.backends.protocols import PlanFile
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.bundle.atomic import write_bytes
@@ -50,6 +53,16 @@ class OpenedPlan:
         self._load_cache()
         config.set_runtime_cache(self._cache)
         return config
+
+    def ports(self) -> tuple[list[Port], list[Port]]:
+        """What the plan takes, and what it gives."""
+        names = [self.engine.get_tensor_name(number) for number in range(self.engine.num_io_tensors)]
+        fed = [name for name in names if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT]
+        return [self._port(name) for name in fed], [self._port(name) for name in names if name not in fed]
+
+    def _port(self, name: str) -> Port:
+        dtype = np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
+        return Port(name, dtype.name, tuple(map(open_dim, self.engine.get_tensor_shape(name))))
 
     def context(self) -> Any:
         """A new execution context without activation memory of its own."""

@@ -6,6 +6,7 @@ Not run on a GPU: without one the library cannot be imported.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 import torch_tensorrt
 
 from elit_export.arrays import HostArray
+from elit_export.backends.ports import Port, check_ports, open_dim
 from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
 from elit_export.errors import BackendUnavailable, EngineError
+from elit_export.spec import GraphSpec, TensorSpec
 
 
 class TorchTensorRTLoader:
@@ -53,7 +56,9 @@ class TorchTensorRTEngine(OpenedEngine):
     def __init__(self, plan: PlanFile) -> None:
         super().__init__()
         self._graph = plan.graph
-        self._module: Any = torch_tensorrt.load(str(plan.path)).module()
+        program = torch_tensorrt.load(str(plan.path))
+        check_ports(plan.path, plan.graph, *_ports(program, plan.graph))
+        self._module: Any = program.module()
 
     def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         tensors = [_on_device(inputs[tensor.name]) for tensor in self._graph.inputs]
@@ -69,6 +74,26 @@ class TorchTensorRTEngine(OpenedEngine):
 
     def _release(self) -> None:
         del self._module
+
+
+def _ports(program: Any, graph: GraphSpec) -> tuple[list[Port], list[Port]]:
+    """By order: a program's own names are others. What it does not keep of a tensor is not told."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    signature = program.graph_signature
+
+    def ports(names: Sequence[str], tensors: Sequence[TensorSpec]) -> list[Port]:
+        known = [tensor.name for tensor in tensors]
+        return [
+            _port(own, values.get(name)) for own, name in zip_longest(known[: len(names)], names, fillvalue="one more")
+        ]
+
+    return ports(signature.user_inputs, graph.inputs), ports(signature.user_outputs, graph.outputs)
+
+
+def _port(name: str, value: Any) -> Port:
+    if not isinstance(value, torch.Tensor):
+        return Port(name, None, None)
+    return Port(name, str(value.dtype).removeprefix("torch."), tuple(map(open_dim, value.shape)))
 
 
 class TorchArray(DeviceArray):
