@@ -34,6 +34,8 @@ from elit_export.bundle.reading import (
     read_manifest,
     verified_folder,
 )
+from elit_export.bundle.trust import remember
+from elit_export.callbacks import noop
 from elit_export.errors import BundleError
 
 Progress = Callable[[str, float], None]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from elit_export.bundle.readers import check_saved_by_torch
-from elit_export.checkpoints.weights import Shape, Weights, check_tensors, meta_model
+from elit_export.checkpoints.weights import Shape, Weights, check_dense, check_tensors, meta_model
 from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.models.elit import Elit
 from elit_export.models.registry import FAMILIES, RELEASED_HEAD_DEPTH, RELEASED_NAMES, named_spec
@@ -53,6 +53,7 @@ def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise CheckpointError(f"{path}: no `ema` weights in it; a released checkpoint has model, ema, opt, args")
+    check_dense(path, weights)
     weights = _unwrapped(path, weights)
     _drop_projectors(weights)
     spec = _released_spec(path, weights, _args_of(content), given)

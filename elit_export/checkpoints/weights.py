@@ -54,11 +54,12 @@ def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
 # ---------------------------------------------------------------- models
 
 
-def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape]) -> None:
-    """Raises CheckpointError for anything missing, extra, mis-shaped or not of floating-point numbers.
+def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape], remedy: str = "") -> None:
+    """Raises CheckpointError for anything missing, extra, mis-shaped, not dense, or not of floating-point numbers.
 
     Numbers of one byte have scales somewhere, which nobody here reads.
     """
+    check_dense(path, weights)
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]
     problems += [
@@ -73,7 +74,22 @@ def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[s
     ]
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path}: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(f"{path}: {'; '.join(problems[:5])}{more}", remedy)
+
+
+def check_dense(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for tensors that are not simply numbers in memory; some do not even have a shape."""
+    for name, tensor in weights.items():
+        kinds = {
+            "nested": tensor.is_nested,
+            "meta (without numbers)": tensor.is_meta,
+            "quantized": tensor.is_quantized,
+            "sparse": tensor.layout is not torch.strided,
+        }
+        if found := [kind for kind, is_it in kinds.items() if is_it]:
+            raise CheckpointError(
+                f"{path}: {name} is a {found[0]} tensor", "save dense ones: tensor.dequantize(), tensor.to_dense()"
+            )
 
 
 def meta_model(spec: ModelSpec, data: DataFacts) -> Elit:

@@ -65,9 +65,15 @@ def _facts(metadata: Mapping[str, Any], spec: ClassifierSpec, real: Gaussian) ->
         spec=spec,
         real=real,
         floors=tuple(Baseline(**baseline) for baseline in metadata["floors"]),
-        class_names=tuple(metadata["class_names"]),
+        class_names=_names(metadata["class_names"]),
         **{name: metadata[name] for name in PLAIN_FIELDS},
     )
+
+
+def _names(stored: object) -> tuple[str, ...]:
+    if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
+        raise InputError(f"class_names {stored!r} are not a list of texts")
+    return tuple(stored)
 
 
 # Earlier names, which the command line imports.

@@ -33,11 +33,23 @@ class DataFacts:
     def __post_init__(self) -> None:
         if self.kind not in ("pixels", "vae"):
             raise InputError(f"data kind {self.kind!r} is neither 'pixels' nor 'vae'")
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if not _is_finite(bound):
+                raise InputError(f"data {name} {bound!r} is no finite number")
+        if self.low >= self.high:
+            raise InputError(f"data low {self.low!r} is not below high {self.high!r}")
+        self._check_words()
         for name, value in (("scale", self.scale), ("shift", self.shift)):
             if not all(map(_is_finite, _numbers(value))):
                 raise InputError(f"data {name} {value!r} is no finite number, nor one of each channel")
         if min(_numbers(self.scale), default=0.0) <= 0:
             raise InputError(f"data scale {self.scale!r} is not positive; latents are divided by it")
+
+    def _check_words(self) -> None:
+        if not isinstance(self.vae, str):
+            raise InputError(f"data vae {self.vae!r} is no text")
+        if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
+            raise InputError(f"data class_names {self.class_names!r} are not a list of texts; write numbers in quotes")
 
     def of_channels(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Scale and shift of each channel; raises InputError if they are of another number of channels."""
@@ -53,9 +65,10 @@ class DataFacts:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Inverse of to_dict, as JSON gives it back."""
-        told: dict[str, Any] = {**values, "class_names": tuple(values.get("class_names", ()))}
-        lists = {name: tuple(value) for name, value in told.items() if isinstance(value, list)}
-        return cls(**(told | lists))
+        told: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in {**values}.items()
+        }
+        return cls(**told)
 
 
 def _numbers(value: ByChannel) -> tuple[float, ...]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,17 @@ import torch
 from torch import Tensor
 
 from elit_export.bundle.atomic import atomic_write
-from elit_export.bundle.readers import check_saved_by_torch
 from elit_export.errors import CheckpointError, InputError
 from elit_export.models.elit import initialise
 from elit_export.models.registry import new_model
 from elit_export.spec import DataFacts, ModelSpec, listed
 from elit_export.spec.limits import BATCH, BUDGETS, TRAINING_STEPS
 from elit_export.training.data import LabelledImages
+from elit_export.training.state import STATE_FORMAT, read_state
 
-STATE_FORMAT = "elit_export training state/1"
-STATE_PARTS = {"run", "step", "model", "ema", "optimizer"}
 BETAS = (0.9, 0.999)
 CLIP_NORM = 1.0
 CONFIG_LIMITS = {"steps": TRAINING_STEPS, "batch_size": BATCH, "warmup_steps": TRAINING_STEPS, "min_kept": BUDGETS}
-# Values of spec fields that a state of an older version does not have.
-DEFAULTS = {field.name: field.default for field in fields(ModelSpec) if field.default is not MISSING}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,28 +209,14 @@ class Trainer:
             raise CheckpointError(f"{path}: cannot be written, is the disk full? ({error})") from error
 
     def resume(self, path: Path) -> None:
-        """Continue from a saved state; raises CheckpointError if it is damaged or of another run."""
-        check_saved_by_torch(path, error=CheckpointError)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, ValueError, UnpicklingError) as error:
-            raise CheckpointError(f"{path}: not a whole training state: {error}") from error
-        if not isinstance(state, dict) or state.get("format") != STATE_FORMAT or not set(state) >= STATE_PARTS:
-            raise CheckpointError(f"{path}: not a training state of this version")
-        own_run, saved_run = self._identity(), DEFAULTS | state["run"]
-        differences = [
-            f"{name} (was {saved_run.get(name)}, now {own_run[name]})"
-            for name in own_run
-            if own_run[name] != saved_run.get(name)
-        ]
-        if differences:
-            raise CheckpointError(
-                f"{path}: belongs to another run: {', '.join(differences)}", "train into another folder"
-            )
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        """Go on from a saved state; raises CheckpointError and changes nothing if it is damaged or of another run."""
+        state = read_state(path, self._identity(), self.model, self.config.steps)
+        self.model.load_state_dict(state.model)
+        self.ema.load_state_dict(state.ema)
+        (group,) = self.optimizer.state_dict()["param_groups"]
+        groups = [group | {"lr": state.learning_rate}]
+        self.optimizer.load_state_dict({"state": state.moments, "param_groups": groups})
+        self.step = state.step
 
     def _identity(self) -> dict[str, Any]:
         return {**asdict(self.config), **self.model.spec.to_dict(), "data": self.data.sha256}

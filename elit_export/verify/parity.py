@@ -37,6 +37,9 @@ MIN_ACCEPTED_DB = 0.0  # errors as large as the values themselves are never acce
 SLACK_DB = 1.0  # a later verify may be this much worse than the accepted SQNR
 IDENTICAL_DB = 999.0  # JSON has no infinity
 
+NUMBERS = "biuf"  # NumPy's kinds of types
+COPY_AGAIN = "copy the bundle again, or build it again: elit-export build RECIPE --target TARGET --out BUNDLE"
+
 
 def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
     """Compare every profile at its corners with its own engine, the graphs of the cache, and trajectories step by step.
@@ -149,11 +152,25 @@ def load_reference_file(folder: Path) -> Arrays:
     """Read the outputs from an artifact whose hash was checked."""
     path = folder / REFERENCE_FILE
     try:  # a build compresses nothing
-        return plain_arrays(
-            path, lambda _: True, what="the reference", error=BundleError, limit_bytes=path.stat().st_size
-        )
+        limit_bytes = path.stat().st_size
+        arrays = plain_arrays(path, lambda _: True, what="the reference", error=BundleError, limit_bytes=limit_bytes)
     except (OSError, PlainArraysError) as error:
-        raise BundleError(f"{path}: unreadable: {error}", "copy the bundle again, or build it again") from error
+        raise BundleError(f"{path}: unreadable: {error}", COPY_AGAIN) from error
+    return _Stored(path, arrays)
+
+
+class _Stored(dict[str, HostArray]):
+    """Arrays of a file by name; raises BundleError for one that is not there, or not of numbers."""
+
+    def __init__(self, path: Path, arrays: Arrays) -> None:
+        super().__init__(arrays)
+        self._path = path
+        for name, array in arrays.items():
+            if array.dtype.kind not in NUMBERS:
+                raise BundleError(f"{path}: the array {name} holds {array.dtype}, not numbers", COPY_AGAIN)
+
+    def __missing__(self, name: str) -> HostArray:
+        raise BundleError(f"{self._path}: has no array {name}", COPY_AGAIN)
 
 
 def case_of(reference: Reference, index: int, arrays: Arrays, spec: ModelSpec) -> tuple[Arrays, Arrays]:

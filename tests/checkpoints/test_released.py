@@ -399,6 +399,24 @@ def test_a_file_without_ema_weights_is_refused(tmp_path: Path, content: object, 
         load_checkpoint(tmp_path / "a.pt")
 
 
+UNUSUAL: dict[str, Callable[[Any], Any]] = {
+    "meta": lambda tensor: tensor.to("meta"),
+    "sparse": lambda tensor: tensor.to_sparse(),
+    "nested": lambda tensor: torch.nested.nested_tensor([tensor, tensor]),
+    "quantized": lambda tensor: torch.quantize_per_tensor(tensor, 1.0, 0, torch.qint8),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of the kinds themselves
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize("name", ["pos_embed", "blocks.0.mlp.fc1.bias"])
+def test_tensors_that_are_not_simply_numbers_are_refused(qknorm: Golden, tmp_path: Path, kind: str, name: str) -> None:
+    weights = qknorm.ema | {name: UNUSUAL[kind](qknorm.ema[name])}
+    path = qknorm.save_pt(tmp_path / "a.pt", ema=weights)
+    with pytest.raises(CheckpointError, match=rf"a\.pt: {re.escape(name)} is a {kind}.* tensor; save dense ones: "):
+        load_checkpoint(path, tail_depth=2)
+
+
 @pytest.mark.parametrize("name", ["nowhere.pt", "nowhere.safetensors", ".", "shipped:nothing"])
 def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     path = name if name.startswith("shipped:") else str(tmp_path / name)
@@ -639,6 +657,8 @@ def spec_with(model: ElitSiT, **changes: object) -> str:
         ({"spec": '{"num_heads": 2}'}, "missing core_depth"),
         ({"data": "[1]"}, "unreadable metadata"),
         ({"data": '{"kind": "pixels", "colour": 1}'}, "colour"),
+        ({"data": '{"kind": "pixels", "low": "0"}'}, "data low '0' is no finite number"),
+        ({"data": '{"kind": "pixels", "class_names": [1, 2]}'}, "class_names .* are not a list of texts"),
     ],
 )
 def test_metadata_that_does_not_fit_is_refused(

@@ -459,5 +459,26 @@ def test_numbers_that_scale_nothing_are_refused() -> None:
     assert wrong_refusals(lambda changes: DataFacts(kind="vae", **changes), NO_SCALES) == {}
 
 
+NO_FACTS: list[tuple[dict[str, Any], str]] = [
+    ({"low": "-1"}, "data low '-1' is no finite number"),
+    ({"high": None}, "data high None is no finite number"),
+    ({"high": math.nan}, "data high nan is no finite number"),
+    ({"low": 1.0, "high": 1.0}, r"data low 1\.0 is not below high 1\.0"),
+    ({"class_names": (1, 2)}, r"class_names \(1, 2\) are not a list of texts; write numbers in quotes"),
+    ({"class_names": "cat"}, "class_names 'cat' are not a list of texts"),
+    ({"class_names": None}, "class_names None are not a list of texts"),
+    ({"vae": 3}, "data vae 3 is no text"),
+]
+
+
+def test_facts_of_another_type_are_refused_also_as_json_gives_them() -> None:
+    assert wrong_refusals(lambda changes: DataFacts(kind="pixels", **changes), NO_FACTS) == {}
+    lists = [
+        ({name: [*value] if isinstance(value, tuple) else value for name, value in changes.items()}, told)
+        for changes, told in NO_FACTS
+    ]
+    assert wrong_refusals(lambda changes: DataFacts.from_dict({"kind": "pixels", **changes}), lists) == {}
+
+
 def test_numbers_of_channels_are_told_once_where_they_are_the_same() -> None:
     assert [by_channel_text(value) for value in (0.18215, (0.5, 0.5), (0.5, 0.25))] == ["0.18215", "0.5", "[0.5, 0.25]"]

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -380,6 +381,103 @@ def test_a_state_without_a_part_is_refused_and_changes_nothing(
     with pytest.raises(CheckpointError):
         one.resume(path)
     assert_same_state(one, trainer(fashion))
+
+
+def nan_in(path: str) -> Callable[[dict[str, Any]], None]:
+    """Put NaN where a path of keys leads."""
+
+    def damage(state: dict[str, Any]) -> None:
+        *keys, last = path.split("/")
+        for key in keys:
+            state = state[int(key) if key.isdigit() else key]
+        state[last] = math.nan
+
+    return damage
+
+
+def changed(part: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.__setitem__(part, value)
+
+
+def weight(change: Callable[[Tensor], Any], part: str = "model") -> Callable[[dict[str, Any]], None]:
+    """Change one tensor of a part."""
+    return lambda state: state[part].update({"read.query": change(state[part]["read.query"])})
+
+
+def moment(change: Callable[[Tensor], Any], key: str = "exp_avg") -> Callable[[dict[str, Any]], None]:
+    return lambda state: state["optimizer"]["state"][3].update({key: change(state["optimizer"]["state"][3][key])})
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a step of 10^30": (changed("step", 10**30), "its step is 10{30}, must be a whole number from 0 to 12"),
+    "a negative step": (changed("step", -1), "its step is -1, must"),
+    "a step that is NaN": (changed("step", math.nan), "its step is nan, must"),
+    "a step that is text": (changed("step", "2"), "its step is '2', must"),
+    "a step that is true": (changed("step", True), "its step is True, must"),
+    "a step that is a tensor": (changed("step", torch.ones(2)), "its step is tensor"),
+    "another step than the optimizer's": (changed("step", 1), "its optimizer is at step 2 of .*, the run at step 1"),
+    "a run that is a list": (changed("run", [1]), "does not say of which run"),
+    "a run with a tensor": (lambda state: state["run"].update(seed=torch.ones(2)), "belongs to another run: seed"),
+    "a model that is a list": (changed("model", [1]), "its model is not a table of tensors"),
+    "weights by number": (changed("ema", {1: torch.ones(1)}), "its ema is not a table of tensors"),
+    "a weight that is text": (weight(lambda _: "x"), "its model is not a table of tensors"),
+    "a weight of another shape": (weight(lambda tensor: tensor[:1]), "read.query has shape"),
+    "a weight of whole numbers": (weight(lambda tensor: tensor.long(), "ema"), "read.query holds torch.int64"),
+    "a missing weight": (lambda state: state["model"].pop("read.query"), "missing read.query"),
+    "one weight more": (lambda state: state["ema"].update(more=torch.ones(1)), "unexpected more"),
+    "a meta weight": (weight(lambda tensor: tensor.to("meta")), r"read\.query is a meta \(without numbers\) tensor"),
+    "a sparse weight": (weight(lambda tensor: tensor.to_sparse()), "read.query is a sparse tensor; save dense ones"),
+    "a quantized weight": (
+        weight(lambda tensor: torch.quantize_per_tensor(tensor, 1.0, 0, torch.qint8)),
+        "read.query is a quantized tensor",
+    ),
+    "an optimizer that is text": (changed("optimizer", "adam"), "no group of parameters"),
+    "an optimizer without groups": (lambda state: state["optimizer"].pop("param_groups"), "no group of parameters"),
+    "a group that is a list": (lambda state: state["optimizer"].update(param_groups=[[1]]), "no group of parameters"),
+    "a rate that is NaN": (nan_in("optimizer/param_groups/0/lr"), "learning rate of its optimizer is nan"),
+    "moments of fewer parameters": (lambda state: state["optimizer"]["state"].pop(3), "does not hold the"),
+    "moments that are a list": (lambda state: state["optimizer"].update(state=[1]), "does not hold the"),
+    "a moment that is text": (moment(lambda _: "x"), "no step and moments of"),
+    "a moment of another shape": (moment(lambda tensor: torch.ones(7)), r"exp_avg has shape \(7,\)"),
+    "a sparse moment": (moment(lambda tensor: tensor.to_sparse()), "exp_avg is a sparse tensor"),
+    "a moment at a step of NaN": (moment(lambda tensor: tensor * math.nan, "step"), "its optimizer is at step nan"),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(fashion: LabelledImages, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole state, two steps in. Do not change it: copy it first."""
+    path = tmp_path_factory.mktemp("saved") / "state.pt"
+    run(fashion, stop=2)[0].save(path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantize|sparse|Sparse|deprecated)")  # torch's, of what damage is made with
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_state_is_told_in_words_and_changes_nothing(
+    fashion: LabelledImages, saved: Path, tmp_path: Path, kind: str
+) -> None:
+    damage, told = DAMAGE[kind]
+    state = torch.load(saved, weights_only=True)
+    damage(state)
+    torch.save(state, tmp_path / "state.pt")
+    one = trainer(fashion)
+    with pytest.raises(CheckpointError, match=told) as caught:
+        one.resume(tmp_path / "state.pt")
+    assert caught.value.remedy
+    assert_same_state(one, trainer(fashion))
+
+
+def test_bytes_of_a_state_that_changed_never_end_in_a_traceback(
+    fashion: LabelledImages, saved: Path, tmp_path: Path
+) -> None:
+    """In its table of contents, where the pickle is, and at its end; most are told by a checksum or by the reader."""
+    whole, one, path = saved.read_bytes(), trainer(fashion), tmp_path / "state.pt"
+    start = whole.index(b"data.pkl")
+    for place in [*range(start, start + 2000, 50), *range(len(whole) - 400, len(whole), 20)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with suppress(CheckpointError):
+            one.resume(path)
 
 
 def test_a_missing_state_is_named(fashion: LabelledImages, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import pytest
 from elit_export.arrays import HostArray
 from elit_export.backends.protocols import FunctionEngine, to_host
 from elit_export.bundle.reading import Bundle
-from elit_export.errors import EngineError, ParityError
+from elit_export.errors import BundleError, EngineError, ParityError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.bank import EngineBank, Slot
+from elit_export.runtime.opening import open_bank
 from elit_export.spec import CACHE_GRAPHS, Precision
 from elit_export.verify.compare import Comparison, require
-from elit_export.verify.parity import compared, comparison_count, load_reference
+from elit_export.verify.parity import compared, comparison_count, load_reference, load_reference_file
 from elit_export.verify.reference import torch_engine
 
 Outputs = dict[str, HostArray]
@@ -123,6 +125,29 @@ def test_an_engine_that_fails_misses_with_its_reason(golden_g4_bundle: Bundle, g
     missed = [one for one in found_with(golden_g4_bundle, golden_g4_model, failing) if not one.passed]
     assert missed
     assert all("rows=8" in one.point and one.verdict.endswith("nothing to compare: out of memory") for one in missed)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda arrays: arrays.pop("0/velocity"), "has no array 0/velocity"),
+        (lambda arrays: arrays.pop("0/x"), "has no array 0/x"),
+        (lambda arrays: arrays.update({"0/velocity": np.array(["a"])}), "the array 0/velocity holds <U1, not numbers"),
+    ],
+    ids=["an output", "an input", "text"],
+)
+def test_a_missing_reference_array_is_named(
+    tiny_bundle: Bundle, tmp_path: Path, change: Callable[[dict[str, Any]], object], told: str
+) -> None:
+    """Of a reference that was written wrong, hash and all."""
+    plan_set = tiny_bundle.manifest.plan_sets[0]
+    reference = plan_set.reference
+    arrays = dict(np.load(tiny_bundle.verified(reference.artifact) / "reference.npz"))
+    change(arrays)
+    np.savez(tmp_path / "reference.npz", **arrays)
+    remedy = "copy the bundle again, or build it again: elit-export build"
+    with open_bank(tiny_bundle, plan_set) as bank, pytest.raises(BundleError, match=f"{told}; {remedy}"):
+        list(compared(tiny_bundle, plan_set, bank, load_reference_file(tmp_path)))
 
 
 def test_reference_needs_no_checkpoint(golden_g4_bundle: Bundle) -> None:
