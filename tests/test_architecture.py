@@ -90,6 +90,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"cli/"},
     "filelock": {"bundle/store.py"},
     "matplotlib": {"report/plots.py"},
+    "polygraphy": {"verify/polygraphy.py"},
 }
 # The one door for files that are read, and who else opens some: (file, call) → why it may.
 DOOR = "bundle/readers.py"
@@ -316,6 +317,7 @@ HEAVY = (
     "nncf",
     "diffusers",
     "transformers",
+    "polygraphy",
 )
 
 

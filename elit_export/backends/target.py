@@ -32,6 +32,21 @@ PROGRAM = InputFormat("program", suffix="-program", bounds_rows=True, is_program
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolygraphyRunner:
+    """How `polygraphy run` opens a plan. `environment` goes before the command.
+
+    `by_profile`: a plan has optimization profiles, and a run is of one of them.
+    """
+
+    options: tuple[str, ...]
+    environment: tuple[str, ...] = ()
+    by_profile: bool = False
+
+
+POLYGRAPHY_ONNXRT = PolygraphyRunner(options=("--model-type", "onnx", "--onnxrt"))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TargetFacts:
     """What a recipe may ask of a backend, and what it builds from.
 
@@ -97,6 +112,11 @@ class Target(BaseModel):
     def plans_are_programs(self) -> bool:
         """Can opening a plan run any code that is in it? Then only trusted ones are opened."""
         return self.facts.plans_are_programs
+
+    @property
+    def polygraphy(self) -> PolygraphyRunner | None:
+        """What opens plans of this target in Polygraphy; None where it has nothing that does."""
+        return None
 
     def options(self) -> dict[str, Any]:
         """What the backend adds, as the manifest keeps it."""

@@ -28,6 +28,7 @@ TOOLS = {
     "modelopt": Tool("int8 and fp8 graphs for TensorRT", "quantize"),
     "diffusers": Tool("VAE decoders", "diffusers"),
     "transformers": Tool("text encoders", "text"),
+    "polygraphy": Tool("verify --polygraphy", "polygraphy"),
     "matplotlib": Tool("plots", "report"),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ from elit_export.cli.common import (
     write_json,
 )
 from elit_export.cli.tools import naming_the_extra
-from elit_export.errors import ElitExportError
+from elit_export.errors import ElitExportError, InputError
 
 if TYPE_CHECKING:
     from elit_export.bundle.manifest import PlanSet
@@ -38,6 +40,13 @@ if TYPE_CHECKING:
 @click.option("--precision", help="Needed if the target has several.")
 @TRUST_OPTION
 @click.option("--bisect", is_flag=True, help="After a miss, find where: plan, optimiser, node or graph (needs onnx).")
+@click.option(
+    "--polygraphy",
+    "polygraphy_folder",
+    type=FOLDER,
+    metavar="DIR",
+    help="Write the cases for NVIDIA Polygraphy and print the lines that run them, in place of comparing.",
+)
 @JSON_OPTION
 def verify(
     bundle: Path,
@@ -47,6 +56,7 @@ def verify(
     precision: str | None,
     trust: bool,
     bisect: bool,
+    polygraphy_folder: Path | None,
     json_to: str | None,
 ) -> None:
     """Compare BUNDLE's engines with PyTorch: every profile at its corners, and whole trajectories.
@@ -63,6 +73,10 @@ def verify(
     refuse_alone(interface, checkpoint)
     opened = Bundle.open(bundle, trust=trust)
     plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+    if polygraphy_folder:
+        refuse_beside_polygraphy({"--checkpoint": checkpoint, "--bisect": bisect or None})
+        write_for_polygraphy(opened, plan_set, polygraphy_folder, json_to)
+        return
     with progress_bar() as progress:
         task = progress.add_task("verifying", total=comparisons_of(plan_set))
         found = verify_plan_set(
@@ -96,3 +110,22 @@ def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -
             complain(str(bisect(bundle, plan_set, case=missed.case or 0)))
     except (ElitExportError, OSError) as error:
         complain(f"cannot bisect: {error}")
+
+
+def refuse_beside_polygraphy(given: Mapping[str, object]) -> None:
+    """Raise InputError for options of a comparison that is not made."""
+    if meant := [name for name, value in given.items() if value is not None]:
+        raise InputError(
+            f"{meant[0]}: --polygraphy writes stored answers and compares nothing", "leave one of them out"
+        )
+
+
+def write_for_polygraphy(bundle: Bundle, plan_set: PlanSet, folder: Path, json_to: str | None) -> None:
+    """Write the cases, and print each line on its own, so that it can be copied."""
+    from elit_export.verify.polygraphy import COMMANDS, write_polygraphy
+
+    commands = write_polygraphy(bundle, plan_set, folder)
+    for command in commands:
+        say(f"# {command.about}\n{command.line}", json_to=json_to)
+    write_json([asdict(command) for command in commands], json_to)
+    say(f"wrote {folder}; next: sh {shlex.quote(str(folder / COMMANDS))}", json_to=json_to)

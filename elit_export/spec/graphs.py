@@ -13,6 +13,7 @@ from elit_export.errors import InputError
 from elit_export.spec.limits import TEXT as TEXT_LIMIT
 
 if TYPE_CHECKING:
+    from elit_export.spec.budgets import Profile
     from elit_export.spec.data import DecoderSpec
     from elit_export.spec.model import ModelSpec
 
@@ -32,6 +33,8 @@ FUSED = "fused"
 DECODE = "decode"
 CACHE_GRAPHS = (PROBE, REUSE, TIME)  # beside `step`: what step caching calls
 COEFFICIENTS = 5  # of the polynomial that `fused` takes, lowest power first
+
+Shape = tuple[int, ...]
 
 
 class Role(StrEnum):
@@ -95,6 +98,17 @@ class GraphSpec:
     def input(self, role: Role) -> TensorSpec:
         """The first input of a role, which there must be."""
         return next(tensor for tensor in self.inputs if tensor.role is role)
+
+    def corner_shapes(self, profile: Profile) -> dict[str, tuple[Shape, Shape, Shape]]:
+        """The shapes that a profile gives each input: at the least, the usual and the most of all its ranges."""
+        ranges = {ROWS: profile.rows.corners(), LATENTS: profile.latents.corners()}
+        if profile.text:
+            ranges[TEXT] = profile.text.corners()
+
+        def shape(tensor: TensorSpec, corner: int) -> Shape:
+            return tuple(ranges[size][corner] if isinstance(size, str) else size for size in tensor.dims)
+
+        return {tensor.name: (shape(tensor, 0), shape(tensor, 1), shape(tensor, 2)) for tensor in self.inputs}
 
 
 # ---------------------------------------------------------------- graphs of a model

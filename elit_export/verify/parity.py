@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,6 +40,14 @@ IDENTICAL_DB = 999.0  # JSON has no infinity
 
 NUMBERS = "biuf"  # NumPy's kinds of types
 COPY_AGAIN = "copy the bundle again, or build it again: elit-export build RECIPE --target TARGET --out BUNDLE"
+
+
+class Case(NamedTuple):
+    """What an engine is given at one point, and PyTorch's outputs there."""
+
+    point: str
+    inputs: Arrays
+    expected: Arrays
 
 
 def compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:
@@ -206,22 +215,34 @@ def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spe
 
 def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
     """Compare `fused`: where it computes with `step`, where it reuses with `reuse` and `probe`."""
-    reference, min_db = plan_set.reference, TOLERANCES[plan_set.precision].step_db
-    for index, case in enumerate(reference.cases):
-        inputs, expected = case_of(reference, index, arrays, spec)
-        outputs, problem = _run(engine, fused_inputs(inputs, force=True, rows=case.rows, spec=spec))
-        for name, reference_name in (("velocity", "velocity"), ("residual_next", "residual")):
-            deviation = _difference(outputs, name, expected[reference_name])
-            yield Comparison(
-                f"graph {FUSED}", f"{case_point(case)} computed {reference_name}", deviation, min_db, problem=problem
-            )
-    for rows in reference.cache_rows:
-        inputs = {LATENTS: np.arange(plan_set.profiles[0].latents.opt), **_reused(rows, spec)}
-        inputs |= _any_text(plan_set.profiles[0].profile, rows, spec)
-        outputs, problem = _run(engine, fused_inputs(inputs, force=False, rows=rows, spec=spec))
-        for name, reference_name in (("velocity", "reuse/{}/velocity"), ("signal_next", "probe/{}/signal")):
-            deviation = _difference(outputs, name, arrays[reference_name.format(rows)])
-            yield Comparison(f"graph {FUSED}", f"rows={rows} reused {name}", deviation, CACHE_DB, problem=problem)
+    step_db = TOLERANCES[plan_set.precision].step_db
+    for cases, min_db in (
+        (fused_computing(plan_set, arrays, spec), step_db),
+        (fused_reusing(plan_set, arrays, spec), CACHE_DB),
+    ):
+        for point, inputs, expected in cases:
+            outputs, problem = _run(engine, inputs)
+            for name, values in expected.items():
+                deviation = _difference(outputs, name, values)
+                yield Comparison(f"graph {FUSED}", f"{point} {name}", deviation, min_db, problem=problem)
+
+
+def fused_computing(plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Case]:
+    """The cases in which `fused` computes and gives what `step` gives."""
+    for index, case in enumerate(plan_set.reference.cases):
+        inputs, expected = case_of(plan_set.reference, index, arrays, spec)
+        forced = fused_inputs(inputs, force=True, rows=case.rows, spec=spec)
+        reference = {"velocity": expected["velocity"], "residual_next": expected["residual"]}
+        yield Case(f"{case_point(case)} computed", forced, reference)
+
+
+def fused_reusing(plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Case]:
+    """The cases in which `fused` reuses and gives what `reuse` and `probe` give."""
+    first = plan_set.profiles[0]
+    for rows in plan_set.reference.cache_rows:
+        inputs = {LATENTS: np.arange(first.latents.opt), **_reused(rows, spec), **_any_text(first.profile, rows, spec)}
+        reference = {"velocity": arrays[f"reuse/{rows}/velocity"], "signal_next": arrays[f"probe/{rows}/signal"]}
+        yield Case(f"rows={rows} reused", fused_inputs(inputs, force=False, rows=rows, spec=spec), reference)
 
 
 def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> Iterator[Comparison]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
-from elit_export.backends.target import Target, TargetFacts, Threads
+from elit_export.backends.target import POLYGRAPHY_ONNXRT, PolygraphyRunner, Target, TargetFacts, Threads
 from elit_export.spec import Precision
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -17,3 +18,7 @@ class OnnxRuntimeTarget(Target):
 
     backend: Literal["onnxruntime"]
     threads: Threads = 0
+
+    @property
+    def polygraphy(self) -> PolygraphyRunner:
+        return replace(POLYGRAPHY_ONNXRT, options=(*POLYGRAPHY_ONNXRT.options, "--providers", self.device))

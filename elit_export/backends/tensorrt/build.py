@@ -19,7 +19,7 @@ from elit_export.backends.tensorrt import cuda as cuda_layer
 from elit_export.backends.tensorrt.options import FIRST_WITH, TensorRTTarget
 from elit_export.backends.versions import version_numbers
 from elit_export.errors import BackendUnavailable, BuildError
-from elit_export.spec import LATENTS, ROWS, TEXT, Precision, Profile
+from elit_export.spec import GraphSpec, Precision, Profile
 
 TIMING_CACHE = "timing.cache"
 MEGABYTE = 1 << 20
@@ -67,7 +67,7 @@ class TensorRTBuilder:
         with ThreadPoolExecutor(max_workers=1) as worker:
             try:
                 timing = folder.parent / TIMING_CACHE
-                plan = worker.submit(_serialized, trt, graph.path, profiles, target, monitor, timing).result()
+                plan = worker.submit(_serialized, trt, graph, profiles, target, monitor, timing).result()
             except BaseException as error:
                 monitor.interrupted = error
                 raise
@@ -139,16 +139,16 @@ def _check_local(target: TensorRTTarget) -> None:
 
 
 def _serialized(
-    trt: Any, graph: Path, profiles: Sequence[Profile], target: TensorRTTarget, monitor: Any, timing: Path
+    trt: Any, graph: GraphFile, profiles: Sequence[Profile], target: TensorRTTarget, monitor: Any, timing: Path
 ) -> Any:
     """The bytes of a plan; raises BuildError, or what interrupted the monitor."""
     log = _log(trt)
     log.errors.clear()
     builder = trt.Builder(log)
-    network = _parsed(trt, builder, graph, log, target.precision)
+    network = _parsed(trt, builder, graph.path, log, target.precision)
     config = _config(trt, builder, target)
     for profile in profiles:
-        config.add_optimization_profile(_optimization_profile(builder, network, profile))
+        config.add_optimization_profile(_optimization_profile(builder, network, graph.spec, profile))
     config.progress_monitor = monitor
     cache = _timing_cache(config, timing) if target.timing_cache else None
     plan = builder.build_serialized_network(network, config)
@@ -207,22 +207,12 @@ def _config(trt: Any, builder: Any, target: TensorRTTarget) -> Any:
     return config
 
 
-def _optimization_profile(builder: Any, network: Any, profile: Profile) -> Any:
-    """Ranges for every dynamic dimension, told apart by its name in the graph."""
-    ranges = {ROWS: profile.rows.corners(), LATENTS: profile.latents.corners()}
-    if profile.text:
-        ranges[TEXT] = profile.text.corners()
-    made = builder.create_optimization_profile()
+def _optimization_profile(builder: Any, network: Any, graph: GraphSpec, profile: Profile) -> Any:
+    """Ranges for every input of the network, as its graph's spec has them."""
+    shapes, made = graph.corner_shapes(profile), builder.create_optimization_profile()
     for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        shapes = [
-            [
-                ranges[tensor.get_dimension_name(axis)][corner] if size < 0 else size
-                for axis, size in enumerate(tensor.shape)
-            ]
-            for corner in range(3)
-        ]
-        made.set_shape(tensor.name, *shapes)
+        name = network.get_input(index).name
+        made.set_shape(name, *shapes[name])
     return made
 
 

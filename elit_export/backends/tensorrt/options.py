@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from elit_export.backends.target import Target, TargetFacts
+from elit_export.backends.target import PolygraphyRunner, Target, TargetFacts
 from elit_export.spec import Precision
 
 # The oldest compute capability with arithmetic of a precision, and that which hardware-compatible plans run on.
@@ -24,6 +24,7 @@ class Flavour:
     Building: `names_capabilities`: for named GPUs that need not be there. `compatibility`: plans for other GPUs and
     later versions than those named. Running: `compiles_on_device`: it has a runtime cache, and captures CUDA graphs
     itself. `tells_validity`: of a plan's header, before it is deserialized.
+    `polygraphy_environment` makes Polygraphy use this library.
     """
 
     module: str
@@ -33,6 +34,7 @@ class Flavour:
     compatibility: bool
     compiles_on_device: bool
     tells_validity: bool
+    polygraphy_environment: tuple[str, ...] = ()
 
     def library(self) -> Any:
         return import_module(self.module)
@@ -56,6 +58,7 @@ FLAVOURS = {
         compatibility=False,
         compiles_on_device=True,
         tells_validity=True,
+        polygraphy_environment=("POLYGRAPHY_USE_TENSORRT_RTX=1",),
     ),
 }
 
@@ -102,6 +105,11 @@ class TensorRTTarget(Target):
     def plans_are_programs(self) -> bool:
         """A version-compatible plan brings code that runs on the host."""
         return self.fits_later_versions
+
+    @property
+    def polygraphy(self) -> PolygraphyRunner:
+        options = ("--model-type", "engine", "--trt")
+        return PolygraphyRunner(options=options, environment=self.flavour.polygraphy_environment, by_profile=True)
 
     @property
     def fits_later_versions(self) -> bool:
