@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "calibrate": {"spec", "bundle", "backends", "runtime", "models", "cost", "graphs", "verify"},
     "bench": {"spec", "bundle", "backends", "runtime", "cost", "verify"},
     "evaluate": {"spec", "bundle", "runtime", "checkpoints", "verify", "bench"},
+    "integrations": {"spec", "bundle", "backends", "runtime", "verify"},
     "report": {
         "spec",
         "bundle",
@@ -90,7 +91,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"cli/"},
     "filelock": {"bundle/store.py"},
     "matplotlib": {"report/plots.py"},
-    "polygraphy": {"verify/polygraphy.py"},
+    "polygraphy": {"verify/polygraphy.py", "integrations/polygraphy.py"},
 }
 # The one door for files that are read, and who else opens some: (file, call) → why it may.
 DOOR = "bundle/readers.py"
