@@ -44,8 +44,13 @@ def encoder(base: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(base: Path) -> Path:
-    elit("build", base / "recipe.toml", "--out", base / "bundle")
+def built(base: Path) -> str:
+    """What `build` says."""
+    return elit("build", base / "recipe.toml", "--out", base / "bundle")
+
+
+@pytest.fixture(scope="module")
+def bundle(base: Path, built: str) -> Path:
     return base / "bundle"
 
 
@@ -55,6 +60,17 @@ def drawn(bundle: Path, out: Path, *options: object) -> tuple[np.ndarray, np.nda
     assert f"wrote {out} and {out.with_suffix('.npz')}" in said
     with np.load(out.with_suffix(".npz")) as file:
         return np.asarray(Image.open(out)), file["latents"]
+
+
+def test_what_build_advises_next_draws_a_picture(
+    base: Path, built: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TEXT and FOLDER are to be filled in."""
+    line = built.partition("next: elit-export ")[2]
+    assert line == f"sample {base / 'bundle'} --target cpu --prompt TEXT --encoder FOLDER"
+    monkeypatch.chdir(tmp_path)
+    elit(*line.replace("FOLDER", str(base / "pipeline")).split())
+    assert (tmp_path / "samples.png").is_file()
 
 
 def test_a_prompt_becomes_a_picture(bundle: Path, encoder: Path, tmp_path: Path) -> None:

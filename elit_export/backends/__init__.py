@@ -7,9 +7,11 @@ Adding a backend: a folder here, a row below, an extra in pyproject.toml.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from elit_export.backends.onnxruntime.options import OnnxRuntimeTarget
 from elit_export.backends.openvino.options import OpenVinoTarget
@@ -17,14 +19,15 @@ from elit_export.backends.protocols import Builder, EngineLoader
 from elit_export.backends.target import Target, TargetFacts
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
-from elit_export.errors import BackendUnavailable, summary
+from elit_export.errors import BackendUnavailable, InputError, summary
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """`library` is the module of the backend itself, `needs` others without which it does not run.
 
-    `options` is the class of its targets, `folder` the one here with its files, `extra` what pip installs.
+    `options` is the class of its targets, `folder` the one here with its files, `extra` what pip installs. `usual` are
+    targets that recipes are begun with, by the names they have there: `usual_target` finds them.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Backend:
     library: str
     extra: str
     needs: tuple[str, ...] = ()
+    usual: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def facts(self) -> TargetFacts:
@@ -77,8 +81,20 @@ BACKENDS = {
             options=OnnxRuntimeTarget,
             library="onnxruntime",
             extra="onnxruntime",
+            # `cpu` is ONNX Runtime: its plans run on any CPU, those of OpenVINO on one with the same features.
+            usual={
+                "cpu": {"device": "cpu", "precision": "fp32"},
+                "cuda": {"device": "cuda", "precision": "fp32"},
+            },
         ),
-        Backend(name="openvino", folder="openvino", options=OpenVinoTarget, library="openvino", extra="openvino"),
+        Backend(
+            name="openvino",
+            folder="openvino",
+            options=OpenVinoTarget,
+            library="openvino",
+            extra="openvino",
+            usual={"openvino": {"precision": "fp32"}, "openvino-bf16": {"precision": "bf16"}},
+        ),
         Backend(
             name="tensorrt",
             folder="tensorrt",
@@ -86,6 +102,11 @@ BACKENDS = {
             library="tensorrt",
             needs=("cuda.bindings.runtime",),
             extra="tensorrt",
+            usual={
+                "a100-tensorrt": {"precision": "bf16", "compute_capabilities": ["8.0"]},
+                "h100-tensorrt": {"precision": "bf16", "compute_capabilities": ["9.0"]},
+                "b200-tensorrt": {"precision": "bf16", "compute_capabilities": ["10.0"]},
+            },
         ),
         Backend(
             name="tensorrt-rtx",
@@ -94,6 +115,7 @@ BACKENDS = {
             library="tensorrt_rtx",
             needs=("cuda.bindings.runtime",),
             extra="tensorrt-rtx",
+            usual={"rtx": {"precision": "bf16", "compute_capabilities": ["8.9", "12.0"]}},  # GeForce RTX 40 and 50
         ),
         Backend(
             name="torch-tensorrt",
@@ -101,6 +123,24 @@ BACKENDS = {
             options=TorchTensorRTTarget,
             library="torch_tensorrt",
             extra="torch-tensorrt",
+            usual={"torch-tensorrt": {"precision": "bf16"}},
         ),
     )
 }
+
+
+def usual_targets() -> dict[str, dict[str, Any]]:
+    """The `[targets.NAME]` tables that recipes are begun with."""
+    return {
+        name: {"backend": backend.name, **values}
+        for backend in BACKENDS.values()
+        for name, values in backend.usual.items()
+    }
+
+
+def usual_target(name: str) -> dict[str, Any]:
+    """One of them; raises InputError naming all."""
+    known = usual_targets()
+    if name not in known:
+        raise InputError(f"--target {name}: not among the usual targets", f"choose of {', '.join(known)}")
+    return known[name]

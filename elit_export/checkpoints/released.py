@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
@@ -193,11 +194,14 @@ def _hidden_numbers(
     numbers = told | {name: value for name, value in given.items() if value is not None}
     missing = [name for name in given if name not in numbers]
     if missing:
-        options = ", ".join(f"--{name} N".replace("_", "-") for name in missing)
+        untold = {name: numbers.get(name, "N") for name in given if name not in told}
+        options = " ".join(f"--{name.replace('_', '-')} {number}" for name, number in untold.items())
+        lines = ", ".join(f"{name} = {number}" for name, number in untold.items())
         raise CheckpointError(
             f"{path}: its args name no known size (model={args.get('model')!r}) and shapes cannot tell "
             f"{', '.join(missing)}",
-            f"give them to load_checkpoint, or {options} on the command line",
+            f"say it in the recipe's table [architecture], {lines}, to load_checkpoint, or to export and inspect; this "
+            f"writes a recipe: elit-export init {shlex.quote(str(path))} {options}",
         )
     return _Hidden(**numbers)
 

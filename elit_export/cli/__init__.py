@@ -23,6 +23,7 @@ COMMANDS = {
         "Train what `evaluate` judges samples by, on DATA: IDX files, or one folder of images per class."
     ),
     "export": "Export CHECKPOINT as one ONNX graph for every budget.",
+    "init": "Write a commented recipe for CHECKPOINT: what it holds, rows, profiles, and a table per target.",
     "build": "Build RECIPE's engines into a bundle and compare each profile with PyTorch.",
     "calibrate": "Measure what a bundle's engines do along real trajectories, for the step cache and for quantization.",
     "embed": "Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -18,20 +19,25 @@ from elit_export.cli.common import (
     show,
 )
 from elit_export.cli.tables.inspect import inspection_tables
+from elit_export.errors import InputError
 
+if TYPE_CHECKING:
+    from elit_export.bundle.recipe import Recipe
+
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
 DEFAULT_BUILD_FOLDER = Path("engines/build")
 
 
 @click.command()
-@click.argument("recipe", type=FILE)
-@click.option("--target", help="Which [targets.NAME]; needed if the recipe has several.")
+@click.argument("recipe")
+@click.option("--target", help="Which [targets.NAME]; needed if the recipe has several. Of a CHECKPOINT: cpu, rtx, …")
 @click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
 @click.option("--checkpoint", type=NAME, help="In place of the recipe's checkpoint: a file, or a folder of diffusers.")
 @INTERFACE_OPTION
 @click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
 @TRUST_OPTION
 def build(
-    recipe: Path,
+    recipe: str,
     target: str | None,
     out: Path | None,
     checkpoint: str | None,
@@ -39,10 +45,17 @@ def build(
     samples: Path | None,
     trust: bool,
 ) -> None:
-    """Build RECIPE's engines into a bundle and compare each profile with PyTorch."""
+    """Build RECIPE's engines into a bundle and compare each profile with PyTorch.
+
+    In place of a RECIPE a CHECKPOINT (.pt, .safetensors, shipped:fashion, a folder) is built by the recipe that
+    `init` would write for it.
+    """
     from elit_export.bundle.recipe import load_recipe
 
-    loaded = load_recipe(recipe)
+    is_checkpoint = names_checkpoint(recipe)
+    loaded = recipe_of(recipe, target, checkpoint, interface) if is_checkpoint else load_recipe(Path(recipe))
+    name = target or loaded.only_target()
+    from elit_export.cli.advice import after_build
     from elit_export.compiler.build import NOTHING_CHANGED, compile_bundle  # torch, when the recipe is right
     from elit_export.report.inspection import bundle_facts
 
@@ -57,7 +70,7 @@ def build(
 
         bundle = compile_bundle(
             loaded,
-            target or loaded.only_target(),
+            name,
             out=folder,
             checkpoint=checkpoint,
             interface=interface,
@@ -69,4 +82,24 @@ def build(
         say(f"{folder}: nothing changed, nothing done")
         return
     show(*inspection_tables(bundle_facts(bundle)))
-    say(f"wrote {folder}; next: elit-export sample {folder}")
+    manifest, precision = bundle.manifest, loaded.target(name).precision
+    built = next(one for one in manifest.plan_sets if (one.target, one.precision) == (name, precision))
+    say(f"wrote {folder}; next: {after_build(folder, manifest, built)}")
+
+
+def names_checkpoint(text: str) -> bool:
+    """Is it a checkpoint, not a recipe?"""
+    return text.startswith("shipped:") or Path(text).suffix in CHECKPOINT_SUFFIXES or Path(text).is_dir()
+
+
+def recipe_of(path: str, target: str | None, checkpoint: str | None, interface: Path | None) -> Recipe:
+    """The usual recipe of a checkpoint; raises InputError for a second checkpoint."""
+    from elit_export.cli.init import usual_recipe
+    from elit_export.compiler.usual_recipe import USUAL_TARGETS
+
+    if checkpoint is not None:
+        raise InputError(f"--checkpoint {checkpoint}: {path} is a checkpoint too", "give one of them")
+    recipe: Recipe = usual_recipe(
+        path, [target] if target else list(USUAL_TARGETS), interface, {}, beside=None
+    ).recipe()
+    return recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,9 @@ def calibrate_cache(
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
     from elit_export.bundle.reading import Bundle
     from elit_export.calibrate.step_cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
+    from elit_export.cli.advice import sample_command
     from elit_export.cli.tables.inspect import calibration_table
+    from elit_export.runtime.opening import chosen_plan_set
     from elit_export.runtime.pipeline import Pipeline
 
     if plot is not None:  # before anything is measured, as it needs matplotlib
@@ -79,14 +82,20 @@ def calibrate_cache(
     record(opened, calibration)
     show(calibration_table(calibration), json_to=json_to)
     write_json(calibration.model_dump(mode="json"), json_to)
-    say(f"wrote it into {bundle}; next: elit-export sample {bundle} --cache {advised(calibration)}", json_to=json_to)
+    policy, reason = advised(calibration)
+    if reason:
+        say(reason, json_to=json_to)
+    manifest = opened.manifest
+    plan_set = chosen_plan_set(manifest.plan_sets, target, precision)
+    advice = sample_command(bundle, manifest, plan_set, "--cache", policy)
+    say(f"wrote it into {bundle}; next: {advice}", json_to=json_to)
 
 
-def advised(calibration: CacheCalibration) -> str:
-    """A policy to try; not `teacache` where at equal steps the residual changes less where the input changes more."""
+def advised(calibration: CacheCalibration) -> tuple[str, str]:
+    """A policy to try, and why not `teacache`: at equal steps the residual may change less where inputs do more."""
     if min(fit.rank_same_steps for fit in calibration.fits) > 0:
-        return "teacache:0.2"
-    return "static:every@2 (teacache would reuse where the blocks change most: see rank)"
+        return "teacache:0.2", ""
+    return "static:every@2", "teacache would reuse where the blocks change most: see rank"
 
 
 @calibrate.command("samples")
@@ -128,7 +137,8 @@ def calibrate_samples(
     save_inputs(found.samples, out)
     show(samples_table(found), json_to=json_to)
     write_json(samples_facts(found), json_to)
-    say(f"wrote {out}; next: elit-export build RECIPE --target TARGET --samples {out}", json_to=json_to)
+    advice = f"elit-export build RECIPE --target TARGET --samples {shlex.quote(str(out))}"
+    say(f"wrote {out}; next: {advice}", json_to=json_to)
 
 
 @calibrate.command("sensitivity")

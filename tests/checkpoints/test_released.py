@@ -207,9 +207,14 @@ def test_unknown_numbers_are_asked_for_with_their_options(
     golden_g4: Golden, tmp_path: Path, args: object, given: dict[str, int], unknown: list[str]
 ) -> None:
     path = golden_g4.save_pt(tmp_path / "a.pt", args=args)
-    options = ", ".join(f"--{name.replace('_', '-')} N" for name in unknown)
-    with pytest.raises(CheckpointError, match=f"cannot tell {', '.join(unknown)}; give them .*, or {options} on the"):
+    numbers = {name: given.get(name, "N") for name in ("num_heads", "head_depth", "tail_depth")}
+    untold = {name: number for name, number in numbers.items() if name in (*unknown, *given)}
+    options = " ".join(f"--{name.replace('_', '-')} {number}" for name, number in untold.items())
+    lines = ", ".join(f"{name} = {number}" for name, number in untold.items())
+    with pytest.raises(CheckpointError, match=f"cannot tell {', '.join(unknown)}; say it") as caught:
         load_checkpoint(path, **given)
+    assert f"table [architecture], {lines}, to load_checkpoint" in caught.value.remedy
+    assert caught.value.remedy.endswith(f"elit-export init {path} {options}")
 
 
 @pytest.mark.parametrize(("tail_depth", "problem"), [(5, "core_depth is -1"), (-1, "tail_depth is -1")])
