@@ -132,6 +132,12 @@ def complain(text: str) -> None:
     click.echo(printable(text), err=True)
 
 
+def say_lines(title: str, lines: Sequence[str], *, json_to: str | None = None) -> None:
+    """Lines to be copied, each whole; nothing where there are none."""
+    if lines:
+        say("\n".join([f"{title}:", *lines]), json_to=json_to)
+
+
 def say_accepted(bundle: Bundle, plan_set: PlanSet, *, json_to: str | None = None) -> None:
     """Warn of plans that are below their tolerance, by the recipe's own leave."""
     from elit_export.verify.parity import accepted_miss

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FOLDER, INTERFACE_OPTION, NAME, architecture_options, say
+from elit_export.cli.common import FOLDER, INTERFACE_OPTION, NAME, architecture_options, say, say_lines
 from elit_export.spec import STEP, Precision
 
 PRECISION = click.Choice([precision.value for precision in Precision if not precision.quantized])
@@ -25,9 +25,13 @@ def export(checkpoint: str, out: Path, precision: str, interface: Path | None, *
     CHECKPOINT is a .pt or .safetensors file, shipped:fashion or, with --interface, a folder of diffusers. Its weights
     are read one by one, so that it may be larger than the memory.
     """
+    from elit_export.backends.tensorrt.trtexec import trtexec_line
     from elit_export.checkpoints.native import stored_checkpoint
+    from elit_export.compiler.usual_recipe import usual_profiles
     from elit_export.graphs.export import export_graph
 
     model = stored_checkpoint(checkpoint, interface=interface, **numbers)
     path = export_graph(model, STEP, out, Precision(precision))
     say(f"wrote {path} and {path.name}.data")
+    lines = [trtexec_line(path, model.spec.graph(STEP), [profile]) for profile in usual_profiles(model.spec)]
+    say_lines("engines of the usual profiles by trtexec", lines)

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import INTERFACE_OPTION, JSON_OPTION, NAME, Count, architecture_options, show, write_json
+from elit_export.cli.common import (
+    INTERFACE_OPTION,
+    JSON_OPTION,
+    NAME,
+    Count,
+    architecture_options,
+    say_lines,
+    show,
+    write_json,
+)
 from elit_export.cli.tables.inspect import inspection_tables
 from elit_export.spec.limits import SIDE_PIXELS, TEXT
 
@@ -39,4 +48,5 @@ def inspect(
     facts = inspect_path(path, interface=interface, resolution=resolution, text=text, **numbers)
     tables = [*inspection_tables(facts), *deployment_tables(facts)]
     show(*tables, json_to=json_to)
+    say_lines("the same engines by trtexec", facts.get("trtexec", ()), json_to=json_to)
     write_json(facts, json_to)

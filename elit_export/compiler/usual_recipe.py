@@ -12,11 +12,21 @@ from pathlib import Path
 from elit_export.backends import usual_target
 from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.cost.flops import USUAL_TEXT, flops
-from elit_export.spec import LONGEST_TEXT, DataFacts, ModelSpec, Range, by_channel_text, default_profiles, listed
+from elit_export.spec import (
+    LONGEST_TEXT,
+    DataFacts,
+    ModelSpec,
+    Profile,
+    Range,
+    by_channel_text,
+    default_profiles,
+    listed,
+)
 
 # One call at the full budget: XL/2 at 256 pixels gets 8 rows, models of up to 30 GFLOP MOST_ROWS.
 CALL_FLOPS = 2e12
 FEWEST_ROWS, MOST_ROWS = 4, 64
+TEXT = Range(1, USUAL_TEXT, LONGEST_TEXT)
 MOST_NAMES = 12  # of classes, in a comment
 USUAL_TARGETS = ("cpu",)
 
@@ -62,7 +72,7 @@ class UsualRecipe:
         yield f"rows = {_range(usual_rows(self.spec))}"
         if self.spec.takes_text:
             yield "# Tokens of a prompt, and of what guidance leads away from."
-            yield f"text = {_range(Range(1, USUAL_TEXT, LONGEST_TEXT))}"
+            yield f"text = {_range(TEXT)}"
 
     def _architecture(self) -> Iterator[str]:
         """The numbers that only some checkpoints do not tell; those that were given must be told again."""
@@ -81,7 +91,7 @@ class UsualRecipe:
     def _profiles(self) -> Iterator[str]:
         """As they are without any."""
         yield "# One engine for each range of K latents kept, of the J per group; these are used where none is given."
-        for profile in default_profiles(self.spec.latents, usual_rows(self.spec), step=self.spec.budget_step):
+        for profile in usual_profiles(self.spec):
             yield "# [[profiles]]"
             yield f"# name = {_string(profile.name)}"
             yield f"# latents = {_range(profile.latents)}"
@@ -102,6 +112,12 @@ def usual_rows(spec: ModelSpec) -> Range:
     fitting = min(max(int(CALL_FLOPS / cost), FEWEST_ROWS), MOST_ROWS)
     most = 1 << (fitting.bit_length() - 1)
     return Range(1, most // 4, most)
+
+
+def usual_profiles(spec: ModelSpec) -> tuple[Profile, ...]:
+    """Those of the usual recipe."""
+    text = TEXT if spec.takes_text else None
+    return default_profiles(spec.latents, usual_rows(spec), step=spec.budget_step, text=text)
 
 
 def usual_name(checkpoint: str) -> str:

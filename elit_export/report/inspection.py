@@ -7,16 +7,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from elit_export.backends.tensorrt.trtexec import trtexec_line
 from elit_export.bundle.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
 from elit_export.bundle.reading import Bundle
 from elit_export.cost.flops import USUAL_TEXT, flops, flops_without_interface, guided_shares
 from elit_export.cost.params import ASSUMED_SHARE, PEAK_FLOPS, ROWS, activation_bytes, expected_ms, fitting, parameters
 from elit_export.errors import InputError
 from elit_export.models.registry import NAMES, named_spec
-from elit_export.spec import DataFacts, ModelSpec, Precision, Range, covered_text, default_profiles, listed
+from elit_export.spec import STEP, DataFacts, ModelSpec, Precision, Range, covered_text, default_profiles, listed
 from elit_export.verify.parity import accepted_miss
 
 Facts = dict[str, Any]
+ONNX_SUFFIX = ".onnx"
 WEAK = "eighth"  # budget of the weak branch
 NAMED_DATA = DataFacts(kind="vae", vae="of the checkpoint")
 
@@ -127,7 +129,20 @@ def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
         },
         "plan_sets": [_plan_set_facts(plan_set, manifest) for plan_set in manifest.plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
+        "trtexec": trtexec_lines(bundle),
     }
+
+
+def trtexec_lines(bundle: Bundle) -> list[str]:
+    """For each profile of each plan set, from the graph `step` in ONNX; none where the bundle lies without graphs."""
+    manifest, lines = bundle.manifest, dict[str, None]()
+    spec = manifest.model.spec.graph(STEP)
+    for plan_set in manifest.plan_sets:
+        graph = manifest.graphs.get(plan_set.graph)
+        path = bundle.folder / graph.artifact.kind / graph.artifact.name / graph.file if graph else None
+        if path and path.suffix == ONNX_SUFFIX and path.is_file():
+            lines |= dict.fromkeys(trtexec_line(path, spec, [facts.profile]) for facts in plan_set.profiles)
+    return list(lines)
 
 
 def model_facts(spec: ModelSpec, data: DataFacts, text: int) -> Facts:
