@@ -378,20 +378,19 @@ def test_a_kill_during_the_export_leaves_no_bundle(tiny: Built, tmp_path: Path, 
     assert (folder / STAGING).is_dir()
 
 
-# First builds: eight files of the graphs, one of the reference, eight of the plans, and the manifest. Rebuilds: the
-# twelve files of probe, reuse and time are those of the model before, and are looked at again.
-FLUSHES = {True: 18, False: 30}
+# One of the reference, four as graphs are described, eight files of the graphs, eight of the plans, and the manifest.
+FLUSHES = 22
 
 
 @pytest.mark.usefixtures("ready_graphs")
 @pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("flush", [0, 7, 8, 9, 16, -1])
+@pytest.mark.parametrize("flush", [0, 11, 12, 13, 20, -1])
 def test_a_kill_before_anything_gets_its_name(
     copied: Path, tiny: Built, other: Built, tmp_path: Path, flush: int, is_first: bool
 ) -> None:
     """12 kills: a kill from outside seldom falls where a finished file still has its temporary name."""
     folder = tmp_path / "new" if is_first else copied
-    number = flush % FLUSHES[is_first]
+    number = flush % FLUSHES
 
     def build() -> None:
         die_at_flush(number)

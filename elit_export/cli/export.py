@@ -26,12 +26,15 @@ def export(checkpoint: str, out: Path, precision: str, interface: Path | None, *
     are read one by one, so that it may be larger than the memory.
     """
     from elit_export.backends.tensorrt.trtexec import trtexec_line
-    from elit_export.checkpoints.native import stored_checkpoint
-    from elit_export.compiler.usual_recipe import usual_profiles
+    from elit_export.checkpoints.native import checkpoint_sha256, stored_checkpoint
+    from elit_export.compiler.usual_recipe import usual_name, usual_profiles
+    from elit_export.graphs.about import Origin, describe
     from elit_export.graphs.export import export_graph
 
     model = stored_checkpoint(checkpoint, interface=interface, **numbers)
     path = export_graph(model, STEP, out, Precision(precision))
+    origin = Origin(usual_name(checkpoint), checkpoint_sha256(checkpoint, interface))
+    describe(path, model.spec.graph(STEP), origin, Precision(precision))
     say(f"wrote {path} and {path.name}.data")
     lines = [trtexec_line(path, model.spec.graph(STEP), [profile]) for profile in usual_profiles(model.spec)]
     say_lines("engines of the usual profiles by trtexec", lines)

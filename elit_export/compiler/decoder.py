@@ -15,6 +15,7 @@ from elit_export.bundle.store import Made, Progress, Stage
 from elit_export.checkpoints.vae import DecoderFolder
 from elit_export.checkpoints.vae_decoder import VaeDecoder, load_decoder
 from elit_export.compiler.job import Job
+from elit_export.graphs.about import Origin
 from elit_export.graphs.formats import FORMATS
 from elit_export.spec import DECODE, DecoderSpec, Precision, Range
 from elit_export.verify.cases import REFERENCE_FILE, decoder_rows
@@ -73,9 +74,11 @@ def make_decoder(job: Job, folder: DecoderFolder, table: DecoderTable) -> BuiltD
 def _graph(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> Graph:
     def make(folder: Path) -> Made:
         written = FORMATS[job.options.facts.input_format.name]
-        file = written.export_decoder(weights.decoder(), spec, rows.max, folder).name
+        path = written.export_decoder(weights.decoder(), spec, rows.max, folder)
+        origin = Origin(weights.folder.class_name, weights.folder.sha256)
+        written.describe(path, spec.graph, origin, Precision.FP32)
         versions = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
-        return Made({"graph": DECODE, "precision": Precision.FP32, "file": file, "versions": versions})
+        return Made({"graph": DECODE, "precision": Precision.FP32, "file": path.name, "versions": versions})
 
     key = job.keys.decoder_graph(weights.folder.sha256, spec, rows.max)
     name, stage = job.keys.stored_name(spec.graph), Stage(f"export graph {DECODE}", SHARE)

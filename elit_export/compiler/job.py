@@ -13,6 +13,7 @@ from elit_export.bundle.keys import Keys
 from elit_export.bundle.manifest import ModelFacts
 from elit_export.bundle.store import Progress, Store
 from elit_export.checkpoints.native import checkpoint_sha256, stored_checkpoint
+from elit_export.graphs.about import Origin
 from elit_export.models.elit import Elit
 from elit_export.spec import CACHE_GRAPHS, FUSED, STEP, Profile
 
@@ -56,6 +57,11 @@ class Job:
     inputs: CalibrationInputs | None
     inputs_file: Path | None
     trust: bool
+
+    @property
+    def origin(self) -> Origin:
+        """What graphs say that they were exported from."""
+        return Origin(self.facts.name, self.facts.checkpoint_sha256)
 
     @property
     def graph_names(self) -> tuple[str, ...]:

@@ -81,9 +81,10 @@ def _exported(job: Job, graph: GraphSpec, precision: Precision) -> Graph:
 
     def make(folder: Path) -> Made:
         written = FORMATS[job.options.facts.input_format.name]
-        file = written.export(job.source.model(), graph.name, folder, precision).name
+        path = written.export(job.source.model(), graph.name, folder, precision)
+        written.describe(path, graph, job.origin, precision)
         versions = versions_of(GRAPH_LIBRARIES)
-        return Made({"graph": graph.name, "precision": precision, "file": file, "versions": versions})
+        return Made({"graph": graph.name, "precision": precision, "file": path.name, "versions": versions})
 
     stage = Stage(f"export graph {graph.name}", GRAPH)
     key, is_program = job.keys.graph(name), job.options.facts.input_format.is_program
@@ -97,6 +98,7 @@ def _quantized(job: Job, graph: GraphSpec, exact: Graph, reference: Reference) -
     def make(folder: Path) -> Made:
         assert job.inputs
         path = quantized_graph(store.path(exact), folder, precision, job.inputs, job.facts.spec)
+        FORMATS[job.options.facts.input_format.name].describe(path, graph, job.origin, precision)
         versions = versions_of((*GRAPH_LIBRARIES, QUANTIZING_LIBRARY))
         about = {"graph": graph.name, "precision": precision, "file": path.name, "versions": versions}
         return Made({**about, "sqnr_db": _graph_sqnr_db(job, path, reference)})
