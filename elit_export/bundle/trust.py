@@ -11,6 +11,7 @@ import stat
 from pathlib import Path
 
 from elit_export.bundle.manifest import Artifact
+from elit_export.bundle.readers import CONFIG_BYTES, open_regular
 from elit_export.errors import BundleError
 
 PRIVATE = 0o600
@@ -53,9 +54,9 @@ def _trusted() -> set[str]:
     """The hashes of the list, none where there is no list; raises BundleError if others may write into it."""
     path = trusted_list()
     try:
-        with path.open(encoding="ascii", errors="replace") as file:
+        with open_regular(path, what="a list of hashes", error=BundleError, limit_bytes=CONFIG_BYTES) as file:
             _check_private(path, os.fstat(file.fileno()))
-            return set(file.read().split())
+            return set(file.read(CONFIG_BYTES).decode("ascii", errors="replace").split())
     except FileNotFoundError:
         return set()
 
