@@ -61,7 +61,10 @@ class Guidance:
         if not math.isfinite(self.scale) or self.scale < 1:
             raise InputError(f"guidance scale {self.scale} must be a finite number, 1 (no guidance) or more")
         if not 0 <= self.low <= self.high <= 1:
-            raise InputError(f"guidance interval {self.low} {self.high}: needs 0 <= low <= high <= 1")
+            raise InputError(
+                f"guidance interval {self.low} {self.high}: needs 0 <= low <= high <= 1",
+                "give the lower t first; sampling starts at t = 1, noise, so 0.5 1.0 guides the first half",
+            )
         needs_weak = self.kind in (Kind.CCFG, Kind.AUTOGUIDANCE)
         if needs_weak != (self.weak is not None):
             raise InputError(f"guidance {self.kind.value}: {USAGE[self.kind]}")

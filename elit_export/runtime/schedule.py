@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,15 +13,47 @@ from elit_export.spec import Budget, ModelSpec, limits
 
 ScheduleLike = str | int | Budget | Sequence[Budget]
 STEPS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
-TIMES = re.compile(r"(\d*\.\d*)-(\d*\.\d*)")
+DIRECTION = "t = 1 is noise, where sampling starts, and t = 0 the image"
+
+
+@dataclass(frozen=True)
+class Span:
+    """A form of ranges LOW-HIGH that reach from 0 to `end`: low ≤ place < high, where the place is a step's start."""
+
+    pattern: re.Pattern[str]
+    end: float
+    unit: str
+    name: str  # of what is in ranges
+    hint: str
+
+    def between(self, low: float, high: float) -> str:
+        return f"{self.name} from {low:g}{self.unit} to {high:g}{self.unit}"
+
+
+TIMES = Span(
+    pattern=re.compile(r"(\d*\.\d*)-(\d*\.\d*)"),
+    end=1.0,
+    unit="",
+    name="t",
+    hint=f"{DIRECTION}; ranges in the order of sampling: 0%-50%:quarter,50%-100%:full",
+)
+SHARES = Span(
+    pattern=re.compile(r"(\d*\.?\d*)%?-(\d*\.?\d*)%"),
+    end=100.0,
+    unit="%",
+    name="the sampling",
+    hint="0% is where sampling starts, at noise, and 100% its end: 0%-50%:quarter,50%-100%:full",
+)
 
 
 def resolve_schedule(schedule: ScheduleLike, times: Sequence[float], spec: ModelSpec) -> tuple[Budget, ...]:
     """One budget per step of `times` (steps + 1 values of t).
 
-    Text is one budget for all steps (`full`, `4`), step ranges, inclusive (`0-9:quarter,10-49:full`),
-    or t ranges with low ≤ t < high, the last including 1 (`0.0-0.5:full,0.5-1.0:quarter`); a step
-    counts by the t it starts from. Raises InputError for a gap, an overlap or a step past the end.
+    Text is one budget for all steps (`full`, `4`), or ranges. Ranges of steps are inclusive (`0-9:quarter,10-49:full`).
+    Ranges by share of the steps go from the start, 0%, which is noise (`0%-50%:quarter,50%-100%:full`). Ranges of t go
+    against the sampling, which starts at t = 1 (`0.5-1.0:quarter,0.0-0.5:full` is the same). For both low ≤ place <
+    high, the last including its end; a step counts by where it starts. Raises InputError for a gap, an overlap or a
+    step past the end.
     """
     steps = len(times) - 1
     if isinstance(schedule, int | np.integer | Budget):
@@ -32,10 +65,13 @@ def resolve_schedule(schedule: ScheduleLike, times: Sequence[float], spec: Model
     entries = [_split_entry(entry) for entry in schedule.split(",")]
     if all(STEPS.fullmatch(range_) for range_, _ in entries):
         return _step_ranges(entries, steps, spec)
-    if all(TIMES.fullmatch(range_) for range_, _ in entries):
-        return _time_ranges(entries, times, spec)
+    for span, places in ((TIMES, times[:-1]), (SHARES, [100 * step / steps for step in range(steps)])):
+        if all(span.pattern.fullmatch(range_) for range_, _ in entries):
+            return _spans(entries, span, places, spec)
     raise InputError(
-        f"schedule {schedule!r}: ranges must be all steps (0-9:half) or all times with a point (0.0-0.5:half)"
+        f"schedule {schedule!r}: ranges must be all steps (0-9:half), all shares of the sampling (0%-50%:half) or all "
+        f"times with a point (0.0-0.5:half)",
+        f"choose one kind for all; {DIRECTION}",
     )
 
 
@@ -75,27 +111,30 @@ def _step_ranges(entries: Sequence[tuple[str, str]], steps: int, spec: ModelSpec
     return tuple(chosen[step] for step in range(steps))
 
 
-def _time_ranges(entries: Sequence[tuple[str, str]], times: Sequence[float], spec: ModelSpec) -> tuple[Budget, ...]:
-    parts = sorted((*_time_bounds(range_), spec.budget(name)) for range_, name in entries)
+def _spans(
+    entries: Sequence[tuple[str, str]], span: Span, places: Sequence[float], spec: ModelSpec
+) -> tuple[Budget, ...]:
+    parts = sorted((*_bounds(range_, span), spec.budget(name)) for range_, name in entries)
     reached = 0.0
     for low, high, _ in parts:
         if low > reached:
-            raise InputError(f"schedule gap: no budget for t from {reached:g} to {low:g}")
+            raise InputError(f"schedule gap: no budget for {span.between(reached, low)}", span.hint)
         if low < reached:
-            raise InputError(f"schedule overlap: t from {low:g} to {min(reached, high):g} is in two ranges")
+            both = span.between(low, min(reached, high))
+            raise InputError(f"schedule overlap: {both} is in two ranges", span.hint)
         reached = high
-    if reached != 1.0:
-        raise InputError(f"schedule gap: no budget for t from {reached:g} to 1")
-    return tuple(next(b for low, high, b in reversed(parts) if low <= t) for t in times[:-1])
+    if reached != span.end:
+        raise InputError(f"schedule gap: no budget for {span.between(reached, span.end)}", span.hint)
+    return tuple(next(budget for low, _, budget in reversed(parts) if low <= place) for place in places)
 
 
-def _time_bounds(range_: str) -> tuple[float, float]:
-    match = TIMES.fullmatch(range_)
+def _bounds(range_: str, span: Span) -> tuple[float, float]:
+    match = span.pattern.fullmatch(range_)
     assert match
     try:
         low, high = float(match[1]), float(match[2])
     except ValueError as error:
-        raise InputError(f"schedule range {range_!r} is not LOW-HIGH in t") from error
-    if not 0 <= low < high <= 1:
-        raise InputError(f"schedule range {range_}: needs 0 <= low < high <= 1")
+        raise InputError(f"schedule range {range_!r} is not LOW-HIGH", span.hint) from error
+    if not 0 <= low < high <= span.end:
+        raise InputError(f"schedule range {range_}: needs 0 <= low < high <= {span.end:g}{span.unit}", span.hint)
     return low, high

@@ -41,6 +41,11 @@ FORMS: list[tuple[ScheduleLike, list[int]]] = [
     ("0.5-1.0:quarter,0.0-0.5:full", [4, 4, 4, 16]),
     ("0.0-0.51:full,0.51-1.0:quarter", [4, 4, 16, 16]),
     ("0.0-0.3:1,0.3-0.8:2,0.8-1.0:3", [3, 2, 2, 1]),
+    ("0%-50%:quarter,50%-100%:full", [4, 4, 16, 16]),  # the first half of the steps first
+    ("50%-100%:full,0%-50%:quarter", [4, 4, 16, 16]),
+    ("0-50%:quarter,50-100%:full", [4, 4, 16, 16]),
+    ("0%-26%:1,26%-75%:2,75%-100%:3", [1, 1, 2, 3]),  # steps start at 0, 25, 50 and 75 %
+    ("0%-12.5%:1,12.5%-100%:2", [1, 2, 2, 2]),
 ]
 
 
@@ -83,6 +88,13 @@ WRONG: list[tuple[ScheduleLike, str]] = [
     ("0.0-0.4:half,0.6-1.0:full", r"gap: no budget for t from 0\.4 to 0\.6"),
     ("0.0-0.6:half,0.4-1.0:full", r"overlap: t from 0\.4 to 0\.6 is in two ranges"),
     ("0.0-1.0:half,0.2-0.3:full", r"overlap: t from 0\.2 to 0\.3 is in two ranges"),
+    # shares, which run the way of the sampling; messages tell both directions
+    ("0%-50%:half", "gap: no budget for the sampling from 50% to 100%; 0% is where sampling starts, at noise"),
+    ("50%-100%:half", "gap: no budget for the sampling from 0% to 50%; 0% is where"),
+    ("0%-60%:half,40%-100%:full", "overlap: the sampling from 40% to 60% is in two ranges; 0% is where"),
+    ("0%-150%:half", "0%-150%: needs 0 <= low < high <= 100%; 0% is"),
+    ("%-100%:half", "'%-100%' is not LOW-HIGH"),
+    ("0.0-0.5:half", r"; t = 1 is noise, where sampling starts, .* 0%-50%:quarter,50%-100%:full"),
     # the end
     ("0-4:half", "0-4 goes past the last step; 4 steps are 0 to 3"),
     ("0-3:half,4:full", "4 goes past the last step; 4 steps are 0 to 3"),
@@ -92,7 +104,9 @@ WRONG: list[tuple[ScheduleLike, str]] = [
     ("0.5-0.5:half", r"0\.5-0\.5: needs 0 <= low < high"),
     ("0.0-1.5:half", r"0\.0-1\.5: needs .* high <= 1"),
     # form
-    ("0-1:half,0.5-1.0:full", r"all steps \(0-9:half\) or all times with a point \(0\.0-0\.5:half\)"),
+    ("0-1:half,0.5-1.0:full", r"all steps \(0-9:half\), all shares .* or all times with a point .*; choose one kind"),
+    ("0%-50%:half,0.5-1.0:full", r"all steps .*; choose one kind for all; t = 1 is noise, where sampling starts"),
+    ("0%-50%:half,2-3:full", "choose one kind for all"),
     ("a-b:half", "'a-b:half'.*all steps"),
     ("0-1.0:half", "all steps"),
     (".-1.0:half", r"'\.-1\.0' is not LOW-HIGH"),
