@@ -27,8 +27,9 @@ if TYPE_CHECKING:
         RecipeError,
     )
     from elit_export.runtime.conditioning import Labels
-    from elit_export.runtime.pipeline import Pipeline, Sample
+    from elit_export.runtime.pipeline import Pipeline
     from elit_export.runtime.prompts import Prompts
+    from elit_export.runtime.sample import Sample
     from elit_export.runtime.sampling import StepRecord
     from elit_export.spec import Budget, ModelSpec
 
@@ -61,7 +62,7 @@ _HOMES = {
     "ModelSpec": "elit_export.spec",
     "Pipeline": "elit_export.runtime.pipeline",
     "Prompts": "elit_export.runtime.prompts",
-    "Sample": "elit_export.runtime.pipeline",
+    "Sample": "elit_export.runtime.sample",
     "StepRecord": "elit_export.runtime.sampling",
     "compile_bundle": "elit_export.compiler.build",
     "load_checkpoint": "elit_export.checkpoints.native",

@@ -22,21 +22,20 @@ def paint(bundle: Path, out: Path, steps: int) -> None:
     preview, partial = out.with_suffix(".preview.png"), out.with_suffix(".partial.png")
     with Pipeline.load(bundle) as pipeline:
         labels = range(min(IMAGES, pipeline.spec.num_classes))
-        records = pipeline.steps(labels, steps=steps, schedule="0.0-0.5:full,0.5-1.0:quarter")
+        options = {"steps": steps, "schedule": "0%-50%:quarter,50%-100%:full"}
+        request = pipeline.request(labels, **options)
+        state, records = request.start.copy(), pipeline.steps(labels, **options)
         try:
             with closing(records):  # on Ctrl-C too
                 for done, record in enumerate(records, start=1):
-                    say(f"step {done} of {steps} at budget {record.budget}")
-                    if done % PREVIEW_EVERY == 0 or done == steps:
-                        grid([images := pipeline.decode(record.x)], zoom=zoom_of(images, 4)).save(partial)
+                    state[record.images] = record.x  # more images than an engine call takes come in parts
+                    sys.stderr.write(f"step {done} of {request.records} at budget {record.budget}\n")
+                    if done % PREVIEW_EVERY == 0 or done == request.records:
+                        grid([images := pipeline.decode(state)], zoom=zoom_of(images, 4)).save(partial)
                         partial.replace(preview)  # whole or not at all
         finally:
             partial.unlink(missing_ok=True)
     preview.replace(out)
-
-
-def say(text: str) -> None:
-    sys.stderr.write(text + "\n")
 
 
 def main() -> int:
@@ -47,10 +46,10 @@ def main() -> int:
     try:
         paint(**vars(parser.parse_args()))
     except (ElitExportError, OSError) as error:  # the second: OUT cannot be written, BUNDLE not be read
-        say(f"error: {error}")
+        sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
-        say("stopped")
+        sys.stderr.write("stopped\n")
         return 130
     return 0
 

@@ -553,7 +553,7 @@ def whole_files(out: Path) -> tuple[bool, bool]:
     arrays = out.with_suffix(".npz")
     if arrays.exists():
         with np.load(arrays) as found:
-            assert found["latents"].shape == (3, 1, 8, 8)
+            assert found["images"].shape == (3, 1, 8, 8)
     if out.exists():
         with Image.open(out) as picture:
             picture.load()

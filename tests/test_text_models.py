@@ -159,6 +159,17 @@ def test_trajectories_equal_those_of_torch(pipeline: Pipeline, choice: str) -> N
         assert {call.reused for call in record.calls} == {REUSED.get(choice, "0000")[record.index] == "1"}
 
 
+def test_prompts_are_split_with_their_negative_ones(pipeline: Pipeline) -> None:
+    """Nine guided images are 18 rows, and a call takes 8."""
+    many, given = PROMPTS.repeated(3), {"steps": 3, "guidance": "cfg:3,norm", "seed": 4}
+    found = pipeline.sample(many, **given)
+    assert found.part_sizes == (3, 3, 3)
+    parts = [
+        pipeline.sample(many.at(np.arange(first, first + 3)), first_image=first, **given).latents for first in (0, 3, 6)
+    ]
+    assert max_relative(found.latents, np.concatenate(parts)) <= 1e-5  # the text of a part alone may have less padding
+
+
 def test_a_prompt_gives_its_image_whatever_is_beside_it(pipeline: Pipeline) -> None:
     """Nor does padding matter, of its own or of the negative text."""
     given: Any = {"steps": 3, "guidance": "cfg:3,norm"}

@@ -22,7 +22,8 @@ from elit_export.bench.timing import timed_in_turn
 from elit_export.runtime.conditioning import numbered, random_rows
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.options import SamplingOptions, resolve
-from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.sample import Sample
 from elit_export.runtime.sampling import Call
 from elit_export.runtime.step_cache import bench_policies
 from elit_export.verify.metrics import difference

@@ -13,7 +13,8 @@ from elit_export.bench.timing import resident_bytes
 from elit_export.errors import InputError
 from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.options import SamplingOptions
-from elit_export.runtime.pipeline import Pipeline, Sample
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.sample import Sample
 from elit_export.spec import Budget
 
 MIN_SAMPLINGS = 10

@@ -18,14 +18,14 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from elit_export.arrays import Arrays, Bools, Float64
+from elit_export.arrays import Arrays, Bools
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs
 from elit_export.bundle.readers import read_toml
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.conditioning import Labels, LabelsLike
-from elit_export.runtime.noise import SeededNoise
+from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.prompts import Prompts, joined
 from elit_export.runtime.request import Request
@@ -40,20 +40,20 @@ CONDITIONING_SEED, SELECTION_SEED = 1, 2  # added to the seed, for independent d
 class SampleRecipe(BaseModel):
     """The trajectories to sample, and the number of `samples` to select from them.
 
-    There are `images` trajectories for each of the `budgets` with each `guidance`, `rows` at once. Without `budgets`
-    these are the min, opt and max of every profile.
+    There are `images` trajectories for each of the `budgets` with each `guidance`, at most `rows` at once. Without
+    `budgets` these are the min, opt and max of every profile. The other defaults are those of calibration/fashion.toml.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    images: int = Field(ge=1)
-    steps: int = Field(ge=1)
-    sampler: str
-    guidance: tuple[str, ...] = Field(min_length=1, strict=False)
+    images: int = Field(default=10, ge=1)
+    steps: int = Field(default=20, ge=1)
+    sampler: str = "euler"
+    guidance: tuple[str, ...] = Field(default=("none", "cfg:2"), min_length=1, strict=False)
     budgets: tuple[int | str, ...] = Field(default=(), strict=False)
-    samples: int = Field(ge=FEWEST)
-    seed: int = Field(ge=0)
-    rows: int = Field(ge=1)
+    samples: int = Field(default=256, ge=FEWEST)
+    seed: int = Field(default=0, ge=0)
+    rows: int = Field(default=5, ge=1)
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -62,10 +62,7 @@ class SampleRecipe(BaseModel):
         return self
 
 
-# The values of calibration/fashion.toml, for bundles without a recipe of their own.
-DEFAULT_RECIPE = SampleRecipe(
-    images=10, steps=20, sampler="euler", guidance=("none", "cfg:2"), samples=256, seed=0, rows=5
-)
+DEFAULT_RECIPE = SampleRecipe()
 
 
 def load_sample_recipe(path: Path) -> SampleRecipe:
@@ -127,32 +124,40 @@ class RecordingEngine(Engine):
 def recorded_rows(
     pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None = None
 ) -> Iterator[list[RecordedRow]]:
-    """Record the engines' inputs in `batch_count` samplings of up to `recipe.rows` images.
+    """Record the engines' inputs in each part of each sampling, `batch_count` times.
 
     Models with text are conditioned on `prompts`, others on all their classes. All samplings are checked before the
     first one runs; raises CalibrationError, InputError or EngineError.
     """
-    noise, conditioning_of = _noise(pipeline, recipe), _conditioning(pipeline, recipe, prompts)
-    requests = [
-        _request(pipeline, recipe, budget, guidance, conditioning_of(images), noise[images])
-        for images, budget, guidance in _samplings(pipeline, recipe)
-    ]
+    requests = _requests(pipeline, recipe, prompts)
     _check_enough(pipeline, recipe)
     for request in requests:
-        yield _record(pipeline.bank, pipeline.spec.budgets, request)
+        for part in request.parts():
+            yield _record(pipeline.bank, pipeline.spec.budgets, part)
 
 
-def batch_count(pipeline: Pipeline, recipe: SampleRecipe) -> int:
-    """Count the samplings of a recipe."""
-    return len(list(_samplings(pipeline, recipe)))
+def batch_count(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None = None) -> int:
+    """Count the parts of all samplings; raises as `recorded_rows`."""
+    return sum(len(request.part_sizes) for request in _requests(pipeline, recipe, prompts))
 
 
-def _samplings(pipeline: Pipeline, recipe: SampleRecipe) -> Iterator[tuple[slice, Budget, str]]:
-    """Yield for every sampling the slice of its images, its budget and its guidance."""
-    for sampling, (budget, guidance) in enumerate(product(budgets_of(pipeline, recipe), recipe.guidance)):
-        end = (sampling + 1) * recipe.images
-        for start in range(sampling * recipe.images, end, recipe.rows):
-            yield slice(start, min(start + recipe.rows, end)), budget, guidance
+def _requests(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> list[Request]:
+    """Make a sampling for each budget with each guidance; their images are numbered one after another."""
+    conditioning_of = _conditioning(pipeline, recipe, prompts)
+    requests = []
+    for number, (budget, guidance) in enumerate(product(budgets_of(pipeline, recipe), recipe.guidance)):
+        first = number * recipe.images
+        options = SamplingOptions(
+            steps=recipe.steps,
+            sampler=recipe.sampler,
+            schedule=[budget] * recipe.steps,
+            guidance=guidance,
+            seed=recipe.seed,
+            first_image=first,
+        )
+        conditioning = conditioning_of(slice(first, first + recipe.images))
+        requests.append(pipeline.prepared(conditioning, options, recipe.rows))
+    return requests
 
 
 def budgets_of(pipeline: Pipeline, recipe: SampleRecipe) -> tuple[Budget, ...]:
@@ -173,42 +178,15 @@ def _check_enough(pipeline: Pipeline, recipe: SampleRecipe) -> None:
         )
 
 
-def _noise(pipeline: Pipeline, recipe: SampleRecipe) -> Float64:
-    """Draw the start noise of every image."""
-    return SeededNoise(recipe.seed, _images(pipeline, recipe), pipeline.spec.sample_shape)()
-
-
 def _conditioning(pipeline: Pipeline, recipe: SampleRecipe, prompts: Prompts | None) -> Callable[[slice], LabelsLike]:
     """Give the conditioning of a slice of all images: all classes or prompts, shuffled and repeated."""
     pool = Labels(tuple(range(pipeline.spec.num_classes))) if prompts is None else prompts
     if not len(pool):
         raise InputError("this model takes prompts, not labels", "elit-export embed FOLDER writes them")
     order = np.random.default_rng((recipe.seed, CONDITIONING_SEED)).permutation(len(pool))
-    numbers = np.resize(order, _images(pipeline, recipe)).astype(np.int64)
+    images = recipe.images * len(budgets_of(pipeline, recipe)) * len(recipe.guidance)
+    numbers = np.resize(order, images).astype(np.int64)
     return lambda images: pool.at(numbers[images])
-
-
-def _images(pipeline: Pipeline, recipe: SampleRecipe) -> int:
-    return recipe.images * len(budgets_of(pipeline, recipe)) * len(recipe.guidance)
-
-
-def _request(
-    pipeline: Pipeline,
-    recipe: SampleRecipe,
-    budget: Budget,
-    guidance: str,
-    conditioning: LabelsLike,
-    noise: Float64,
-) -> Request:
-    return pipeline.request(
-        conditioning,
-        steps=recipe.steps,
-        sampler=recipe.sampler,
-        schedule=[budget] * recipe.steps,
-        guidance=guidance,
-        seed=recipe.seed,
-        noise=noise,
-    )
 
 
 def _record(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> list[RecordedRow]:

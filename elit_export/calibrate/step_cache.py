@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-import numpy.typing as npt
 
 from elit_export.arrays import Bools, Float64, HostArray, Int64
 from elit_export.backends.protocols import Array, Engine, to_host
@@ -22,7 +21,7 @@ from elit_export.bundle.store import writing
 from elit_export.errors import BundleError, CalibrationError
 from elit_export.runtime.bank import EngineBank, Slot, without_text
 from elit_export.runtime.conditioning import numbered
-from elit_export.runtime.noise import SeededNoise
+from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.request import Request
 from elit_export.runtime.sampling import sampling_steps
@@ -44,7 +43,7 @@ class Trajectories:
     budgets: tuple[Budget, ...]
     guidance: tuple[str, ...]
     seed: int
-    rows: int  # images at once
+    rows: int  # at most so many images at once
 
     def __post_init__(self) -> None:
         if self.images < HELD_OUT_INTERVAL:
@@ -102,37 +101,30 @@ class ProbingEngine(Engine):
 
 
 def sample_pairs(pipeline: Pipeline, trajectories: Trajectories) -> Iterator[Pairs]:
-    """Sample trajectories of up to `rows` images; yields their pairs, `batch_count` times."""
-    count, rows = trajectories.images, trajectories.rows
-    noise = SeededNoise(trajectories.seed, count, pipeline.spec.sample_shape)()  # image i depends on (seed, i) alone
-    combinations = list(product(trajectories.budgets, trajectories.steps, trajectories.guidance))
-    batches = [range(start, min(start + rows, count)) for start in range(0, count, rows)]
-    for budget, steps, guidance in combinations:  # checked before any is sampled; only the last batch is smaller
-        for images in (batches[0], batches[-1]):
-            _request(pipeline, images, budget, steps, guidance)
-    for budget, steps, guidance in combinations:
-        for images in batches:
-            measurements = _probed_steps(pipeline, images, noise[images.start : images.stop], budget, steps, guidance)
-            yield _pairs(measurements, images, budget, steps)
+    """Sample each part of each trajectory; yields their pairs, `batch_count` times."""
+    batch_count(pipeline, trajectories)  # all are checked before any is sampled
+    for request in _requests(pipeline, trajectories):
+        for part in request.parts():
+            yield _pairs(_probed_steps(pipeline, part), part)
 
 
-def _pairs(measurements: Sequence[Measurement], images: Sequence[int], budget: Budget, steps: int) -> Pairs:
+def _pairs(measurements: Sequence[Measurement], part: Request) -> Pairs:
     distance, change = (np.stack(values) for values in zip(*measurements, strict=True))
-    image = np.tile(np.asarray(images), distance.shape[1] // len(images))  # guidance repeats the rows
+    images = part.first_image + np.arange(len(part.start))
+    image = np.tile(images, distance.shape[1] // len(images))  # guidance repeats the rows
     ones = np.ones(distance.shape, np.int64)
     return Pairs(
         distance=distance.ravel().astype(np.float64),
         change=change.ravel().astype(np.float64),
-        kept=(ones * budget.kept).ravel(),
-        steps=(ones * steps).ravel(),
+        kept=(ones * part.schedule[0].kept).ravel(),
+        steps=(ones * len(part.schedule)).ravel(),
         image=(ones * image).ravel(),
     )
 
 
-def batch_count(trajectories: Trajectories) -> int:
-    """Count the batches of `sample_pairs`."""
-    per_combination = -(-trajectories.images // trajectories.rows)
-    return per_combination * len(trajectories.budgets) * len(trajectories.steps) * len(trajectories.guidance)
+def batch_count(pipeline: Pipeline, trajectories: Trajectories) -> int:
+    """Count the parts of all trajectories; raises as `sample_pairs`."""
+    return sum(len(request.part_sizes) for request in _requests(pipeline, trajectories))
 
 
 def joined(parts: Sequence[Pairs]) -> Pairs:
@@ -145,30 +137,25 @@ def image_numbers(images: Sequence[int]) -> list[int]:
     return [sum(divmod(image, HELD_OUT_INTERVAL)) for image in images]
 
 
-def _request(
-    pipeline: Pipeline, images: Sequence[int], budget: Budget, steps: int, guidance: str, **options: npt.ArrayLike
-) -> tuple[Request, Slot]:
-    """Make a checked trajectory, and find the engine that serves all of it."""
+def _requests(pipeline: Pipeline, trajectories: Trajectories) -> Iterator[Request]:
+    """Make every trajectory, each checked as its turn comes; images start from the same noise in each."""
     if "probe" not in pipeline.bank.cache:
         raise CalibrationError("these engines have no graph `probe`", "build the bundle again")
-    request = pipeline.request(
-        numbered(pipeline.spec, image_numbers(images), pipeline.coverage.text),
-        steps=steps,
-        sampler="euler",
-        schedule=[budget] * steps,
-        guidance=guidance,
-        **options,  # type: ignore[arg-type]
-    )
-    if not request.guidance.one_budget:
-        raise CalibrationError(f"guidance {guidance!r}: a calibration samples with guidance none or cfg:SCALE")
-    return request, pipeline.bank.slot_for(*request.sizes[0])
+    conditioning = numbered(pipeline.spec, image_numbers(range(trajectories.images)), pipeline.coverage.text)
+    for budget, steps, guidance in product(trajectories.budgets, trajectories.steps, trajectories.guidance):
+        options = SamplingOptions(
+            steps=steps, sampler="euler", schedule=[budget] * steps, guidance=guidance, seed=trajectories.seed
+        )
+        request = pipeline.prepared(conditioning, options, trajectories.rows)
+        if not request.guidance.one_budget:
+            raise CalibrationError(f"guidance {guidance!r}: a calibration samples with guidance none or cfg:SCALE")
+        yield request
 
 
-def _probed_steps(
-    pipeline: Pipeline, images: Sequence[int], noise: Floats, budget: Budget, steps: int, guidance: str
-) -> list[Measurement]:
+def _probed_steps(pipeline: Pipeline, request: Request) -> list[Measurement]:
+    """Measure one part; the same engine serves all of it."""
     spec, bank = pipeline.spec, pipeline.bank
-    request, slot = _request(pipeline, images, budget, steps, guidance, noise=noise)
+    slot = bank.slot_for(*next(request.sizes()))
     engine = ProbingEngine(slot.engine, bank.cache["probe"], (spec.tokens, spec.hidden_size))
     probing_bank = EngineBank([Slot(slot.profile, engine)], spec.budgets, bank.precision)
     for _ in sampling_steps(probing_bank, request):

@@ -39,7 +39,7 @@ def calibrate() -> None:
 @click.option("--budget", "budgets", multiple=True, help="May be repeated.  [default: the named ones that are covered]")
 @click.option("--guidance", multiple=True, default=("cfg:2",), show_default=True, help="none or cfg; may be repeated.")
 @click.option("--seed", default=SamplingOptions.seed, show_default=True)
-@click.option("--rows", type=Count(limits.ROWS), default=4, show_default=True, help="Images at once; cfg doubles them.")
+@click.option("--rows", type=Count(limits.ROWS), default=4, show_default=True, help="At most so many images at once.")
 @click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
@@ -74,7 +74,8 @@ def calibrate_cache(
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
-        parts = progress.track(sampled_pairs(pipeline, wanted), total=batches(wanted), description="trajectories")
+        total = batches(pipeline, wanted)
+        parts = progress.track(sampled_pairs(pipeline, wanted), total=total, description="trajectories")
         pairs = joined(list(parts))
     calibration = calibrated(pairs, wanted, opened.manifest.model.checkpoint_sha256)
     if plot is not None:
@@ -101,6 +102,7 @@ def advised(calibration: CacheCalibration) -> tuple[str, str]:
 @calibrate.command("samples")
 @click.argument("bundle", type=FOLDER)
 @click.option("--recipe", type=FILE, help="Which trajectories, and how many samples of them; calibration/ has some.")
+@click.option("--rows", type=COUNT, help="At most so many images at once.  [default: the recipe's, 5 without one]")
 @EMBEDDED
 @click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
 @click.option("--target", help="Needed if the bundle has several.")
@@ -110,6 +112,7 @@ def advised(calibration: CacheCalibration) -> tuple[str, str]:
 def calibrate_samples(
     bundle: Path,
     recipe: Path | None,
+    rows: int | None,
     file: Path | None,
     out: Path,
     target: str | None,
@@ -128,10 +131,11 @@ def calibrate_samples(
     from elit_export.runtime.pipeline import Pipeline
 
     wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
+    wanted = wanted.model_copy(update={"rows": rows}) if rows else wanted
     model = Bundle.open(bundle).manifest.model  # before its engines, as above
     prompts = prompts_in(file, model.spec)
     with Pipeline.load(bundle, target=target, precision=precision, trust=trust) as pipeline, progress_bar() as progress:
-        total = batches(pipeline, wanted)
+        total = batches(pipeline, wanted, prompts)
         parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
         found = taken(parts, pipeline, wanted, model.checkpoint_sha256)
     save_inputs(found.samples, out)

@@ -28,7 +28,8 @@ from elit_export.spec import listed
 if TYPE_CHECKING:
     from elit_export.arrays import Pixels
     from elit_export.bundle.store import Progress
-    from elit_export.runtime.pipeline import Pipeline, Sample
+    from elit_export.runtime.pipeline import Pipeline
+    from elit_export.runtime.sample import Sample
 
 STEPS = 15
 SAMPLER = "ab3"
@@ -189,6 +190,7 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
         for row in rows
     ]
     columns = ("budget", "guidance", "ms per image", f"time / {full.name}", f"FLOPs / {full.name}")
-    title = f"{len(full.sample.records)} steps, {len(full.sample.labels)} images at once"
+    sizes = full.sample.part_sizes
+    title = f"{len(full.sample.records)} steps, {sum(sizes)} images, at most {max(sizes)} at once"
     show(table(title, columns, cells), json_to=json_to)
     write_json(facts, json_to)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -27,11 +27,11 @@ from elit_export.evaluate.statistics import (
     share_of,
 )
 from elit_export.runtime.conditioning import require_classes
-from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.options import SamplingOptions, resolve
+from elit_export.runtime.images import to_images
+from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.runtime.request import call_sizes
 from elit_export.runtime.samplers import sampler_named
+from elit_export.runtime.sampling import sampling_steps
 from elit_export.spec import Budget
 from elit_export.spec.limits import STEPS
 from elit_export.verify.metrics import difference
@@ -187,18 +187,8 @@ def check_evaluator(pipeline: Pipeline, facts: EvaluatorFacts, images: int) -> N
 # ---------------------------------------------------------------- sampling
 
 
-def batches(pipeline: Pipeline, options: SamplingOptions, images: int) -> list[Int64]:
-    """Split the images evenly into as few parts as the rows of the profiles allow."""
-    limits = []
-    for size in set(call_sizes(resolve(pipeline.spec, options), images=1)):
-        serving = [profile.rows.max for profile in pipeline.coverage.serving(size.budget)]
-        limits.append(max(serving, default=0) // size.rows)
-    at_once = max(1, min(limits))  # sampling refuses rows that are too few for one image
-    return np.array_split(np.arange(images), math.ceil(images / at_once))
-
-
-def options_of(config: SamplerConfig, budget: str, guidance: str) -> SamplingOptions:
-    return SamplingOptions(sampler=config.sampler, steps=config.steps, schedule=budget, guidance=guidance)
+def options_of(config: SamplerConfig, budget: str, guidance: str, seed: int) -> SamplingOptions:
+    return SamplingOptions(sampler=config.sampler, steps=config.steps, schedule=budget, guidance=guidance, seed=seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,11 +221,14 @@ class _Rows:
     ) -> Iterator[QualityRow]:
         check_evaluator(pipeline, self._evaluator.facts, self._images)
         budgets = measured_budgets(pipeline)
-        configs = [(config, name, options_of(config, name, guidance)) for config in sampler_configs for name in budgets]
+        configs = [
+            (config, name, options_of(config, name, guidance, self._seed))
+            for config in sampler_configs
+            for name in budgets
+        ]
         total = sum(self._images * config.calls for config, _, _ in configs)
         for _, _, options in configs:
-            part = batches(pipeline, options, self._images)[0]
-            pipeline.prepared(self._labels[part].tolist(), options)
+            pipeline.prepared(self._labels.tolist(), options)
         for config, name, options in configs:
             samples, pixels = self._sampled(pipeline, options, partial(on_images, f"{config}, {name}", total=total))
             yield self._row(self._measure(samples, pixels), target, pipeline, config, name, budgets[name])
@@ -243,16 +236,14 @@ class _Rows:
     def _sampled(
         self, pipeline: Pipeline, options: SamplingOptions, on_images: Callable[..., None]
     ) -> tuple[Float64, Pixels]:
-        """Sample (n, C, H, W) and decode to pixels; image i starts from the noise of (seed, i) in any split."""
-        noise = SeededNoise(self._seed, self._images, pipeline.spec.sample_shape)()
-        calls = SamplerConfig(options.sampler, options.steps).calls
-        samples = []
-        for part in batches(pipeline, options, self._images):
-            own = replace(options, noise=noise[part], seed=int(part[0]))  # the seed is used by stochastic samplers
-            samples.append(pipeline.sampled(self._labels[part].tolist(), own))
-            on_images(len(part) * calls)
-        pixels = np.concatenate([sample.images for sample in samples]).transpose(0, 3, 1, 2)
-        return np.concatenate([sample.latents for sample in samples]), np.ascontiguousarray(pixels)
+        """Sample (n, C, H, W) and make pixels; `on_images` hears the evaluations of every step."""
+        request, finished = pipeline.prepared(self._labels.tolist(), options), []
+        for record in sampling_steps(pipeline.bank, request):  # a Sample would keep the states of every step
+            on_images(len(record.images) * len(request.sampler.nodes(record.index, options.steps)))
+            if record.index == options.steps - 1:
+                finished.append(record.x)
+        samples = np.concatenate(finished)
+        return samples, np.ascontiguousarray(to_images(samples, pipeline.data).transpose(0, 3, 1, 2))
 
     def _measure(self, samples: Float64, pixels: Pixels) -> _Measured:
         features, predicted = self._evaluator.look(pixels)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.step_cache.base import Rule
@@ -12,6 +13,14 @@ from elit_export.runtime.step_cache.fit import IDENTITY
 from elit_export.spec import Budget, Fit, Profile, Range, listed
 
 UNCALIBRATED = "there is none: elit-export calibrate cache BUNDLE"
+
+
+class CallSize(NamedTuple):
+    """What an engine is given in a call: K, rows, tokens of text (0 in models without) before they are padded."""
+
+    budget: Budget
+    rows: int
+    text: int
 
 
 @dataclass(frozen=True)
@@ -57,32 +66,36 @@ class Coverage:
             raise InputError(f"this model cannot run budget {budget}; it runs {listed(self.budgets)}")
         return [profile for profile in self.profiles if budget.kept in profile.latents]
 
-    def profile_for(self, budget: Budget, rows: int, text: int = 0) -> Profile:
-        """The profile whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError.
-
-        Where text is shorter than any takes it, the one that needs the least padding.
-        """
+    def profiles_for(self, budget: Budget, text: int = 0) -> list[Profile]:
+        """The profiles that run a budget on so many tokens of text; raises InputError where there are none."""
         serving = self.serving(budget)
         if not serving:
             raise InputError(
                 f"no profile covers budget {budget}; covered: {listed(self.covered)}",
                 "choose one of these, or add a profile to the recipe and build again",
             )
-        fitting = [profile for profile in serving if rows in profile.rows]
-        if not fitting:
-            limits = ", ".join(f"{profile.name} takes {profile.rows} rows" for profile in serving)
-            raise InputError(
-                f"{rows} rows at budget {budget}: profile {limits} (min..opt..max)",
-                "sample fewer images at once (guidance may need several rows an image), or build with other `rows`",
-            )
-        reading = [profile for profile in fitting if profile.text is None or profile.tokens(text) in profile.text]
+        reading = [profile for profile in serving if profile.text is None or profile.tokens(text) in profile.text]
         if not reading:
-            limits = ", ".join(f"{profile.name} takes {profile.text}" for profile in fitting)
+            limits = ", ".join(f"{profile.name} takes {profile.text}" for profile in serving)
             raise InputError(
                 f"prompts of {text} tokens: profile {limits} (min..opt..max)",
                 "choose other prompts, or build with another `text`",
             )
-        return min(reading, key=lambda profile: (profile.tokens(text), abs(profile.latents.opt - budget.kept)))
+        return reading
+
+    def profile_for(self, budget: Budget, rows: int, text: int = 0) -> Profile:
+        """The profile whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError.
+
+        Where text is shorter than any takes it, the one that needs the least padding.
+        """
+        reading = self.profiles_for(budget, text)
+        fitting = [profile for profile in reading if rows in profile.rows]
+        if not fitting:
+            raise InputError(
+                f"{rows} rows at budget {budget}: profile {row_limits(reading)}",
+                "give it another number of rows (guidance may need several an image), or build with other `rows`",
+            )
+        return min(fitting, key=lambda profile: (profile.tokens(text), abs(profile.latents.opt - budget.kept)))
 
     def fits_for(self, rule: Rule) -> Mapping[Budget, Fit] | None:
         """What a rule of the step cache decides by; None where it measures nothing.
@@ -101,3 +114,8 @@ class Coverage:
                 f"cache {rule} needs a calibration", f"{self.uncalibrated}; or use a cache policy of the family static"
             )
         return self.fits
+
+
+def row_limits(profiles: Sequence[Profile]) -> str:
+    """How many rows each profile takes, in words."""
+    return ", ".join(f"{profile.name} takes {profile.rows} rows" for profile in profiles) + " (min..opt..max)"

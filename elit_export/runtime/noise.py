@@ -11,9 +11,11 @@ from elit_export.errors import InputError
 class SeededNoise:
     """Streams of standard normal numbers, one per sample: first the start noise, then SDE noise in order."""
 
-    def __init__(self, seed: int, samples: int, shape: tuple[int, ...]) -> None:
+    def __init__(self, seed: int, samples: int, shape: tuple[int, ...], *, first: int = 0) -> None:
+        """`first` is the number of the first sample."""
         check_seed(seed)
-        keys = [np.array([seed, sample], np.uint64) for sample in range(samples)]  # a tuple would pass through float64
+        numbers = range(first, first + samples)
+        keys = [np.array([seed, number], np.uint64) for number in numbers]  # a tuple would pass through float64
         self._streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         self._shape = shape
 

@@ -68,8 +68,8 @@ class SamplingOptions:
     schedule: ScheduleLike = field(
         default="full",
         metadata=about(
-            "budget of each step",
-            "full; 4; 0-9:quarter,10-19:full; 0.0-0.5:full,0.5-1.0:quarter",
+            "budget of each step, by step, by share of the sampling, or by t, which falls from 1 (noise) to 0",
+            "full; 4; 0-9:quarter,10-19:full; 0%-50%:quarter,50%-100%:full; 0.5-1.0:quarter,0.0-0.5:full",
             ("text, a budget or a list of budgets", (str, int, np.integer, Budget, list, tuple)),
         ),
     )
@@ -82,10 +82,17 @@ class SamplingOptions:
         ),
     )
     guidance_interval: tuple[float, float] | None = field(
-        default=None, metadata=about("the lowest and the highest t that are guided", "0.2 0.8; all t without it", PAIR)
+        default=None,
+        metadata=about(
+            "the lowest and the highest t that are guided; sampling starts at t = 1, noise",
+            "0.2 0.8; all t without it",
+            PAIR,
+        ),
     )
     sampler: str = field(default="ab3", metadata=about("solver of the ODE, or of the SDE", ", ".join(SAMPLERS), TEXT))
-    time_grid: str = field(default="linear", metadata=about("where the steps lie in t", "linear; shift:2.0", TEXT))
+    time_grid: str = field(
+        default="linear", metadata=about("where the steps lie in t, from 1 (noise) to 0", "linear; shift:2.0", TEXT)
+    )
     cache: str | CachePolicy = field(
         default="none",
         metadata=about(
@@ -95,7 +102,16 @@ class SamplingOptions:
         ),
     )
     seed: int = field(
-        default=0, metadata=about("start noise, of which image i depends on (seed, i)", "0 to 2**64 - 1", INTEGER)
+        default=0,
+        metadata=about("start noise, which for image number i is that of (seed, i)", "0 to 2**64 - 1", INTEGER),
+    )
+    first_image: int = field(
+        default=0,
+        metadata=about(
+            "number of the first image: continues a numbering, the noise is that of (seed, number)",
+            "0 to 2**63 - 1",
+            INTEGER,
+        ),
     )
     noise: npt.ArrayLike | None = field(
         default=None, metadata=about("start noise, in place of the seed's", "(B, C, H, W)")
@@ -201,6 +217,7 @@ class ResolvedOptions:
     guidance: Guidance
     policy: CachePolicy | None
     seed: int
+    first_image: int = 0
     start_noise: npt.ArrayLike | None = None
     step_noise: npt.ArrayLike | None = None
 
@@ -218,6 +235,8 @@ class ResolvedOptions:
 def resolve(spec: ModelSpec, options: SamplingOptions) -> ResolvedOptions:
     """Read the options of one sampling, but for the arrays in them; raises InputError."""
     check_seed(options.seed)
+    if not 0 <= options.first_image < 1 << 63:
+        raise InputError(f"first_image {options.first_image} is out of range", "choose one of 0 to 2**63 - 1")
     sampler = sampler_named(options.sampler)
     if options.steps < sampler.min_steps:
         raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {options.steps}")
@@ -235,6 +254,7 @@ def resolve(spec: ModelSpec, options: SamplingOptions) -> ResolvedOptions:
         guidance=_guidance(spec, options),
         policy=policy,
         seed=options.seed,
+        first_image=options.first_image,
         start_noise=options.noise,
         step_noise=options.step_noise,
     )

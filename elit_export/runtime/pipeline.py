@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 import numpy.typing as npt
 
-from elit_export.arrays import Float64, Pixels
+from elit_export.arrays import Pixels
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.callbacks import noop
@@ -23,61 +22,10 @@ from elit_export.runtime.images import to_images
 from elit_export.runtime.opening import check_verified, chosen_plan_set, coverage_of, open_bank, open_decoder
 from elit_export.runtime.options import SamplingOptions, about, resolve, takes_each
 from elit_export.runtime.request import Request, finite_array, prepare
-from elit_export.runtime.sampling import Call, StepRecord, sampling_steps
+from elit_export.runtime.sample import Sample, Timings
+from elit_export.runtime.sampling import StepRecord, sampling_steps, whole_steps
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of one sampling: all of it, and the part inside engines."""
-
-    total_s: float
-    engines_s: float
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A finished sampling: `latents` (B, C, H, W) float64 and how it went."""
-
-    latents: Float64
-    labels: tuple[int, ...]
-    records: tuple[StepRecord, ...]
-    timings: Timings
-    data: DataFacts
-
-    @property
-    def images(self) -> Pixels:
-        """(B, H, W, C) for pixel models; raises InputError where a VAE decoder is needed: `pipeline.decode`."""
-        return to_images(self.latents, self.data)
-
-    @property
-    def ms_per_image(self) -> float:
-        return self.timings.total_s * 1e3 / len(self.latents)
-
-    @property
-    def calls(self) -> list[Call]:
-        return [call for record in self.records for call in record.calls]
-
-    def __repr__(self) -> str:
-        return f"<Sample: {self.summary()}>"
-
-    def cache_summary(self) -> str:
-        """One line: calls that were reused or probed, and why the others computed."""
-        because = Counter(call.cached.because for call in self.calls if not call.reused)
-        reasons = ", ".join(f"{count} {reason or 'not cached'}" for reason, count in because.items())
-        reused, probes = sum(call.reused for call in self.calls), sum(call.cached.probed for call in self.calls)
-        return f"{reused} of {len(self.calls)} calls reused after {probes} probes; computed: {reasons}"
-
-    def summary(self) -> str:
-        """One line: images, steps, engine calls by budget, time."""
-        calls = Counter("reused" if call.reused else str(call.budget) for call in self.calls)
-        by_budget = ", ".join(f"{count}×{budget}" for budget, count in calls.items())
-        return (
-            f"{len(self.latents)} images in {len(self.records)} steps, engine calls {by_budget}; "
-            f"{self.timings.total_s:.2f} s, {self.ms_per_image:.0f} ms per image, "
-            f"{self.timings.engines_s / self.timings.total_s:.0%} in engines"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +117,10 @@ class Pipeline:
     def sample(self, labels: LabelsLike, options: SampleOptions) -> Sample:
         """Sample one image per label, class name or prompt.
 
-        Sample i depends on (seed, i), not on the batch around it; but with the cache `teacache` the batch
-        computes when any of its samples must. Raises InputError, CalibrationError or EngineError.
+        There may be any number of images: more than an engine call takes are sampled in parts, one after another.
+        Image i depends on (seed, first_image + i), not on the images around it; but with the cache `teacache` each
+        part decides by itself, and computes when any of its images must. Raises InputError, CalibrationError or
+        EngineError.
         """
         return self.sampled(labels, options, options.on_step)
 
@@ -178,7 +128,8 @@ class Pipeline:
     def steps(self, labels: LabelsLike, options: SamplingOptions) -> Generator[StepRecord, None, None]:
         """The same, one record per step: for progress, previews and cancelling (close the generator).
 
-        Everything is checked before the first step; raises InputError or CalibrationError.
+        Where images come in parts, all steps of the first come first; `record.images` says whose they are. Everything
+        is checked before the first step; raises InputError or CalibrationError.
         """
         return sampling_steps(self.bank, self.prepared(labels, options))
 
@@ -187,10 +138,10 @@ class Pipeline:
         """Check one sampling whole, for `run`; raises InputError or CalibrationError."""
         return self.prepared(labels, options)
 
-    def prepared(self, labels: LabelsLike, options: SamplingOptions) -> Request:
-        """As `request`, with the options as one value."""
+    def prepared(self, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
+        """As `request`, with the options as one value; a part has at most `at_once` images."""
         conditioning = as_conditioning(labels, self.spec, self.data)
-        return prepare(self.spec, self.coverage, conditioning, resolve(self.spec, options))
+        return prepare(self.spec, self.coverage, conditioning, resolve(self.spec, options), at_once)
 
     def sampled(
         self, labels: LabelsLike, options: SamplingOptions, on_step: Callable[[StepRecord], None] = noop
@@ -200,17 +151,19 @@ class Pipeline:
         return self._run(self.prepared(labels, options), on_step, started)
 
     def run(self, request: Request, on_step: Callable[[StepRecord], None] = noop) -> Sample:
-        """Sample what was checked; `on_step` hears every step. Raises EngineError."""
+        """Sample what was checked; `on_step` hears every step of every part. Raises EngineError."""
         return self._run(request, on_step, time.perf_counter())
 
     def _run(self, request: Request, on_step: Callable[[StepRecord], None], started: float) -> Sample:
-        records = []
-        for record in sampling_steps(self.bank, request):
-            on_step(record)
-            records.append(record)
+        def heard() -> Iterator[StepRecord]:
+            for record in sampling_steps(self.bank, request):
+                on_step(record)
+                yield record
+
+        records = tuple(whole_steps(request, heard()))
         engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
         timings = Timings(time.perf_counter() - started, engines_s)
-        return Sample(records[-1].x, request.labels, tuple(records), timings, self.data)
+        return Sample(records[-1].x, request.labels, records, timings, self.data, request.part_sizes)
 
     def close(self) -> None:
         self.bank.close()

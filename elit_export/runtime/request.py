@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +11,10 @@ import numpy.typing as npt
 from elit_export.arrays import Arrays, Float64, HostArray, refuse_masked
 from elit_export.errors import InputError
 from elit_export.runtime.conditioning import Conditioning
-from elit_export.runtime.coverage import Coverage
+from elit_export.runtime.coverage import CallSize, Coverage
 from elit_export.runtime.noise import SeededNoise
 from elit_export.runtime.options import ResolvedOptions
+from elit_export.runtime.split import split
 from elit_export.spec import Budget, Fit, ModelSpec
 
 
@@ -23,36 +23,66 @@ class Request(ResolvedOptions):
     """One sampling, checked: every step has a budget, every array its shape, every call a profile.
 
     A value: it may be run any number of times, by any number of threads. `conditioning` and `null_conditioning` are
-    inputs of engines, by name.
+    inputs of engines, by name. More images than an engine call takes are sampled in parts (`runtime/split.py`).
     """
 
     labels: tuple[int, ...]
     start: Float64  # (B, C, H, W)
     conditioning: Mapping[str, HostArray]
     null_conditioning: Mapping[str, HostArray]
-    sizes: tuple[CallSize, ...]  # of every call, in their order
+    tokens: int  # of the longest text; 0 in models without
+    null_tokens: int  # of the longest negative text
+    part_sizes: tuple[int, ...]  # the images of each part
     patch: int  # the side of a token's square in x
     signal_shape: tuple[int, int]  # (N, D)
     fits: Mapping[Budget, Fit] | None
 
+    def sizes(self) -> Iterator[CallSize]:
+        """The size of every engine call, in their order."""
+        for images in self.part_sizes:
+            yield from call_sizes(self, images, self.tokens, self.null_tokens)
 
-class CallSize(NamedTuple):
-    """What an engine is given in a call: K, rows, tokens of text (0 in models without) before they are padded."""
+    @property
+    def records(self) -> int:
+        """How many records the sampling gives: one for each step of each part."""
+        return len(self.part_sizes) * len(self.schedule)
 
-    budget: Budget
-    rows: int
-    text: int
+    def parts(self) -> Iterator[Request]:
+        """The sampling of each part, in their order; its arrays are views of these."""
+        done = 0
+        for images in self.part_sizes:
+            part = slice(done, done + images)
+            yield replace(
+                self,
+                part_sizes=(images,),
+                first_image=self.first_image + done,
+                labels=self.labels[part],
+                start=self.start[part],
+                step_noise=None if self.step_noise is None else np.asarray(self.step_noise)[:, part],
+                conditioning={name: array[part] for name, array in self.conditioning.items()},
+                null_conditioning={name: array[part] for name, array in self.null_conditioning.items()},
+            )
+            done += images
 
 
-def prepare(spec: ModelSpec, coverage: Coverage, conditioning: Conditioning, options: ResolvedOptions) -> Request:
-    """Check everything that a sampling needs; raises InputError or CalibrationError."""
-    images = len(conditioning)
+def prepare(
+    spec: ModelSpec,
+    coverage: Coverage,
+    conditioning: Conditioning,
+    options: ResolvedOptions,
+    at_once: int | None = None,
+) -> Request:
+    """Check everything that a sampling needs; raises InputError or CalibrationError.
+
+    `at_once` is the most images that a part may have, if that is less than the profiles take.
+    """
+    images, tokens, null_tokens = len(conditioning), conditioning.tokens, conditioning.null_tokens
+    part_sizes = check_calls(coverage, options, images, tokens, null_tokens, at_once)
     strong = conditioning.inputs(spec)
     null = _null_inputs(spec, conditioning, options) if options.needs_null else strong
-    sizes = check_calls(coverage, options, images, conditioning.tokens, conditioning.null_tokens)
     shape, step_noise = (images, *spec.sample_shape), options.step_noise
     if options.start_noise is None:
-        start = SeededNoise(options.seed, images, spec.sample_shape)()
+        start = SeededNoise(options.seed, images, spec.sample_shape, first=options.first_image)()
     else:
         start = _checked_array(options.start_noise, shape, "noise")
     if step_noise is not None:
@@ -63,7 +93,9 @@ def prepare(spec: ModelSpec, coverage: Coverage, conditioning: Conditioning, opt
         start=start,
         conditioning=strong,
         null_conditioning=null,
-        sizes=sizes,
+        tokens=tokens,
+        null_tokens=null_tokens,
+        part_sizes=part_sizes,
         patch=spec.patch_size,
         signal_shape=(spec.tokens, spec.hidden_size),
         fits=coverage.fits_for(options.policy.rule) if options.policy else None,
@@ -78,18 +110,21 @@ def _null_inputs(spec: ModelSpec, conditioning: Conditioning, options: ResolvedO
 
 
 def check_calls(
-    coverage: Coverage, options: ResolvedOptions, images: int, tokens: int, null_tokens: int
-) -> tuple[CallSize, ...]:
-    """The size of every call, all of which some profile takes; raises InputError or CalibrationError.
+    coverage: Coverage,
+    options: ResolvedOptions,
+    images: int,
+    tokens: int,
+    null_tokens: int,
+    at_once: int | None = None,
+) -> tuple[int, ...]:
+    """How many images each part has, so that some profile takes every call; raises InputError or CalibrationError.
 
     Needs no conditioning, only how long its texts are: it may be asked before a text encoder runs.
     """
     if options.policy:
         coverage.fits_for(options.policy.rule)
-    sizes = tuple(call_sizes(options, images, tokens, null_tokens))
-    for size in dict.fromkeys(sizes):
-        coverage.profile_for(*size)
-    return sizes
+    calls = dict.fromkeys(call_sizes(options, 1, tokens, null_tokens))
+    return split(coverage, list(calls), images, at_once)
 
 
 def call_sizes(options: ResolvedOptions, images: int, tokens: int = 0, null_tokens: int = 0) -> Iterator[CallSize]:

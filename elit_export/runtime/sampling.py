@@ -1,4 +1,4 @@
-"""The sampling loop: a generator with one record per step.
+"""The sampling loop: a generator with one record per step, of each part in turn where images come in parts.
 
 The state is float64 on the host; engines get float32. Nothing outlives the generator, so closing
 it cancels a request between two steps.
@@ -7,9 +7,11 @@ it cancels a request between two steps.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 
@@ -62,7 +64,10 @@ class Call:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished step from `t` to `t_next`; `x` (B, C, H, W) float64 is the state after it, read-only."""
+    """A finished step from `t` to `t_next`; `x` (B, C, H, W) float64 is the state after it, read-only.
+
+    `images` are the places in the sampling of the images that `x` holds: all, or those of one part.
+    """
 
     index: int
     t: float
@@ -70,29 +75,50 @@ class StepRecord:
     budget: Budget
     calls: tuple[Call, ...]
     x: Float64
+    images: range
 
 
 def sampling_steps(bank: EngineBank, request: Request) -> Generator[StepRecord, None, None]:
-    """Sample; raises EngineError naming the step if an engine fails or gives numbers that are not finite.
+    """Sample one part after another; raises EngineError naming the step if an engine fails or gives no finite numbers.
 
     What a cache policy asks of engines before the first step it asks at once.
     """
-    return _records(request, GuidedVelocity(bank, request))
+    return _records(bank, request, step_cache_of(bank, request))
 
 
-def _records(request: Request, velocity: GuidedVelocity) -> Generator[StepRecord, None, None]:
-    states = request.sampler.run(velocity, request.start, request.times, step_noise_of(request))
-    for index, x in enumerate(states):
-        x.flags.writeable = False
-        t, t_next = float(request.times[index]), float(request.times[index + 1])
-        yield StepRecord(index, t, t_next, request.schedule[index], velocity.take_calls(), x)
+def _records(bank: EngineBank, request: Request, cache: StepCache | None) -> Generator[StepRecord, None, None]:
+    done = 0
+    for part in request.parts():
+        images = range(done, done + len(part.start))
+        velocity = GuidedVelocity(bank, part, cache)
+        states = part.sampler.run(velocity, part.start, part.times, step_noise_of(part))
+        for index, x in enumerate(states):
+            x.flags.writeable = False
+            t, t_next = float(part.times[index]), float(part.times[index + 1])
+            yield StepRecord(index, t, t_next, part.schedule[index], velocity.take_calls(), x, images)
+        done = images.stop
+
+
+def whole_steps(request: Request, records: Iterable[StepRecord]) -> Iterator[StepRecord]:
+    """One record a step, of all images, from the records of each part; the first comes with the last part."""
+    records = iter(records)
+    steps = len(request.schedule)
+    earlier = [deque(islice(records, steps)) for _ in request.part_sizes[1:]]
+    for record in records:
+        yield _whole([*(part.popleft() for part in earlier), record]) if earlier else record
+
+
+def _whole(parts: Sequence[StepRecord]) -> StepRecord:
+    x = np.concatenate([part.x for part in parts])
+    x.flags.writeable = False
+    return replace(parts[0], x=x, images=range(len(x)), calls=tuple(call for part in parts for call in part.calls))
 
 
 def step_noise_of(request: Request) -> Noise:
     """The noise of each step of one run: what was given, or the seed's after that of the start."""
     if request.step_noise is not None:
         return iter(np.asarray(request.step_noise)).__next__
-    seeded = SeededNoise(request.seed, len(request.start), request.start.shape[1:])
+    seeded = SeededNoise(request.seed, len(request.start), request.start.shape[1:], first=request.first_image)
     if request.sampler.uses_noise:
         seeded()
     return seeded
@@ -101,10 +127,9 @@ def step_noise_of(request: Request) -> Noise:
 class GuidedVelocity:
     """The velocity a sampler sees: the branches of guidance, each at its own budget, combined."""
 
-    def __init__(self, bank: EngineBank, request: Request) -> None:
+    def __init__(self, bank: EngineBank, request: Request, cache: StepCache | None) -> None:
         self._bank = bank
         self._request = request
-        cache = step_cache_of(bank, request)
         self._cache = RequestCache(cache) if cache else None
         self._calls: list[Call] = []
         self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
@@ -179,6 +204,6 @@ def step_cache_of(bank: EngineBank, request: Request) -> StepCache | None:
 
 def _time_changes(bank: EngineBank, request: Request) -> list[float]:
     """How much the embedding of t changes from each step to the next, relative to what it was."""
-    embedded = bank.time_embeddings(request.times[:-1], request.sizes[0].rows)  # rows that the engines take
+    embedded = bank.time_embeddings(request.times[:-1], next(request.sizes()).rows)  # rows that the engines take
     changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
     return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]

@@ -74,7 +74,7 @@ TRAINED_PARAMETERS = Bound(
 # ---------------------------------------------------------------- samplings and engines
 
 STEPS = Bound(10_000, "steps", "samplings are converged at a few hundred, and each step is kept in a list")
-IMAGES = Bound(1_000_000, "images in a call", "their noise is held in memory together")
+IMAGES = Bound(1_000_000, "images in a call", "their noise and samples are held in memory together")
 ROWS = Bound(1 << 20, "rows of an engine", "memory for all of them is taken when the engine is opened")
 TILE = Bound(1024, "latents a side of a tile", "larger samples are cut into tiles")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from elit_export.runtime.conditioning import Labels, LabelsLike, kind_of, number
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.request import Request
-from elit_export.runtime.sampling import StepRecord, sampling_steps
+from elit_export.runtime.sampling import StepRecord, sampling_steps, whole_steps
 from elit_export.runtime.vae import decoder_input
 from elit_export.spec import FUSED, ROWS, DecoderSpec, ModelSpec, Profile, Range, Role
 
@@ -63,7 +63,8 @@ def trajectory_rows(pipeline: Pipeline, text: Range | None) -> Arrays:
     labels = (*(image % (spec.num_classes + 1) for image in range(POOL_IMAGES - 1)), spec.null_class)
     conditioning = Labels(labels) if kind_of(spec) is Labels else numbered(spec, range(POOL_IMAGES), text)
     request = pipeline.request(conditioning, steps=POOL_STEPS, sampler="euler", seed=INPUT_SEED)
-    states = [request.start, *(record.x for record in sampling_steps(pipeline.bank, request))][:-1]
+    steps = whole_steps(request, sampling_steps(pipeline.bank, request))
+    states = [request.start, *(record.x for record in steps)][:-1]
     labels_by_row = {} if text else {name: np.tile(values, POOL_STEPS) for name, values in request.conditioning.items()}
     return {
         "x": np.concatenate(states).astype(np.float32),
@@ -221,9 +222,10 @@ def trajectory_request(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> R
     )
 
 
-def trajectory_steps(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Generator[StepRecord, None, None]:
-    """Run the steps of a reference trajectory."""
-    return sampling_steps(pipeline.bank, trajectory_request(pipeline, trajectory))
+def trajectory_steps(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> Iterator[StepRecord]:
+    """Run the steps of a reference trajectory, each of all images."""
+    request = trajectory_request(pipeline, trajectory)
+    return whole_steps(request, sampling_steps(pipeline.bank, request))
 
 
 def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> list[Float64]:
@@ -233,5 +235,5 @@ def trajectory_states(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> li
 
 def trajectory_profiles(pipeline: Pipeline, trajectory: ReferenceTrajectory) -> tuple[str, ...]:
     """The profiles that serve a reference trajectory, in the order of their first call."""
-    sizes = trajectory_request(pipeline, trajectory).sizes
+    sizes = trajectory_request(pipeline, trajectory).sizes()
     return tuple(dict.fromkeys(pipeline.coverage.profile_for(*size).name for size in sizes))

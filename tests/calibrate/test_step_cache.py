@@ -95,7 +95,7 @@ def test_every_image_step_count_budget_and_guidance_is_there(pipeline: Pipeline)
     wanted = trajectories(pipeline, budgets=(pipeline.spec.full, small), guidance=("none", "cfg:2"))
     parts = list(sample_pairs(pipeline, wanted))
     found = joined(parts)
-    assert len(parts) == batch_count(wanted) == 16
+    assert len(parts) == batch_count(pipeline, wanted) == 16
     assert len(found) == 2 * (2 + 4) * (6 + 12)  # budgets, changes, rows without and with guidance
     assert set(found.image.tolist()) == set(range(6))
     assert {*zip(found.kept.tolist(), found.steps.tolist(), strict=True)} == {(4, 3), (4, 5), (1, 3), (1, 5)}
@@ -110,14 +110,14 @@ def test_an_image_depends_on_its_number_alone(pipeline: Pipeline) -> None:
         assert of_one.change == pytest.approx(of_many.change, rel=1e-4)
 
 
-def test_the_last_smaller_batch_is_checked_before_any_is_sampled(pipeline: Pipeline) -> None:
+def test_the_split_into_parts_is_checked_before_any_is_sampled(pipeline: Pipeline) -> None:
     def refuse(_inputs: Any) -> Any:
         raise AssertionError("sampled")
 
-    slots = [Slot(replace(slot.profile, rows=Range(2, 2, 4)), FunctionEngine(refuse)) for slot in pipeline.bank.slots]
+    slots = [Slot(replace(slot.profile, rows=Range(4, 4, 4)), FunctionEngine(refuse)) for slot in pipeline.bank.slots]
     bank = EngineBank(slots, pipeline.spec.budgets, pipeline.bank.precision, pipeline.bank.cache)
-    odd = trajectories(pipeline, images=5, rows=4)  # four, then one
-    with pytest.raises(InputError, match="1 rows at budget"):
+    odd = trajectories(pipeline, images=5, rows=4)
+    with pytest.raises(InputError, match=r"5 images cannot be split into parts of at most 4: .*; sample 8 images"):
         list(sample_pairs(Pipeline(bank, pipeline.spec, pipeline.data), odd))
 
 
@@ -279,7 +279,6 @@ def test_the_bundle_of_another_checkpoint_is_not_written_into(copied: Path) -> N
         (("--steps", "1"), "at least 2"),
         (("--budget", "5"), "keeps 1 to 4"),
         (("--guidance", "ccfg:2@1"), "samples with guidance none or cfg:SCALE"),
-        (("--rows", "9"), "rows"),
     ],
 )
 def test_bad_input_leaves_the_bundle_as_it_was(copied: Path, arguments: tuple[str, ...], problem: str) -> None:

@@ -62,7 +62,7 @@ def test_sample_writes_a_grid_and_the_numbers(tiny_bundle: Bundle, tmp_path: Pat
     said = ok("sample", tiny_bundle.folder, "--out", out, "--labels", "0-2,1", "--steps", "3", "--guidance", "cfg:2")
     assert "4 images in 3 steps" in " ".join(said.split())
     with np.load(out.with_suffix(".npz")) as arrays:
-        assert arrays["latents"].shape == (4, 1, 8, 8)
+        assert (arrays["images"].shape, arrays["images"].dtype) == ((4, 1, 8, 8), np.float32)
         assert arrays["labels"].tolist() == [0, 1, 2, 1]
     with Image.open(out) as picture:
         assert picture.width > picture.height > 8
@@ -72,10 +72,54 @@ def test_sample_repeats_itself_and_follows_its_seed(tiny_bundle: Bundle, tmp_pat
     def latents(name: str, seed: str) -> np.ndarray:
         ok("sample", tiny_bundle.folder, "--out", tmp_path / name, "--steps", "2", "--seed", seed)
         with np.load((tmp_path / name).with_suffix(".npz")) as arrays:
-            return arrays["latents"]
+            return arrays["images"]
 
     np.testing.assert_array_equal(latents("a.png", "1"), latents("b.png", "1"))
     assert (latents("c.png", "2") != latents("a.png", "1")).any()
+
+
+def test_sample_splits_any_number_of_images_and_goes_on_with_a_numbering(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    def sampled(name: str, *options: str) -> tuple[np.ndarray, list[int], str]:
+        said = ok(
+            "sample", tiny_bundle.folder, "--out", tmp_path / name, "--steps", "2", "--guidance", "cfg:2", *options
+        )
+        with np.load((tmp_path / name).with_suffix(".npz")) as arrays:
+            return arrays["images"], arrays["labels"].tolist(), said
+
+    whole, labels, said = sampled("whole.png", "--images", "4", "--labels", "0-2")
+    assert "12 images in 2 steps, in 3 parts of at most 4" in said
+    assert labels == [0] * 4 + [1] * 4 + [2] * 4
+    rest, rest_labels, _ = sampled("rest.png", "--images", "4", "--labels", "1-2", "--first-image", "4")
+    assert rest_labels == labels[4:]
+    np.testing.assert_allclose(rest, whole[4:], atol=1e-5)
+    _, onward, _ = sampled("onward.png", "--images", "2", "--first-image", "4")  # classes go on as the numbers do
+    assert onward == [2, 2, 0, 0, 1, 1]
+
+
+def test_the_arrays_are_named_by_what_they_are_in_the_precision_that_is_asked_for(
+    tiny_bundle: Bundle, golden_g4_bundle: Bundle, tmp_path: Path
+) -> None:
+    for bundle, name in ((tiny_bundle, "images"), (golden_g4_bundle, "latents")):
+        for dtype in ("float32", "float64"):
+            out = tmp_path / f"{name}-{dtype}.npz"
+            ok(
+                "sample",
+                bundle.folder,
+                "--out",
+                out,
+                "--steps",
+                "1",
+                "--sampler",
+                "euler",
+                "--labels",
+                "1",
+                "--dtype",
+                dtype,
+            )
+            with np.load(out) as arrays:
+                assert set(arrays.files) == {name, "labels"}
+                assert arrays[name].dtype == dtype
+                assert arrays[name].shape[0] == 1
 
 
 def test_sample_of_a_vae_model_says_that_a_decoder_is_needed(golden_g4_bundle: Bundle, tmp_path: Path) -> None:
@@ -105,7 +149,7 @@ def test_class_names_serve_as_labels(fashion_bundle: Bundle, tmp_path: Path) -> 
         (["--guidance", "cfg:nan"], "guidance scale nan"),
         (["--guidance", "magic:2"], "guidance 'magic:2' is none of"),
         (["--sampler", "rk4"], "unknown sampler 'rk4'"),
-        (["--labels", "0,0,0,0,0,0,0,0,0"], "9 rows at budget 4of4"),
+        (["--first-image", "-1"], "first_image -1 is out of range"),
         (["--target", "gpu"], "no plan set for target='gpu'"),
     ],
 )
@@ -138,6 +182,21 @@ def test_demo_counts_flops_and_writes_them(tiny_bundle: Bundle, tmp_path: Path) 
     rows = only_json("demo", "--bundle", tiny_bundle.folder, "--out", tmp_path)
     assert [row["row"] for row in rows] == ["full", "half", "quarter", "quarter, then full"]
     assert rows[0]["gflop_per_image"] > rows[1]["gflop_per_image"] > rows[2]["gflop_per_image"]
+
+
+def test_demo_draws_from_engines_of_few_rows(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Three images with guidance are six rows, and a call takes two."""
+    few = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "few"))
+    values = json.loads((few / MANIFEST).read_text())
+    del values[OWN_HASH]
+    for profile in (profile for plan_set in values["plan_sets"] for profile in plan_set["profiles"]):
+        profile["rows"] = [1, 2, 2]
+    (few / MANIFEST).write_text(manifest_text(values))
+    said = ok("demo", "--bundle", few, "--out", tmp_path / "drawn")
+    assert "15 steps, 3 images, at most 1 at once" in said
+    ok("demo", "--bundle", tiny_bundle.folder, "--out", tmp_path / "whole")
+    with Image.open(tmp_path / "drawn/demo.png") as one, Image.open(tmp_path / "whole/demo.png") as other:
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
 
 
 def covering(low: int, high: int, bundle: Bundle, folder: Path) -> Path:

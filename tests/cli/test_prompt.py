@@ -56,6 +56,9 @@ def text_bundle(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
+DATA = SimpleNamespace(kind="latents", vae="small")
+
+
 class Drawing:
     """Stands for a pipeline: keeps the request."""
 
@@ -69,7 +72,7 @@ class Drawing:
     def run(self, request: Request, _: object) -> SimpleNamespace:
         Drawing.asked = request
         latents = np.zeros(request.start.shape)
-        return SimpleNamespace(latents=latents, labels=(), data=SimpleNamespace(vae="small"), summary=lambda: "drawn")
+        return SimpleNamespace(latents=latents, labels=(), data=DATA, summary=lambda: "drawn")
 
     def __enter__(self) -> Self:
         return self
@@ -299,7 +302,7 @@ def test_help_tells_of_prompts() -> None:
         (["--labels", "0-999999999"], "label 0-999999999 is out of range: classes are 0 to 2"),
         (["--labels", "9" * 5000], "is out of range: classes are 0 to 2"),
         (["--labels", "2-1"], "label range 2-1 runs backwards; write 1-2"),
-        (["--labels", "0", "--images", "999999999999"], "at most 1,000,000 images in a call"),
+        (["--labels", "0", "--images", "999999999999"], "sample them in several runs, each with its own first_image"),
     ],
 )
 def test_huge_numbers_are_refused_before_they_are_expanded(tiny_bundle: Bundle, options: list[str], said: str) -> None:

@@ -26,7 +26,6 @@ from elit_export.evaluate.quality import (
     DEFAULT_CONFIGS,
     QualityResult,
     SamplerConfig,
-    batches,
     options_of,
     quality,
     resampled_within,
@@ -178,10 +177,10 @@ def test_the_error_of_a_distance_is_its_spread_over_seeds(pipeline: Pipeline) ->
 
 @pytest.mark.parametrize(("guidance", "most"), [("none", 8), ("cfg:2", 4), ("ccfg:2@quarter", 8)])
 def test_no_part_has_more_rows_than_the_profiles_take(pipeline: Pipeline, guidance: str, most: int) -> None:
-    parts = batches(pipeline, options_of(FEW[0], "full", guidance), 21)
-    assert np.concatenate(parts).tolist() == list(range(21))
-    assert max(map(len, parts)) <= most
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    parts = pipeline.prepared([0] * 21, options_of(FEW[0], "full", guidance, seed=0)).part_sizes
+    assert sum(parts) == 21
+    assert max(parts) <= most
+    assert max(parts) - min(parts) <= 1
     assert len(parts) == -(-21 // most)
 
 

@@ -104,7 +104,7 @@ def test_an_uncovered_budget_is_refused_with_the_covered_ones() -> None:
 @pytest.mark.parametrize("rows", [1, 9])
 def test_rows_out_of_range_are_refused_with_every_serving_profile(rows: int) -> None:
     bank = bank_of(profile("a", (1, 4, 16), (2, 4, 8)), profile("b", (1, 12, 16), (2, 2, 4)))
-    told = f"{rows} rows at budget 4of16: profile a takes 2..4..8 rows, b takes 2..2..4 rows .*sample fewer images"
+    told = f"{rows} rows at budget 4of16: profile a takes 2..4..8 rows, b takes 2..2..4 rows .*give it another number"
     with pytest.raises(InputError, match=told):
         bank(Budget(4, 16), inputs(rows))
 

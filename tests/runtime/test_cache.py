@@ -432,9 +432,9 @@ def test_the_embedding_of_t_is_asked_with_as_many_rows_as_the_steps_have() -> No
     assert with_rows(Range(4, 4, 8)).sample([0, 1], **choices)
 
 
-def test_too_many_rows_are_refused_before_an_engine_is_asked() -> None:
-    with pytest.raises(InputError, match="5 rows at budget 4of4"):
-        with_rows(Range(1, 1, 4)).steps([0] * 5, steps=6, cache="static:time@0.2")
+def test_rows_that_no_profile_takes_are_refused_before_an_engine_is_asked() -> None:
+    with pytest.raises(InputError, match=r"5 images cannot be split into parts: .*; sample 8 images"):
+        with_rows(Range(4, 4, 4)).steps([0] * 5, steps=6, cache="static:time@0.2")
 
 
 # ---------------------------------------------------------------- real engines

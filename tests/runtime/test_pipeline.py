@@ -327,18 +327,16 @@ def test_given_step_noise_takes_the_place_of_the_seed(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "choices", "told"),
+    ("choices", "told"),
     [
-        (9, {}, r"9 rows at budget 16of16: profile full takes 1\.\.4\.\.8 rows"),
-        (5, {"guidance": "cfg:3"}, "10 rows at budget 16of16: profile full"),
-        (5, {"guidance": "ccfg:3@quarter", "schedule": "0-12:full,13:quarter"}, "10 rows at budget 4of16"),
+        ({"guidance": "cfg:3"}, r"an image is 2 rows at budget 16of16: profile full takes 1\.\.1\.\.1 rows"),
+        ({"guidance": "ccfg:3@quarter", "schedule": "0-12:full,13:quarter"}, "an image is 2 rows at budget 4of16"),
     ],
 )
-def test_more_rows_than_a_profile_takes_are_refused_at_once(
-    toy: Toy, images: int, choices: dict[str, Any], told: str
-) -> None:
-    with pytest.raises(InputError, match=told + ".*sample fewer images .*several rows an image.* build with other"):
-        toy.pipeline.steps([0] * images, **choices)
+def test_an_image_of_more_rows_than_a_profile_takes_is_refused_at_once(choices: dict[str, Any], told: str) -> None:
+    toy = Toy(default_profiles(16, Range(1, 1, 1)))
+    with pytest.raises(InputError, match=told + ".*; choose guidance of fewer rows an image.* build with other"):
+        toy.pipeline.steps([0] * 5, **choices)
     assert not toy.calls
 
 
