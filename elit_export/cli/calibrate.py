@@ -102,7 +102,9 @@ def advised(calibration: CacheCalibration) -> tuple[str, str]:
 @calibrate.command("samples")
 @click.argument("bundle", type=FOLDER)
 @click.option("--recipe", type=FILE, help="Which trajectories, and how many samples of them; calibration/ has some.")
-@click.option("--rows", type=COUNT, help="At most so many images at once.  [default: the recipe's, 5 without one]")
+@click.option(
+    "--rows", type=Count(limits.ROWS), help="At most so many images at once.  [default: the recipe's, 5 without one]"
+)
 @EMBEDDED
 @click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
 @click.option("--target", help="Needed if the bundle has several.")

@@ -254,7 +254,7 @@ def test_sample_draws_several_different_images_of_a_label(tiny_bundle: Bundle, t
     ok("sample", tiny_bundle.folder, "--labels", "2,0", "--images", "2", "--steps", "2", "--out", tmp_path / "s.png")
     with np.load(tmp_path / "s.npz") as file:
         assert file["labels"].tolist() == [2, 2, 0, 0]
-        assert len(np.unique(file["latents"], axis=0)) == 4
+        assert len(np.unique(file["images"], axis=0)) == 4
     assert "--images" in refused("sample", tiny_bundle.folder, "--images", "0")
 
 
@@ -302,7 +302,7 @@ def test_help_tells_of_prompts() -> None:
         (["--labels", "0-999999999"], "label 0-999999999 is out of range: classes are 0 to 2"),
         (["--labels", "9" * 5000], "is out of range: classes are 0 to 2"),
         (["--labels", "2-1"], "label range 2-1 runs backwards; write 1-2"),
-        (["--labels", "0", "--images", "999999999999"], "sample them in several runs, each with its own first_image"),
+        (["--labels", "0", "--images", "999999999999"], "at most 1,000,000 images in a call"),
     ],
 )
 def test_huge_numbers_are_refused_before_they_are_expanded(tiny_bundle: Bundle, options: list[str], said: str) -> None:

@@ -102,9 +102,9 @@ def test_a_part_fits_every_call_of_a_sampling() -> None:
             (1, 8),
             1,
             int(IMAGES.most) + 1,
-            "at most 1,000,000 images in a call: .*; sample them in several runs, each with its own first_image",
+            "at most 1,000,000 images in a call: .*; sample them in several runs",
         ),
-        ((1, 8), 1, 10**18, "are the most; sample them in several runs"),
+        ((1, 8), 1, 10**18, "at most 1,000,000 images in a call: .*; sample them in several runs"),
     ],
 )
 def test_a_batch_that_cannot_be_split_says_what_can(
