@@ -1,4 +1,4 @@
-"""Work in a process of its own, which ends with the one that asked for it, however that ends."""
+"""Runs work in a process of its own, which ends with the one that asked for it, however that ends."""
 
 from __future__ import annotations
 
