@@ -51,9 +51,11 @@ def _damaged(path: Path, problem: str) -> CheckpointError:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    check_saved_by_torch(path, error=CheckpointError)
     try:
+        check_saved_by_torch(path, error=CheckpointError)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged file can make the reader fail in any way
         raise CheckpointError(f"{path}: not a whole training state: {summary(error)}", REMEDY) from error
     if not isinstance(state, dict) or state.get("format") != STATE_FORMAT:
