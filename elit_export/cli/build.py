@@ -29,7 +29,7 @@ DEFAULT_BUILD_FOLDER = Path("engines/build")
 
 
 @click.command()
-@click.argument("recipe")
+@click.argument("recipe", type=NAME)
 @click.option("--target", help="Which [targets.NAME]; needed if the recipe has several. Of a CHECKPOINT: cpu, rtx, …")
 @click.option("--out", type=FOLDER, help=f"Bundle folder.  [default: {DEFAULT_BUILD_FOLDER}/NAME]")
 @click.option("--checkpoint", type=NAME, help="In place of the recipe's checkpoint: a file, or a folder of diffusers.")

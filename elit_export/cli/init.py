@@ -9,12 +9,12 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FILE, INTERFACE_OPTION, architecture_options, say
+from elit_export.cli.common import FILE, INTERFACE_OPTION, NAME, architecture_options, say
 from elit_export.errors import InputError
 
 
 @click.command()
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=NAME)
 @click.option("--target", "targets", default="cpu", show_default=True, help="One or several, e.g. cpu,openvino,rtx.")
 @click.option("--out", type=FILE, default=Path("recipe.toml"), show_default=True)
 @INTERFACE_OPTION

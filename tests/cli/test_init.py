@@ -97,3 +97,10 @@ def test_an_unknown_target_is_refused_before_the_checkpoint_is_read(command: str
     status, said = run(command, "missing.pt", "--target", "gpu")
     assert status == 2
     assert "--target gpu: not among the usual targets; choose of cpu, cuda" in said
+
+
+@pytest.mark.parametrize("command", ["init", "build"])
+def test_an_empty_name_is_refused(command: str) -> None:
+    status, said = run(command, "")
+    assert status == 2
+    assert "empty" in said
