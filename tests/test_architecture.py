@@ -123,7 +123,12 @@ OPENS_ITSELF: dict[tuple[str, str], str] = {
     ("graphs/check.py", "onnx.load"): "a graph that the build made or verified",
     ("graphs/quantize.py", "onnx.load"): "a graph that the build made or verified",
     ("verify/bisect.py", "onnx.load"): "a graph, verified by size and hash",
-    ("cli/train.py", "path.open"): "writes",
+    ("bundle/atomic.py", "open"): "writes",
+    ("bundle/atomic.py", "temporary.open"): "what was written, to copy it into a stream",
+    ("cli/sample.py", "temporary.open"): "writes",
+    ("report/plots.py", "temporary.open"): "writes",
+    ("text/files.py", "temporary.open"): "writes",
+    ("cli/streams.py", "os.open"): "the null device",
 }
 OPENING = re.compile(
     r"(os|path|temporary|[a-z_]*file)\.open|open|.*\.(read_text|read_bytes|safe_open|read_model|fromfile|memmap)"
@@ -299,6 +304,80 @@ def test_what_one_backbone_has_alone_is_read_by_models_and_the_spec() -> None:
 def test_every_backbone_has_a_file_of_its_own() -> None:
     assert len({row.module for row in BACKBONES.values()}) == len(BACKBONES)
     assert all((PACKAGE / "models" / f"{module.rpartition('.')[2]}.py").is_file() for module in BACKBONE_MODULES)
+
+
+# Calls that make, change or remove files; `open` counts where its mode says so.
+WRITERS = re.compile(
+    r"(.*\.)?(write_text|write_bytes|savez|savez_compressed|savefig|save_file|save|touch|unlink|rename|rmdir|mkstemp|"
+    r"NamedTemporaryFile|symlink_to|hardlink_to|rmtree|copytree|copyfile|truncate)|"
+    r"shutil\.(copy|copy2|move)|os\.(replace|remove|open|link|symlink)"
+)
+OWN_PLACES = {
+    "atomic_write",
+    "private_folder",
+    "staged",
+    "TemporaryDirectory",
+}  # in whose `with` anything may be written
+# Everything else that writes: what is given a folder from one of OWN_PLACES, and what builds do under their lock.
+WRITES_IN_A_PRIVATE_FOLDER = {
+    *("backends/openvino/build.py", "backends/tensorrt/build.py", "backends/torch_tensorrt/build.py"),
+    *("compiler/stages.py", "compiler/decoder.py", "graphs/quantize.py", "verify/bisect.py", "bundle/store.py"),
+}
+NAMES_NO_FILE_OF_A_USER = {
+    "cli/streams.py: os.open(os.devnull, os.O_WRONLY)",
+    "bundle/readers.py: os.open(path, flags)",  # which reads
+    "bundle/trust.py: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)",  # the list in the state folder
+}
+OWN_WRITERS = {"trainer.save", "write_text", "write_bytes", "append_text"}  # which use bundle.atomic themselves
+
+
+def test_whatever_names_a_file_it_is_written_by_the_one_writer() -> None:
+    """`bundle.atomic` knows devices, links, modes and full disks; nobody else needs to."""
+    found = {
+        f"{path.relative_to(PACKAGE)}: {call}"
+        for path in FILES
+        if str(path.relative_to(PACKAGE)) not in {"bundle/atomic.py", *WRITES_IN_A_PRIVATE_FOLDER}
+        for call in writing_calls(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    assert found == NAMES_NO_FILE_OF_A_USER
+
+
+def test_what_is_not_written_by_the_one_writer_is_found() -> None:
+    bad = ["p.write_text('x')", "np.savez(p, x=1)", "open(p, 'w')", "p.open('ab')", "a.replace(b)", "shutil.move(a, b)"]
+    good = ["open(p)", "p.open('rb')", "text.replace('a', 'b')", "replace(spec, a=1)", "array.copy()"]
+    inside = "with atomic_write(p) as t, t.open('wb') as f:\n    np.savez(f, x=1)"
+    assert [list(writing_calls(ast.parse(line))) for line in bad] == [[line] for line in bad]
+    assert [list(writing_calls(ast.parse(line))) for line in (*good, inside)] == [[]] * (len(good) + 1)
+
+
+def writing_calls(node: ast.AST) -> Iterator[str]:
+    """Calls that write outside of OWN_PLACES."""
+    if isinstance(node, ast.With) and any(_name_of(item.context_expr) in OWN_PLACES for item in node.items):
+        return
+    if isinstance(node, ast.Call) and _writes(node):
+        yield ast.unparse(node)
+    for child in ast.iter_child_nodes(node):
+        yield from writing_calls(child)
+
+
+def _name_of(node: ast.AST) -> str:
+    return ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+
+
+def _writes(call: ast.Call) -> bool:
+    name = ast.unparse(call.func)
+    if name in OWN_WRITERS:
+        return False
+    if name == "open" or name.endswith(".open"):
+        words = [
+            str(word.value)
+            for word in (*call.args, *(k.value for k in call.keywords))
+            if isinstance(word, ast.Constant)
+        ]
+        return name == "os.open" or any(re.fullmatch(r"[rbtwax+]+", word) and set(word) & set("wax+") for word in words)
+    if name.endswith(".replace"):
+        return len(call.args) == 1 and not call.keywords
+    return bool(WRITERS.fullmatch(name))
 
 
 def test_only_the_command_line_prints_or_exits() -> None:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from elit_export import Pipeline
-from elit_export.bundle.manifest import Artifact
+from elit_export.bundle.artifacts import Artifact
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.bundle.recipe import recipe_from_values
 from elit_export.checkpoints.native import load_checkpoint, save_checkpoint

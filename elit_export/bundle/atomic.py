@@ -80,8 +80,7 @@ def check_writable(path: Path) -> None:
     """
     with naming_file(path):
         if is_stream(path):
-            if _own_descriptor(path) is None and not os.access(path, os.W_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            _check_stream(path)
             return
         target = _target(path, through_link=True)
         _refuse_folder(target)
@@ -171,6 +170,15 @@ def _refuse_folder(path: Path) -> None:
 
 
 # ---------------------------------------------------------------- into a stream
+
+
+def _check_stream(path: Path) -> None:
+    """Without opening it, as a pipe without a reader would wait."""
+    own = _own_descriptor(path)
+    if own is not None:
+        os.fstat(own)  # raises if it is not open
+    elif not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 @contextmanager

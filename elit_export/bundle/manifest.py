@@ -9,20 +9,19 @@ from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
+    model_validator,
 )
 
-from elit_export.bundle.atomic import NAME_PATTERN
+from elit_export.bundle.artifacts import REFERENCE_FILE, Artifact, Facts, Name, hashed
 from elit_export.bundle.calibration_inputs import CalibrationFacts
 from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, Fit, ModelSpec, Precision, Profile, Range
 from elit_export.spec.limits import ROWS
 
 SCHEMA = 8
-KINDS = ("graphs", "plans", "reference")
 
 
 def _range_from_corners(value: object) -> object:
@@ -37,33 +36,11 @@ def _usable(fit: Fit) -> Fit:
     return fit
 
 
-Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 StoredRange = Annotated[Range, BeforeValidator(_range_from_corners), PlainSerializer(Range.corners)]  # [min, opt, max]
 StoredFit = Annotated[Fit, AfterValidator(_usable)]
 
 
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileFacts(_Facts):
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size_bytes: int = Field(ge=0)
-
-
-class Artifact(_Facts):
-    """A folder of files under `kind`/`name`."""
-
-    kind: str = Field(pattern=f"^({'|'.join(KINDS)})$")
-    name: Name
-    files: dict[Name, FileFacts] = Field(min_length=1)
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(file.size_bytes for file in self.files.values())
-
-
-class Parity(_Facts):
+class Parity(Facts):
     """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run.
 
     One that missed its tolerance is here only if the recipe accepts that; `reason` says why.
@@ -79,7 +56,7 @@ class Parity(_Facts):
         return self.status != "not run"
 
 
-class ReferenceCase(_Facts):
+class ReferenceCase(Facts):
     """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
 
     profile: str
@@ -88,7 +65,7 @@ class ReferenceCase(_Facts):
     text: int = 0  # tokens, in models with text
 
 
-class ReferenceTrajectory(_Facts):
+class ReferenceTrajectory(Facts):
     """Arrays `NAME/STEP` of the reference file, the states of a sampling, and how they were sampled.
 
     In models with text `labels` are numbers of prompts (`runtime.conditioning`), and `text` is how long these may be.
@@ -103,7 +80,7 @@ class ReferenceTrajectory(_Facts):
     sampler: str
 
 
-class Graph(_Facts):
+class Graph(Facts):
     """A graph as it was exported or quantized, `file` in `artifact`; `graph` names its GraphSpec.
 
     `key` is a hash of all it was made from, by which a later build knows it is fresh. `sqnr_db` is the worst of a
@@ -119,21 +96,24 @@ class Graph(_Facts):
     key: str
     versions: dict[str, str]
     sqnr_db: float | None = None
+    _check_hashed = model_validator(mode="after")(hashed)
 
 
-class Reference(_Facts):
+class Reference(Facts):
     """PyTorch's outputs. `key` as of a graph; `cache_rows` are the rows that `probe` and `reuse` were asked with."""
 
     KIND: ClassVar = "reference"
+    file: ClassVar[str] = REFERENCE_FILE
 
     artifact: Artifact
     key: str
     cache_rows: tuple[int, ...]
     cases: tuple[ReferenceCase, ...]
     trajectories: tuple[ReferenceTrajectory, ...]
+    _check_hashed = model_validator(mode="after")(hashed)
 
 
-class Plan(_Facts):
+class Plan(Facts):
     """One serialized engine: `file` in `artifact` is what a backend opens. `key` as of a graph."""
 
     KIND: ClassVar = "plans"
@@ -143,9 +123,10 @@ class Plan(_Facts):
     file: Name
     versions: dict[str, str]
     built_on: dict[str, str]
+    _check_hashed = model_validator(mode="after")(hashed)
 
 
-class ProfileFacts(_Facts):
+class ProfileFacts(Facts):
     name: str
     latents: StoredRange
     rows: StoredRange
@@ -158,17 +139,19 @@ class ProfileFacts(_Facts):
         return Profile(self.name, self.latents, self.rows, self.text)
 
 
-class DecoderAnswers(_Facts):
+class DecoderAnswers(Facts):
     """What diffusers makes of latents: arrays `ROWS/pixels` for each of `rows`. `key` as of a graph."""
 
     KIND: ClassVar = "reference"
+    file: ClassVar[str] = REFERENCE_FILE
 
     artifact: Artifact
     key: str
     rows: tuple[int, ...]
+    _check_hashed = model_validator(mode="after")(hashed)
 
 
-class DecoderFacts(_Facts):
+class DecoderFacts(Facts):
     """A VAE decoder as it was built: the class of diffusers, a hash of its folder, and its numbers."""
 
     class_name: str
@@ -180,7 +163,7 @@ class DecoderFacts(_Facts):
     answers: DecoderAnswers
 
 
-class PlanSet(_Facts):
+class PlanSet(Facts):
     """The plans of one target in one precision; `options` are the target's choices beyond that.
 
     `cache` are the plans of the graphs that step caching calls, which serve every budget. `fused` is that of
@@ -253,7 +236,7 @@ Data = Annotated[
 ]
 
 
-class ModelFacts(_Facts):
+class ModelFacts(Facts):
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     name: str
@@ -262,7 +245,7 @@ class ModelFacts(_Facts):
     checkpoint_sha256: str
 
 
-class CacheFit(_Facts):
+class CacheFit(Facts):
     """How the change of a residual follows the distance that `probe` measures, and how well.
 
     `fit` is that of the budget with `kept` latents, or of all. It was fitted to `pairs`; the rest is of images that it
@@ -280,7 +263,7 @@ class CacheFit(_Facts):
     pairs: int
 
 
-class CacheCalibration(_Facts):
+class CacheCalibration(Facts):
     """What `teacache` needs, and the trajectories that it was made from."""
 
     checkpoint_sha256: str
@@ -296,7 +279,7 @@ class CacheCalibration(_Facts):
         return min(self.fits, key=lambda each: 0 if each.kept is None else abs(each.kept - kept)).fit
 
 
-class Manifest(_Facts):
+class Manifest(Facts):
     schema_version: int
     package_version: str
     model: ModelFacts

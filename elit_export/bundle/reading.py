@@ -5,19 +5,26 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import ValidationError
 
+from elit_export.bundle.artifacts import KINDS, STAGING, Artifact, FileFacts
 from elit_export.bundle.atomic import sha256_of
-from elit_export.bundle.manifest import SCHEMA, Artifact, FileFacts, Manifest
+from elit_export.bundle.manifest import SCHEMA, Manifest
 from elit_export.bundle.migrate import STEPS, migrated
 from elit_export.bundle.readers import CONFIG_BYTES, parsed_json, read_bytes
-from elit_export.errors import BundleError, InputError
+from elit_export.errors import BundleError, ElitExportError, InputError
 
 OWN_HASH = "sha256"
 MANIFEST = "manifest.json"
+REOPENINGS = 100  # more commits than this during one load are not met
+SETTLED_NS = 2_000_000_000  # clocks of file systems tick slower than a file can change twice
+T = TypeVar("T")
 
 
 class KeptBundleError(BundleError):
@@ -27,32 +34,78 @@ class KeptBundleError(BundleError):
 class Bundle:
     """An existing bundle, its manifest read and checked.
 
-    `trust` opens saved programs that this user did not build here (`bundle.trust`).
+    `trust` opens saved programs that this user did not build here (`bundle.trust`). `content` is that of the manifest's
+    file, as it was read.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, trust: bool = False) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, *, trust: bool = False, content: bytes | None = None) -> None:
         self.folder = folder
         self.manifest = manifest
         self.trust = trust
+        self._content = content
 
     @classmethod
     def open(cls, folder: str | Path, *, trust: bool = False) -> Self:
-        """Read the manifest; raises BundleError if it is missing, unreadable, damaged or of another schema."""
+        """Read the manifest; raises BundleError if it is missing, unreadable, damaged or of another schema.
+
+        Files of a bundle may be links, into a content store such as the cache of Hugging Face; its folders may not.
+        """
         folder = Path(folder)
         content = manifest_bytes(folder)
         if content is None:
             raise BundleError(
                 f"no bundle at {folder} (no {MANIFEST})", f"make one: elit-export build RECIPE --out {folder}"
             )
-        return cls(folder, read_manifest(folder / MANIFEST, content), trust=trust)
+        manifest = read_manifest(folder / MANIFEST, content)
+        refuse_linked_folders(folder, manifest.artifacts())
+        return cls(folder, manifest, trust=trust, content=content)
 
     def verified(self, artifact: Artifact) -> Path:
         """The folder of an artifact after checking every file's size and hash; raises BundleError."""
-        return verified_folder(self.folder, artifact)
+        try:
+            return verified_folder(self.folder, artifact)
+        except BundleError as error:
+            if self.is_replaced:
+                raise BundleError(
+                    f"{self.folder} was built again meanwhile", "load it again, or run it again"
+                ) from error
+            raise
+
+    @property
+    def is_replaced(self) -> bool:
+        """Did another process write the manifest since it was read? Then what only this one names may be gone."""
+        return self._content is not None and manifest_bytes(self.folder) != self._content
+
+
+def with_current(folder: str | Path, work: Callable[[Bundle], T], *, trust: bool = False) -> T:
+    """What `work` makes of a bundle; it is asked again where it fails while another process replaces the manifest.
+
+    A build drops what its manifest no longer names as soon as that is written.
+    """
+    for _ in range(REOPENINGS):
+        bundle = Bundle.open(folder, trust=trust)
+        try:
+            return work(bundle)
+        except (ElitExportError, OSError):
+            if not bundle.is_replaced:
+                raise
+    raise BundleError(f"{folder} is written again and again", "wait until nothing builds into it")
+
+
+def refuse_linked_folders(bundle: Path, artifacts: Iterable[Artifact] = ()) -> None:
+    """Raise KeptBundleError for a folder that is a link: others may keep their files where it leads."""
+    names = dict.fromkeys(f"{artifact.kind}/{artifact.name}" for artifact in artifacts)
+    for name in (*KINDS, STAGING, *names):
+        if (bundle / name).is_symlink():
+            raise KeptBundleError(
+                f"{bundle / name}: a linked folder; only files of a bundle may be links",
+                "copy the folder itself to that place, or move the whole bundle to the other disk and link that",
+            )
 
 
 def verified_folder(bundle: Path, artifact: Artifact) -> Path:
     """As Bundle.verified."""
+    refuse_linked_folders(bundle, [artifact])
     folder = bundle / artifact.kind / artifact.name
     for name, facts in artifact.files.items():
         try:
@@ -135,10 +188,18 @@ def _check_file(path: Path, facts: FileFacts, bundle: Path) -> None:
             f"{path}: has {status.st_size} bytes, {facts.size_bytes} were written",
             f"copy the bundle again or {_rebuild(bundle)}",
         )
-    if _cached_sha256(path, status.st_size, status.st_mtime_ns) != facts.sha256:
+    if _sha256_of(path, status) != facts.sha256:
         raise BundleError(f"{path}: altered since the build (sha256)", f"copy the bundle again or {_rebuild(bundle)}")
 
 
+def _sha256_of(path: Path, status: os.stat_result) -> str:
+    """From memory where nothing can have changed: mtime can be set back, ctime and inode cannot."""
+    if time.time_ns() - status.st_ctime_ns < SETTLED_NS:
+        return sha256_of(path)
+    version = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return _remembered_sha256(path, version)
+
+
 @functools.lru_cache(maxsize=256)
-def _cached_sha256(path: Path, _size_bytes: int, _mtime_ns: int) -> str:
+def _remembered_sha256(path: Path, _version: tuple[int, ...]) -> str:
     return sha256_of(path)

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,10 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from elit_export.bundle.atomic import fsync, sha256_of, write_text
-from elit_export.bundle.manifest import KINDS, Artifact, DecoderAnswers, FileFacts, Graph, Manifest, Plan, Reference
+from elit_export.bundle.artifacts import KINDS, STAGING, Artifact, FileFacts
+from elit_export.bundle.atomic import MARK, append_text, fsync, naming_file, sha256_of, write_text
+from elit_export.bundle.manifest import DecoderAnswers, Graph, Manifest, Plan, Reference
+from elit_export.bundle.readers import CONFIG_BYTES, read_bytes
 from elit_export.bundle.reading import (
     MANIFEST,
     Bundle,
@@ -32,6 +34,7 @@ from elit_export.bundle.reading import (
     manifest_bytes,
     manifest_text,
     read_manifest,
+    refuse_linked_folders,
     verified_folder,
 )
 from elit_export.bundle.trust import remember
@@ -41,9 +44,11 @@ from elit_export.errors import BundleError
 Progress = Callable[[str, float], None]
 R = TypeVar("R", Graph, Plan, Reference, DecoderAnswers)
 LOCK = ".build.lock"
-STAGING = ".staging"
-TEMPORARY_MANIFEST = re.compile(r"\.manifest\..*\.json")  # of bundle.atomic, left behind by a kill
-ARTIFACT_NAME = re.compile(r".+-[0-9a-f]{12}")
+WRITTEN = "written"  # in STAGING: a line for each artifact that no manifest names yet, or any more
+TEMPORARY_MANIFEST = re.compile(rf"\.manifest\.{MARK}[a-z0-9_]{{8}}\.json")  # of bundle.atomic, left behind by a kill
+ARTIFACT_NAME = r"\w[\w.-]*-[0-9a-f]{12}"
+WRITTEN_LINE = re.compile(rf"(?:{'|'.join(KINDS)})/{ARTIFACT_NAME}\n", re.ASCII)
+NAMED = re.compile(rf'"name": "({ARTIFACT_NAME})"', re.ASCII)  # in a manifest
 # Two of them tell ours, damaged or not.
 OWN_KEYS = (b'"schema_version"', b'"package_version"', b'"plan_sets"')
 
@@ -67,15 +72,17 @@ class Stage:
 class Store:
     """A bundle being built: finds what earlier builds made, stages artifacts, and makes all real by the manifest.
 
-    `manifest` is that of the last commit, None if there is none that can be read. `progress` hears each stage that does
-    something and the share of the build that is done before it.
+    `manifest` is that of the last commit, None if there is none that can be read; `named` are the artifacts that it
+    names, as KIND/NAME. `progress` hears each stage that does something and the share of the build that is done before
+    it. Only what this bundle wrote is ever deleted: artifacts that a commit superseded or that never saw one, of builds
+    that were killed too.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest | None, *, keeps_all: bool = False, progress: Progress = noop
+        self, folder: Path, manifest: Manifest | None, named: Collection[str], *, progress: Progress = noop
     ) -> None:
         self.folder, self.manifest, self.progress = folder, manifest, progress
-        self._keeps_all = keeps_all  # beside a manifest that cannot be read, which artifacts it names is not known
+        self._named, self._written = set(named), _written_before(folder)
 
     def artifact(
         self,
@@ -129,7 +136,7 @@ class Store:
         """An empty folder on the bundle's disk; what is not adopted is gone afterwards."""
         staging = self.folder / STAGING
         staging.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=staging) as private:
+        with naming_file(self.folder), tempfile.TemporaryDirectory(dir=staging) as private:
             folder = Path(private) / "artifact"  # with ordinary permissions, unlike its parent
             folder.mkdir()
             yield folder
@@ -139,33 +146,65 @@ class Store:
         found = {path.name: _facts_of(path) for path in sorted(staged.iterdir())}
         artifact = Artifact(kind=kind, name=f"{prefix}-{_content_hash(found)}", files=found)
         final = self.folder / kind / artifact.name
+        refuse_linked_folders(self.folder, [artifact])
         final.parent.mkdir(exist_ok=True)
         if not _is_whole(final, found):
+            self._note([f"{kind}/{artifact.name}"])
             shutil.rmtree(final, ignore_errors=True)
             staged.rename(final)
         return artifact
 
+    def _note(self, names: Collection[str]) -> None:
+        """Remember, beyond a kill, what is to go unless a manifest names it."""
+        self._written.update(names)
+        (self.folder / STAGING).mkdir(exist_ok=True)
+        append_text(self.folder / STAGING / WRITTEN, "".join(f"{name}\n" for name in names))
+
     def commit(self, manifest: Manifest) -> Bundle:
-        """Write the manifest, the moment from which the bundle exists."""
-        write_text(self.folder / MANIFEST, manifest_text(manifest.model_dump(mode="json")))
-        self.manifest, self._keeps_all = manifest, False
+        """Write the manifest, the moment from which the bundle exists.
+
+        A manifest that is a link, into a content store, is replaced by a file.
+        """
+        self._note(self._named)
+        write_text(self.folder / MANIFEST, manifest_text(manifest.model_dump(mode="json")), through_link=False)
+        self.manifest, self._named = manifest, _named_by(manifest)
         return Bundle(self.folder, manifest)
 
     def clean(self) -> None:
-        """Drop staging folders, half-written manifests and artifacts that no manifest names, and nothing else."""
-        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        """Drop staging folders, half-written manifests and what this bundle wrote and its manifest does not name."""
         for path in self.folder.iterdir():
             if TEMPORARY_MANIFEST.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-        if not self._keeps_all:
-            self._drop_unnamed(self.manifest.artifacts() if self.manifest else ())
+        for name in self._written - self._named:
+            _remove_folder(self.folder / name)
+        _remove_folder(self.folder / STAGING)  # last: it says what else is to go
 
-    def _drop_unnamed(self, artifacts: Iterable[Artifact]) -> None:
-        named = {(artifact.kind, artifact.name) for artifact in artifacts}
-        for kind in KINDS:
-            for path in (self.folder / kind).glob("*"):
-                if path.is_dir() and ARTIFACT_NAME.fullmatch(path.name) and (kind, path.name) not in named:
-                    shutil.rmtree(path, ignore_errors=True)
+
+def _remove_folder(path: Path) -> None:
+    """With what is in it, if neither it nor the folder that it lies in is a link."""
+    if not path.is_symlink() and not path.parent.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _written_before(folder: Path) -> set[str]:
+    """What a build that was killed had noted; half a line was noted before anything was done."""
+    try:
+        what, path = "a list of artifacts", folder / STAGING / WRITTEN
+        content = read_bytes(path, what=what, error=KeptBundleError, limit_bytes=CONFIG_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    lines = content.decode("utf-8", errors="replace").splitlines(keepends=True)
+    return {line.rstrip("\n") for line in lines if WRITTEN_LINE.fullmatch(line)}
+
+
+def _named_by(manifest: Manifest) -> set[str]:
+    return {f"{artifact.kind}/{artifact.name}" for artifact in manifest.artifacts()}
+
+
+def _named_in(content: bytes) -> set[str]:
+    """The same of a manifest that cannot be read, as far as its text tells."""
+    names = NAMED.findall(content.decode("utf-8", errors="replace"))
+    return {f"{kind}/{name}" for kind in KINDS for name in names}
 
 
 @contextmanager
@@ -186,6 +225,9 @@ def writing(folder: Path, progress: Progress = noop) -> Iterator[Store]:
     try:
         is_new_lock = not (folder / LOCK).exists()
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / LOCK).is_symlink():  # taking the lock would empty what it leads to
+            raise BundleError(f"{folder / LOCK}: a link", "remove it (rm) and build again")
+        refuse_linked_folders(folder)
         lock.acquire()
     except Timeout as error:
         raise BundleError(f"another build is writing into {folder}", "wait for it or choose another --out") from error
@@ -210,13 +252,15 @@ def _opened(folder: Path, progress: Progress) -> Store:
     content = manifest_bytes(folder)
     _check_ours(folder, content)
     if content is None:
-        return Store(folder, None, progress=progress)
+        return Store(folder, None, (), progress=progress)
     try:
-        return Store(folder, read_manifest(folder / MANIFEST, content), progress=progress)
+        manifest = read_manifest(folder / MANIFEST, content)
     except KeptBundleError:
         raise
     except BundleError:  # damaged or old: built again
-        return Store(folder, None, keeps_all=True, progress=progress)
+        return Store(folder, None, _named_in(content), progress=progress)
+    refuse_linked_folders(folder, manifest.artifacts())
+    return Store(folder, manifest, _named_by(manifest), progress=progress)
 
 
 def _check_ours(folder: Path, content: bytes | None) -> None:

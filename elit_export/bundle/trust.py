@@ -10,7 +10,7 @@ import os
 import stat
 from pathlib import Path
 
-from elit_export.bundle.manifest import Artifact
+from elit_export.bundle.artifacts import Artifact
 from elit_export.bundle.readers import CONFIG_BYTES, open_regular
 from elit_export.errors import BundleError
 

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, TRUST_OPTION, Count, progress_bar, say, show, write_json
+from elit_export.cli.common import (
+    FILE,
+    FOLDER,
+    JSON_OPTION,
+    OUTPUT,
+    TRUST_OPTION,
+    Count,
+    progress_bar,
+    say,
+    show,
+    write_json,
+)
+from elit_export.cli.opened import opened_once
 from elit_export.cli.prompts import EMBEDDED, prompts_in
 from elit_export.errors import BundleError
 from elit_export.runtime.options import SamplingOptions
@@ -40,7 +52,7 @@ def calibrate() -> None:
 @click.option("--guidance", multiple=True, default=("cfg:2",), show_default=True, help="none or cfg; may be repeated.")
 @click.option("--seed", default=SamplingOptions.seed, show_default=True)
 @click.option("--rows", type=Count(limits.ROWS), default=4, show_default=True, help="At most so many images at once.")
-@click.option("--plot", type=FILE, help="Draw the pairs and the fit into a PNG.")
+@click.option("--plot", type=OUTPUT, help="Draw the pairs and the fit into a PNG.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 @TRUST_OPTION
@@ -60,35 +72,32 @@ def calibrate_cache(
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
-    from elit_export.bundle.reading import Bundle
     from elit_export.calibrate.step_cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
     from elit_export.cli.advice import sample_command
     from elit_export.cli.tables.inspect import calibration_table
-    from elit_export.runtime.opening import chosen_plan_set
-    from elit_export.runtime.pipeline import Pipeline
 
     if plot is not None:  # before anything is measured, as it needs matplotlib
-        from elit_export.report.plots import plot_calibration
-    opened = Bundle.open(bundle)  # before its engines: what is measured is of this checkpoint
-    with Pipeline.load(bundle, target=target, precision=precision, trust=trust) as pipeline, progress_bar() as progress:
+        from elit_export.report.plots import check_format, plot_calibration
+
+        check_format(plot)
+    opened = opened_once(bundle, target, precision, trust=trust)
+    with opened.pipeline as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
         total = batches(pipeline, wanted)
         parts = progress.track(sampled_pairs(pipeline, wanted), total=total, description="trajectories")
         pairs = joined(list(parts))
-    calibration = calibrated(pairs, wanted, opened.manifest.model.checkpoint_sha256)
+    calibration = calibrated(pairs, wanted, opened.bundle.manifest.model.checkpoint_sha256)
     if plot is not None:
         plot_calibration(pairs, calibration, plot)
-    record(opened, calibration)
+    record(opened.bundle, calibration)
     show(calibration_table(calibration), json_to=json_to)
     write_json(calibration.model_dump(mode="json"), json_to)
     policy, reason = advised(calibration)
     if reason:
         say(reason, json_to=json_to)
-    manifest = opened.manifest
-    plan_set = chosen_plan_set(manifest.plan_sets, target, precision)
-    advice = sample_command(bundle, manifest, plan_set, "--cache", policy)
+    advice = sample_command(bundle, opened.bundle.manifest, opened.plan_set, "--cache", policy)
     say(f"wrote it into {bundle}; next: {advice}", json_to=json_to)
 
 
@@ -106,7 +115,7 @@ def advised(calibration: CacheCalibration) -> tuple[str, str]:
     "--rows", type=Count(limits.ROWS), help="At most so many images at once.  [default: the recipe's, 5 without one]"
 )
 @EMBEDDED
-@click.option("--out", type=FILE, required=True, help="Where to write them, as .npz.")
+@click.option("--out", type=OUTPUT, required=True, help="Where to write them, as .npz.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 @TRUST_OPTION
@@ -127,16 +136,15 @@ def calibrate_samples(
     A model that takes text is shown the prompts of a file, one after another, as others are their classes.
     """
     from elit_export.bundle.calibration_inputs import save_inputs
-    from elit_export.bundle.reading import Bundle
     from elit_export.calibrate.inputs import DEFAULT_RECIPE, batches, load_sample_recipe, seen_rows, taken
     from elit_export.cli.tables.calibration import samples_facts, samples_table
-    from elit_export.runtime.pipeline import Pipeline
 
     wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
     wanted = wanted.model_copy(update={"rows": rows}) if rows else wanted
-    model = Bundle.open(bundle).manifest.model  # before its engines, as above
-    prompts = prompts_in(file, model.spec)
-    with Pipeline.load(bundle, target=target, precision=precision, trust=trust) as pipeline, progress_bar() as progress:
+    opened = opened_once(bundle, target, precision, trust=trust)
+    model = opened.bundle.manifest.model
+    with opened.pipeline as pipeline, progress_bar() as progress:
+        prompts = prompts_in(file, model.spec)
         total = batches(pipeline, wanted, prompts)
         parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
         found = taken(parts, pipeline, wanted, model.checkpoint_sha256)

@@ -17,7 +17,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from elit_export.bundle.atomic import write_text
+from elit_export.bundle.atomic import check_writable, write_text
 from elit_export.cli.printable import printable
 from elit_export.errors import InputError
 from elit_export.spec.limits import Bound
@@ -65,6 +65,27 @@ class Count(click.IntRange):
 FOLDER = NamedPath(file_okay=False, path_type=Path)
 FILE = NamedPath(dir_okay=False, path_type=Path)
 NAME = NamedText()
+
+
+class OutputFile(NamedPath):
+    """A file that is written at the end: its place is tried before anything is done."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, readable=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(str(super().convert(value, param, ctx)))
+        check_writable(path)
+        return path
+
+
+OUTPUT = OutputFile()
+
+
+def _tried(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value not in (None, "-"):
+        check_writable(Path(str(value)))
+    return value
 
 
 PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
@@ -179,7 +200,9 @@ def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
 
 
 INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")
-JSON_OPTION = click.option("--json", "json_to", type=NAME, metavar="FILE|-", help="Write the facts as JSON too.")
+JSON_OPTION = click.option(
+    "--json", "json_to", type=NAME, metavar="FILE|-", callback=_tried, help="Write the facts as JSON too."
+)
 CHECK_OPTION = click.option("--check", type=FILE, help="JSON file of limits; status 1 if one does not hold.")
 
 TRUST_OPTION = click.option(

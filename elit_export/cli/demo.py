@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.atomic import atomic_write, check_writable
 from elit_export.cli.common import (
     FOLDER,
     JSON_OPTION,
@@ -20,6 +20,7 @@ from elit_export.cli.common import (
     show,
     write_json,
 )
+from elit_export.cli.opened import opened_once
 from elit_export.cli.tables.inspect import table
 from elit_export.cli.tools import naming_the_extra
 from elit_export.errors import InputError
@@ -75,16 +76,15 @@ def build_demo(folder: Path, progress: Progress) -> Pipeline:
 
 def open_demo(bundle: Path, *, target: str | None, precision: str | None, trust: bool = False) -> Pipeline:
     """Open a bundle that is already built; raises InputError if it takes text, or no pictures can be made of it."""
-    from elit_export.bundle.reading import Bundle
     from elit_export.runtime.images import DECODER_REMEDY
-    from elit_export.runtime.pipeline import Pipeline
 
-    if Bundle.open(bundle).manifest.model.spec.takes_text:
+    pipeline = opened_once(bundle, target, precision, trust=trust).pipeline
+    if pipeline.spec.takes_text:
+        pipeline.close()
         raise InputError(
             f"the demo draws classes, and {bundle} takes text",
             f"elit-export sample {bundle} --prompt TEXT --encoder FOLDER, or --prompts FILE.npz",
         )
-    pipeline = Pipeline.load(bundle, target=target, precision=precision, trust=trust)
     if not pipeline.makes_pictures:
         pipeline.close()
         raise InputError(
@@ -150,11 +150,12 @@ def demo(
     """Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them."""
     if bundle is None and (target or precision or trust):
         raise InputError("--target, --precision and --trust are of a bundle", "give --bundle BUNDLE too")
+    picture = out / "demo.png"
+    check_writable(picture)
     pipeline = open_demo(bundle, target=target, precision=precision, trust=trust) if bundle else built_demo(out)
     with pipeline, progress_bar() as progress:
         ways = demo_ways(pipeline)
         rows = list(progress.track(demo_rows(pipeline, ways), total=len(ways), description="sampling"))
-    picture = out / "demo.png"
     save_picture(rows, picture)
     show_demo(rows, json_to)
     engines = bundle or out / "bundle"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, say
+from elit_export.cli.common import FOLDER, OUTPUT, say
 from elit_export.cli.prompts import NEGATIVE, PROMPT, WEIGHTS, embedded, negatives_of
 from elit_export.errors import InputError
 from elit_export.text.files import save_prompts
@@ -17,7 +17,7 @@ from elit_export.text.files import save_prompts
 @PROMPT
 @NEGATIVE
 @WEIGHTS
-@click.option("--out", type=FILE, default=Path("prompts.npz"), show_default=True)
+@click.option("--out", type=OUTPUT, default=Path("prompts.npz"), show_default=True)
 def embed(folder: Path, texts: tuple[str, ...], negative: str | None, weights: str | None, out: Path) -> None:
     """Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it."""
     if not texts:

@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from elit_export.bundle.atomic import check_writable
 from elit_export.cli.common import FOLDER, INTERFACE_OPTION, NAME, architecture_options, say, say_lines
 from elit_export.spec import STEP, Precision
 
@@ -31,6 +32,7 @@ def export(checkpoint: str, out: Path, precision: str, interface: Path | None, *
     from elit_export.graphs.about import Origin, describe
     from elit_export.graphs.export import export_graph
 
+    check_writable(out / f"{STEP}.onnx")
     model = stored_checkpoint(checkpoint, interface=interface, **numbers)
     path = export_graph(model, STEP, out, Precision(precision))
     origin = Origin(usual_name(checkpoint), checkpoint_sha256(checkpoint, interface))

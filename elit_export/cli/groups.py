@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from elit_export.cli.printable import printable
+from elit_export.cli.streams import READER_LEFT, readers_may_leave
 from elit_export.cli.tools import naming_the_extra
 from elit_export.errors import ElitExportError
 
@@ -34,7 +35,14 @@ class Deferred(click.Command):
 
 
 class Commands(click.Group):
-    """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line."""
+    """Turns the package's errors into exit status 2 and Ctrl-C into 130, each in one line.
+
+    Where nobody reads the output any more, the status is READER_LEFT, whatever the command.
+    """
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        with readers_may_leave():
+            return super().main(*args, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -43,6 +51,9 @@ class Commands(click.Group):
         except ElitExportError as error:
             click.echo(printable(f"error: {error}"), err=True)
             ctx.exit(2)
+        except BrokenPipeError as error:  # of a pipe that the command was to write into
+            click.echo(printable(f"error: {error.filename or 'a pipe'}: {error.strerror}"), err=True)
+            ctx.exit(READER_LEFT)
         except OSError as error:
             click.echo(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
             ctx.exit(2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from elit_export.bundle.atomic import check_writable, is_stream
 from elit_export.cli.common import FILE, FOLDER, TRUST_OPTION, Count, progress_bar, say, say_accepted
+from elit_export.cli.opened import Opened
 from elit_export.cli.prompts import HOW, PromptOptions, prompt_options
 from elit_export.cli.sampling_options import sampling_options
 from elit_export.errors import InputError
@@ -14,10 +18,14 @@ from elit_export.runtime.conditioning import Labels, LabelsLike, as_conditioning
 from elit_export.runtime.labels import parse_labels
 from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.prompts import Prompts
-from elit_export.runtime.request import check_calls, prepare
+from elit_export.runtime.request import Request, check_calls, prepare
 from elit_export.runtime.sample import DTYPES, save_arrays, save_grid
 from elit_export.spec import ModelSpec
 from elit_export.spec.limits import IMAGES
+
+if TYPE_CHECKING:
+    from elit_export.bundle.reading import Bundle
+    from elit_export.runtime.sample import Sample
 
 DEFAULT_CLASSES = 10  # without --labels
 
@@ -54,46 +62,85 @@ def sample(
     trust: bool,
 ) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
-    from elit_export.bundle.reading import Bundle
-    from elit_export.runtime.images import DECODER_REMEDY
+    from elit_export.bundle.reading import with_current
     from elit_export.runtime.opening import check_verified, chosen_plan_set, coverage_of
     from elit_export.runtime.pipeline import Pipeline
 
     if out.suffix not in ("", ".png", ".npz"):
         raise InputError(f"--out {out}: pictures are written as .png")
-    arrays = out.with_suffix(".npz")
-    described.refuse_to_overwrite(out, arrays)
-    opened = Bundle.open(bundle, trust=trust)
-    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
-    check_verified(plan_set, opened.folder)
-    model, coverage = opened.manifest.model, coverage_of(opened, plan_set)
-    resolved = resolve(model.spec, options)
-    if kind_of(model.spec) is Prompts:
-        refuse_labels(labels)
-        shown: LabelsLike = described.prompts(model.spec, coverage, resolved, images)
-    else:
-        described.refuse_for_classes()
-        first = options.first_image // images
-        shown = parse_labels(labels, model.spec, model.data) if labels else classes_from(first, model.spec)
-    once = as_conditioning(shown, model.spec, model.data)
-    IMAGES.check(len(once) * images, "the number of images, --images of each label or prompt,")
-    check_calls(coverage, resolved, len(once) * images, once.tokens, once.null_tokens)  # before it is repeated
-    request = prepare(model.spec, coverage, once.repeated(images), resolved)
-    with Pipeline.of(opened, plan_set) as pipeline:
+    files = files_of(out)
+    described.refuse_to_overwrite(out, files.arrays)
+
+    def ready(opened: Bundle) -> tuple[Opened, Request]:
+        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        check_verified(plan_set, opened.folder)
+        model, coverage = opened.manifest.model, coverage_of(opened, plan_set)
+        resolved = resolve(model.spec, options)
+        if kind_of(model.spec) is Prompts:
+            refuse_labels(labels)
+            shown: LabelsLike = described.prompts(model.spec, coverage, resolved, images)
+        else:
+            described.refuse_for_classes()
+            first = options.first_image // images
+            shown = parse_labels(labels, model.spec, model.data) if labels else classes_from(first, model.spec)
+        once = as_conditioning(shown, model.spec, model.data)
+        IMAGES.check(len(once) * images, "the number of images, --images of each label or prompt,")
+        check_calls(coverage, resolved, len(once) * images, once.tokens, once.null_tokens)  # before it is repeated
+        request = prepare(model.spec, coverage, once.repeated(images), resolved)
+        return Opened(opened, plan_set, Pipeline.of(opened, plan_set)), request
+
+    opened, request = with_current(bundle, ready, trust=trust)
+    with opened.pipeline as pipeline:
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=request.records)
             made = pipeline.run(request, lambda _: progress.update(task, advance=1))
-        save_arrays(made, arrays, dtype)  # before they are decoded, which may fail
+        if not (files.is_stream and pipeline.makes_pictures):
+            save_arrays(made, files.arrays, dtype)  # before they are decoded, which may fail
         pictures = pipeline.decode(made.latents) if pipeline.makes_pictures else None
-    say_accepted(opened, plan_set)
-    say(made.summary())
-    if resolved.policy:
-        say(f"cache {options.cache}: {made.cache_summary()}")
-    if pictures is None:
-        say(f"wrote {arrays}; these are latents of a VAE ({made.data.vae}): for a PNG, {DECODER_REMEDY}")
-        return
-    save_grid(pictures, out.with_suffix(".png"))
-    say(f"wrote {out.with_suffix('.png')} and {arrays}")
+    if pictures is not None:
+        save_grid(pictures, files.picture)
+    report(made, opened, files, f"cache {options.cache}: {made.cache_summary()}" if request.policy else "")
+
+
+def report(made: Sample, opened: Opened, files: SampleFiles, of_cache: str) -> None:
+    """Say how it went and what was written, beside what goes into a stream."""
+    from elit_export.runtime.images import DECODER_REMEDY
+
+    json_to = "-" if files.is_stream else None
+    say_accepted(opened.bundle, opened.plan_set, json_to=json_to)
+    say(made.summary(), json_to=json_to)
+    if of_cache:
+        say(of_cache, json_to=json_to)
+    if not opened.pipeline.makes_pictures:
+        note = f"these are latents of a VAE ({made.data.vae}): for a PNG, {DECODER_REMEDY}"
+        say(f"wrote {files.arrays}; {note}", json_to=json_to)
+    elif files.is_stream:
+        say(f"wrote {files.picture}", json_to=json_to)
+    else:
+        say(f"wrote {files.picture} and {files.arrays}")
+
+
+@dataclass(frozen=True)
+class SampleFiles:
+    """Where a sampling goes. A stream takes the pictures alone, or the latents where no pictures can be made."""
+
+    picture: Path
+    arrays: Path
+
+    @property
+    def is_stream(self) -> bool:
+        return self.picture == self.arrays
+
+
+def files_of(out: Path) -> SampleFiles:
+    """Raises OSError if one of them cannot be written."""
+    if not out.suffix and is_stream(out):
+        files = SampleFiles(out, out)
+    else:
+        files = SampleFiles(out.with_suffix(".png"), out.with_suffix(".npz"))
+    for path in (files.arrays, files.picture):
+        check_writable(path)
+    return files
 
 
 def classes_from(first: int, spec: ModelSpec) -> Labels:

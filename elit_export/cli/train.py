@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from elit_export.bundle.atomic import append_text, check_writable
 from elit_export.cli.common import FOLDER, Count, complain, progress_bar, say, show, stop_requested, write_json
 from elit_export.cli.tables.inspect import table
 from elit_export.errors import InputError
@@ -97,6 +98,7 @@ def train(
     """
     from elit_export.training.data import has_split, load_images
 
+    state, weights, errors = files_in(out)
     names = [name.strip() for name in class_names.split(",") if name.strip()]
     images = load_images(data, split="train", size=size, class_names=names)
     import torch  # takes seconds, of which refused data costs none
@@ -123,21 +125,26 @@ def train(
     )
     limits.TRAINED_PARAMETERS.check(parameters(spec).total, "the size of this model")
     facts = DataFacts(kind="pixels", class_names=images.class_names)
-    trainer, state = Trainer(spec, facts, images, TrainConfig(**choices)), out / "state.pt"
+    trainer = Trainer(spec, facts, images, TrainConfig(**choices))
     resume(trainer, state)
     run_training(trainer, state, save_every)
-    weights = out / "model.safetensors"
     save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
     say(f"wrote {weights}")
     if has_split(data, "test"):
         held_out = load_images(data, split="test", size=size, class_names=images.class_names)
-        report_held_out(load_checkpoint(weights), held_out, out / "held_out.json")
+        report_held_out(load_checkpoint(weights), held_out, errors)
+
+
+def files_in(out: Path) -> list[Path]:
+    """What a training writes at last; raises OSError before it begins."""
+    files = [out / name for name in ("state.pt", "model.safetensors", "held_out.json")]
+    for path in files:
+        check_writable(path)
+    return files
 
 
 def resume(trainer: Any, state: Path) -> None:
     """Go on where an earlier run stopped, if one did."""
-    for stale in state.parent.glob(".state.*.pt"):  # left behind by a run that was killed while it wrote
-        stale.unlink()
     if state.exists():
         trainer.resume(state)
         say(f"resumed at step {trainer.step}")
@@ -153,7 +160,8 @@ def run_training(trainer: Any, state: Path, save_every: int) -> None:
             progress.update(task, completed=record.step, description=f"loss {record.loss:.4f}")
             if record.step % save_every == 0 or record.step == trainer.config.steps or stop:
                 trainer.save(state)
-                append_json(state.with_name("train.jsonl"), asdict(record) | {"mean_loss": sum(losses) / len(losses)})
+                facts = asdict(record) | {"mean_loss": sum(losses) / len(losses)}
+                append_text(state.with_name("train.jsonl"), json.dumps(facts) + "\n")
                 losses.clear()
             if stop:
                 break
@@ -180,8 +188,3 @@ def report_held_out(model: Any, images: Any, path: Path) -> None:
     ]
     show(table(f"held out: {len(images)} images", columns, cells))
     write_json([asdict(error) | {"budget": str(error.budget)} for error in found], str(path))
-
-
-def append_json(path: Path, facts: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(facts) + "\n")

@@ -9,14 +9,14 @@ from typing import Any
 
 import click
 
-from elit_export.cli.common import FILE, FOLDER, JSON_OPTION, Count, progress_bar, say, show, write_json
+from elit_export.cli.common import FOLDER, JSON_OPTION, OUTPUT, Count, progress_bar, say, show, write_json
 from elit_export.errors import InputError
 from elit_export.spec import limits
 
 
 @click.command("train-classifier")
 @click.argument("data", type=FOLDER)
-@click.option("--out", type=FILE, required=True, help="The .safetensors file to write.")
+@click.option("--out", type=OUTPUT, required=True, help="The .safetensors file to write.")
 @click.option(
     "--size",
     type=Count(limits.SIDE),

@@ -64,21 +64,23 @@ def verify(
     Ends with status 1 if anything misses its tolerance. Without --checkpoint neither torch nor the
     checkpoint is needed.
     """
-    from elit_export.bundle.reading import Bundle
+    from elit_export.bundle.reading import Bundle, with_current
     from elit_export.cli.tables.inspect import parity_tables
     from elit_export.runtime.opening import chosen_plan_set
     from elit_export.verify.check import record_success, verify_plan_set
     from elit_export.verify.parity import comparisons_of
 
     refuse_alone(interface, checkpoint)
-    opened = Bundle.open(bundle, trust=trust)
-    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
     if polygraphy_folder:
         refuse_beside_polygraphy({"--checkpoint": checkpoint, "--bisect": bisect or None})
+        opened = Bundle.open(bundle, trust=trust)
+        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
         write_for_polygraphy(opened, plan_set, polygraphy_folder, json_to)
         return
-    with progress_bar() as progress:
-        task = progress.add_task("verifying", total=comparisons_of(plan_set))
+
+    def verified(opened: Bundle) -> tuple[Bundle, PlanSet, list[Comparison]]:
+        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        progress.reset(task, total=comparisons_of(plan_set))
         found = verify_plan_set(
             opened,
             plan_set,
@@ -86,6 +88,11 @@ def verify(
             interface=interface,
             on_comparison=lambda _: progress.advance(task),
         )
+        return opened, plan_set, found
+
+    with progress_bar() as progress:
+        task = progress.add_task("verifying", total=None)
+        opened, plan_set, found = with_current(bundle, verified, trust=trust)
     show(*parity_tables(found), json_to=json_to)
     write_json([asdict(comparison) | {"passed": comparison.passed} for comparison in found], json_to)
     missed = [comparison for comparison in found if not comparison.passed]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from elit_export.bundle.artifacts import REFERENCE_FILE
 from elit_export.bundle.keys import DECODER_LIBRARY, GRAPH_LIBRARIES, versions_of
 from elit_export.bundle.manifest import DecoderAnswers, DecoderFacts, Graph, Parity, Plan
 from elit_export.bundle.recipe import DecoderTable
@@ -18,7 +19,7 @@ from elit_export.compiler.job import Job
 from elit_export.graphs.about import Origin
 from elit_export.graphs.formats import FORMATS
 from elit_export.spec import DECODE, DecoderSpec, Precision, Range
-from elit_export.verify.cases import REFERENCE_FILE, decoder_rows
+from elit_export.verify.cases import decoder_rows
 from elit_export.verify.reference import decoder_outputs
 
 SHARE = 0.0  # of a build that is done: a damaged folder is found out before what takes long

@@ -10,6 +10,7 @@ import numpy as np
 
 from elit_export.backends import BACKENDS
 from elit_export.backends.protocols import GraphFile
+from elit_export.bundle.artifacts import REFERENCE_FILE
 from elit_export.bundle.keys import GRAPH_LIBRARIES, QUANTIZING_LIBRARY, versions_of
 from elit_export.bundle.manifest import Graph, Parity, Plan, PlanSet, ProfileFacts, Reference
 from elit_export.bundle.reading import Bundle
@@ -23,7 +24,7 @@ from elit_export.graphs.quantize import quantized_graph
 from elit_export.models.upcast import upcast_on_use
 from elit_export.runtime.opening import incompatibility, open_bank
 from elit_export.spec import CACHE_GRAPHS, FUSED, GraphSpec, Precision, Profile, Range, covered_text, covering
-from elit_export.verify.cases import REFERENCE_FILE, cache_rows, reference_cases, reference_trajectories
+from elit_export.verify.cases import cache_rows, reference_cases, reference_trajectories
 from elit_export.verify.compare import Comparison, require
 from elit_export.verify.parity import (
     compared,

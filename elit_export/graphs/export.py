@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import logging
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from elit_export.bundle.atomic import naming_file, private_folder
 from elit_export.errors import ExportError
 from elit_export.graphs.attention import attention_table
 from elit_export.graphs.check import check_graph
@@ -83,14 +83,13 @@ def export_decoder(decoder: nn.Module, spec: DecoderSpec, folder: Path) -> Path:
 
 def _written(make: Callable[[], ir.Model], graph: GraphSpec, folder: Path, precision: Precision) -> Path:
     """Build and check a graph in a temporary folder, then move it to its name; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as temporary:
-        path = Path(temporary) / f"{graph.name}.onnx"
+    with naming_file(folder / f"{graph.name}.onnx"), private_folder(folder, "export") as temporary:
+        path = temporary / f"{graph.name}.onnx"
         ir.save(make(), path, external_data=f"{path.name}.data")
         check_graph(path, graph, opset=precision.opset)
         (folder / path.name).unlink(missing_ok=True)  # an old graph would read the new weights
         for file in (f"{path.name}.data", path.name):  # the graph last: readers look for it
-            (Path(temporary) / file).replace(folder / file)
+            (temporary / file).replace(folder / file)
     return folder / path.name
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -21,6 +20,7 @@ import numpy as np
 
 from elit_export.arrays import Arrays
 from elit_export.backends import BACKENDS
+from elit_export.bundle.atomic import naming_file, private_folder
 from elit_export.bundle.calibration_inputs import CalibrationInputs
 from elit_export.cost.layers import GROUPS, PRODUCTS, layers_of
 from elit_export.errors import BackendUnavailable, CalibrationError, summary
@@ -61,15 +61,14 @@ def quantized_graph(
 
     source = onnx.load(graph, load_external_data=False)
     products = _products(source, spec, layers or LAYERS_IN[precision])
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".quantize-") as temporary:
-        quantized = onnx.load(_run_modelopt(graph, Path(temporary), precision, inputs, products))
+    with naming_file(folder / graph.name), private_folder(folder, "quantize") as temporary:
+        quantized = onnx.load(_run_modelopt(graph, temporary, precision, inputs, products))
         _restore_other_consumers(quantized, products)
         _check_complete(quantized, products)
         _check_same_interface(quantized, source)
         if rest is Precision.FP16:
             _cast_to_half(quantized, set(_products(source, spec, GROUPS)) - set(products))
-        final = Path(temporary) / "finished"
+        final = temporary / "finished"
         final.mkdir()
         onnx.save(quantized, final / graph.name, save_as_external_data=True, location=f"{graph.name}.data")
         for name in (f"{graph.name}.data", graph.name):  # the graph last: readers look for it

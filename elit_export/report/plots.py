@@ -12,6 +12,7 @@ from elit_export.bench.engines import BenchResult
 from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.manifest import CacheCalibration
 from elit_export.calibrate.step_cache import Pairs
+from elit_export.errors import InputError
 
 MAX_POINTS = 4000  # of a scatter plot: more would hide each other
 
@@ -36,8 +37,7 @@ def plot_bench(result: BenchResult, path: Path) -> None:
         error.set_title(f"final images against the reference solution at {largest}")
         for point, budget in zip(points, result.budgets, strict=True):
             error.annotate(budget.budget, point, textcoords="offset points", xytext=(4, 4))
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    _save(figure, path)
 
 
 def plot_sweep(result: SweepResult, path: Path) -> None:
@@ -53,8 +53,7 @@ def plot_sweep(result: SweepResult, path: Path) -> None:
     axes.set(xscale="log", xlabel="engine time, 50 Euler steps = 1", ylabel="SQNR in dB")
     axes.set_title(f"{result.schedule}, guidance {result.guidance}")
     axes.legend(fontsize="small")
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    _save(figure, path)
 
 
 def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) -> None:
@@ -71,5 +70,21 @@ def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) ->
         axes.plot(distance, np.polynomial.polynomial.polyval(distance, fit.coefficients), color="black", label=label)
     axes.set(xlabel="distance measured by the probe", ylabel="relative change of the residual", xlim=(0, None))
     axes.legend(markerscale=4)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    _save(figure, path)
+
+
+def check_format(path: Path) -> None:
+    """Raise InputError for a suffix that names no format, before what is to be drawn is measured."""
+    known = Figure().canvas.get_supported_filetypes()
+    if _format(path) not in known:
+        raise InputError(f"--plot {path}: no pictures are written as {path.suffix}", "use .png, .svg or .pdf")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        figure.savefig(file, dpi=110, format=_format(path))
+
+
+def _format(path: Path) -> str:
+    """What the suffix names, PNG for a name without one."""
+    return path.suffix[1:].lower() or "png"

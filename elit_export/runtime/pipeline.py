@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from elit_export.arrays import Pixels
 from elit_export.bundle.manifest import PlanSet
-from elit_export.bundle.reading import Bundle
+from elit_export.bundle.reading import Bundle, with_current
 from elit_export.callbacks import noop
 from elit_export.errors import InputError
 from elit_export.runtime.bank import EngineBank
@@ -73,13 +73,19 @@ class Pipeline:
     ) -> Self:
         """Verify and open a bundle's plans; `target` and `precision` are needed only where several fit.
 
-        `trust` opens saved programs, which can run any code, though this user did not build them here. Raises
-        BundleError (missing, altered, not trusted, never run on its device), BackendUnavailable, or InputError listing
-        the plan sets.
+        `trust` opens saved programs, which can run any code, though this user did not build them here. Where another
+        process builds into the bundle meanwhile, what it wrote is opened. Raises BundleError (missing, altered, not
+        trusted, never run on its device), BackendUnavailable, or InputError listing the plan sets.
         """
-        opened = Bundle.open(bundle, trust=trust)
-        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
-        return cls.of(opened, plan_set, allow_unverified=allow_unverified)
+        return with_current(
+            bundle,
+            lambda opened: cls.of(
+                opened,
+                chosen_plan_set(opened.manifest.plan_sets, target, precision),
+                allow_unverified=allow_unverified,
+            ),
+            trust=trust,
+        )
 
     @classmethod
     def of(cls, bundle: Bundle, plan_set: PlanSet, *, allow_unverified: bool = False) -> Self:

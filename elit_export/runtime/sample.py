@@ -105,12 +105,12 @@ def save_arrays(sample: Sample, path: Path, dtype: str = DTYPES[0]) -> None:
     arrays: Arrays = {name: sample.latents.astype(dtype)}
     if sample.labels:
         arrays["labels"] = np.asarray(sample.labels)
-    with atomic_write(path) as temporary:
-        np.savez(temporary, **arrays)  # type: ignore[arg-type]
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # NumPy would add a suffix to a name
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def save_grid(pictures: Pixels, path: Path) -> None:
     """Write a PNG, ten to a row; small ones twice as large."""
     rows = [pictures[start : start + COLUMNS] for start in range(0, len(pictures), COLUMNS)]
     with atomic_write(path) as temporary:
-        grid(rows, zoom=zoom_of(pictures, 2)).save(temporary)
+        grid(rows, zoom=zoom_of(pictures, 2)).save(temporary, format="PNG")

@@ -34,8 +34,8 @@ def save_prompts(path: Path, prompts: Prompts, *, texts: Sequence[str] = (), neg
     if prompts.negative:
         arrays |= {"negative_text": prompts.negative.text, "negative_mask": prompts.negative.mask}
     arrays |= {name: np.array(told) for name, told in zip(TEXTS, (texts, negatives), strict=True) if told}
-    with atomic_write(path) as temporary:
-        np.savez(temporary, **arrays)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def load_prompts(path: Path) -> Prompts:

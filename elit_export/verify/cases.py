@@ -16,7 +16,6 @@ from elit_export.runtime.sampling import StepRecord, sampling_steps, whole_steps
 from elit_export.runtime.vae import decoder_input
 from elit_export.spec import FUSED, ROWS, DecoderSpec, ModelSpec, Profile, Range, Role
 
-REFERENCE_FILE = "reference.npz"
 INPUT_SEED = 20261122
 TRAJECTORY_STEPS = 4
 GUIDANCE = "cfg:2"

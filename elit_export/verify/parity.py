@@ -12,6 +12,7 @@ import numpy as np
 
 from elit_export.arrays import Arrays, HostArray
 from elit_export.backends.protocols import Array, Engine, to_host
+from elit_export.bundle.artifacts import REFERENCE_FILE
 from elit_export.bundle.manifest import DecoderFacts, Graph, Parity, PlanSet, Reference, ReferenceTrajectory
 from elit_export.bundle.readers import PlainArraysError, plain_arrays
 from elit_export.bundle.reading import Bundle
@@ -22,7 +23,6 @@ from elit_export.runtime.opening import open_fused
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.spec import DECODE, FUSED, LATENTS, STEP, ModelSpec, Precision, Profile, Role
 from elit_export.verify.cases import (
-    REFERENCE_FILE,
     cache_inputs,
     case_point,
     decoder_inputs,

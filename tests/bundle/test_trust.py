@@ -23,7 +23,8 @@ from elit_export.backends import BACKENDS, Backend
 from elit_export.backends.protocols import FunctionEngine
 from elit_export.backends.target import TargetFacts
 from elit_export.backends.tensorrt.options import TensorRTTarget
-from elit_export.bundle.manifest import Artifact, FileFacts, Plan
+from elit_export.bundle.artifacts import Artifact, FileFacts
+from elit_export.bundle.manifest import Plan
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import Made, Stage, writing
 from elit_export.bundle.trust import check_trusted, remember, trusted_list

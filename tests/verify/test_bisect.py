@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from elit_export.backends.onnxruntime.build import OnnxRuntimeBuilder
 from elit_export.backends.protocols import BuiltPlan, GraphFile
+from elit_export.bundle.artifacts import Artifact
 from elit_export.bundle.atomic import sha256_of
-from elit_export.bundle.manifest import Artifact
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.cli import main
 from elit_export.verify import bisect as module

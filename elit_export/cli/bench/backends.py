@@ -16,7 +16,6 @@ from elit_export.cli.bench.options import (
     ROUNDS_OPTION,
     ROWS_OPTION,
     advancing,
-    opened_pipeline,
     torch_runners,
 )
 from elit_export.cli.common import (
@@ -91,10 +90,11 @@ def backends(
 def _competitor(stack: ExitStack, bundle: Bundle, plan_set: PlanSet) -> Any:
     from elit_export.bench.backends import Competitor
     from elit_export.bench.memory import bank_bytes
+    from elit_export.runtime.pipeline import Pipeline
     from elit_export.verify.parity import accepted_miss
 
     held = bank_bytes(bundle, plan_set)
-    opened = stack.enter_context(opened_pipeline(bundle, plan_set))
+    opened = stack.enter_context(Pipeline.of(bundle, plan_set))
     return Competitor(plan_set, opened, accepted_miss(plan_set, bundle.manifest.graphs), held)
 
 

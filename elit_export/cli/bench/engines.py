@@ -16,14 +16,13 @@ from elit_export.cli.bench.options import (
     advancing,
     chosen,
     drawer,
-    opened_pipeline,
     torch_runners,
 )
 from elit_export.cli.common import (
     CHECK_OPTION,
-    FILE,
     INTERFACE_OPTION,
     JSON_OPTION,
+    OUTPUT,
     TARGET_OPTIONS,
     TRUST_OPTION,
     conclude,
@@ -42,7 +41,7 @@ from elit_export.errors import InputError
 @ROWS_OPTION
 @ROUNDS_OPTION
 @click.option("--no-sampling", is_flag=True, help="Leave out whole samplings, which take long for large models.")
-@click.option("--plot", type=FILE, help="Draw latency and error against budget into a PNG.")
+@click.option("--plot", type=OUTPUT, help="Draw latency and error against budget into a PNG.")
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
@@ -72,11 +71,11 @@ def engines(
     if no_compile and not checkpoint:
         raise InputError("--no-compile is of PyTorch's own times", "give --checkpoint FILE too")
     limits, draw = load_limits(check) if check else [], drawer("plot_bench", plot)
-    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
-    decoder = plan_set.decoder
-    with opened_pipeline(opened, plan_set) as pipeline:
+    opened = chosen(bundle, target, precision, json_to, trust=trust)
+    plan_set, decoder = opened.plan_set, opened.plan_set.decoder
+    with opened.pipeline as pipeline:
         show(cost_table(pipeline.spec, pipeline.coverage.tokens), json_to=json_to)
-        others = torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
+        others = torch_runners(opened.bundle, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
         with progress_bar() as progress:
             result = measured.bench(
                 pipeline,
@@ -86,7 +85,7 @@ def engines(
                 sampling=not no_sampling,
                 plan_bytes=plan_set.model_bytes,
                 decoder_bytes=decoder.plan.artifact.size_bytes if decoder else None,
-                memory=partial(bank_memory, opened, plan_set),
+                memory=partial(bank_memory, opened.bundle, plan_set),
                 on_stage=advancing(progress, progress.add_task("", total=None)),
             )
     draw(result)

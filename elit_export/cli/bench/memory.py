@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.cli.bench.options import BUNDLE, chosen, opened_pipeline
+from elit_export.cli.bench.options import BUNDLE, chosen
 from elit_export.cli.common import (
     CHECK_OPTION,
     JSON_OPTION,
@@ -16,8 +17,14 @@ from elit_export.cli.common import (
     Count,
     conclude,
     progress_bar,
+    say_accepted,
 )
 from elit_export.spec import limits
+
+if TYPE_CHECKING:
+    from elit_export.bench.memory import BankMemory
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
 
 
 @click.command()
@@ -37,13 +44,20 @@ def memory(
     """What all engines hold, over what one of them does."""
     from elit_export.bench.limits import load_limits
     from elit_export.bench.memory import bank_memory
+    from elit_export.bundle.reading import with_current
     from elit_export.cli.tables.bench import memory_table
+    from elit_export.runtime.opening import chosen_plan_set
 
     limits = load_limits(check) if check else []
-    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
+
+    def measured(opened: Bundle) -> tuple[PlanSet, BankMemory | None]:
+        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        say_accepted(opened, plan_set, json_to=json_to)
+        return plan_set, bank_memory(opened, plan_set)
+
     with progress_bar() as progress:
         progress.add_task("opening engines", total=None)
-        held = bank_memory(opened, plan_set)
+        plan_set, held = with_current(bundle, measured, trust=trust)
     facts = {"plan_bytes": plan_set.model_bytes, **(asdict(held) | {"ratio": held.ratio} if held else {})}
     conclude([memory_table(held, plan_set.model_bytes)], {"memory": facts}, limits, json_to)
 
@@ -76,8 +90,7 @@ def soak(
     from elit_export.cli.tables.bench import soak_table
 
     limits = load_limits(check) if check else []
-    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
-    with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
+    with chosen(bundle, target, precision, json_to, trust=trust).pipeline as pipeline, progress_bar() as progress:
         task = progress.add_task("sampling", total=samplings)
         result = soaked(pipeline, samplings=samplings, on_sampling=lambda _: progress.advance(task))
     conclude([soak_table(result)], {"soak": asdict(result)}, limits, json_to)

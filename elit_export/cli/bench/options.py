@@ -11,12 +11,11 @@ import click
 from rich.progress import Progress, TaskID
 
 from elit_export.cli.common import FOLDER, NAME, Count, say_accepted
+from elit_export.cli.opened import Opened, opened_once
 from elit_export.spec import limits
 
 if TYPE_CHECKING:
-    from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
-    from elit_export.runtime.pipeline import Pipeline
 
 BUNDLE = click.argument("bundle", type=FOLDER)
 CHECKPOINT_OPTION = click.option(
@@ -39,22 +38,11 @@ def advancing(progress: Progress, task: TaskID) -> Callable[[str, int], None]:
     return lambda stage, total: progress.update(task, description=stage, advance=1, total=total)
 
 
-def chosen(
-    bundle: Path, target: str | None, precision: str | None, json_to: str | None, *, trust: bool
-) -> tuple[Bundle, PlanSet]:
-    from elit_export.bundle.reading import Bundle
-    from elit_export.runtime.opening import chosen_plan_set
-
-    opened = Bundle.open(bundle, trust=trust)
-    plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
-    say_accepted(opened, plan_set, json_to=json_to)
-    return opened, plan_set
-
-
-def opened_pipeline(bundle: Bundle, plan_set: PlanSet) -> Pipeline:
-    from elit_export.runtime.pipeline import Pipeline
-
-    return Pipeline.of(bundle, plan_set)
+def chosen(bundle: Path, target: str | None, precision: str | None, json_to: str | None, *, trust: bool) -> Opened:
+    """A plan set with its engines open."""
+    opened = opened_once(bundle, target, precision, trust=trust)
+    say_accepted(opened.bundle, opened.plan_set, json_to=json_to)
+    return opened
 
 
 def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Mapping[str, Any]:
@@ -73,4 +61,5 @@ def drawer(function: str, plot: Path | None) -> Callable[[Any], None]:
         return lambda _result: None
     from elit_export.report import plots
 
+    plots.check_format(plot)
     return partial(getattr(plots, function), path=plot)

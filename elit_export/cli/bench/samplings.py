@@ -15,12 +15,11 @@ from elit_export.cli.bench.options import (
     advancing,
     chosen,
     drawer,
-    opened_pipeline,
 )
 from elit_export.cli.common import (
     CHECK_OPTION,
-    FILE,
     JSON_OPTION,
+    OUTPUT,
     TARGET_OPTIONS,
     TRUST_OPTION,
     Count,
@@ -55,8 +54,7 @@ def samplers(
     from elit_export.runtime.conditioning import numbered
 
     limits = load_limits(check) if check else []
-    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
-    with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
+    with chosen(bundle, target, precision, json_to, trust=trust).pipeline as pipeline, progress_bar() as progress:
         conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
         errors = solver_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
         found = list(progress.track(errors, total=len(COMPARED), description="sampling"))
@@ -74,7 +72,7 @@ def samplers(
 @click.option(
     "--fine-steps", type=Count(limits.STEPS), default=100, show_default=True, help="Heun's, of the reference solution."
 )
-@click.option("--plot", type=FILE, help="Draw error against time into a PNG.")
+@click.option("--plot", type=OUTPUT, help="Draw error against time into a PNG.")
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
@@ -99,8 +97,7 @@ def cache(
     from elit_export.cli.tables.bench import sweep_tables
 
     limits, draw = load_limits(check) if check else [], drawer("plot_sweep", plot)
-    opened, plan_set = chosen(bundle, target, precision, json_to, trust=trust)
-    with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
+    with chosen(bundle, target, precision, json_to, trust=trust).pipeline as pipeline, progress_bar() as progress:
         result = sweep(
             pipeline,
             schedule=schedule,

@@ -1,0 +1,34 @@
+"""A bundle, the plan set of it that a command takes, and its engines: opened once and together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
+    from elit_export.runtime.pipeline import Pipeline
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What one reading of a manifest names. Close the pipeline, or use it in `with`."""
+
+    bundle: Bundle
+    plan_set: PlanSet
+    pipeline: Pipeline
+
+
+def opened_once(folder: Path, target: str | None, precision: str | None, *, trust: bool = False) -> Opened:
+    """Once more where another process writes the manifest meanwhile."""
+    from elit_export.bundle.reading import with_current
+    from elit_export.runtime.opening import chosen_plan_set
+    from elit_export.runtime.pipeline import Pipeline
+
+    def opened(bundle: Bundle) -> Opened:
+        plan_set = chosen_plan_set(bundle.manifest.plan_sets, target, precision)
+        return Opened(bundle, plan_set, Pipeline.of(bundle, plan_set))
+
+    return with_current(folder, opened, trust=trust)
