@@ -125,7 +125,7 @@ OPENS_ITSELF: dict[tuple[str, str], str] = {
     ("verify/bisect.py", "onnx.load"): "a graph, verified by size and hash",
     ("bundle/atomic.py", "open"): "writes",
     ("bundle/atomic.py", "temporary.open"): "what was written, to copy it into a stream",
-    ("cli/sample.py", "temporary.open"): "writes",
+    ("runtime/sample.py", "temporary.open"): "writes",
     ("report/plots.py", "temporary.open"): "writes",
     ("text/files.py", "temporary.open"): "writes",
     ("cli/streams.py", "os.open"): "the null device",
