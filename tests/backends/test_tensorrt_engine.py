@@ -694,7 +694,7 @@ def test_another_version_is_refused_with_both(machine_with: MachineMaker, here: 
     machine = machine_with(built_with="10.14.0.1", version="10.15.0.2")
     here.has(machine)
     assert incompatibility(machine) == (
-        "built with tensorrt 10.14.0.1, installed is 10.15.0.2; pip install 'tensorrt==10.14.0.1' or build again"
+        "built with tensorrt 10.14.0.1, installed is 10.15.0.2: pip install 'tensorrt==10.14.0.1' or build again"
     )
 
 
