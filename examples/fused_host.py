@@ -25,7 +25,7 @@ kept = spec["group_size"] ** 2  # the full budget; its fit is of all budgets, or
 fit = min(calibration["fits"], key=lambda fit: 0 if fit["kept"] is None else abs(fit["kept"] - kept))
 given = {"y": np.arange(IMAGES) % spec["num_classes"], "latents": np.arange(kept)}
 given |= {"threshold": np.array(threshold, np.float32), "most": np.array(4), "order": np.array(1)}
-given |= {name: np.array(fit[name], np.float32) for name in ("coefficients", "low", "high")}
+given |= {name: np.array(fit["fit"][name], np.float32) for name in ("coefficients", "low", "high")}
 state = {name: np.zeros([IMAGES, *shapes[name][1:]], np.float32) for name in shapes if f"{name}_next" in outputs}
 state["reused"] = np.array(-1)  # nothing is computed yet
 x = np.random.default_rng(0).standard_normal([IMAGES, *shapes["x"][1:]])

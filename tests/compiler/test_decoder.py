@@ -325,11 +325,14 @@ def test_the_demo_draws_with_it(kl4: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
-        ({"scale": [1.0, 1.0, 0.0, 1.0]}, r"\.scale\.2"),
-        ({"scale": [-1.0] * 4}, r"\.scale\.0"),
-        ({"scale": 1.0}, r"\.scale"),
-        ({"scale": [1.0] * 3}, r": Value error, 3 scales and 4 shifts of a decoder of 4 channels"),
-        ({"shift": [0.0] * 5}, r": Value error, 4 scales and 5 shifts of a decoder of 4 channels"),
+        (
+            {"spec": {"scale": [1.0, 1.0, 0.0, 1.0]}},
+            r"\.spec: Value error, decoder: scales must be finite and positive",
+        ),
+        ({"spec": {"scale": [-1.0] * 4}}, r"\.spec: Value error, decoder: scales must be finite and positive"),
+        ({"spec": {"scale": 1.0}}, r"\.spec\.scale"),
+        ({"spec": {"scale": [1.0] * 3}}, r"\.spec: Value error, 3 scales and 4 shifts of a decoder of 4 channels"),
+        ({"spec": {"shift": [0.0] * 5}}, r"\.spec: Value error, 4 scales and 5 shifts of a decoder of 4 channels"),
         ({"rows": [4, 2, 1]}, r"\.rows"),
         ({"rows": [0, 1, 1]}, r"\.rows"),
     ],
@@ -339,7 +342,8 @@ def test_facts_that_cannot_be_are_found_before_anything_is_opened(
 ) -> None:
     values = json.loads((copied / MANIFEST).read_text())
     del values[OWN_HASH]
-    values["plan_sets"][0]["decoder"] |= damage
+    decoder = values["plan_sets"][0]["decoder"]
+    decoder |= damage | {"spec": decoder["spec"] | damage.get("spec", {})}
     (copied / MANIFEST).write_text(manifest_text(values))
     with pytest.raises(BundleError, match=rf"damaged: plan_sets\.0\.decoder{told}"):
         Pipeline.load(copied)

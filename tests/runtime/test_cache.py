@@ -351,8 +351,9 @@ def test_a_calibration_of_another_checkpoint_is_refused(copied: Path) -> None:
 )
 def test_a_calibration_that_says_nothing_is_not_read(copied: Path, wrong: dict[str, Any]) -> None:
     """As of a hand that altered the manifest."""
-    calibrate(copied, fit_of(None).model_copy(update=wrong))
-    with pytest.raises(BundleError, match=f"damaged: cache_calibration.fits.0.{next(iter(wrong))}"):
+    facts = fit_of(None)
+    calibrate(copied, facts.model_copy(update={"fit": replace(facts.fit, **wrong)}))
+    with pytest.raises(BundleError, match=r"damaged: cache_calibration\.fits\.0\.fit"):
         Bundle.open(copied)
 
 
