@@ -327,9 +327,9 @@ def test_the_demo_draws_with_it(kl4: Bundle, tmp_path: Path) -> None:
     [
         (
             {"spec": {"scale": [1.0, 1.0, 0.0, 1.0]}},
-            r"\.spec: Value error, decoder: scales must be finite and positive",
+            r"\.spec: .*: scales must be finite and positive",
         ),
-        ({"spec": {"scale": [-1.0] * 4}}, r"\.spec: Value error, decoder: scales must be finite and positive"),
+        ({"spec": {"scale": [-1.0] * 4}}, r"\.spec: .*: scales must be finite and positive"),
         ({"spec": {"scale": 1.0}}, r"\.spec\.scale"),
         ({"spec": {"scale": [1.0] * 3}}, r"\.spec: Value error, 3 scales and 4 shifts of a decoder of 4 channels"),
         ({"spec": {"shift": [0.0] * 5}}, r"\.spec: Value error, 4 scales and 5 shifts of a decoder of 4 channels"),
