@@ -36,7 +36,7 @@ from elit_export.graphs.export import export_decoder, export_graph
 from elit_export.graphs.quantize import quantized_graph
 from elit_export.models.elit import Elit
 from elit_export.runtime.prompts import Embedded, Prompts
-from elit_export.spec import CACHE_GRAPHS, FUSED, LONGEST_TEXT, STEP, ModelSpec, Precision
+from elit_export.spec import CACHE_GRAPHS, FUSED, MAX_TEXT_TOKENS, STEP, ModelSpec, Precision
 from tests.helpers import VARIANTS, calibrate, fit_of, tiny_model
 from tests.text_models import text_model
 from tests.vae import save_vae
@@ -173,7 +173,7 @@ def build_text_bundle(out: Path) -> None:
 
 def embedded(spec: ModelSpec, lengths: tuple[int, ...], seed: int) -> Embedded:
     longest = max(lengths)
-    assert longest <= LONGEST_TEXT
+    assert longest <= MAX_TEXT_TOKENS
     text = np.random.default_rng(seed).standard_normal((len(lengths), longest, spec.text_width)).astype(np.float32)
     return Embedded(text, (np.arange(longest) < np.array(lengths)[:, None]).astype(np.int64))
 

@@ -16,7 +16,7 @@ from elit_export.arrays import Arrays, Float32, HostArray, Int64
 from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.readers import PlainArraysError, array_names, plain_arrays
 from elit_export.errors import CalibrationError
-from elit_export.spec import LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, ModelSpec, Profile, Role, TensorSpec, listed
+from elit_export.spec import LATENTS, MAX_TEXT_TOKENS, ROWS, STEP, TEXT, ModelSpec, Profile, Role, TensorSpec, listed
 from elit_export.spec.limits import SAMPLES
 
 FEWEST = 64  # samples that a calibration may rest on
@@ -160,7 +160,7 @@ def _check_conditioned(names: Sequence[str], spec: ModelSpec) -> None:
 
 def _row_bytes(spec: ModelSpec) -> int:
     """The most that one row has."""
-    sizes = {ROWS: 1, TEXT: LONGEST_TEXT}
+    sizes = {ROWS: 1, TEXT: MAX_TEXT_TOKENS}
     return sum(
         math.prod(sizes.get(size, 1) if isinstance(size, str) else size for size in tensor.dims) * ITEM_BYTES
         for tensor in spec.graph(STEP).inputs
@@ -203,9 +203,9 @@ def _check_shapes(inputs: CalibrationInputs, spec: ModelSpec) -> None:
         if tensor.role is Role.LATENTS:  # of which the file has the number of each row
             tensor = replace(tensor, name="kept", dims=(ROWS,))
         _check_shape(tensor, _arrays(inputs)[tensor.name], sizes)
-    if not 1 <= sizes.get(TEXT, 1) <= LONGEST_TEXT:
+    if not 1 <= sizes.get(TEXT, 1) <= MAX_TEXT_TOKENS:
         raise CalibrationError(
-            f"text of {sizes[TEXT]} tokens, this model has positions for {LONGEST_TEXT}",
+            f"text of {sizes[TEXT]} tokens, this model has positions for {MAX_TEXT_TOKENS}",
             "collect samples of this model",
         )
 

@@ -17,7 +17,7 @@ from elit_export.backends.target import Target
 from elit_export.bundle.atomic import NAME_PATTERN
 from elit_export.bundle.readers import read_toml
 from elit_export.errors import BundleError, RecipeError
-from elit_export.spec import LONGEST_TEXT, Budget, ModelSpec, Profile, Range, default_profiles, listed
+from elit_export.spec import MAX_TEXT_TOKENS, Budget, ModelSpec, Profile, Range, default_profiles, listed
 from elit_export.spec.limits import ROWS, TEXT, TILE
 
 SHIPPED_RECIPE = "fashion.toml"
@@ -156,11 +156,11 @@ class Recipe(_Table):
         if self.text is None:
             raise RecipeError(
                 f"recipe {self.name}: this model takes text",
-                f"say how many tokens, e.g. text = {{ min = 1, opt = 128, max = {LONGEST_TEXT} }}",
+                f"say how many tokens, e.g. text = {{ min = 1, opt = 128, max = {MAX_TEXT_TOKENS} }}",
             )
-        if self.text.max > LONGEST_TEXT:
+        if self.text.max > MAX_TEXT_TOKENS:
             raise RecipeError(
-                f"recipe {self.name}: text.max is {self.text.max}, but the model has positions for {LONGEST_TEXT}"
+                f"recipe {self.name}: text.max is {self.text.max}, but the model has positions for {MAX_TEXT_TOKENS}"
             )
         return self.text
 

@@ -24,11 +24,11 @@ class Opened:
 def opened_once(folder: Path, target: str | None, precision: str | None, *, trust: bool = False) -> Opened:
     """Once more where another process writes the manifest meanwhile."""
     from elit_export.bundle.reading import with_current
-    from elit_export.runtime.opening import chosen_plan_set
+    from elit_export.runtime.opening import select_plan_set
     from elit_export.runtime.pipeline import Pipeline
 
     def opened(bundle: Bundle) -> Opened:
-        plan_set = chosen_plan_set(bundle.manifest.plan_sets, target, precision)
+        plan_set = select_plan_set(bundle.manifest.plan_sets, target, precision)
         return Opened(bundle, plan_set, Pipeline.of(bundle, plan_set))
 
     return with_current(folder, opened, trust=trust)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
-from elit_export.runtime.opening import check_verified, chosen_plan_set, incompatibility, matching
+from elit_export.runtime.opening import check_verified, incompatibility, matching, select_plan_set
 from elit_export.spec import Precision
 
 
@@ -14,7 +14,7 @@ def able_plan_sets(bundle: Bundle, target: str | None, precision: str | None) ->
     judged = [(plan_set, incompatibility(plan_set)) for plan_set in asked]
     able = [plan_set for plan_set, reason in judged if not reason]
     if not able:
-        able = [chosen_plan_set(bundle.manifest.plan_sets, target, precision)]  # which says why not, here or in opening
+        able = [select_plan_set(bundle.manifest.plan_sets, target, precision)]  # which says why not, here or in opening
     for plan_set in able:
         check_verified(plan_set, bundle.folder)
     order = list(Precision)

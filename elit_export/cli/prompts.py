@@ -17,8 +17,8 @@ from elit_export.runtime.coverage import Coverage
 from elit_export.runtime.options import ResolvedOptions
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.request import check_calls
-from elit_export.spec import LONGEST_TEXT, ModelSpec
-from elit_export.text.encoder import Weights, embedded_by
+from elit_export.spec import MAX_TEXT_TOKENS, ModelSpec
+from elit_export.text.encoder import Weights, embed_prompts
 from elit_export.text.files import load_prompts
 from elit_export.text.folder import EncoderFolder, read_encoder
 
@@ -106,11 +106,11 @@ def embedded(
     texts: Sequence[str],
     negative: str | None,
     weights: str | None,
-    longest: int = LONGEST_TEXT,
+    longest: int = MAX_TEXT_TOKENS,
 ) -> Prompts:
     """As the options say it; raises InputError, CheckpointError or BackendUnavailable."""
     how = Weights(weights) if weights else Weights.FLOAT32
-    return embedded_by(folder, texts, negatives_of(negative), weights=how, longest=longest)
+    return embed_prompts(folder, texts, negatives_of(negative), weights=how, max_tokens=longest)
 
 
 def negatives_of(negative: str | None) -> tuple[str, ...]:

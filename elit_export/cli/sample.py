@@ -63,7 +63,7 @@ def sample(
 ) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
     from elit_export.bundle.reading import with_current
-    from elit_export.runtime.opening import check_verified, chosen_plan_set, coverage_of
+    from elit_export.runtime.opening import check_verified, coverage_of, select_plan_set
     from elit_export.runtime.pipeline import Pipeline
 
     if out.suffix not in ("", ".png", ".npz"):
@@ -72,7 +72,7 @@ def sample(
     described.refuse_to_overwrite(out, files.arrays)
 
     def ready(opened: Bundle) -> tuple[Opened, Request]:
-        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
         check_verified(plan_set, opened.folder)
         model, coverage = opened.manifest.model, coverage_of(opened, plan_set)
         resolved = resolve(model.spec, options)

@@ -15,7 +15,7 @@ from elit_export.bundle.atomic import append_text, check_writable
 from elit_export.cli.common import FOLDER, Count, complain, progress_bar, say, show, stop_requested, write_json
 from elit_export.cli.tables.inspect import table
 from elit_export.errors import InputError
-from elit_export.models.registry import OF_CLASSES, backbone_named
+from elit_export.models.registry import CLASS_BACKBONES, backbone_named
 from elit_export.spec import QK_NORM_KINDS, RELEASED_BACKBONE, DataFacts, ModelSpec, limits
 
 
@@ -51,7 +51,7 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 @click.option("--width", type=Count(limits.WIDTH), default=128, show_default=True)
 @click.option("--heads", type=Count(limits.HEADS), default=4, show_default=True)
 @click.option("--split", default="1-8-1", show_default=True, callback=parse_split, help="Blocks HEAD-CORE-TAIL.")
-@click.option("--backbone", type=click.Choice(OF_CLASSES), default=RELEASED_BACKBONE, show_default=True)
+@click.option("--backbone", type=click.Choice(CLASS_BACKBONES), default=RELEASED_BACKBONE, show_default=True)
 @click.option("--rope", is_flag=True, help="Turn queries and keys by their 2-D positions.")
 @click.option("--qk-norm", type=click.Choice(["none", *QK_NORM_KINDS]), default="none", show_default=True)
 @click.option("--steps", type=Count(limits.TRAINING_STEPS), default=4500, show_default=True)

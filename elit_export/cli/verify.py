@@ -66,7 +66,7 @@ def verify(
     """
     from elit_export.bundle.reading import Bundle, with_current
     from elit_export.cli.tables.inspect import parity_tables
-    from elit_export.runtime.opening import chosen_plan_set
+    from elit_export.runtime.opening import select_plan_set
     from elit_export.verify.check import record_success, verify_plan_set
     from elit_export.verify.parity import comparisons_of
 
@@ -74,12 +74,12 @@ def verify(
     if polygraphy_folder:
         refuse_beside_polygraphy({"--checkpoint": checkpoint, "--bisect": bisect or None})
         opened = Bundle.open(bundle, trust=trust)
-        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
         write_for_polygraphy(opened, plan_set, polygraphy_folder, json_to)
         return
 
     def verified(opened: Bundle) -> tuple[Bundle, PlanSet, list[Comparison]]:
-        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
         progress.reset(task, total=comparisons_of(plan_set))
         found = verify_plan_set(
             opened,

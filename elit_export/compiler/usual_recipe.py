@@ -13,7 +13,7 @@ from elit_export.backends import usual_target
 from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.cost.flops import USUAL_TEXT, flops
 from elit_export.spec import (
-    LONGEST_TEXT,
+    MAX_TEXT_TOKENS,
     DataFacts,
     ModelSpec,
     Profile,
@@ -26,7 +26,7 @@ from elit_export.spec import (
 # One call at the full budget: XL/2 at 256 pixels gets 8 rows, models of up to 30 GFLOP MOST_ROWS.
 CALL_FLOPS = 2e12
 FEWEST_ROWS, MOST_ROWS = 4, 64
-TEXT = Range(1, USUAL_TEXT, LONGEST_TEXT)
+TEXT = Range(1, USUAL_TEXT, MAX_TEXT_TOKENS)
 MOST_NAMES = 12  # of classes, in a comment
 USUAL_TARGETS = ("cpu",)
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from elit_export.cost.layers import GROUPS, READ, WRITE, layers_of
 from elit_export.errors import InputError
-from elit_export.spec import LONGEST_TEXT, Budget, ModelSpec
+from elit_export.spec import MAX_TEXT_TOKENS, Budget, ModelSpec
 
 USUAL_TEXT = 128  # tokens that reports assume where there is no prompt
 
@@ -118,6 +118,6 @@ def _call_flops(call: Call, spec: ModelSpec) -> int:
 
 
 def _check_text(spec: ModelSpec, text: int) -> None:
-    if (text > 0) != spec.takes_text or text > LONGEST_TEXT:
-        required = f"1 to {LONGEST_TEXT}: say how many there are" if spec.takes_text else "0, as it takes none"
+    if (text > 0) != spec.takes_text or text > MAX_TEXT_TOKENS:
+        required = f"1 to {MAX_TEXT_TOKENS}: say how many there are" if spec.takes_text else "0, as it takes none"
         raise InputError(f"the cost of this model with {text} text tokens: must be {required}")

@@ -114,7 +114,7 @@ def _blocks(spec: ModelSpec, tokens: dict[str, int], text: int) -> Iterator[Laye
 
 
 def _block(spec: ModelSpec, stage: Stage, path: str, length: int, text: int) -> Iterator[Layer]:
-    width = stage.widened * spec.hidden_size
+    width = stage.width_factor * spec.hidden_size
     for stream in STREAMS[stage.streams]:
         tokens = text if stream == "text." else length
         yield from _stream(spec, stage, f"{path}{stream}", tokens)
@@ -123,7 +123,7 @@ def _block(spec: ModelSpec, stage: Stage, path: str, length: int, text: int) -> 
 
 
 def _stream(spec: ModelSpec, stage: Stage, path: str, tokens: int) -> Iterator[Layer]:
-    part, width, hidden = stage.part, stage.widened * spec.hidden_size, stage.widened * spec.mlp_size
+    part, width, hidden = stage.part, stage.width_factor * spec.hidden_size, stage.width_factor * spec.mlp_size
     if stage.streams > 1:
         for name in ("q", "k", "v"):
             yield _linear(f"{path}attn.{name}", LayerKind.ATTENTION, part, tokens, width, width)
@@ -147,7 +147,7 @@ def _skips(spec: ModelSpec, stage: Stage, length: int) -> Iterator[Layer]:
 
 def _merging(spec: ModelSpec, stage: Stage, length: int) -> Iterator[Layer]:
     if stage.merged > 1:
-        merged_width, width = stage.merged * spec.hidden_size, stage.widened * spec.hidden_size
+        merged_width, width = stage.merged * spec.hidden_size, stage.width_factor * spec.hidden_size
         yield _linear("merge.linear", LayerKind.MERGE, stage.part, length, merged_width, width)
         yield _linear("split.linear", LayerKind.MERGE, stage.part, length, width, merged_width)
 

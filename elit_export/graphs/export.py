@@ -35,7 +35,7 @@ from elit_export.graphs.weights import set_weights, weightless
 from elit_export.models.elit import Elit
 from elit_export.spec import (
     LATENTS,
-    LONGEST_TEXT,
+    MAX_TEXT_TOKENS,
     ROWS,
     TEXT,
     DecoderSpec,
@@ -213,7 +213,7 @@ def traceable(model: Elit, name: str, precision: Precision) -> Traceable:
     run = partial(fused, rounded) if graph.has_if else getattr(rounded, name)
     spec = model.spec
     dims = {ROWS: torch.export.Dim(ROWS, min=1), LATENTS: _latents_dim(spec)}
-    dims[TEXT] = torch.export.Dim(TEXT, min=1, max=LONGEST_TEXT)
+    dims[TEXT] = torch.export.Dim(TEXT, min=1, max=MAX_TEXT_TOKENS)
     sizes = {ROWS: EXAMPLE_ROWS, LATENTS: 2 * spec.budget_step, TEXT: EXAMPLE_TEXT}
     return Traceable(GraphModule(rounded, run).eval(), graph, dims, sizes)
 

@@ -1,4 +1,4 @@
-"""What every class-conditional ELIT model is around its blocks: embedders, final layer, and what graphs are made of.
+"""The base class of class-conditional models: embedders, Read, Write, final layer, and the methods that become graphs.
 
 Follows the released ELIT-SiT checkpoints (arXiv 2603.12245); shapes as in `spec`.
 """
@@ -24,9 +24,9 @@ from elit_export.spec import DataFacts, LayerKind, ModelSpec
 
 
 class ClassConditional(Elit):
-    """t and the label y, added, modulate all tokens.
+    """A model whose tokens are all modulated by the sum of the embeddings of t and of the label y.
 
-    A backbone says what its core is, and how tokens go through all of it.
+    A subclass gives the core, and defines in `transform` how tokens go through all blocks.
     """
 
     def __init__(self, spec: ModelSpec, data: DataFacts, *, core: nn.ModuleList) -> None:
@@ -46,12 +46,12 @@ class ClassConditional(Elit):
 
     @abstractmethod
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
-        """All blocks, Read and Write: tokens (B, N, D), condition (B, D), kept = arange(K) → (B, N, D)."""
+        """Run all blocks, Read and Write: tokens (B, N, D), condition (B, D), kept = arange(K) → (B, N, D)."""
 
     # the graphs
 
     def step(self, x: Tensor, t: Tensor, y: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Elit.step`; y (B,) int64."""
+        """Compute what `Elit.step` says; y is (B,) int64."""
         self.check_kept(latents)
         embedded = self.patch_embed(x) + self.pos_embed  # (B, N, D)
         c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
@@ -59,7 +59,7 @@ class ClassConditional(Elit):
         return self.unpatchify(self.final(tokens, c)), tokens - embedded
 
     def probe(self, x: Tensor, t: Tensor, y: Tensor, signal_prev: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Elit.probe`."""
+        """Compute what `Elit.probe` says."""
         embedded = self.patch_embed(x) + self.pos_embed
         signal = self.first_block.modulated(embedded, self.t_embedder(t) + self.y_embedder(y))
         return signal, signal_distance(signal, signal_prev)
@@ -67,7 +67,7 @@ class ClassConditional(Elit):
     def reuse(
         self, x: Tensor, t: Tensor, y: Tensor, residual: Tensor, residual_prev: Tensor, forecast: Tensor
     ) -> Tensor:
-        """As `Elit.reuse`."""
+        """Compute what `Elit.reuse` says."""
         expected = expected_residual(residual, residual_prev, forecast)
         embedded = self.patch_embed(x) + self.pos_embed
         return self.unpatchify(self.final(embedded + expected, self.t_embedder(t) + self.y_embedder(y)))
@@ -80,8 +80,8 @@ class ClassConditional(Elit):
         assert isinstance(block, Block)
         return block
 
-    def rotations(self, kept: Tensor) -> tuple[RotaryEmbedding | None, RotaryEmbedding | None]:
-        """Positions of spatial tokens and of kept latents: a latent has that of the token at its slot."""
+    def rotary_embeddings(self, kept: Tensor) -> tuple[RotaryEmbedding | None, RotaryEmbedding | None]:
+        """Return RoPE for spatial tokens and for kept latents: a latent has the position of the token at its slot."""
         spec = self.spec
         if not spec.rope:
             return None, None
@@ -96,5 +96,5 @@ class ClassConditional(Elit):
         return values.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)
 
 
-def blocks(spec: ModelSpec, depth: int, *, widened: int = 1) -> nn.ModuleList:
-    return nn.ModuleList(Block(spec, widened=widened) for _ in range(depth))
+def blocks(spec: ModelSpec, depth: int, *, width_factor: int = 1) -> nn.ModuleList:
+    return nn.ModuleList(Block(spec, width_factor=width_factor) for _ in range(depth))

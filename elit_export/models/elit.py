@@ -1,4 +1,4 @@
-"""What every ELIT model is to graphs, verification and training, whatever conditions it; and how a new one is filled.
+"""The base class of all ELIT models, whatever conditions them, and the initialisation of a new model.
 
 Shapes as in `spec`. A method that is a graph takes the inputs of `spec.graph`, in that order.
 """
@@ -21,7 +21,7 @@ INIT_STD = 0.02
 
 
 class Elit(nn.Module, ABC):
-    """Velocity of a flow from data (t=0) to noise (t=1), at any budget in `spec.budgets`.
+    """A model of the velocity of a flow from data (t=0) to noise (t=1), at any budget in `spec.budgets`.
 
     A new model holds uninitialised weights: load some, or call `initialise`. Subclasses give the inputs of `step`,
     `probe` and `reuse` names of their own; callers here pass them by position.
@@ -44,31 +44,31 @@ class Elit(nn.Module, ABC):
 
     @abstractmethod
     def step(self, x: Tensor, t: Tensor, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """The velocity (B, C, H, W) and the residual, tokens before the final layer minus embedded ones (B, N, D).
+        """Return the velocity (B, C, H, W) and the residual (B, N, D): tokens before the final layer minus the input.
 
         x (B, C, H, W), t (B,), then the conditioning, then latents = arange(K) int64.
         """
 
     @abstractmethod
     def probe(self, x: Tensor, t: Tensor, *inputs: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        """What step caching decides by: the modulated input of the first block, as TeaCache takes it.
+        """Return what step caching decides by: `signal` (B, N, D) and its `distance` (B,) from `signal_prev`.
 
-        Gives it as `signal` (B, N, D), and its `distance` (B,) from `signal_prev`, the last of the inputs.
+        The signal is the modulated input of the first block, as in TeaCache. `signal_prev` is the last of the inputs.
         """
 
     @abstractmethod
     def reuse(self, x: Tensor, t: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        """The velocity with a residual of earlier steps in place of all blocks.
+        """Return the velocity with a residual of earlier steps in place of all blocks.
 
         The last of the inputs are residual, residual_prev (B, N, D) and forecast (B,): see `expected_residual`.
         """
 
     def forward(self, x: Tensor, t: Tensor, *inputs: Tensor) -> Tensor:
-        """The velocity alone, from the inputs of `step`."""
+        """Return the velocity alone, from the inputs of `step`."""
         return self.step(x, t, *inputs)[0]
 
     def time(self, t: Tensor) -> Tensor:
-        """The embedding of t (B, D): how much it changes is known before sampling."""
+        """Return the embedding of t (B, D). How much it changes at each step is known before sampling."""
         embedding: Tensor = self.t_embedder(t)
         return embedding
 
@@ -81,25 +81,25 @@ class Elit(nn.Module, ABC):
             raise InputError(f"this model cannot keep {count} latents: it runs {listed(spec.budgets)}")
 
     def read_kept(self, tokens: Tensor, c: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """All latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D)."""
+        """Return all latents and the patches (B, G, J, D) of spatial tokens, and the kept latents (B, G·K, D)."""
         latents, patches = self.read(tokens, c)
         return latents, patches, keep(latents, kept)
 
-    def write_kept(self, patches: Tensor, processed: Tensor, latents: Tensor, kept: Tensor) -> Tensor:
-        """Spatial tokens (B, N, D); latents that were not kept are written as they were read."""
-        tokens: Tensor = self.write(patches, restore(processed, latents, kept))
+    def write_kept(self, patches: Tensor, core_out: Tensor, latents: Tensor, kept: Tensor) -> Tensor:
+        """Return spatial tokens (B, N, D). Latents that were not kept are written as they were read."""
+        tokens: Tensor = self.write(patches, restore(core_out, latents, kept))
         return tokens
 
 
 def signal_distance(signal: Tensor, signal_prev: Tensor) -> Tensor:
-    """mean|signal − signal_prev| / mean|signal_prev| of each row (B,), infinite where signal_prev is zero."""
+    """Return mean|signal − signal_prev| / mean|signal_prev| of each row (B,), infinite where signal_prev is zero."""
     return (signal - signal_prev).abs().mean((1, 2)) / signal_prev.abs().mean((1, 2))
 
 
 def expected_residual(residual: Tensor, residual_prev: Tensor, forecast: Tensor) -> Tensor:
-    """residual + forecast · (residual − residual_prev).
+    """Return residual + forecast · (residual − residual_prev).
 
-    forecast (B,) is 0 to take the residual as it is, or how many times the step between the two to go on.
+    forecast (B,) is 0 to take the residual as it is; 1 extrapolates by the step that lies between the two residuals.
     """
     return residual + forecast[:, None, None] * (residual - residual_prev)
 
@@ -110,8 +110,8 @@ def expected_residual(residual: Tensor, residual_prev: Tensor, forecast: Tensor)
 def initialise(model: Elit, generator: torch.Generator) -> Elit:
     """Fill a new model as the ELIT authors do, from `generator` alone.
 
-    Every adaLN, the final projection and what Write and TokenSplit add start at zero, so a fresh model hides
-    most mistakes: never test parity with it.
+    All adaLN layers, the final projection and what Write and TokenSplit add start at zero. A fresh model therefore
+    hides most mistakes: never test parity with it.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -134,6 +134,6 @@ def initialise(model: Elit, generator: torch.Generator) -> Elit:
 
 def _zero_layers(model: Elit) -> Iterable[nn.Module]:
     adaptive = (module.linear for module in model.modules() if isinstance(module, Modulation))
-    written = (model.write.attn.proj, model.write.mlp.fc2)
+    writing = (model.write.attn.proj, model.write.mlp.fc2)
     splitting = (module.linear for module in model.modules() if isinstance(module, TokenSplit))
-    return *adaptive, model.final.linear, *written, *splitting
+    return *adaptive, model.final.linear, *writing, *splitting

@@ -1,11 +1,11 @@
 """ELIT-HDiT: an hourglass whose middle blocks run on a quarter of the latents, twice as wide.
 
-Our reading of the paper (arXiv 2603.12245), whose HDiT is unpublished. Without an interface, a 2×2 of spatial tokens
-is merged after block 8 of 28 and split again after block 20 (HDiT, Crowson et al. 2024). In ELIT that lies in the
-core, where there are no pixels to stay next to: four latents of a group that follow each other, so of like
-importance, become one, and a model keeps multiples of four. What splitting gives is added to the latents that were
-merged, which needs no weights; it starts at zero. Heads keep their size, the wide blocks have twice as many, and the
-condition stays as it is. Merged latents have no position of their own, so there is no `rope`.
+This is our reading of the paper (arXiv 2603.12245), whose HDiT is unpublished. Without Read and Write, a 2×2 square of
+spatial tokens is merged after block 8 of 28 and split again after block 20 (HDiT, Crowson et al. 2024). In ELIT these
+blocks lie in the core. There, four consecutive latents of a group, which are of similar importance, become one, and a
+model keeps multiples of four. The output of the split is added to the latents before the merge; it starts at zero.
+Heads keep their size, the wide blocks have twice as many, and the condition stays as it is. Merged latents have no
+position of their own, so there is no `rope`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ class ElitHDiT(ClassConditional):
 
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
         _, fine, coarse, *_ = merging_stages(spec)
-        middle = blocks(spec, coarse.depth, widened=coarse.widened)
+        middle = blocks(spec, coarse.depth, width_factor=coarse.width_factor)
         core = nn.ModuleList([*blocks(spec, fine.depth), *middle, *blocks(spec, fine.depth)])
         super().__init__(spec, data, core=core)
         self.fine_depth = fine.depth
-        self.merge = TokenMerge(spec.hidden_size, coarse.widened * spec.hidden_size, coarse.merged)
-        self.split = TokenSplit(coarse.widened * spec.hidden_size, spec.hidden_size, coarse.merged)
+        self.merge = TokenMerge(spec.hidden_size, coarse.width_factor * spec.hidden_size, coarse.merged)
+        self.split = TokenSplit(coarse.width_factor * spec.hidden_size, spec.hidden_size, coarse.merged)
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
-        latents, patches, processed = self.read_kept(run_blocks(self.head, tokens, c), c, kept)
-        processed = self._core(processed, c)
-        return run_blocks(self.tail, self.write_kept(patches, processed, latents, kept), c)
+        latents, patches, core_out = self.read_kept(run_blocks(self.head, tokens, c), c, kept)
+        core_out = self._core(core_out, c)
+        return run_blocks(self.tail, self.write_kept(patches, core_out, latents, kept), c)
 
     def _core(self, x: Tensor, c: Tensor) -> Tensor:  # (B, G·K, D)
         start, end = self.fine_depth, len(self.core) - self.fine_depth

@@ -31,14 +31,14 @@ RMS_EPS = 1e-5
 
 
 def group(x: Tensor, grid: int, side: int) -> Tensor:
-    """Raster tokens → windows of side×side tokens, both row-major."""
+    """Cut raster tokens into windows of side×side tokens; both are row-major."""
     windows = grid // side
     x = x.unflatten(1, (windows, side, windows, side))  # (B, n/g, g, n/g, g, D)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, G, J, D)
 
 
 def ungroup(x: Tensor, grid: int, side: int) -> Tensor:
-    """Inverse of group."""
+    """Put windows back into raster order: the inverse of `group`."""
     windows = grid // side
     x = x.unflatten(2, (side, side)).unflatten(1, (windows, windows))  # (B, n/g, n/g, g, g, D)
     return x.transpose(2, 3).flatten(1, 4)  # (B, N, D)
@@ -48,22 +48,22 @@ def ungroup(x: Tensor, grid: int, side: int) -> Tensor:
 
 
 def keep(latents: Tensor, kept: Tensor) -> Tensor:
-    """The kept latents of every group, as one sequence for the core."""
+    """Select the kept latents of all groups, as one sequence for the core."""
     return latents.index_select(2, kept).flatten(1, 2)  # (B, G·K, D)
 
 
-def restore(processed: Tensor, latents: Tensor, kept: Tensor) -> Tensor:
-    """Put processed latents back in front of the dropped ones, which keep their Read value."""
+def restore(core_out: Tensor, latents: Tensor, kept: Tensor) -> Tensor:
+    """Put the core's output back in front of the dropped latents, which keep the value that Read gave them."""
     groups = latents.shape[1]
-    processed = processed.unflatten(1, (groups, kept.shape[0]))  # (B, G, K, D)
-    return torch.cat([processed, latents[:, :, kept.shape[0] :]], dim=2)  # (B, G, J, D)
+    core_out = core_out.unflatten(1, (groups, kept.shape[0]))  # (B, G, K, D)
+    return torch.cat([core_out, latents[:, :, kept.shape[0] :]], dim=2)  # (B, G, J, D)
 
 
 # ---------------------------------------------------------------- cross-attention
 
 
 class RmsScale(nn.Module):
-    """scale · x / (rms(x) + eps) over the full width; the eps stands outside the root (not RMSNorm)."""
+    """A norm that computes scale · x / (rms(x) + eps) over the full width; unlike RMSNorm, eps is outside the root."""
 
     kind = LayerKind.NORM
 
@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
         k, v = linear(self.kv_proj, context).chunk(2, dim=-1)
         k = split_heads(normed(self.k_norm, k), self.num_heads)
         v = split_heads(v, self.num_heads)
-        # Four axes, as attention kernels want them: (B·G, h, Q or J, D/h).
+        # Attention kernels expect four axes: (B·G, h, Q or J, D/h).
         attended = F.scaled_dot_product_attention(queries.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         projected: Tensor = self.proj(merge_heads(attended).unflatten(0, (-1, context.shape[1])))
         return projected  # (B, G, Q, D)
@@ -130,7 +130,7 @@ class Read(nn.Module):
         self.modulation = Modulation(width, chunks=7)
 
     def forward(self, tokens: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:  # (B, N, D), (B, D)
-        """Latents and the grouped patches (with Read's position) that Write goes on from, (B, G, J, D) each."""
+        """Return the latents, and the patches with Read's position from which Write continues, (B, G, J, D) each."""
         patches = group(tokens, self.grid, self.side) + self.pos_embed
         shift_p, scale_p, gate_attn, shift_m, scale_m, gate_m, _ = self.modulation(c)
         queries = self.attn.queries(self.query).expand(*patches.shape[:2], -1, -1, -1)  # (B, G, h, J, D/h)

@@ -1,4 +1,4 @@
-"""The parts of a diffusion transformer: embedders, rotations, attention, MLP, adaLN-Zero block, final layer.
+"""The parts of a diffusion transformer: embedders, attention, MLP, adaLN-Zero block, final layer.
 
 L is a number of tokens, h the number of heads, D/h the size of one; other letters as in `spec`.
 """
@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def of_kind(kind: LayerKind, module: M) -> M:
-    """A module of a library, which states its kind as those of ours do by their class."""
+    """Set the kind of a library's module; our own modules state theirs as a class attribute."""
     module.kind = kind  # type: ignore[assignment]
     return module
 
@@ -37,7 +37,7 @@ def of_kind(kind: LayerKind, module: M) -> M:
 
 
 class PatchEmbed(nn.Module):
-    """Image → spatial tokens in raster order."""
+    """A convolution that turns an image into spatial tokens in raster order."""
 
     kind = LayerKind.EMBEDDER
 
@@ -51,7 +51,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """t in [0, 1], as it is or counted in other `units` → cosine and sine features → MLP."""
+    """An MLP on cosine and sine features of `units` · t, with t in [0, 1]."""
 
     kind = LayerKind.EMBEDDER
 
@@ -67,15 +67,15 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp((-math.log(MAX_PERIOD) * exponents).double()).float()
         angles = t[:, None] * frequencies  # (B, half)
         if self.units != 1:
-            # In this order, as float32 rounds the features of a thousandth of t by 1e-4; `abs`, which changes nothing,
-            # keeps engines from turning the two products into one.
+            # In this order, as float32 rounds the features of a thousandth of t by 1e-4. `abs` changes nothing, but
+            # keeps engines from merging the two products into one.
             angles = self.units * angles.abs()
         features: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
         return features  # (B, D)
 
 
 def sincos_position_embedding(grid: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine code, (1, N, D): first half of the channels from the column, last from the row."""
+    """Return the fixed 2-D sin-cos positional embedding (1, N, D): half of the channels by column, then half by row."""
     quarter = width // 4
     omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * omega  # (n, D/4)
@@ -92,18 +92,18 @@ def sincos_position_embedding(grid: int, width: int) -> Tensor:
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The layer in its own precision."""
+    """Run the layer in its own precision."""
     product: Tensor = layer(x.to(precision_of(layer)))
     return product
 
 
 def precision_of(layer: nn.Linear) -> torch.dtype:
-    """That which its weight has when asked; of one that is upcast then (`models.upcast`), without asking."""
+    """Return the precision in which the layer's weight is used; one that is upcast on use is not upcast to find out."""
     return torch.float32 if is_parametrized(layer) else layer.weight.dtype
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm in float32 or what is more exact, as it is in every precision, rounded to that of x."""
+    """Apply a norm in float32 or a more exact type, whatever the precision, and round the result to the type of x."""
     return x if isinstance(norm, nn.Identity) else norm(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
 
 
@@ -128,18 +128,18 @@ class SelfAttention(nn.Module):
         self.q_norm, self.k_norm = norm(width // num_heads), norm(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rotation: RotaryEmbedding | None = None) -> Tensor:  # (B, L, D)
+    def forward(self, x: Tensor, rope: RotaryEmbedding | None = None) -> Tensor:  # (B, L, D)
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in linear(self.qkv, x).chunk(3, dim=-1))
         q, k = normed(self.q_norm, q), normed(self.k_norm, k)  # (B, L, h, D/h)
-        if rotation:
-            q, k = rotation(q), rotation(k)
+        if rope:
+            q, k = rope(q), rope(k)
         attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         projected: Tensor = self.proj(merge_heads(attended))
         return projected
 
 
 class StreamAttention(nn.Module):
-    """The weights with which one of several streams takes part in attention over all of them."""
+    """The weights by which one of several streams takes part in attention over all of them."""
 
     kind = LayerKind.ATTENTION
 
@@ -151,13 +151,13 @@ class StreamAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (B, L, D)
-        """Queries, keys and values (B, L, h, D/h)."""
+        """Return queries, keys and values (B, L, h, D/h)."""
         q, k, v = (linear(layer, x).unflatten(-1, (self.num_heads, -1)) for layer in (self.q, self.k, self.v))
         return normed(self.q_norm, q), normed(self.k_norm, k), v
 
 
 def qk_norm_of(spec: ModelSpec) -> Callable[[int], nn.Module]:
-    """What makes the norm of queries or keys, from the size of a head."""
+    """Return a function that makes the norm of queries or keys, given the size of a head."""
     if not spec.qk_norm:
         return nn.Identity
     kinds: dict[str, Callable[[int], nn.Module]] = {
@@ -168,7 +168,7 @@ def qk_norm_of(spec: ModelSpec) -> Callable[[int], nn.Module]:
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (tanh form), Linear."""
+    """A linear layer, GELU (tanh form), and a second linear layer."""
 
     kind = LayerKind.MLP
 
@@ -182,11 +182,11 @@ class Mlp(nn.Module):
         return mixed
 
 
-# ---------------------------------------------------------------- joining, merging, splitting
+# ---------------------------------------------------------------- skips, merging, splitting
 
 
 class SkipProjection(nn.Module):
-    """Tokens and those of a long skip → tokens."""
+    """A linear layer that fuses tokens with those of a long skip."""
 
     kind = LayerKind.SKIP
 
@@ -195,12 +195,12 @@ class SkipProjection(nn.Module):
         self.linear = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:  # (B, L, D) each
-        joined: Tensor = linear(self.linear, torch.cat([x, skip], dim=-1)).to(x.dtype)
-        return joined
+        fused: Tensor = linear(self.linear, torch.cat([x, skip], dim=-1)).to(x.dtype)
+        return fused
 
 
 class TokenMerge(nn.Module):
-    """`count` tokens that follow each other → one, of another width."""
+    """A linear layer that merges `count` consecutive tokens into one of another width."""
 
     kind = LayerKind.MERGE
 
@@ -210,13 +210,13 @@ class TokenMerge(nn.Module):
         self.linear = nn.Linear(count * width, merged_width)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, L, D)
-        together = x.unflatten(1, (-1, self.count)).flatten(2)  # (B, L/count, count·D)
-        merged: Tensor = linear(self.linear, together).to(x.dtype)
+        neighbours = x.unflatten(1, (-1, self.count)).flatten(2)  # (B, L/count, count·D)
+        merged: Tensor = linear(self.linear, neighbours).to(x.dtype)
         return merged
 
 
 class TokenSplit(nn.Module):
-    """The way back from TokenMerge, with other weights."""
+    """A linear layer that splits a token into `count`: the counterpart of TokenMerge, with weights of its own."""
 
     kind = LayerKind.MERGE
 
@@ -239,22 +239,22 @@ def plain_norm(width: int) -> nn.LayerNorm:
 
 
 class Modulation(nn.Module):
-    """Condition → `chunks` vectors that shift, scale or gate tokens `widened` times as wide."""
+    """A layer that turns a condition into `chunks` vectors, which shift, scale or gate tokens of the given width."""
 
     kind = LayerKind.MODULATION
 
-    def __init__(self, width: int, chunks: int, *, widened: int = 1) -> None:
+    def __init__(self, width: int, chunks: int, *, width_factor: int = 1) -> None:
         super().__init__()
         self.chunks = chunks
-        self.linear = nn.Linear(width, chunks * widened * width)
+        self.linear = nn.Linear(width, chunks * width_factor * width)
 
     def forward(self, c: Tensor) -> tuple[Tensor, ...]:  # (B, D)
-        parts: tuple[Tensor, ...] = self.linear(F.silu(c)).chunk(self.chunks, dim=-1)  # (B, widened·D) each
+        parts: tuple[Tensor, ...] = self.linear(F.silu(c)).chunk(self.chunks, dim=-1)  # (B, width_factor·D) each
         return parts
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x · (1 + scale) + shift, broadcast over the token axes between batch and width."""
+    """Return x · (1 + scale) + shift, broadcast over the token axes between batch and width."""
     return x * (1 + over_tokens(scale, x)) + over_tokens(shift, x)
 
 
@@ -266,38 +266,38 @@ def over_tokens(c: Tensor, x: Tensor) -> Tensor:
 class Block(nn.Module):
     """adaLN-Zero transformer block (Peebles & Xie 2023, section 3.2).
 
-    One that is `widened` has more heads, not wider ones, and takes the same condition.
+    A block that is `width_factor` times as wide has more heads of the same size, and takes the same condition.
     """
 
-    def __init__(self, spec: ModelSpec, *, widened: int = 1) -> None:
+    def __init__(self, spec: ModelSpec, *, width_factor: int = 1) -> None:
         super().__init__()
-        width = widened * spec.hidden_size
+        width = width_factor * spec.hidden_size
         self.norm1 = plain_norm(width)
-        self.attn = SelfAttention(width, widened * spec.num_heads, qk_norm_of(spec))
+        self.attn = SelfAttention(width, width_factor * spec.num_heads, qk_norm_of(spec))
         self.norm2 = plain_norm(width)
-        self.mlp = Mlp(width, widened * spec.mlp_size, bias=True)
-        self.modulation = Modulation(spec.hidden_size, chunks=6, widened=widened)
+        self.mlp = Mlp(width, width_factor * spec.mlp_size, bias=True)
+        self.modulation = Modulation(spec.hidden_size, chunks=6, width_factor=width_factor)
 
     def modulated(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
-        """What attention takes in."""
+        """Return the input of attention."""
         shift, scale, *_ = self.modulation(c)
         return modulate(self.norm1(x), shift, scale)
 
-    def forward(self, x: Tensor, c: Tensor, rotation: RotaryEmbedding | None = None) -> Tensor:  # (B, L, D), (B, D)
+    def forward(self, x: Tensor, c: Tensor, rope: RotaryEmbedding | None = None) -> Tensor:  # (B, L, D), (B, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(c)
-        x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1), rotation)
+        x = x + over_tokens(gate1, x) * self.attn(modulate(self.norm1(x), shift1, scale1), rope)
         mixed: Tensor = self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x + over_tokens(gate2, x) * mixed
 
 
-def run_blocks(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: RotaryEmbedding | None = None) -> Tensor:
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rope: RotaryEmbedding | None = None) -> Tensor:
     for block in blocks:
-        x = block(x, c, rotation)
+        x = block(x, c, rope)
     return x
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and the projection of each token to its p·p·C values."""
+    """A modulated norm, and the projection of each token to its p·p·C values."""
 
     kind = LayerKind.FINAL
 

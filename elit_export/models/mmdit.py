@@ -1,13 +1,13 @@
-"""ELIT-MM-DiT: text and image tokens in streams of their own that attend jointly, in the form of Qwen-Image.
+"""ELIT-MM-DiT: text and image tokens in separate streams with joint attention, as in Qwen-Image.
 
-Without Read and Write it is the `QwenImageTransformer2DModel` of diffusers 0.42 for one image, number for number. Text
-runs through all blocks; only image tokens go through Read and Write. Padding of the text, whatever it holds, changes
-nothing. ELIT-Qwen-Image (arXiv 2603.12245) is unpublished but for its split 8-44-8. Our own reading of the rest:
+Without Read and Write it computes what `QwenImageTransformer2DModel` of diffusers 0.42 computes for one image. Text
+runs through all blocks; only image tokens go through Read and Write. What the padding of the text holds changes
+nothing. Of ELIT-Qwen-Image (arXiv 2603.12245) only the split 8-44-8 is published. The rest is our own reading:
 
-- A latent has the rotary position of the spatial token at its slot of its group, so that the core keeps the base
-  model's sense of place and no position depends on the budget. Text keeps its positions in the core.
+- A latent has the rotary position of the spatial token at its slot of its group. The core thus uses the positions of
+  the base model, and no position depends on the budget. Text keeps its positions in the core.
 - Read is modulated by the embedding of t alone, as every block of Qwen-Image is; text reaches it through the tokens.
-- Read and Write are those of the released ELIT-SiT, with its initialisation: at first they add nothing but positions.
+- Read and Write are those of the released ELIT-SiT, with its initialisation: at first they only add positions.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from elit_export.models.layers import (
     qk_norm_of,
 )
 from elit_export.models.rope import JointPositions, joint_positions, joint_rope_tables
-from elit_export.spec import LONGEST_TEXT, PIXELS, DataFacts, LayerKind, ModelSpec
+from elit_export.spec import MAX_TEXT_TOKENS, PIXELS, DataFacts, LayerKind, ModelSpec
 
 THOUSANDTHS = 1000  # the units that Qwen-Image counts t in
 
@@ -61,26 +61,26 @@ class ElitMMDiT(Elit):
     # the graphs
 
     def step(self, x: Tensor, t: Tensor, text: Tensor, text_mask: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Elit.step`; text (B, T, text_width), text_mask (B, T) int64, 1 for a token and 0 for padding."""
+        """Compute what `Elit.step` says; text (B, T, text_width), text_mask (B, T) int64: 1 is a token, 0 padding."""
         self.check_kept(latents)
         check_text(self.spec, text, text_mask)
         embedded, c = self.embed(x), self.t_embedder(t)  # (B, N, D), (B, D)
-        spatial, latent = self.positions(text_mask, latents)
+        spatial_positions, latent_positions = self.positions(text_mask, latents)
         txt = self.embed_text(text, text_mask)
-        txt, img = run_joint(self.head, txt, embedded, c, spatial)
+        txt, img = run_joint(self.head, txt, embedded, c, spatial_positions)
         all_latents, patches, core_out = self.read_kept(img, c, latents)
-        txt, core_out = run_joint(self.core, txt, core_out, c, latent)  # (B, T, D), (B, G·K, D)
+        txt, core_out = run_joint(self.core, txt, core_out, c, latent_positions)  # (B, T, D), (B, G·K, D)
         img = self.write_kept(patches, core_out, all_latents, latents)
-        _, img = run_joint(self.tail, txt, img, c, spatial)
+        _, img = run_joint(self.tail, txt, img, c, spatial_positions)
         return self.unpatchify(self.final(img, c)), img - embedded
 
     def probe(self, x: Tensor, t: Tensor, signal_prev: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Elit.probe`: the image stream's input, which text has not reached yet."""
+        """Compute what `Elit.probe` says, of the image stream's input, which text has not reached yet."""
         signal = self.first_block.image.modulated(self.embed(x), self.t_embedder(t))
         return signal, signal_distance(signal, signal_prev)
 
     def reuse(self, x: Tensor, t: Tensor, residual: Tensor, residual_prev: Tensor, forecast: Tensor) -> Tensor:
-        """As `Elit.reuse`: what text did is in the residual."""
+        """Compute what `Elit.reuse` says; the effect of the text is part of the residual."""
         img = self.embed(x) + expected_residual(residual, residual_prev, forecast)
         return self.unpatchify(self.final(img, self.t_embedder(t)))
 
@@ -99,12 +99,12 @@ class ElitMMDiT(Elit):
         return img  # (B, N, D)
 
     def embed_text(self, text: Tensor, text_mask: Tensor) -> Tensor:
-        """(B, T, D); padding is emptied, so that not even NaN in it does harm."""
+        """Embed text (B, T, D). Padding is set to zero first, so that NaN in it does no harm."""
         txt: Tensor = self.txt_in(self.txt_norm(torch.where(text_mask[:, :, None] != 0, text, 0.0)))
         return txt
 
     def positions(self, text_mask: Tensor, kept: Tensor) -> tuple[JointPositions, JointPositions]:
-        """Those of text and spatial tokens, and of text and kept latents."""
+        """Return the positions of text and spatial tokens, and of text and kept latents."""
         spatial, txt = joint_rope_tables(self.spec, kept.device)
         txt = txt[:, : text_mask.shape[1]]
         latent = keep(group(spatial, self.spec.grid, self.spec.group_size), kept)  # (2, G·K, D/h/2)
@@ -117,9 +117,9 @@ class ElitMMDiT(Elit):
 
 
 def check_text(spec: ModelSpec, text: Tensor, text_mask: Tensor) -> None:
-    """Raise InputError for text (B, T, text_width) and a mask (B, T) that are not of one another or of the model."""
-    if text.ndim != 3 or text.shape[2] != spec.text_width or text.shape[1] > LONGEST_TEXT:
-        raise InputError(f"text has shape {tuple(text.shape)}, must be (B, 1 to {LONGEST_TEXT}, {spec.text_width})")
+    """Raise InputError if text (B, T, text_width) and mask (B, T) do not fit each other or the model."""
+    if text.ndim != 3 or text.shape[2] != spec.text_width or text.shape[1] > MAX_TEXT_TOKENS:
+        raise InputError(f"text has shape {tuple(text.shape)}, must be (B, 1 to {MAX_TEXT_TOKENS}, {spec.text_width})")
     if text_mask.shape != text.shape[:2]:
         raise InputError(f"text_mask has shape {tuple(text_mask.shape)}, the text {tuple(text.shape[:2])} tokens")
 
@@ -128,7 +128,7 @@ def check_text(spec: ModelSpec, text: Tensor, text_mask: Tensor) -> None:
 
 
 class Stream(nn.Module):
-    """What a stream does in a block with weights of its own: all but the attention."""
+    """The part of a block that each stream runs with weights of its own: everything except the attention."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Stream(nn.Module):
         self.modulation = Modulation(width, chunks=6)
 
     def modulated(self, x: Tensor, c: Tensor) -> Tensor:  # (B, L, D), (B, D)
-        """What attention takes in."""
+        """Return the input of attention."""
         return self._shifted(x, self.modulation(c))
 
     def _shifted(self, x: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:
@@ -148,7 +148,7 @@ class Stream(nn.Module):
         return modulate(self.norm1(x), shift1, scale1)
 
     def heads(self, x: Tensor, chunks: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (B, L, h, D/h)."""
+        """Return queries, keys and values (B, L, h, D/h)."""
         return self.attn.heads(self._shifted(x, chunks))
 
     def updated(self, x: Tensor, attended: Tensor, chunks: tuple[Tensor, ...]) -> Tensor:  # (B, L, D) each
@@ -167,7 +167,7 @@ class JointBlock(nn.Module):
         self.image = Stream(spec)
 
     def forward(self, txt: Tensor, img: Tensor, c: Tensor, positions: JointPositions) -> tuple[Tensor, Tensor]:
-        """txt (B, T, D), img (B, L − T, D), c (B, D) → txt, img."""
+        """Run one block: txt (B, T, D), img (B, L − T, D), c (B, D) → txt, img."""
         on_text, on_image = self.text.modulation(c), self.image.modulation(c)
         both = zip(self.text.heads(txt, on_text), self.image.heads(img, on_image), strict=True)
         q, k, v = (torch.cat(pair, dim=1) for pair in both)  # (B, L, h, D/h)

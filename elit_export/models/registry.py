@@ -1,10 +1,10 @@
-"""The table of backbones: one row each, naming the file that builds it, and the sizes that have a name.
+"""The table of backbones, one row each with the module that builds it, and the table of named sizes.
 
-A backbone is a row here and a file beside this one. The module offers one class, a `models.elit.Elit`; how its blocks
-lie, what it costs and which specs it can be is told here, because these are asked without torch. The conditioning and
-the budgets of a model follow from fields of its spec, because the runtime, which reads them, does not come here. Names
-of tensors in checkpoints that are not our own: `checkpoints/`.  Of the backbones without published code
-(everything but ELIT-SiT) each file says in its docstring what is our own reading of the paper (arXiv 2603.12245).
+A backbone is a row here and a file beside this one. That file has one class, a `models.elit.Elit`. How the blocks are
+arranged, what they cost and which specs are valid stands here, because it is needed without torch. The conditioning and
+the budgets of a model follow from its spec, because the runtime reads them and does not import this file. The names of
+tensors in published checkpoints are in `checkpoints/`. Only the code of ELIT-SiT is published: the files of the other
+backbones say in their docstrings what is our own reading of the paper (arXiv 2603.12245).
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 RELEASED_HEAD_DEPTH = 8  # `args.encoder_depth` of the released checkpoints, whatever the size
 VAE_DOWNSAMPLING = 8
 PATCHES = (2, 4, 8)
-HEAD_PARTS = 32  # 1/8 of a head, and twice 7/16, in pairs
+HEAD_PARTS = 32  # RoPE splits a head into 1/8, 7/16 and 7/16, each an even number of channels
 
 
-# ---------------------------------------------------------------- how blocks lie
+# ---------------------------------------------------------------- the arrangement of blocks
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Blocks that follow each other on the same tokens, in the `part` head, core or tail.
+    """Consecutive blocks on the same tokens, in the `part` head, core or tail.
 
-    Each token stands for `merged` of the tokens around the stage, and is `widened` times as wide. `joins` linear
-    layers fuse a long skip with the tokens. Of `streams` that attend jointly, each has weights of its own; the second
-    is text.
+    Each token stands for `merged` of the tokens around the stage, and is `width_factor` times as wide. `joins` linear
+    layers fuse a long skip with the tokens. Each of the `streams` has weights of its own, and all attend jointly; the
+    second stream is text.
     """
 
     part: str
     depth: int
     merged: int = 1
-    widened: int = 1
+    width_factor: int = 1
     joins: int = 0
     streams: int = 1
 
@@ -52,15 +52,15 @@ def plain_stages(spec: ModelSpec) -> tuple[Stage, ...]:
 
 
 def skipping_stages(spec: ModelSpec) -> tuple[Stage, ...]:
-    """Block i is joined into block depth − 1 − i, but for two neighbours, between which there is nothing to skip."""
+    """Return stages in which a long skip leads from block i to block depth − 1 − i, unless the two are neighbours."""
     core = Stage("core", spec.core_depth, joins=max(0, (spec.core_depth - 1) // 2))
     return Stage("head", spec.head_depth), core, Stage("tail", spec.tail_depth, joins=spec.tail_depth)
 
 
 def merging_stages(spec: ModelSpec) -> tuple[Stage, ...]:
-    """The coarse blocks lie in the middle of the core."""
+    """Return stages whose coarse blocks lie in the middle of the core."""
     fine = Stage("core", (spec.core_depth - spec.coarse_depth) // 2)
-    coarse = Stage("core", spec.coarse_depth, merged=spec.merge, widened=2)
+    coarse = Stage("core", spec.coarse_depth, merged=spec.merge, width_factor=2)
     return Stage("head", spec.head_depth), fine, coarse, fine, Stage("tail", spec.tail_depth)
 
 
@@ -109,7 +109,10 @@ def _check_merging(spec: ModelSpec) -> None:
 def _check_joint(spec: ModelSpec) -> None:
     _no_merging(spec)
     if not spec.text_width:
-        raise InputError(f"{spec.backbone}: text_width is 0, but it takes text, and no classes", "say how wide it is")
+        raise InputError(
+            f"{spec.backbone}: text_width is 0, but it takes text, and no classes",
+            "set it to the width of the text embeddings",
+        )
     if not (spec.rope and spec.qk_norm and spec.qk_norm_kind == "rms"):
         raise InputError(
             f"{spec.backbone}: has rotary positions and RMS norms on queries and keys, so needs rope, qk_norm and "
@@ -120,18 +123,19 @@ def _check_joint(spec: ModelSpec) -> None:
     if (spec.hidden_size // spec.num_heads) % HEAD_PARTS:
         raise InputError(
             f"{spec.backbone}: heads of {spec.hidden_size // spec.num_heads} channels (hidden_size {spec.hidden_size}, "
-            f"num_heads {spec.num_heads}) do not turn by frame, row and column; multiples of {HEAD_PARTS} do"
+            f"num_heads {spec.num_heads}) cannot be split for RoPE by frame, row and column",
+            f"use a multiple of {HEAD_PARTS}",
         )
 
 
 def _three_fifths(core_depth: int) -> int:
-    """The coarse blocks of a core: 12 of 20, as blocks 8 to 19 of 28, with as many fine ones on either side."""
+    """Return the number of coarse blocks in a core: 12 of 20, with as many fine blocks before as after them."""
     return core_depth - 2 * (core_depth // 5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """`check` raises InputError for a spec that it cannot be; `fields` are what it adds to the spec of a size."""
+    """A row of the table. `check` raises InputError for an invalid spec; `fields` extend the spec of a named size."""
 
     name: str
     module: str
@@ -179,11 +183,11 @@ BACKBONES = {
 }
 
 
-OF_CLASSES = tuple(backbone.name for backbone in BACKBONES.values() if not backbone.takes_text)
+CLASS_BACKBONES = tuple(backbone.name for backbone in BACKBONES.values() if not backbone.takes_text)
 
 
 def backbone_of(spec: ModelSpec) -> Backbone:
-    """The row of a spec; raises InputError if there is none, or the spec is not one of its."""
+    """Return the row of a spec; raises InputError if there is none, or if the spec is not valid for it."""
     backbone = backbone_named(spec.backbone)
     backbone.check(spec)
     return backbone
@@ -196,10 +200,10 @@ def backbone_named(name: str) -> Backbone:
 
 
 def new_model(spec: ModelSpec, data: DataFacts = PIXELS) -> Elit:
-    """A model with uninitialised weights; raises InputError for a spec that no backbone can be."""
+    """Return a model with uninitialised weights; raises InputError for a spec that is not valid for its backbone."""
     backbone = backbone_of(spec)
-    made: Elit = getattr(import_module(backbone.module), backbone.class_name)(spec, data)
-    return made
+    model: Elit = getattr(import_module(backbone.module), backbone.class_name)(spec, data)
+    return model
 
 
 # ---------------------------------------------------------------- named sizes
@@ -207,7 +211,7 @@ def new_model(spec: ModelSpec, data: DataFacts = PIXELS) -> Elit:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """Named models of one backbone. `sizes`: width, depth, heads, tail depth; `head_depth` None is that of the tail.
+    """Named models of one backbone. `sizes` are (width, depth, heads, tail depth). `head_depth` None means the tail's.
 
     A family of one size and patch has one model, of its own name.
     """
@@ -228,7 +232,7 @@ FAMILIES = {
         sizes=RELEASED_SIZES,
         fields={"rope": True, "qk_norm": True, "qk_norm_kind": "rms", "in_channels": 16},
     ),
-    # With the inputs of ELIT-SiT, so that they differ from it in what they are alone; a spec may have more (`rope`, …).
+    # These take the inputs of ELIT-SiT, so that only the backbone differs; a spec may set more fields (`rope`, …).
     "ELIT-U-ViT": Family(backbone="ELIT-U-ViT", sizes=RELEASED_SIZES),
     "ELIT-HDiT": Family(backbone="ELIT-HDiT", sizes=RELEASED_SIZES),
     "ELIT-Qwen-Image": Family(
@@ -255,7 +259,7 @@ RELEASED_NAMES = tuple(name for name in NAMES if name.startswith(f"{RELEASED_BAC
 
 
 def named_spec(name: str, *, resolution: int = 256, head_depth: int | None = None) -> ModelSpec:
-    """The model of that name, e.g. `ELIT-SiT-XL/2` or `ELIT-Qwen-Image`, on VAE latents of a square image.
+    """Return the spec of a named model, e.g. `ELIT-SiT-XL/2` or `ELIT-Qwen-Image`, on VAE latents of a square image.
 
     The group side is resolution/64, so that 256px at patch 2 has 16 groups of 16 latents and 512px 16 groups
     of 64. `head_depth` None is 8 for ELIT-SiT, as released, and as deep as the tail for the others (4-20-4 for XL,
@@ -266,9 +270,9 @@ def named_spec(name: str, *, resolution: int = 256, head_depth: int | None = Non
     if resolution < 64 or resolution % 64:
         raise InputError(f"resolution {resolution} is not a multiple of 64")
     family, size, patch = NAMES[name]
-    width, depth, heads, tail = family.sizes[size]
-    head = next(chosen for chosen in (head_depth, family.head_depth, tail) if chosen is not None)
-    core = depth - head - tail
+    width, blocks, heads, tail = family.sizes[size]
+    head = next(depth for depth in (head_depth, family.head_depth, tail) if depth is not None)
+    core = blocks - head - tail
     values: dict[str, Any] = {
         "in_channels": 4,
         "input_size": resolution // VAE_DOWNSAMPLING,

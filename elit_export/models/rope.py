@@ -1,7 +1,7 @@
-"""Rotary positional embeddings (RoPE): of class-conditional models, and of text and image together as in Qwen-Image.
+"""Rotary positional embeddings (RoPE) of class-conditional models, and of text and image together as in Qwen-Image.
 
-h is the number of heads, D/h the size of one, L a number of tokens; heads lie behind the tokens, as linear layers give
-them. All is computed in float32; what is rotated is rounded as it came.
+h is the number of heads, D/h the size of one, L a number of tokens. The axis of heads follows that of tokens, as in the
+output of linear layers. Everything is computed in float32; the result is rounded to the type of the input.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elit_export.spec import LONGEST_TEXT, ModelSpec
+from elit_export.spec import MAX_TEXT_TOKENS, ModelSpec
 
 MAX_PERIOD = 10_000.0
-# Added to the scores of padding. exp of it is 0 in every precision; −∞ would be no number in kernels that take the
-# keys in tiles, where a tile is all padding.
+# Added to the scores of padding. exp of it is 0 in every precision; −∞ would give NaN in kernels that process keys
+# in tiles, where a whole tile is padding.
 MASKED = -65504.0
 
 
@@ -37,7 +37,7 @@ class RotaryEmbedding:
 
 
 def rope_angles(grid: int, head_size: int, device: torch.device) -> Tensor:
-    """(N, D/h/2), tokens in raster order."""
+    """Return the angles (N, D/h/2) of tokens in raster order."""
     quarter = head_size // 4
     omega = MAX_PERIOD ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
     line = torch.arange(grid, dtype=torch.float32, device=device)[:, None] * omega  # (n, D/h/4)
@@ -53,31 +53,31 @@ def rope_from_angles(angles: Tensor) -> RotaryEmbedding:
 
 
 def joint_rope_tables(spec: ModelSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for image tokens in raster order (2, N, D/h/2), and for the longest text (2, T, D/h/2).
+    """Return cosines and sines for image tokens in raster order (2, N, D/h/2), and for the longest text (2, T, D/h/2).
 
-    An eighth of a head turns by the frame, which is 0 for an image, the rest in halves by row and column, counted
-    from the middle. Text goes on along the diagonal, after the image's last row and column.
+    An eighth of a head is rotated by the frame, which is 0 for an image; the rest in halves by row and column, counted
+    from the middle. Text continues along the diagonal, after the image's last row and column.
     """
     n, head = spec.grid, spec.hidden_size // spec.num_heads
     frame, row, column = (_frequencies(size, device) for size in (head // 8, head * 7 // 16, head * 7 // 16))
     line = torch.arange(n, device=device)[:, None] - (n - n // 2)  # (n, 1)
     on_image = [torch.zeros(n, n, head // 16, device=device)]
     on_image += [(line * row)[:, None].expand(n, n, -1), (line * column)[None].expand(n, n, -1)]
-    on_text = (torch.arange(LONGEST_TEXT, device=device)[:, None] + n // 2) * torch.cat([frame, row, column])
+    on_text = (torch.arange(MAX_TEXT_TOKENS, device=device)[:, None] + n // 2) * torch.cat([frame, row, column])
     tables = (torch.stack([angles.cos(), angles.sin()]) for angles in (torch.cat(on_image, -1).flatten(0, 1), on_text))
     return next(tables), next(tables)
 
 
 def _frequencies(size: int, device: torch.device) -> Tensor:
-    """(size/2,), rounded as Qwen-Image's are."""
+    """Return frequencies (size/2,), rounded as in Qwen-Image."""
     return 1.0 / MAX_PERIOD ** (torch.arange(0, size, 2, device=device).float() / size)
 
 
 @dataclass(frozen=True)
 class JointPositions:
-    """Where the L tokens of both streams stand, text first, and which of them may be attended to.
+    """The positions of the L tokens of both streams, text first, and the mask of the tokens that are attended to.
 
-    `cos` and `sin` (L, D/h/2) turn the pairs (2i, 2i + 1) of a head; `bias` (B, 1, 1, L) is added to the scores.
+    `cos` and `sin` (L, D/h/2) rotate the pairs (2i, 2i + 1) of a head; `bias` (B, 1, 1, L) is added to the scores.
     """
 
     cos: Tensor
@@ -85,7 +85,7 @@ class JointPositions:
     bias: Tensor
 
     def apply_rope(self, x: Tensor) -> Tensor:  # (B, L, h, D/h)
-        """The same for joint positions."""
+        """Rotate the pairs (2i, 2i + 1) of each head."""
         cos, sin = self.cos[:, None, :], self.sin[:, None, :]
         first, second = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
         pairs = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
@@ -93,7 +93,7 @@ class JointPositions:
 
 
 def joint_positions(txt: Tensor, image: Tensor, text_mask: Tensor) -> JointPositions:
-    """From tables (2, T, D/h/2), (2, L − T, D/h/2) and the mask (B, T)."""
+    """Combine tables (2, T, D/h/2) and (2, L − T, D/h/2) with the mask (B, T)."""
     on_txt = torch.where(text_mask != 0, 0.0, MASKED)
     bias = torch.cat([on_txt, on_txt.new_zeros(text_mask.shape[0], image.shape[1])], dim=1)
     cos, sin = torch.cat([txt, image], dim=1).unbind()

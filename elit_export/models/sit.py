@@ -1,11 +1,13 @@
 """ELIT-SiT: a scalable interpolant transformer whose core runs on a variable number of latents.
 
-Follows the released ELIT-SiT checkpoints (arXiv 2603.12245). With `rope` and the norm "rms" on queries and keys it is
-the DiT that the paper trains. That one is unpublished, and this our reading of it: self-attention alone is rotated,
-in the core by the position of the spatial token at a latent's slot, so that nothing depends on the budget; the fixed
-position code stays beside it, as without, so that one switch changes one thing. Frequencies fall to 1 / 10 000 as those
-of that code do, the pairs that are turned lie half a head apart, queries and keys are normed (eps 1e-6, as the other
-norms) before they are turned: the usual choices, of which checkpoints would tell another.
+It follows the released ELIT-SiT checkpoints (arXiv 2603.12245). With `rope` and the norm "rms" on queries and keys it
+is the DiT that the paper trains. That one is unpublished; this is our reading of it:
+
+- RoPE applies to self-attention alone. In the core a latent has the position of the spatial token at its slot, so that
+  no position depends on the budget.
+- The sin-cos positional embedding stays, so that `rope` changes nothing else.
+- Frequencies fall to 1 / 10 000, as in the sin-cos embedding; the rotated pairs lie half a head apart; queries and keys
+  are normed (eps 1e-6, as in the other norms) before they are rotated. These are the usual choices.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ class ElitSiT(ClassConditional):
         super().__init__(spec, data, core=blocks(spec, spec.core_depth))
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
-        spatial, latent = self.rotations(kept)
-        tokens = run_blocks(self.head, tokens, c, spatial)
-        latents, patches, processed = self.read_kept(tokens, c, kept)
-        processed = run_blocks(self.core, processed, c, latent)  # (B, G·K, D)
-        return run_blocks(self.tail, self.write_kept(patches, processed, latents, kept), c, spatial)
+        spatial_rope, latent_rope = self.rotary_embeddings(kept)
+        tokens = run_blocks(self.head, tokens, c, spatial_rope)
+        latents, patches, core_out = self.read_kept(tokens, c, kept)
+        core_out = run_blocks(self.core, core_out, c, latent_rope)  # (B, G·K, D)
+        return run_blocks(self.tail, self.write_kept(patches, core_out, latents, kept), c, spatial_rope)

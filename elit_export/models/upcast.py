@@ -1,7 +1,7 @@
 """A model that computes in float32, whatever its weights are stored in.
 
-Each weight is widened when a layer asks for it and forgotten afterwards, so that a model of 20 billion bfloat16 weights
-runs in what its files take, 41 GB of memory that the system may drop, and not in 82 GB of its own.
+Each weight is upcast when a layer uses it and dropped afterwards, so that a model of 20 billion bfloat16 weights
+runs in the size of its files, 41 GB of memory that the system may drop, and not in 82 GB of its own.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from elit_export.models.elit import Elit
 
 
 class Upcast(nn.Module):
-    """A weight as what asks for it gets it."""
+    """A parametrization that returns the stored weight in float32."""
 
     def forward(self, stored: Tensor) -> Tensor:
         return stored.float()
 
 
 def upcast_on_use(model: Elit) -> Elit:
-    """The model itself if it is all float32, else a copy of its modules; it answers as `model.float()` would."""
+    """Return the model itself if it is all float32, else a copy with the outputs of `model.float()` in less memory."""
     if _is_float32(model):
         return model
-    widened = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    for module in list(widened.modules()):
+    upcast_model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    for module in list(upcast_model.modules()):
         for name in [name for name, tensor in _own_tensors(module) if _is_narrow(tensor)]:
             parametrize.register_parametrization(module, name, Upcast(), unsafe=True)  # of another type, on purpose
-    return widened
+    return upcast_model
 
 
 def upcast_whole(model: Elit) -> Elit:
-    """The model itself if it is all float32, else a copy that holds its weights in float32, for what asks for speed."""
+    """Return the model itself if it is all float32, else a copy with float32 weights, which is larger and faster."""
     if _is_float32(model):
         return model
     held = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}

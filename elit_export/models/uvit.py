@@ -1,10 +1,10 @@
-"""ELIT-U-ViT: ELIT-SiT with long skips, from each block of the first half to its mirror in the second.
+"""ELIT-U-ViT: ELIT-SiT with long skips, from each block of the first half to its counterpart in the second.
 
-Our reading of the paper (arXiv 2603.12245), whose U-ViT is unpublished. The output of block i is joined into the
-input of block depth − 1 − i: concatenated, and brought back to the width by a linear layer (U-ViT, Bao et al. 2023).
-Head and tail are equally deep, so that skips lead from spatial tokens to spatial tokens and from latents to latents,
-as many as are kept. The two innermost blocks of an even core are neighbours and have no skip: with 13 joins for 28
-blocks the published training FLOPs come out, with 14 they do not.
+This is our reading of the paper (arXiv 2603.12245), whose U-ViT is unpublished. The output of block i is concatenated
+with the input of block depth − 1 − i, and projected back to the width by a linear layer (U-ViT, Bao et al. 2023).
+Head and tail are equally deep, so that skips lead from spatial tokens to spatial tokens and from kept latents to kept
+latents. The two innermost blocks of an even core are neighbours and have no skip: 13 skips for 28 blocks reproduce the
+published training FLOPs, 14 do not.
 """
 
 from __future__ import annotations
@@ -26,45 +26,46 @@ class ElitUViT(ClassConditional):
     def __init__(self, spec: ModelSpec, data: DataFacts = PIXELS) -> None:
         super().__init__(spec, data, core=blocks(spec, spec.core_depth))
         _, core, tail = skipping_stages(spec)
-        self.core_joins, self.tail_joins = joins(spec, core.joins), joins(spec, tail.joins)
+        self.core_joins = skip_projections(spec, core.joins)
+        self.tail_joins = skip_projections(spec, tail.joins)
 
     def transform(self, tokens: Tensor, c: Tensor, kept: Tensor) -> Tensor:
-        spatial, latent = self.rotations(kept)
-        skips = run_and_keep(self.head, tokens, c, spatial)
-        latents, patches, processed = self.read_kept(skips[-1], c, kept)
-        processed = self._core(processed, c, latent)
-        tokens = self.write_kept(patches, processed, latents, kept)
-        return run_with_skips(self.tail, self.tail_joins, tokens, skips[1:], c, spatial)
+        spatial_rope, latent_rope = self.rotary_embeddings(kept)
+        skips = run_and_keep(self.head, tokens, c, spatial_rope)
+        latents, patches, core_out = self.read_kept(skips[-1], c, kept)
+        core_out = self._core(core_out, c, latent_rope)
+        tokens = self.write_kept(patches, core_out, latents, kept)
+        return run_with_skips(self.tail, self.tail_joins, tokens, skips[1:], c, spatial_rope)
 
-    def _core(self, x: Tensor, c: Tensor, rotation: RotaryEmbedding | None) -> Tensor:  # (B, G·K, D)
-        """First half, whose outputs are kept, the blocks without a skip, and the half that they are joined into."""
+    def _core(self, x: Tensor, c: Tensor, rope: RotaryEmbedding | None) -> Tensor:  # (B, G·K, D)
+        """Run the first half and keep its outputs, then blocks without a skip, then the half that takes the skips."""
         pairs, depth = len(self.core_joins), len(self.core)
-        skips = run_and_keep(self.core[:pairs], x, c, rotation)
-        middle = run_and_keep(self.core[pairs : depth - pairs], skips[-1], c, rotation)[-1]
-        return run_with_skips(self.core[depth - pairs :], self.core_joins, middle, skips[1:], c, rotation)
+        skips = run_and_keep(self.core[:pairs], x, c, rope)
+        middle = run_and_keep(self.core[pairs : depth - pairs], skips[-1], c, rope)[-1]
+        return run_with_skips(self.core[depth - pairs :], self.core_joins, middle, skips[1:], c, rope)
 
 
-def joins(spec: ModelSpec, count: int) -> nn.ModuleList:
+def skip_projections(spec: ModelSpec, count: int) -> nn.ModuleList:
     return nn.ModuleList(SkipProjection(spec.hidden_size) for _ in range(count))
 
 
-def run_and_keep(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rotation: RotaryEmbedding | None) -> list[Tensor]:
-    """What goes in, then what comes out of each block."""
-    seen = [x]
+def run_and_keep(blocks: Iterable[nn.Module], x: Tensor, c: Tensor, rope: RotaryEmbedding | None) -> list[Tensor]:
+    """Return the input of the first block, then the output of each block."""
+    outputs = [x]
     for block in blocks:
-        seen.append(block(seen[-1], c, rotation))
-    return seen
+        outputs.append(block(outputs[-1], c, rope))
+    return outputs
 
 
 def run_with_skips(
     blocks: Iterable[nn.Module],
-    joins: Iterable[nn.Module],
+    projections: Iterable[nn.Module],
     x: Tensor,
     skips: list[Tensor],
     c: Tensor,
-    rotation: RotaryEmbedding | None,
+    rope: RotaryEmbedding | None,
 ) -> Tensor:
-    """The last skip goes into the first block."""
-    for block, join, skip in zip(blocks, joins, reversed(skips), strict=True):
-        x = block(join(x, skip), c, rotation)
+    """Run the blocks, each with the skip of its counterpart: the last skip goes into the first block."""
+    for block, project, skip in zip(blocks, projections, reversed(skips), strict=True):
+        x = block(project(x, skip), c, rope)
     return x

@@ -22,7 +22,7 @@ from elit_export.spec import FUSED, STEP, Budget, Fit, GraphSpec
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
 
 
-def chosen_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
+def select_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
     """The one plan set that fits what was asked for, or of several the one that can run on this machine.
 
     Raises InputError listing all if none or several are left, with the reason for each that cannot run.

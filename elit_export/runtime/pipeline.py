@@ -19,7 +19,7 @@ from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.conditioning import LabelsLike, as_conditioning
 from elit_export.runtime.coverage import UNCALIBRATED
 from elit_export.runtime.images import to_images
-from elit_export.runtime.opening import check_verified, chosen_plan_set, coverage_of, open_bank, open_decoder
+from elit_export.runtime.opening import check_verified, coverage_of, open_bank, open_decoder, select_plan_set
 from elit_export.runtime.options import SamplingOptions, about, resolve, takes_each
 from elit_export.runtime.request import Request, finite_array, prepare
 from elit_export.runtime.sample import Sample, Timings
@@ -81,7 +81,7 @@ class Pipeline:
             bundle,
             lambda opened: cls.of(
                 opened,
-                chosen_plan_set(opened.manifest.plan_sets, target, precision),
+                select_plan_set(opened.manifest.plan_sets, target, precision),
                 allow_unverified=allow_unverified,
             ),
             trust=trust,

@@ -13,7 +13,7 @@ import numpy as np
 
 from elit_export.arrays import Arrays, HostArray, Int64, refuse_masked
 from elit_export.errors import InputError, summary
-from elit_export.spec import LONGEST_TEXT, TEXT, TEXT_MASK, ModelSpec, Range
+from elit_export.spec import MAX_TEXT_TOKENS, TEXT, TEXT_MASK, ModelSpec, Range
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +36,8 @@ class Embedded:
         if not np.isin(mask, (0, 1)).all():
             raise InputError(f"{what}: mask must hold 1 (a token) and 0 (padding) only")
         cut = Embedded(as_float32(text), mask.astype(np.int64)).without_padding()
-        if (tokens := cut.text.shape[1]) > LONGEST_TEXT:
-            raise InputError(f"{what}: {tokens} tokens, the model has positions for {LONGEST_TEXT}", "shorten it")
+        if (tokens := cut.text.shape[1]) > MAX_TEXT_TOKENS:
+            raise InputError(f"{what}: {tokens} tokens, the model has positions for {MAX_TEXT_TOKENS}", "shorten it")
         if not np.isfinite(cut.text[cut.mask.astype(bool)]).all():
             raise InputError(f"{what}: text holds values that are not finite in float32")
         return Embedded(np.where(cut.mask[:, :, None] != 0, cut.text, np.float32(0)), cut.mask)

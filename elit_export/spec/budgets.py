@@ -1,4 +1,4 @@
-"""Budgets, the ranges of them that engines serve, and how they are named."""
+"""Budgets, their names, and the ranges of them that engines serve."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str | int | Budget, of: int) -> Budget:
-        """Read `4`, `4of16`, `quarter` or a fraction with a point (`0.25`) for a model with `of` latents.
+        """Parse `4`, `4of16`, `quarter` or a fraction with a point (`0.25`) for a model with `of` latents.
 
         Raises InputError for anything that is not a whole number of latents.
         """
@@ -51,7 +51,7 @@ class Budget:
     def _named(cls, name: str, of: int) -> Budget:
         if of % BUDGET_NAMES[name]:
             raise InputError(
-                f"budget {name!r}: {of} latents per group have no whole {name}", f"say how many, 1 to {of}"
+                f"budget {name!r}: {of} latents per group have no whole {name}", f"give a number of latents, 1 to {of}"
             )
         return cls(of // BUDGET_NAMES[name], of)
 
@@ -72,7 +72,7 @@ class Budget:
 
     @property
     def share(self) -> float:
-        """Kept over all, for display only."""
+        """The share of latents that are kept, for display only."""
         return self.kept / self.of
 
     def __str__(self) -> str:
@@ -100,13 +100,13 @@ class Range:
         return f"{self.min}..{self.opt}..{self.max}"
 
     def corners(self) -> tuple[int, int, int]:
-        """(min, opt, max), the points where an engine is checked."""
+        """Return (min, opt, max), the points where an engine is checked."""
         return self.min, self.opt, self.max
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A named range of kept latents K and of engine rows that one engine serves; with text, of its tokens too."""
+    """A named range of kept latents K, engine rows and (in models with text) tokens that one engine serves."""
 
     name: str
     latents: Range
@@ -120,25 +120,25 @@ class Profile:
             limits.TEXT.check(self.text.max, f"profile {self.name}: text.max")
 
     def tokens(self, text: int) -> int:
-        """How many tokens an engine runs on that is given so many: shorter text is padded."""
+        """Return the number of tokens that an engine runs on for a text of so many: shorter text is padded."""
         return max(text, self.text.min) if self.text else text
 
 
 def covering(ranges: Sequence[Range]) -> Range:
-    """The range from the least to the most of several; its opt is the largest."""
-    return Range(min(each.min for each in ranges), max(each.opt for each in ranges), max(each.max for each in ranges))
+    """Return the smallest range that holds several; its opt is their largest."""
+    return Range(min(r.min for r in ranges), max(r.opt for r in ranges), max(r.max for r in ranges))
 
 
 def covered_text(profiles: Sequence[Profile]) -> Range | None:
-    """The tokens of text that some profile takes; None in models without."""
+    """Return the range of text tokens that the profiles accept together; None in models without text."""
     texts = [profile.text for profile in profiles if profile.text]
     return covering(texts) if texts else None
 
 
 def default_profiles(of: int, rows: Range, *, step: int = 1, text: Range | None = None) -> tuple[Profile, ...]:
-    """Profiles over (¾J, J], (¼J, ¾J], (⅛J, ¼J] and [1, ⅛J], tuned for J, J/2, J/4 and J/16.
+    """Return profiles over (¾J, J], (¼J, ¾J], (⅛J, ¼J] and [1, ⅛J], tuned for J, J/2, J/4 and J/16.
 
-    Of a model that keeps multiples of `step` alone their ends and middles are such; ranges without one are left out.
+    In a model that keeps only multiples of `step`, all bounds are multiples of it; ranges without one are left out.
     """
     bounds = {"full": (3 * of // 4, of), "half": (of // 4, 3 * of // 4), "quarter": (of // 8, of // 4)}
     bounds["sixteenth"] = (0, of // 8)
@@ -147,13 +147,13 @@ def default_profiles(of: int, rows: Range, *, step: int = 1, text: Range | None 
 
 
 def _multiples(low: int, high: int, tuned: int, step: int) -> Range | None:
-    """The multiples of `step` in (low, high], tuned for the one next to `tuned`; None if there is none."""
-    least, most = (low // step + 1) * step, high // step * step
-    return Range(least, min(max(tuned // step * step, least), most), most) if least <= most else None
+    """Return the multiples of `step` in (low, high], tuned for the one nearest to `tuned`; None if there is none."""
+    smallest, largest = (low // step + 1) * step, high // step * step
+    return Range(smallest, min(max(tuned // step * step, smallest), largest), largest) if smallest <= largest else None
 
 
 def listed(budgets: Iterable[Budget]) -> str:
-    """`1of16 to 16of16` for a run without gaps, else the members one by one."""
+    """Format budgets: `1of16 to 16of16` if there are no gaps, else one by one."""
     ordered = sorted(budgets)
     if not ordered:
         return "none"

@@ -1,4 +1,4 @@
-"""Numbers by which the step cache decides, as a calibration stores them."""
+"""The calibrated fit by which the step cache decides."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fit:
-    """How much the residual changes where the signal changes by a distance: a polynomial, lowest power first.
+    """The change of the residual as a polynomial in the change of the signal, lowest power first.
 
-    It holds for distances in [low, high].
+    It is valid for distances in [low, high].
     """
 
     coefficients: tuple[float, ...]

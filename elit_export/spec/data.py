@@ -1,4 +1,4 @@
-"""What the numbers in samples mean, and how a decoder takes them."""
+"""The meaning of the numbers in samples, and the input of a VAE decoder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from elit_export.errors import InputError
 from elit_export.spec import limits
 from elit_export.spec.graphs import GraphSpec, decoder_graph
 
-ByChannel = float | tuple[float, ...]  # one number that all channels share, or one of each
+ByChannel = float | tuple[float, ...]  # one number for all channels, or one for each
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What the numbers in a model's samples mean.
+    """The meaning of the numbers in a model's samples.
 
     `kind` is "pixels" (values in [low, high]) or "vae" (latents of a VAE: decoder input =
     sample / scale + shift, channel by channel). `class_names` may be empty.
@@ -41,7 +41,7 @@ class DataFacts:
         self._check_words()
         for name, value in (("scale", self.scale), ("shift", self.shift)):
             if not all(map(_is_finite, _numbers(value))):
-                raise InputError(f"data {name} {value!r} is no finite number, nor one of each channel")
+                raise InputError(f"data {name} {value!r} is not a finite number, nor one for each channel")
         if min(_numbers(self.scale), default=0.0) <= 0:
             raise InputError(f"data scale {self.scale!r} is not positive; latents are divided by it")
 
@@ -52,7 +52,7 @@ class DataFacts:
             raise InputError(f"data class_names {self.class_names!r} are not a list of texts; write numbers in quotes")
 
     def of_channels(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Scale and shift of each channel; raises InputError if they are of another number of channels."""
+        """Return scale and shift of each channel; raises InputError if they have another number of channels."""
         scale, shift = (_numbers(value) for value in (self.scale, self.shift))
         for name, numbers in (("scale", scale), ("shift", shift)):
             if len(numbers) not in (1, channels):
@@ -64,11 +64,11 @@ class DataFacts:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of to_dict, as JSON gives it back."""
-        told: dict[str, Any] = {
+        """Read what to_dict wrote, after a round trip through JSON."""
+        fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in {**values}.items()
         }
-        return cls(**told)
+        return cls(**fields)
 
 
 def _numbers(value: ByChannel) -> tuple[float, ...]:
@@ -80,7 +80,7 @@ def _is_finite(value: object) -> bool:
 
 
 def by_channel_text(value: ByChannel) -> str:
-    """One number where all are the same, else all of them in brackets."""
+    """Format one number if all are equal, else all of them in brackets."""
     numbers = [f"{number:g}" for number in _numbers(value)]
     return numbers[0] if len(set(numbers)) == 1 else f"[{', '.join(numbers)}]"
 
@@ -91,8 +91,9 @@ SD_VAE = DataFacts(kind="vae", scale=0.18215, vae="stabilityai/sd-vae-ft-ema")
 
 @dataclass(frozen=True, kw_only=True)
 class VaeSpec:
-    """What a VAE decoder makes of latents: it takes z = latents / scale + shift, and a latent becomes `factor` pixels
-    a side with values in [−1, 1]. Scale and shift have one number a channel.
+    """The input and output of a VAE decoder: z = latents / scale + shift, channel by channel.
+
+    A latent becomes `factor` × `factor` pixels with values in [−1, 1]. Scale and shift have one number a channel.
     """
 
     channels: int
@@ -116,7 +117,7 @@ class VaeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec(VaeSpec):
-    """The same as a graph decodes it: squares of `side` latents."""
+    """A VaeSpec with the squares of `side` latents that its graph decodes."""
 
     side: int
 
@@ -128,5 +129,5 @@ class DecoderSpec(VaeSpec):
 
     @property
     def graph(self) -> GraphSpec:
-        """What the graph `decode` takes and gives."""
+        """The inputs and outputs of the graph `decode`."""
         return decoder_graph(self)

@@ -1,4 +1,4 @@
-"""What graphs are called, what they take and give. Whoever asks which graph this is asks a GraphSpec.
+"""The graphs of a model: their names, inputs, outputs and properties.
 
 Shapes as in `spec.model`. Dimensions with a name are dynamic: ROWS, LATENTS (K), TEXT (tokens).
 """
@@ -22,7 +22,7 @@ ROWS = "rows"
 LATENTS = "latents"
 TEXT = "text"
 TEXT_MASK = "text_mask"
-LONGEST_TEXT = int(TEXT_LIMIT.most)  # tokens
+MAX_TEXT_TOKENS = int(TEXT_LIMIT.most)  # tokens
 
 # Graphs, by name.
 STEP = "step"
@@ -38,7 +38,7 @@ Shape = tuple[int, ...]
 
 
 class Role(StrEnum):
-    """What a tensor is to whoever feeds a graph or reads it."""
+    """The role of a tensor for code that feeds a graph or reads its outputs."""
 
     SAMPLE = "sample"  # the noisy samples x
     TIME = "time"
@@ -46,8 +46,8 @@ class Role(StrEnum):
     TEXT = "text"
     TEXT_MASK = "text mask"  # 1 for a token, 0 for padding
     LATENTS = "latents"  # always 0..K−1: its length is the budget
-    STATE = "state"  # what an earlier step left
-    SETTING = "setting"  # what a host of `fused` decides
+    STATE = "state"  # an output of an earlier step
+    SETTING = "setting"  # set by the caller of `fused`
     RESULT = "result"
 
 
@@ -55,7 +55,7 @@ class Role(StrEnum):
 class TensorSpec:
     """One input or output of a graph; a string in `dims` is a dynamic dimension.
 
-    An output `on_host` comes back as a NumPy array, any other as the backend's own array, which may be fed back.
+    An output with `on_host` is returned as a NumPy array, any other as the backend's own array, which may be fed back.
     """
 
     name: str
@@ -66,16 +66,16 @@ class TensorSpec:
 
     @property
     def signature(self) -> tuple[str, str, tuple[int | str, ...]]:
-        """What a graph file says of it."""
+        """The tensor as a graph file describes it."""
         return self.name, self.dtype, self.dims
 
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One graph.
+    """One graph: its inputs, outputs and properties.
 
     `exact`: fp32 whatever the precision of the target. `elastic`: the length of its input LATENTS is the budget.
-    `has_if`: it chooses between branches inside. `light`: it runs no block, and takes a small part of a step's time.
+    `has_if`: it holds an `If` with two branches. `light`: it runs no block, and takes a small part of a step's time.
     """
 
     name: str
@@ -88,7 +88,7 @@ class GraphSpec:
 
     @property
     def on_host(self) -> frozenset[str]:
-        """The outputs that come back as NumPy arrays."""
+        """The outputs that are returned as NumPy arrays."""
         return frozenset(tensor.name for tensor in self.outputs if tensor.on_host)
 
     @property
@@ -96,7 +96,7 @@ class GraphSpec:
         return any(tensor.role is Role.TEXT for tensor in self.inputs)
 
     def input(self, role: Role) -> TensorSpec:
-        """The first input of a role, which there must be."""
+        """Return the first input of a role; there must be one."""
         return next(tensor for tensor in self.inputs if tensor.role is role)
 
     def corner_shapes(self, profile: Profile) -> dict[str, tuple[Shape, Shape, Shape]]:
@@ -115,7 +115,7 @@ class GraphSpec:
 
 
 def conditioning_tensors(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    """The inputs beside x, t and latents."""
+    """Return the inputs of `step` beside x, t and latents."""
     if not spec.takes_text:
         return (TensorSpec("y", "int64", (ROWS,), Role.LABEL),)
     return (
@@ -125,9 +125,9 @@ def conditioning_tensors(spec: ModelSpec) -> tuple[TensorSpec, ...]:
 
 
 def graph_of(spec: ModelSpec, name: str) -> GraphSpec:
-    """The graph `step`, `probe`, `reuse`, `time` or `fused` of a model; raises InputError for another name.
+    """Return the graph `step`, `probe`, `reuse`, `time` or `fused` of a model; raises InputError for another name.
 
-    `probe` and `reuse` leave out text: they run no block, and only blocks attend to it.
+    `probe` and `reuse` take no text: they run no block, and only blocks attend to text.
     """
     if name not in MODEL_GRAPHS:
         raise InputError(f"a model has no graph {name!r}; it has {', '.join(MODEL_GRAPHS)}")
@@ -147,12 +147,12 @@ def _velocity(spec: ModelSpec) -> TensorSpec:
 
 
 def _on_tokens(spec: ModelSpec, name: str) -> TensorSpec:
-    """A float32 vector per spatial token."""
+    """Return a tensor with a float32 vector per spatial token."""
     return TensorSpec(name, "float32", (ROWS, spec.tokens, spec.hidden_size), Role.STATE)
 
 
 def _without_blocks(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    """What a graph takes first that runs no block."""
+    """Return the first inputs of a graph that runs no block."""
     labels = [tensor for tensor in conditioning_tensors(spec) if tensor.role is Role.LABEL]
     return (_sample(spec), _time(), *labels)
 
@@ -184,7 +184,7 @@ def _time_graph(spec: ModelSpec) -> GraphSpec:
 
 
 def _fused(spec: ModelSpec) -> GraphSpec:
-    """A whole cached step. Its outputs after `velocity` and `computed` are its next inputs."""
+    """Return the graph of a whole cached step. Its outputs after `velocity` and `computed` are its next inputs."""
     computed = TensorSpec("computed", "bool", (), Role.RESULT, on_host=True)
     state = fused_state(spec)
     following = [replace(tensor, name=f"{tensor.name}_next") for tensor in state]
@@ -193,7 +193,7 @@ def _fused(spec: ModelSpec) -> GraphSpec:
 
 
 def fused_state(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    """What `fused` remembers from step to step: zeros at first, but for `reused`, which is −1."""
+    """Return the state of `fused` between steps: zeros at first, except `reused`, which is −1."""
     on_tokens = [_on_tokens(spec, name) for name in ("residual", "residual_prev", "signal")]
     on_rows = [
         TensorSpec(name, "float32", (ROWS,), Role.STATE) for name in ("t_computed", "t_computed_prev", "accumulated")
@@ -201,7 +201,7 @@ def fused_state(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     return (*on_tokens, *on_rows, TensorSpec("reused", "int64", (), Role.STATE))
 
 
-# To compute whatever the signal says, when to compute, and how residuals are forecast.
+# Whether to compute in any case, when to compute, and how residuals are forecast.
 FUSED_SETTINGS = (
     TensorSpec("force", "bool", (), Role.SETTING),
     TensorSpec("threshold", "float32", (), Role.SETTING),
@@ -219,8 +219,8 @@ MODEL_GRAPHS = {STEP: _step, PROBE: _probe, REUSE: _reuse, TIME: _time_graph, FU
 
 
 def decoder_graph(spec: DecoderSpec) -> GraphSpec:
-    """`decode`: latents of a VAE → pixels, in fp32."""
+    """Return the graph `decode`: latents of a VAE → pixels, in fp32."""
     pixels = spec.side * spec.factor
     z = TensorSpec("z", "float32", (ROWS, spec.channels, spec.side, spec.side), Role.SAMPLE)
-    made = TensorSpec("pixels", "float32", (ROWS, spec.image_channels, pixels, pixels), Role.RESULT, on_host=True)
-    return GraphSpec(DECODE, (z,), (made,), exact=True)
+    image = TensorSpec("pixels", "float32", (ROWS, spec.image_channels, pixels, pixels), Role.RESULT, on_host=True)
+    return GraphSpec(DECODE, (z,), (image,), exact=True)

@@ -14,9 +14,9 @@ from typing import Any, Self
 from elit_export.errors import InputError
 from elit_export.spec import limits
 from elit_export.spec.budgets import BUDGET_NAMES, Budget, Range, listed
-from elit_export.spec.graphs import LONGEST_TEXT, GraphSpec, TensorSpec, conditioning_tensors, graph_of
+from elit_export.spec.graphs import MAX_TEXT_TOKENS, GraphSpec, TensorSpec, conditioning_tensors, graph_of
 
-RELEASED_BACKBONE = "ELIT-SiT"  # what a spec that names no backbone is: released checkpoints know no other
+RELEASED_BACKBONE = "ELIT-SiT"  # the default of a spec: all released checkpoints have this backbone
 QK_NORM_KINDS = ("layer", "rms")
 FIELD_LIMITS = {
     "in_channels": limits.CHANNELS,
@@ -36,13 +36,13 @@ FIELD_LIMITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything that fixes the graph of a model, and nothing that its weights decide.
+    """The numbers that fix the graph of a model, whatever its weights.
 
     The fields without a default are those of the released checkpoints; depths count blocks before Read (head),
-    between Read and Write (core) and after Write (tail). `backbone` names a row of `models.registry`. `rope` turns
-    queries and keys of self-attention by their 2-D positions; `qk_norm_kind` is the norm that `qk_norm` puts on them.
-    The `coarse_depth` blocks in the middle of the core run on latents of which `merge` became one, so that the model
-    keeps only multiples of `merge`. A model takes classes, or text embeddings of `text_width` numbers a token.
+    between Read and Write (core) and after Write (tail). `backbone` names a row of `models.registry`. `rope` applies
+    2-D RoPE to queries and keys of self-attention; `qk_norm_kind` is the norm that `qk_norm` puts on them. The
+    `coarse_depth` blocks in the middle of the core run on latents merged by `merge` into one, so that the model keeps
+    only multiples of `merge`. A model takes classes, or text embeddings of `text_width` numbers a token.
     """
 
     in_channels: int
@@ -80,13 +80,13 @@ class ModelSpec:
         if self.qk_norm_kind != QK_NORM_KINDS[0] and not self.qk_norm:
             raise InputError(f"model spec: qk_norm_kind is {self.qk_norm_kind!r}, but qk_norm is off")
         if self.qk_norm_kind not in QK_NORM_KINDS:
-            raise InputError(f"model spec: qk_norm_kind {self.qk_norm_kind!r} is none of {', '.join(QK_NORM_KINDS)}")
+            raise InputError(f"model spec: qk_norm_kind {self.qk_norm_kind!r} is not one of {', '.join(QK_NORM_KINDS)}")
         self._check_divides("input_size", self.input_size, "patch_size", self.patch_size)
         self._check_divides("token grid", self.input_size // self.patch_size, "group_size", self.group_size)
         self._check_divides("hidden_size", self.hidden_size, "num_heads", self.num_heads)
-        self._check_divides("hidden_size", self.hidden_size, "the 4 parts of the position code", 4)
+        self._check_divides("hidden_size", self.hidden_size, "the 4 parts of the sin-cos embedding", 4)
         if self.rope:
-            self._check_divides("head size", self.hidden_size // self.num_heads, "the 4 parts of a 2-D rotation", 4)
+            self._check_divides("head size", self.hidden_size // self.num_heads, "the 4 parts of 2-D RoPE", 4)
         self._check_merging()
         self._check_conditioning()
 
@@ -131,22 +131,22 @@ class ModelSpec:
 
     @property
     def grid(self) -> int:
-        """n, spatial tokens along one side."""
+        """The number n of spatial tokens along one side."""
         return self.input_size // self.patch_size
 
     @property
     def tokens(self) -> int:
-        """N, spatial tokens."""
+        """The number N of spatial tokens."""
         return self.grid**2
 
     @property
     def latents(self) -> int:
-        """J, latents per group."""
+        """The number J of latents per group."""
         return self.group_size**2
 
     @property
     def groups(self) -> int:
-        """G, groups."""
+        """The number G of groups."""
         return (self.grid // self.group_size) ** 2
 
     @property
@@ -164,29 +164,29 @@ class ModelSpec:
 
     @property
     def takes_text(self) -> bool:
-        """Whether prompts take the place of classes."""
+        """Whether the model takes prompts in place of classes."""
         return self.text_width > 0
 
     @property
     def any_text(self) -> Range | None:
-        """Every length of text; None in models of classes."""
-        return Range(1, 1, LONGEST_TEXT) if self.takes_text else None
+        """The range of all lengths of text; None in class-conditional models."""
+        return Range(1, 1, MAX_TEXT_TOKENS) if self.takes_text else None
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one sample."""
+        """The shape (C, H, W) of one sample."""
         return self.in_channels, self.input_size, self.input_size
 
     # budgets
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        """Every budget the model can run, smallest first."""
+        """All budgets that the model can run, smallest first."""
         return tuple(Budget(kept, self.latents) for kept in range(self.merge, self.latents + 1, self.merge))
 
     @property
     def budget_step(self) -> int:
-        """The least K; every other is a multiple of it."""
+        """The minimum of K; all others are multiples of it."""
         return self.budgets[0].kept
 
     @property
@@ -194,7 +194,7 @@ class ModelSpec:
         return self.budgets[-1]
 
     def budget(self, text: str | int | Budget) -> Budget:
-        """Read a budget and check that the model runs it."""
+        """Parse a budget and check that the model runs it."""
         budget = Budget.parse(text, self.latents)
         if budget not in self.budgets:
             raise InputError(f"this model cannot run budget {budget}; it runs {listed(self.budgets)}")
@@ -202,7 +202,7 @@ class ModelSpec:
 
     @property
     def named_budgets(self) -> dict[str, Budget]:
-        """The names (`full`, `half`, …) that are whole and runnable, largest first."""
+        """The budgets with names (`full`, `half`, …) that the model can run, largest first."""
         whole = {name: self.latents // part for name, part in BUDGET_NAMES.items() if self.latents % part == 0}
         named = {name: Budget(kept, self.latents) for name, kept in whole.items()}
         return {name: budget for name, budget in named.items() if budget in self.budgets}
@@ -210,7 +210,7 @@ class ModelSpec:
     # graphs
 
     def graph(self, name: str) -> GraphSpec:
-        """What the graph of that name takes and gives: `step`, `probe`, `reuse`, `time` or `fused`."""
+        """Return the graph of a name: `step`, `probe`, `reuse`, `time` or `fused`."""
         return graph_of(self, name)
 
     @property
@@ -225,11 +225,11 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of to_dict; raises InputError naming what is missing or unknown."""
+        """Read what to_dict wrote; raises InputError naming what is missing or unknown."""
         known = {field.name for field in fields(cls)}
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
-        wrong = [f"missing {name}" for name in sorted(needed - set(values))]
-        wrong += [f"unknown {name}" for name in sorted(set(values) - known)]
-        if wrong:
-            raise InputError(f"model spec: {', '.join(wrong)}")
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        problems = [f"missing {name}" for name in sorted(required - set(values))]
+        problems += [f"unknown {name}" for name in sorted(set(values) - known)]
+        if problems:
+            raise InputError(f"model spec: {', '.join(problems)}")
         return cls(**values)

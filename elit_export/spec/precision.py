@@ -1,4 +1,4 @@
-"""The arithmetic of a model's large products, and what follows from it."""
+"""The precision of a model's large products, and what follows from it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Self
 
 
 class Precision(StrEnum):
-    """A record for each precision of the large products; what surrounds them stays in a higher one.
+    """A precision of the large products; everything around them stays in a higher one.
 
-    `weight_bytes` is what a rounded weight takes, `value_bytes` what the values between the products take. A quantized
-    precision is calibrated on real inputs; its graph is made from the fp32 one, so it has the opset of that. `dtype` is
-    the name of the type that layers are cast to, empty where none is.
+    `weight_bytes` is the size of a rounded weight, `value_bytes` of a value between the products. A quantized
+    precision is calibrated on real inputs; its graph is made from the fp32 graph and has its opset. `dtype` is
+    the type that layers are cast to, empty if none is.
     """
 
     weight_bytes: int
@@ -35,15 +35,15 @@ class Precision(StrEnum):
         opset: int = 0,
         dtype: str = "",
     ) -> Self:
-        made = str.__new__(cls, name)
-        made._value_ = name
-        made.weight_bytes, made.value_bytes = weight_bytes, value_bytes
-        made.quantized, made.opset, made.dtype = quantized, opset, dtype
-        return made
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.weight_bytes, member.value_bytes = weight_bytes, value_bytes
+        member.quantized, member.opset, member.dtype = quantized, opset, dtype
+        return member
 
     @property
     def native_attention(self) -> bool:
-        """Whether graphs hold ONNX's Attention: TensorRT has no kernel of it in fp32, from which 8 bits are made."""
+        """Whether graphs hold ONNX's Attention: TensorRT has no fp32 kernel for it, and 8-bit graphs come from fp32."""
         return bool(self.dtype)
 
     @property

@@ -21,7 +21,7 @@ from elit_export.arrays import Float32
 from elit_export.checkpoints.hf_folder import CONFIG
 from elit_export.errors import BackendUnavailable, CheckpointError, InputError, summary
 from elit_export.runtime.prompts import Embedded, Prompts
-from elit_export.spec import LONGEST_TEXT
+from elit_export.spec import MAX_TEXT_TOKENS
 from elit_export.text.folder import EncoderFolder, read_encoder
 
 LOADING = threading.Lock()
@@ -89,7 +89,7 @@ class TextEncoder:
             )
         self._hidden([0])
 
-    def embed(self, prompts: Sequence[str], *, longest: int = LONGEST_TEXT) -> Embedded:
+    def embed(self, prompts: Sequence[str], *, longest: int = MAX_TEXT_TOKENS) -> Embedded:
         """What a model is told of each prompt: the last hidden states, without those of the template's beginning.
 
         Raises InputError as `Template.tokens`.
@@ -133,7 +133,7 @@ def _padded(rows: list[Float32]) -> Embedded:
 
 
 def prompts_of(
-    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = (), *, longest: int = LONGEST_TEXT
+    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = (), *, longest: int = MAX_TEXT_TOKENS
 ) -> Prompts:
     """Embed what images are to show and, for guidance, what it leads away from: one text for each or one for all."""
     _check_numbers(prompts, negatives)
@@ -150,7 +150,7 @@ def embedded_by(
     negatives: Sequence[str] = (),
     *,
     weights: Weights = Weights.FLOAT32,
-    longest: int = LONGEST_TEXT,
+    longest: int = MAX_TEXT_TOKENS,
 ) -> Prompts:
     """As prompts_of, by an encoder that is loaded once all texts are known to be right: it may take minutes."""
     template = load_template(folder)

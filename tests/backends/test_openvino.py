@@ -27,7 +27,7 @@ from elit_export.compiler.build import compile_bundle
 from elit_export.errors import BackendUnavailable, BuildError, BundleError, EngineError, InputError
 from elit_export.models.sit import ElitSiT
 from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.opening import chosen_plan_set, incompatibility, open_fused, plan_set_target
+from elit_export.runtime.opening import incompatibility, open_fused, plan_set_target, select_plan_set
 from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, PROBE, STEP, Precision, Profile, Range
 from elit_export.verify.bisect import bisect
 from elit_export.verify.cases import cache_inputs, fused_inputs, trajectory_rows
@@ -93,7 +93,7 @@ def pipeline(opened: Callable[[str], Pipeline], precision: Precision) -> Pipelin
 
 
 def set_of(bundle: Bundle, precision: str = "fp32") -> PlanSet:
-    return chosen_plan_set(bundle.manifest.plan_sets, f"ov-{precision}", None)
+    return select_plan_set(bundle.manifest.plan_sets, f"ov-{precision}", None)
 
 
 def compiled_of(pipeline: Pipeline) -> Any:

@@ -14,7 +14,7 @@ from elit_export.bundle.recipe import Architecture, DecoderTable, ProfileTable, 
 from elit_export.compiler.usual_recipe import UsualRecipe, usual_name, usual_rows
 from elit_export.errors import InputError
 from elit_export.models.registry import named_spec
-from elit_export.spec import LONGEST_TEXT, PIXELS, SD_VAE, DataFacts, ModelSpec, default_profiles
+from elit_export.spec import MAX_TEXT_TOKENS, PIXELS, SD_VAE, DataFacts, ModelSpec, default_profiles
 from tests.helpers import tiny_spec
 from tests.text_models import text_spec
 
@@ -69,7 +69,7 @@ def test_numbers_that_the_file_does_not_tell_are_told() -> None:
 
 def test_a_model_with_text_gets_its_range_and_a_model_of_latents_a_decoder() -> None:
     text = usual(text_spec(), data=SD_VAE).text()
-    assert tomllib.loads(text)["text"] == {"min": 1, "opt": 128, "max": LONGEST_TEXT}
+    assert tomllib.loads(text)["text"] == {"min": 1, "opt": 128, "max": MAX_TEXT_TOKENS}
     assert recipe_from_values(tomllib.loads(uncommented(text)), "test").decoder
     assert "[decoder]" not in usual().text()
 

@@ -20,7 +20,7 @@ from elit_export.spec import STEP, LayerKind
 from tests.helpers import VARIANTS, tiny_model
 from tests.text_models import inputs_of, text_model
 
-OF_CLASSES: dict[str, dict[str, Any]] = VARIANTS | {
+CLASS_BACKBONES: dict[str, dict[str, Any]] = VARIANTS | {
     "norms of queries and keys, layer": {"qk_norm": True},
     "norms of queries and keys, RMS": {"qk_norm": True, "qk_norm_kind": "rms"},
     "no tail": {"tail_depth": 0},
@@ -33,11 +33,11 @@ OF_TEXT: dict[str, dict[str, Any]] = {
     "MM-DiT without tail": {"tail_depth": 0},
     "MM-DiT without head": {"head_depth": 0},
 }
-each_model = pytest.mark.parametrize("name", [*OF_CLASSES, *OF_TEXT])
+each_model = pytest.mark.parametrize("name", [*CLASS_BACKBONES, *OF_TEXT])
 
 
 def model_of(name: str) -> Elit:
-    return tiny_model(**OF_CLASSES[name]) if name in OF_CLASSES else text_model(**OF_TEXT[name])
+    return tiny_model(**CLASS_BACKBONES[name]) if name in CLASS_BACKBONES else text_model(**OF_TEXT[name])
 
 
 # ---------------------------------------------------------------- paths and parameters
@@ -53,7 +53,7 @@ def test_parameters_are_those_of_the_modules(name: str) -> None:
 
 def test_no_module_is_listed_twice() -> None:
     """Products share a path with the parameters of Read and Write."""
-    for name in (*OF_CLASSES, *OF_TEXT):
+    for name in (*CLASS_BACKBONES, *OF_TEXT):
         listed = Counter((layer.path, layer.kind is LayerKind.PRODUCTS) for layer in layers_of(model_of(name).spec))
         assert [layer for layer, times in listed.items() if times > 1] == [], name
 
@@ -133,13 +133,13 @@ def stated_kind(model: nn.Module, path: str) -> LayerKind | None:
 
 
 def test_every_group_is_of_some_model_and_every_model_has_no_other() -> None:
-    found = {layer.group for name in (*OF_CLASSES, *OF_TEXT) for layer in layers_of(model_of(name).spec)}
+    found = {layer.group for name in (*CLASS_BACKBONES, *OF_TEXT) for layer in layers_of(model_of(name).spec)}
     assert found == {*GROUPS, ""}
     assert len(set(GROUPS)) == len(GROUPS)
 
 
 def test_what_stays_exact_is_a_module() -> None:
-    for name in (*OF_CLASSES, *OF_TEXT):
+    for name in (*CLASS_BACKBONES, *OF_TEXT):
         model = model_of(name)
         paths = set(modules_kept_exact(model.spec))
         assert {"read.attn.q_proj", "final.linear", "t_embedder.mlp.0"} <= paths, name

@@ -16,13 +16,13 @@ from elit_export.graphs.fused import fused
 from elit_export.graphs.program import export_program
 from elit_export.graphs.rounding import in_precision
 from elit_export.models.mmdit import ElitMMDiT
-from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, LONGEST_TEXT, ROWS, STEP, TEXT, Precision, Role
+from elit_export.spec import CACHE_GRAPHS, FUSED, LATENTS, MAX_TEXT_TOKENS, ROWS, STEP, TEXT, Precision, Role
 from elit_export.spec.graphs import FUSED_SETTINGS
 from tests.helpers import max_relative
 from tests.text_models import inputs_of, shallow_text_model, text_model
 
 # Rows, text tokens, kept latents: none is that of the example the exporter sees alone.
-SIZES = [(1, 1, 1), (2, 9, 16), (3, 5, 2), (4, 40, 3), (1, LONGEST_TEXT, 16)]
+SIZES = [(1, 1, 1), (2, 9, 16), (3, 5, 2), (4, 40, 3), (1, MAX_TEXT_TOKENS, 16)]
 NEAREST = 2e-6  # measured 5e-7
 Inputs = dict[str, torch.Tensor]
 
@@ -125,7 +125,7 @@ def test_rotations_are_constants_that_are_cut_to_length(model: ElitMMDiT, step: 
     assert operators.count("Cos") == operators.count("Sin") == 1  # those of the embedding of t
     assert "Range" not in operators
     tables = {tuple(tensor.dims) for tensor in graph.initializer}
-    assert {(2, LONGEST_TEXT, 16), (2, model.spec.tokens, 16)} <= tables
+    assert {(2, MAX_TEXT_TOKENS, 16), (2, model.spec.tokens, 16)} <= tables
 
 
 @pytest.mark.parametrize("graph", ["probe", "reuse"])

@@ -49,7 +49,7 @@ def test_the_full_budget_equals_no_drop(variant: str, monkeypatch: pytest.Monkey
     inputs, every = inputs_of(model.spec), kept_of(model.spec.full)
     full = model(*inputs, every)
     monkeypatch.setattr(elit, "keep", lambda latents, _kept: latents.flatten(1, 2))
-    monkeypatch.setattr(elit, "restore", lambda processed, latents, _kept: processed.unflatten(1, latents.shape[1:3]))
+    monkeypatch.setattr(elit, "restore", lambda core_out, latents, _kept: core_out.unflatten(1, latents.shape[1:3]))
     assert torch.equal(model(*inputs, every), full)
 
 
@@ -131,7 +131,7 @@ def test_a_fresh_model_says_nothing_and_one_with_weights_does(variant: str) -> N
 def test_a_latent_has_the_position_of_the_token_at_its_slot() -> None:
     model = tiny_model(**VARIANTS["ELIT-DiT"])
     spec = model.spec
-    spatial, latent = model.rotations(torch.arange(3))
+    spatial, latent = model.rotary_embeddings(torch.arange(3))
     slots = group(torch.arange(spec.tokens)[None, :, None], spec.grid, spec.group_size)[0, :, :3, 0].flatten()
     assert spatial
     assert latent
@@ -148,7 +148,7 @@ def test_positions_reach_every_self_attention(part: str) -> None:
     for block in getattr(model, part):
         block.attn.register_forward_pre_hook(lambda _, args: given.append(args[1]))
     model(*inputs_of(model.spec), torch.arange(2))
-    spatial, latent = model.rotations(torch.arange(2))
+    spatial, latent = model.rotary_embeddings(torch.arange(2))
     wanted = latent if part == "core" else spatial
     assert wanted
     assert given
@@ -297,8 +297,8 @@ NO_SPECS: list[tuple[dict[str, Any], str]] = [
     ({"merge": 4, "coarse_depth": 1}, "coarse_depth 1 must leave an even number of the 2 core blocks"),
     ({"merge": 4, "coarse_depth": 4}, "coarse_depth 4 must leave an even number of the 2 core blocks"),
     ({"qk_norm_kind": "rms"}, "qk_norm_kind is 'rms', but qk_norm is off"),
-    ({"qk_norm": True, "qk_norm_kind": "batch"}, "qk_norm_kind 'batch' is none of layer, rms"),
-    ({"rope": True, "hidden_size": 12}, "head size 6 is not divisible by the 4 parts of a 2-D rotation 4"),
+    ({"qk_norm": True, "qk_norm_kind": "batch"}, "qk_norm_kind 'batch' is not one of layer, rms"),
+    ({"rope": True, "hidden_size": 12}, "head size 6 is not divisible by the 4 parts of 2-D RoPE 4"),
     ({"rope": 1}, "rope is 1, must be of type bool"),
     ({"merge": True}, "merge is True, must be of type int"),
     ({"backbone": 3}, "backbone is 3, must be of type str"),

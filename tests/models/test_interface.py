@@ -66,11 +66,11 @@ def test_full_budget_keeps_and_restores_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
 def test_dropped_latents_keep_their_read_value(kept: int) -> None:
-    latents, processed = random(2, 3, 4, 5), random(2, 3 * kept, 5, seed=1)
-    restored = restore(processed, latents, torch.arange(kept))
+    latents, core_out = random(2, 3, 4, 5), random(2, 3 * kept, 5, seed=1)
+    restored = restore(core_out, latents, torch.arange(kept))
     assert restored.shape == latents.shape
     assert torch.equal(restored[:, :, kept:], latents[:, :, kept:])
-    assert torch.equal(restored[:, :, :kept].flatten(1, 2), processed)
+    assert torch.equal(restored[:, :, :kept].flatten(1, 2), core_out)
 
 
 # ---------------------------------------------------------------- the norm of queries and keys

@@ -205,10 +205,10 @@ def test_modulation_gives_its_chunks_in_order() -> None:
     torch.testing.assert_close(modulation(c)[1], whole[:, 4:8])
 
 
-@pytest.mark.parametrize("widened", [1, 2])
-def test_block_reads_its_six_chunks_as_shift_scale_gate_twice(widened: int) -> None:
-    block = Block(tiny_spec(hidden_size=8), widened=widened).double()
-    x, c = random(2, 5, 8 * widened), random(2, 8, seed=1)
+@pytest.mark.parametrize("width_factor", [1, 2])
+def test_block_reads_its_six_chunks_as_shift_scale_gate_twice(width_factor: int) -> None:
+    block = Block(tiny_spec(hidden_size=8), width_factor=width_factor).double()
+    x, c = random(2, 5, 8 * width_factor), random(2, 8, seed=1)
     shift1, scale1, gate1, shift2, scale2, gate2 = (part[:, None] for part in block.modulation(c))
 
     def norm(h: Tensor) -> Tensor:

@@ -175,8 +175,8 @@ def test_full_budget_equals_a_forward_that_never_drops() -> None:
     spatial, latent = model.positions(mask, everything)
     words, tokens = run_joint(model.head, model.embed_text(text, mask), model.embed(x), c, spatial)
     latents, patches = model.read(tokens, c)
-    words, processed = run_joint(model.core, words, latents.flatten(1, 2), c, latent)
-    tokens = model.write(patches, processed.unflatten(1, latents.shape[1:3]))
+    words, core_out = run_joint(model.core, words, latents.flatten(1, 2), c, latent)
+    tokens = model.write(patches, core_out.unflatten(1, latents.shape[1:3]))
     _, tokens = run_joint(model.tail, words, tokens, c, spatial)
     assert torch.equal(model(*inputs.values()), model.unpatchify(model.final(tokens, c)))
 
@@ -284,7 +284,7 @@ def test_half_precision_rounds_attention_and_mlp_of_both_streams(precision: Prec
     ("changes", "told"),
     [
         ({"text_width": 0, "num_classes": 3}, "text_width is 0, but it takes text"),
-        ({"hidden_size": 48}, "heads of 24 channels .* multiples of 32 do"),
+        ({"hidden_size": 48}, "heads of 24 channels .*; use a multiple of 32"),
         ({"rope": False}, "needs rope, qk_norm and qk_norm_kind 'rms', not False"),
         ({"qk_norm_kind": "layer"}, "not True, True and 'layer'"),
         ({"merge": 4, "coarse_depth": 2}, "coarse_depth is 2"),

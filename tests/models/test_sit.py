@@ -62,8 +62,8 @@ def test_full_budget_equals_a_forward_that_never_drops() -> None:
     c = model.t_embedder(t) + model.y_embedder(y)
     tokens = run_blocks(model.head, model.patch_embed(x) + model.pos_embed, c)
     latents, patches = model.read(tokens, c)
-    processed = run_blocks(model.core, latents.flatten(1, 2), c).unflatten(1, latents.shape[1:3])
-    tokens = run_blocks(model.tail, model.write(patches, processed), c)
+    core_out = run_blocks(model.core, latents.flatten(1, 2), c).unflatten(1, latents.shape[1:3])
+    tokens = run_blocks(model.tail, model.write(patches, core_out), c)
     assert torch.equal(model(x, t, y, torch.arange(model.spec.latents)), model.unpatchify(model.final(tokens, c)))
 
 

@@ -46,12 +46,12 @@ def memory(
     from elit_export.bench.memory import bank_memory
     from elit_export.bundle.reading import with_current
     from elit_export.cli.tables.bench import memory_table
-    from elit_export.runtime.opening import chosen_plan_set
+    from elit_export.runtime.opening import select_plan_set
 
     limits = load_limits(check) if check else []
 
     def measured(opened: Bundle) -> tuple[PlanSet, BankMemory | None]:
-        plan_set = chosen_plan_set(opened.manifest.plan_sets, target, precision)
+        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
         say_accepted(opened, plan_set, json_to=json_to)
         return plan_set, bank_memory(opened, plan_set)
 
