@@ -1,6 +1,6 @@
-"""A transformer folder of diffusers, and a file with Read and Write → model.
+"""A transformer folder of diffusers and a file with Read and Write → model.
 
-The only place that knows the names of diffusers. The folder is read as published, and nothing is written into it.
+Only this file knows the tensor names of diffusers. The folder is read as published, and nothing is written into it.
 """
 
 from __future__ import annotations
@@ -54,32 +54,32 @@ def save_interface(path: Path, model: Elit, *, dtype: torch.dtype = torch.float3
 # ---------------------------------------------------------------- reading
 
 
-def load_diffusers(folder: Path, interface: Path, asked: Mapping[str, int | None]) -> Elit:
-    """Read a model from a transformer folder, its weights in the types they have there and mapped onto its files.
+def load_diffusers(folder: Path, interface: Path, overrides: Mapping[str, int | None]) -> Elit:
+    """Read a model from a transformer folder. Weights keep their stored types and are mapped onto the files.
 
     Raises CheckpointError.
     """
     added, metadata = read_safetensors(interface, INTERFACE_FORMAT)
     spec, data = spec_from_metadata(interface, metadata)
-    check_overrides(interface, asked, spec)
+    check_overrides(interface, overrides, spec)
     if spec.backbone != BACKBONE:
         raise CheckpointError(
-            f"{interface}: Read and Write of {spec.backbone}; a {CLASS_NAME} takes those of {BACKBONE}"
+            f"{interface}: holds Read and Write of {spec.backbone}; a {CLASS_NAME} takes those of {BACKBONE}"
         )
     _check_config(folder, interface, spec)
     model = meta_model(spec, data)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_tensors(interface, added, {name: shape for name, shape in shapes.items() if name.startswith(INTERFACE)})
-    theirs = {name: diffusers_name(name, spec) for name in shapes if not name.startswith(INTERFACE)}
+    published_names = {name: diffusers_name(name, spec) for name in shapes if not name.startswith(INTERFACE)}
     base = mapped_tensors(folder)
-    check_tensors(folder, base, {published: shapes[name] for name, published in theirs.items()})
-    weights = {name: own_tensor(published, base.pop(published)) for name, published in theirs.items()}
+    check_tensors(folder, base, {published: shapes[name] for name, published in published_names.items()})
+    weights = {name: own_tensor(published, base.pop(published)) for name, published in published_names.items()}
     model.load_state_dict(weights | added, assign=True)
     return model.eval()
 
 
 def interface_file(interface: str | Path | None, folder: str | Path) -> Path:
-    """The file with Read and Write for a folder; raises CheckpointError if there is none."""
+    """Return the file with Read and Write for a folder; raises CheckpointError if there is none."""
     if interface is None:
         raise CheckpointError(
             f"{folder}: a folder of diffusers holds no Read and Write",
@@ -92,39 +92,39 @@ def interface_file(interface: str | Path | None, folder: str | Path) -> Path:
 
 
 def transformer_folder(folder: Path) -> Path:
-    """The folder itself or, of a pipeline, that of its transformer; raises CheckpointError."""
+    """Return the folder itself or, of a pipeline, the folder of its transformer; raises CheckpointError."""
     remedy = f"give the folder of a {CLASS_NAME}, or of a pipeline with one, as save_pretrained of diffusers writes it"
     return part_folder(folder, PIPELINE_PART, "checkpoint", remedy)
 
 
 def diffusers_files(folder: Path) -> tuple[Path, ...]:
-    """What a transformer folder is read from."""
+    """List the files that a transformer folder is read from."""
     return (folder / CONFIG, *_files(folder))
 
 
 def mapped_tensors(folder: Path) -> Weights:
-    """Every tensor of a transformer folder under its published name, in its stored type, mapped onto its file."""
-    found: Weights = {}
+    """Return all tensors of a transformer folder by published name, in their stored types, mapped onto their files."""
+    weights: Weights = {}
     for file in _files(folder):
         for name, tensor in _tensors(file):
-            if name in found:
+            if name in weights:
                 raise CheckpointError(f"{folder}: {name} is in {file.name} and in another file", "keep one variant")
-            found[name] = tensor
-    return found
+            weights[name] = tensor
+    return weights
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         check_regular(path, what="the weights", error=CheckpointError)
         with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118, as it is no mapping
+            for name in file.keys():  # noqa: SIM118, because it is not a mapping
                 yield name, file.get_tensor(name)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {summary(error)}") from error
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those that the index names or, without one, all there are."""
+    """List the files that the index names or, without one, all safetensors files."""
     if (folder / INDEX).is_file():
         return shards_of(folder / INDEX)
     files = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
@@ -149,22 +149,22 @@ def _check_config(folder: Path, interface: Path, spec: ModelSpec) -> None:
     options = [name for name in OPTIONS if config.get(name)]
     if options:
         raise CheckpointError(f"{folder}: its {CONFIG} sets {', '.join(options)}, which {BACKBONE} does not have")
-    wrong = [
+    mismatches = [
         f"{name} is {config[name]!r}, they need {value!r}"
         for name, value in config_of(spec).items()
         if config[name] != value
     ]
-    if wrong:
+    if mismatches:
         raise CheckpointError(
             f"{folder}: does not fit the Read and Write in {interface}, of width {spec.hidden_size}: "
-            f"{'; '.join(wrong)}",
+            f"{'; '.join(mismatches)}",
             "give the file that was trained with these weights",
         )
 
 
-# What is not done here, among it weights that are packed into fewer bits.
+# Options that are not supported, among them weights packed into fewer bits.
 OPTIONS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope", "quantization_config")
-# What diffusers takes where a config says nothing.
+# The defaults of diffusers for values that a config leaves out.
 DEFAULTS = {
     "patch_size": 2,
     "in_channels": 64,
@@ -178,7 +178,7 @@ DEFAULTS = {
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
-    """What the config of the folder must say."""
+    """Return the values that the folder's config must have."""
     head = spec.hidden_size // spec.num_heads
     return {
         "num_attention_heads": spec.num_heads,
@@ -228,16 +228,16 @@ SCALE_FIRST = "norm_out.linear."
 
 
 def diffusers_name(name: str, spec: ModelSpec) -> str:
-    """The name that an own tensor, but for Read and Write, has in the folder."""
+    """Return the name that a tensor of ours, other than Read and Write, has in the folder."""
     first_block = {"head": 0, "core": spec.head_depth, "tail": spec.head_depth + spec.core_depth}
     block, names = "", AROUND_BLOCKS
     if match := re.match(r"(head|core|tail)\.(\d+)\.", name):
         block, names = f"transformer_blocks.{first_block[match[1]] + int(match[2])}.", IN_BLOCKS
         name = name[match.end() :]
-    own = next(prefix for prefix in names if name.startswith(prefix))
-    return f"{block}{names[own]}{name.removeprefix(own)}"
+    own_prefix = next(prefix for prefix in names if name.startswith(prefix))
+    return f"{block}{names[own_prefix]}{name.removeprefix(own_prefix)}"
 
 
 def own_tensor(published: str, tensor: Tensor) -> Tensor:
-    """As stored, but for the final norm, whose halves are scale and shift there, shift and scale here."""
+    """Return the tensor as stored, but swap scale and shift of the final norm, which stand in the other order here."""
     return torch.cat(tensor.chunk(2)[::-1]) if published.startswith(SCALE_FIRST) else tensor

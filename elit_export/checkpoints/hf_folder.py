@@ -1,6 +1,6 @@
-"""Folders in the layout of Hugging Face's libraries: a part by itself or of a pipeline, an index beside its files.
+"""Folders in the layout of Hugging Face: a part alone or inside a pipeline, and an index of weight files.
 
-Needs no torch.
+This file needs no torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CONFIG = "config.json"
 
 
 def part_folder(folder: Path, part: str, what: str, remedy: str) -> Path:
-    """`folder` itself or its `part`, whichever has a configuration; raises CheckpointError with the remedy."""
+    """Return `folder` or its `part`, whichever has a configuration; raises CheckpointError with the remedy."""
     if not folder.is_dir():
         raise CheckpointError(f"no {what} at {folder}", remedy)
     for path in (folder, folder / part):
@@ -28,17 +28,17 @@ def part_folder(folder: Path, part: str, what: str, remedy: str) -> Path:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """The safetensors files that an index beside them names, in order; raises CheckpointError."""
+    """List the safetensors files that an index beside them names, in order; raises CheckpointError."""
     names = read_json_object(index).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files", "copy the folder again")
-    found = sorted(set(names.values()))
-    for name in found:
+    files = sorted(set(names.values()))
+    for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index}: names {name!r}, no safetensors file of its own folder")
+            raise CheckpointError(f"{index}: names {name!r}, which is not a safetensors file of its own folder")
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent}: lacks {name}, which its index names", "copy the folder again")
-    return [index.parent / name for name in found]
+    return [index.parent / name for name in files]
 
 
 def check_numbers(

@@ -1,6 +1,6 @@
-"""Checkpoints ↔ models: files in the own format, and the one door to all that models are read from.
+"""Checkpoints ↔ models: files in our own format, and the one entry point that reads a model from any format.
 
-Nothing is ever unpickled freely.
+No file is ever unpickled freely.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def load_checkpoint(
     head_depth: int | None = None,
     tail_depth: int | None = None,
 ) -> Elit:
-    """Read a model in float32 from a released `.pt` file, an own `.safetensors` file, `shipped:NAME` or a folder.
+    """Read a model in float32 from a released `.pt` file, our own `.safetensors` file, `shipped:NAME` or a folder.
 
-    A folder is a transformer of diffusers, or a pipeline that has one, and holds neither Read nor Write: `interface`
+    A folder is a transformer of diffusers, or a pipeline with one. It holds neither Read nor Write: `interface`
     is the file with those, as `checkpoints.diffusers.save_interface` writes it; None for files.
-    `num_heads`, `head_depth` and `tail_depth` cannot be told from shapes; None reads them from the file. Weights in
+    `num_heads`, `head_depth` and `tail_depth` do not follow from shapes; None reads them from the file. Weights in
     float32 stay mapped onto it (copy on write): do not write into it while the model lives. Raises CheckpointError.
     """
     return stored_checkpoint(
@@ -67,37 +67,37 @@ def stored_checkpoint(
     head_depth: int | None = None,
     tail_depth: int | None = None,
 ) -> Elit:
-    """As load_checkpoint, with every weight in the type it is stored in, mapped onto its file.
+    """Read a model as load_checkpoint does, with every weight in its stored type, mapped onto its file.
 
-    Such a model takes no memory until weights are read. It is there to be exported and looked at, not to be run.
+    Such a model takes no memory until weights are read. It is meant for export and inspection, not for running.
     """
-    asked = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
+    overrides = {"num_heads": num_heads, "head_depth": head_depth, "tail_depth": tail_depth}
     if Path(path).is_dir():
-        return load_diffusers(transformer_folder(Path(path)), interface_file(interface, path), asked)
+        return load_diffusers(transformer_folder(Path(path)), interface_file(interface, path), overrides)
     file = checkpoint_path(path)
     if interface is not None:
         raise CheckpointError(f"{path}: a file holds its Read and Write", f"leave `interface` {interface} out")
-    return _load_own(file, asked) if file.suffix == ".safetensors" else load_released(file, asked)
+    return _load_own(file, overrides) if file.suffix == ".safetensors" else load_released(file, overrides)
 
 
 def checkpoint_files(path: str | Path, interface: str | Path | None = None) -> tuple[Path, ...]:
-    """All that a model is read from, `interface` last; raises CheckpointError if anything is missing."""
+    """List the files that a model is read from, `interface` last; raises CheckpointError if one is missing."""
     if Path(path).is_dir():
         return (*diffusers_files(transformer_folder(Path(path))), interface_file(interface, path))
     return (checkpoint_path(path),)
 
 
 def checkpoint_sha256(path: str | Path, interface: str | Path | None = None) -> str:
-    """Of a file its own; of a folder that of the names and hashes of its files, with the hash of `interface`."""
+    """Hash a file, or the names and hashes of a folder's files together with the hash of `interface`."""
     *folder, last = checkpoint_files(path, interface)
     if not folder:
         return sha256_of(last)
-    told = [*((file.name, sha256_of(file)) for file in folder), sha256_of(last)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    hashes = [*((file.name, sha256_of(file)) for file in folder), sha256_of(last)]
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The file behind a path or `shipped:NAME`; raises CheckpointError if there is none, or a folder."""
+    """Return the file of a path or of `shipped:NAME`; raises CheckpointError if it does not exist or is a folder."""
     name = str(path)
     if name.startswith(SHIPPED_PREFIX):
         file = Path(str(files("elit_export"))) / "assets" / f"{name.removeprefix(SHIPPED_PREFIX)}.safetensors"
@@ -110,7 +110,7 @@ def checkpoint_path(path: str | Path) -> Path:
     return file
 
 
-# ---------------------------------------------------------------- own format
+# ---------------------------------------------------------------- our own format
 
 
 def save_checkpoint(path: Path, model: Elit, *, dtype: torch.dtype = torch.float32) -> None:
@@ -119,10 +119,10 @@ def save_checkpoint(path: Path, model: Elit, *, dtype: torch.dtype = torch.float
     write_safetensors(path, weights, {"format": FORMAT, **spec_to_metadata(model)})
 
 
-def _load_own(path: Path, asked: Mapping[str, int | None]) -> Elit:
+def _load_own(path: Path, overrides: Mapping[str, int | None]) -> Elit:
     weights, metadata = read_safetensors(path, FORMAT)
     spec, data = spec_from_metadata(path, metadata)
-    check_overrides(path, asked, spec)
+    check_overrides(path, overrides, spec)
     model = meta_model(spec, data)
     check_tensors(path, weights, {name: tuple(value.shape) for name, value in model.state_dict().items()})
     model.load_state_dict(weights, assign=True)

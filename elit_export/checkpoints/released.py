@@ -1,4 +1,4 @@
-"""Released `.pt` files → model: the only place that knows their key names.
+"""Released `.pt` files → model. Only this file knows their key names.
 
 They are read with `weights_only=True` and a few allowed classes, none of which does anything when it is made.
 """
@@ -29,7 +29,7 @@ from elit_export.spec import PIXELS, RELEASED_BACKBONE, SD_VAE, DataFacts, Model
 
 log = logging.getLogger(__name__)
 
-# A released file does not say what its numbers mean; its channels do, mostly.
+# A released file does not say what its numbers mean; the number of channels mostly tells.
 DATA_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 4: SD_VAE}
 UNKNOWN_VAE = DataFacts(kind="vae", vae="unknown")
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # a number from its type and its bytes
@@ -46,8 +46,8 @@ REMEDY = (
 )
 
 
-def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
-    """Read a model from a released `.pt` file; `given` are numbers that shapes do not tell. Raises CheckpointError."""
+def load_released(path: Path, overrides: Mapping[str, int | None]) -> Elit:
+    """Read a model from a released `.pt` file; `overrides` are numbers not in its shapes. Raises CheckpointError."""
     content = _read_pt(path)
     weights = content.get("ema")
     if not isinstance(weights, Mapping) or not all(
@@ -57,7 +57,7 @@ def load_released(path: Path, given: Mapping[str, int | None]) -> Elit:
     check_dense(path, weights)
     weights = _unwrapped(path, weights)
     _drop_projectors(weights)
-    spec = _released_spec(path, weights, _args_of(content), given)
+    spec = _released_spec(path, weights, _args_of(content), overrides)
     _add_missing_latent_positions(weights, spec)
     model = meta_model(spec, DATA_BY_CHANNELS.get(spec.in_channels, UNKNOWN_VAE))
     renamed = _renamed(path, weights, model)
@@ -88,9 +88,9 @@ def _read_pt(path: Path) -> Mapping[str, Any]:
 
 
 def _forbidden(error: UnpicklingError) -> str:
-    """What the file asks for; torch's own message advises to read it unsafely."""
-    if named := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"reading it would build or run {named[1]}"
+    """Say what the file would run; torch's own message advises to read it unsafely."""
+    if match := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"reading it would build or run {match[1]}"
     return "it holds something else"
 
 
@@ -140,7 +140,7 @@ def _add_missing_latent_positions(weights: Weights, spec: ModelSpec) -> None:
 
 @dataclass(frozen=True)
 class _Hidden:
-    """The numbers that shapes do not tell."""
+    """The numbers of a spec that do not follow from shapes."""
 
     num_heads: int
     head_depth: int
@@ -148,11 +148,11 @@ class _Hidden:
 
 
 def _released_spec(
-    path: Path, weights: Mapping[str, Tensor], args: Mapping[str, Any], given: Mapping[str, int | None]
+    path: Path, weights: Mapping[str, Tensor], args: Mapping[str, Any], overrides: Mapping[str, int | None]
 ) -> ModelSpec:
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     _check_telling_shapes(path, shapes)
-    hidden = _hidden_numbers(path, shapes, args, given)
+    hidden = _hidden_numbers(path, shapes, args, overrides)
     try:
         from_shapes = _spec_from_shapes(shapes, hidden)
         if args.get("model") not in RELEASED_NAMES:
@@ -171,7 +171,7 @@ def _released_spec(
 
 
 def _check_telling_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
-    """The tensors that tell the spec must be there, with as many axes as they should have, none empty."""
+    """Raise CheckpointError unless the tensors that determine the spec exist, have the right axes and are not empty."""
     for name, axes in TELLING_AXES.items():
         if name not in shapes:
             raise CheckpointError(f"{path}: missing {name}")
@@ -183,16 +183,16 @@ def _check_telling_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
 
 
 def _hidden_numbers(
-    path: Path, shapes: Mapping[str, Shape], args: Mapping[str, Any], given: Mapping[str, int | None]
+    path: Path, shapes: Mapping[str, Shape], args: Mapping[str, Any], overrides: Mapping[str, int | None]
 ) -> _Hidden:
-    told = _told_by_file(shapes, args)
-    for name, value in given.items():
-        if value is not None and told.get(name, value) != value:
+    numbers = _numbers_of_file(shapes, args)
+    for name, value in overrides.items():
+        if value is not None and numbers.get(name, value) != value:
             raise CheckpointError(
-                f"{path}: {name}={value} was asked for, but the file says {told[name]}", "leave it out"
+                f"{path}: {name}={value} was asked for, but the file says {numbers[name]}", "leave it out"
             )
-    numbers = told | {name: value for name, value in given.items() if value is not None}
-    missing = [name for name in given if name not in numbers]
+    numbers |= {name: value for name, value in overrides.items() if value is not None}
+    missing = [name for name in overrides if name not in numbers]
     if missing:
         untold = {name: numbers.get(name, "N") for name in given if name not in told}
         options = " ".join(f"--{name.replace('_', '-')} {number}" for name, number in untold.items())
@@ -206,17 +206,17 @@ def _hidden_numbers(
     return _Hidden(**numbers)
 
 
-def _told_by_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[str, int]:
-    told: dict[str, int] = {}
+def _numbers_of_file(shapes: Mapping[str, Shape], args: Mapping[str, Any]) -> dict[str, int]:
+    numbers: dict[str, int] = {}
     if isinstance(args.get("encoder_depth"), int):
-        told["head_depth"] = args["encoder_depth"]
+        numbers["head_depth"] = args["encoder_depth"]
     if args.get("model") in RELEASED_NAMES:
         size = args["model"].removeprefix(f"{RELEASED_BACKBONE}-").split("/")[0]
-        _, _, told["num_heads"], told["tail_depth"] = FAMILIES[RELEASED_BACKBONE].sizes[size]
-        told.setdefault("head_depth", RELEASED_HEAD_DEPTH)
+        _, _, numbers["num_heads"], numbers["tail_depth"] = FAMILIES[RELEASED_BACKBONE].sizes[size]
+        numbers.setdefault("head_depth", RELEASED_HEAD_DEPTH)
     elif QK_NORM in shapes:
-        told["num_heads"] = shapes["pos_embed"][2] // shapes[QK_NORM][0]
-    return told
+        numbers["num_heads"] = shapes["pos_embed"][2] // shapes[QK_NORM][0]
+    return numbers
 
 
 def _spec_from_shapes(shapes: Mapping[str, Shape], hidden: _Hidden) -> ModelSpec:
@@ -246,7 +246,7 @@ WRITE = "output_token_editor.adapters.0."
 LATENT_POSITIONS = f"{READ}latent_pos_embed"
 LEARNED_QUERIES = f"{READ}learned_query_embed"
 QK_NORM = "blocks.0.attn.q_norm.weight"
-# Tensors whose shapes tell the spec, and how many axes each has.
+# Tensors whose shapes determine the spec, and how many axes each has.
 TELLING_AXES = {
     "pos_embed": 3,
     "x_embedder.proj.weight": 4,
@@ -272,7 +272,7 @@ RELEASED_PREFIXES = {
 
 
 def released_name(name: str, spec: ModelSpec) -> str:
-    """The name that an own tensor has in a released checkpoint."""
+    """Return the name that a tensor of ours has in a released checkpoint."""
     first_block = {"head": 0, "core": spec.head_depth, "tail": spec.head_depth + spec.core_depth}
     if match := re.match(r"(head|core|tail)\.(\d+)\.", name):
         name = f"blocks.{first_block[match[1]] + int(match[2])}.{name[match.end() :]}"
@@ -284,7 +284,7 @@ def released_name(name: str, spec: ModelSpec) -> str:
 
 
 def _renamed(path: Path, weights: Weights, model: Elit) -> Weights:
-    """Released weights under own names; refuses anything missing, extra or mis-shaped."""
+    """Return released weights under our names; raises CheckpointError for anything missing, extra or mis-shaped."""
     own = model.state_dict()
     own_names = {released_name(name, model.spec): name for name in own}
     table = weights[LATENT_POSITIONS]

@@ -1,6 +1,6 @@
-"""What a folder that diffusers saved says of the VAE in it.
+"""The configuration of a VAE that diffusers saved, read and checked without diffusers.
 
-The configuration is read and checked without diffusers. A class of diffusers is known if it has a row in KINDS.
+A class of diffusers is known if it has a row in KINDS.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from elit_export.spec import DataFacts, DecoderSpec, ModelSpec, VaeSpec, by_chan
 from elit_export.spec.limits import FACTOR, PARTS, VAE_CHANNELS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OF_PIPELINE = "vae"  # where a whole pipeline keeps its VAE
+PIPELINE_PART = "vae"  # where a whole pipeline keeps its VAE
 IMAGE_CHANNELS = (1, 3)
 # Of these each becomes layers; whole numbers of other names are channels, or as small.
 NUMBER_LIMITS = dict.fromkeys(
     ("layers_per_block", "num_res_blocks", "num_encoder_blocks", "num_decoder_blocks", "dim_mult"), PARTS
 )
-LARGEST = sys.float_info.max
-UNKNOWN = ("", "unknown")  # as `DataFacts.vae`, where nobody said what its scale and shift are
-SAME = 1e-6
-Numbers = tuple[float, ...]  # one of each channel
+MAX_FLOAT = sys.float_info.max
+UNKNOWN = ("", "unknown")  # values of `DataFacts.vae` for which scale and shift are not known
+TOLERANCE = 1e-6
+Numbers = tuple[float, ...]  # one for each channel
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class DecoderFolder:
 
     @cached_property
     def sha256(self) -> str:
-        """Of configuration and weights."""
+        """Hash configuration and weights together."""
         hashes = [sha256_of(self.path / name) for name in (CONFIG, WEIGHTS)]
         return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -56,7 +56,7 @@ class DecoderFolder:
         return DecoderSpec(**vars(self.vae), side=side)
 
     def check_fits(self, spec: ModelSpec, data: DataFacts) -> None:
-        """Raise RecipeError if a model makes no latents, or other ones."""
+        """Raise RecipeError if the model makes no latents, or latents that this decoder does not take."""
         if data.kind != "vae":
             raise RecipeError("decoder: this model makes pixels itself", "leave [decoder] out of the recipe")
         if self.vae.channels != spec.in_channels:
@@ -69,13 +69,15 @@ class DecoderFolder:
             self._check_scale(data)
 
     def _check_scale(self, data: DataFacts) -> None:
-        """A decoder would draw wrong pictures of latents in another scale, and nothing else would tell."""
+        """Raise RecipeError for latents in another scale or shift, of which the decoder would draw wrong pictures."""
         scale, shift = data.of_channels(self.vae.channels)
-        for what, own, models in (("scale", self.vae.scale, scale), ("shift", self.vae.shift, shift)):
-            if not all(math.isclose(*pair, rel_tol=SAME, abs_tol=SAME) for pair in zip(own, models, strict=True)):
+        for what, own, model in (("scale", self.vae.scale, scale), ("shift", self.vae.shift, shift)):
+            if not all(
+                math.isclose(*pair, rel_tol=TOLERANCE, abs_tol=TOLERANCE) for pair in zip(own, model, strict=True)
+            ):
                 raise RecipeError(
                     f"decoder: {self.path} has the {what} {by_channel_text(own)}, the latents of this model "
-                    f"({data.vae}) have {by_channel_text(models)}",
+                    f"({data.vae}) have {by_channel_text(model)}",
                     "give the folder of the VAE that the model was "
                     "trained with, or if this is it, set `model.data` to its numbers and save the checkpoint again",
                 )
@@ -83,7 +85,7 @@ class DecoderFolder:
 
 def read_decoder(folder: str | Path) -> DecoderFolder:
     """Read the configuration in `folder`, or in its `vae`; raises CheckpointError."""
-    path = part_folder(Path(folder), OF_PIPELINE, "decoder", "give a folder that diffusers saved (save_pretrained)")
+    path = part_folder(Path(folder), PIPELINE_PART, "decoder", "give a folder that diffusers saved (save_pretrained)")
     config = read_json_object(path / CONFIG)
     check_numbers(path / CONFIG, config, NUMBER_LIMITS, VAE_CHANNELS)
     name = config.get("_class_name")
@@ -131,33 +133,33 @@ class _Config:
     def count(self, name: str) -> int:
         value = self.values[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.wrong(name, "a whole number of at least 1")
+            raise self.error(name, "a whole number of at least 1")
         return value
 
     def number(self, name: str) -> float:
         value = self.values[name]
         if not _is_finite(value):
-            raise self.wrong(name, "a finite number")
+            raise self.error(name, "a finite number")
         return float(value)
 
     def numbers(self, name: str, count: int) -> Numbers:
         value = self.values[name]
         if not isinstance(value, list) or len(value) != count or not all(map(_is_finite, value)):
-            raise self.wrong(name, f"a list of {count} finite numbers, one for each channel")
+            raise self.error(name, f"a list of {count} finite numbers, one for each channel")
         return tuple(map(float, value))
 
     def length(self, name: str) -> int:
         value = self.values[name]
         if not isinstance(value, list) or not value:
-            raise self.wrong(name, "a list")
+            raise self.error(name, "a list")
         return len(value)
 
-    def wrong(self, name: str, wanted: str) -> CheckpointError:
-        return CheckpointError(f"{self.path}: {name} is {self.values[name]!r}, must be {wanted}")
+    def error(self, name: str, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {name} is {self.values[name]!r}, must be {expected}")
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_FLOAT
 
 
 # ---------------------------------------------------------------- classes of diffusers
@@ -165,12 +167,12 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a class of diffusers calls things.
+    """How the configuration of one class of diffusers is read.
 
-    `defaults` are what its constructor takes where a configuration says nothing: files of old versions leave much
-    out. `channels` and `image_channels` are names of values. `factor` is pixels along a latent; `normalisation` gives
-    scale and shift of each of so many channels. Only one that keeps its scale decodes latents as its own encoder
-    makes them. One with frames makes videos, of which a picture is the first frame.
+    `defaults` are those of its constructor: files of old versions leave many values out. `channels` and
+    `image_channels` are names of values. `factor` computes the pixels along a latent; `normalisation` the scale and
+    shift of each channel. `keeps_scale`: it decodes latents in the scale of its own encoder. `has_frames`: it makes
+    videos, and a picture is the first frame.
     """
 
     defaults: Mapping[str, Any]
@@ -183,26 +185,26 @@ class Kind:
 
 
 def _doubled(config: _Config) -> int:
-    """Every stage of the decoder but the last doubles the sides."""
+    """Return the factor of a decoder in which every stage but the last doubles the sides."""
     return 1 << (config.length("block_out_channels") - 1)
 
 
 def _multiplied(config: _Config) -> int:
-    """The same in AutoencoderTiny, whose stages may do more than double them."""
+    """Return the factor of AutoencoderTiny, whose stages multiply the sides by `upsampling_scaling_factor`."""
     stages = config.length("decoder_block_out_channels")
     return int(config.count("upsampling_scaling_factor") ** (stages - 1))
 
 
 def _doubled_frames(config: _Config) -> int:
-    """The same in AutoencoderKLQwenImage, which says of each of those stages whether it lengthens videos too."""
-    stages, told = config.length("dim_mult"), config.values["temperal_downsample"]
-    if not isinstance(told, list) or len(told) != stages - 1:
-        raise config.wrong("temperal_downsample", f"a list of {stages - 1} values: dim_mult has {stages} stages")
+    """Return the factor of AutoencoderKLQwenImage, whose config also says which stages add frames."""
+    stages, adds_frames = config.length("dim_mult"), config.values["temperal_downsample"]
+    if not isinstance(adds_frames, list) or len(adds_frames) != stages - 1:
+        raise config.error("temperal_downsample", f"a list of {stages - 1} values: dim_mult has {stages} stages")
     return 1 << (stages - 1)
 
 
 def _shared(config: _Config, channels: int) -> tuple[Numbers, Numbers]:
-    """One scaling_factor and one shift_factor."""
+    """Read one scaling_factor and one shift_factor for all channels."""
     for key in ("latents_mean", "latents_std"):
         if config.values.get(key) is not None:
             raise CheckpointError(
@@ -219,11 +221,11 @@ def _shared(config: _Config, channels: int) -> tuple[Numbers, Numbers]:
 
 
 def _of_each_channel(config: _Config, channels: int) -> tuple[Numbers, Numbers]:
-    """latents_mean and latents_std: z = latents · std + mean."""
+    """Read latents_mean and latents_std: z = latents · std + mean."""
     deviations = config.numbers("latents_std", channels)
     scale = tuple(1 / deviation if deviation > 0 else 0.0 for deviation in deviations)
-    if not all(0 < number <= LARGEST for number in scale):
-        raise config.wrong("latents_std", "positive numbers; latents are multiplied by them")
+    if not all(0 < number <= MAX_FLOAT for number in scale):
+        raise config.error("latents_std", "positive numbers; latents are multiplied by them")
     return scale, config.numbers("latents_mean", channels)
 
 
@@ -254,7 +256,7 @@ KINDS = {
         image_channels="out_channels",
         factor=_multiplied,
         normalisation=_shared,
-        keeps_scale=False,  # it has none of the VAE that it stands in for: it decodes latents as the model makes them
+        keeps_scale=False,  # it decodes latents in the model's scale, not in that of the VAE it replaces
     ),
     "AutoencoderKLQwenImage": Kind(
         defaults={

@@ -1,6 +1,6 @@
-"""A folder that diffusers saved → the decoder of a VAE.
+"""A VAE folder that diffusers saved → its decoder as a PyTorch module.
 
-diffusers makes the module, and is imported only then; the weights are never unpickled.
+diffusers builds the module and is imported only then. Weights are never unpickled.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from elit_export.checkpoints.vae import WEIGHTS, DecoderFolder
 from elit_export.errors import BackendUnavailable, CheckpointError, summary
 
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
-# What diffusers raises of files that it cannot read or that do not fit, and what of values that no model has.
-OF_FILES = (OSError, RuntimeError, ValueError)
-OF_VALUES = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
+# What diffusers raises for files that it cannot read or that do not fit, and for values that no model has.
+FILE_ERRORS = (OSError, RuntimeError, ValueError)
+VALUE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 
 
 class VaeDecoder(nn.Module):
     """The decoding half of a VAE, in float32: z (B, C, h, w) → pixels in about [−1, 1] (B, 3, h·f, w·f).
 
-    One with frames makes videos (B, 3, T, h·f, w·f); a picture is one of a single frame.
+    A decoder with frames makes videos (B, 3, T, h·f, w·f); a picture is a video of one frame.
     """
 
     def __init__(self, autoencoder: Any, *, has_frames: bool) -> None:
@@ -44,61 +44,63 @@ class VaeDecoder(nn.Module):
 
 
 def check_installed() -> None:
-    """Raise BackendUnavailable if diffusers is not here."""
+    """Raise BackendUnavailable if diffusers is not installed."""
     if find_spec("diffusers") is None:
         raise BackendUnavailable("a [decoder] needs diffusers", "pip install 'elit-export[diffusers]'")
 
 
 def load_decoder(folder: DecoderFolder) -> VaeDecoder:
-    """The module with its weights; raises CheckpointError if they are damaged or not those of the configuration."""
+    """Load the module with its weights; raises CheckpointError if they are damaged or do not fit the configuration."""
     decoder = VaeDecoder(_autoencoder(folder), has_frames=folder.kind.has_frames)
     decoder.float().eval().requires_grad_(requires_grad=False)
-    with _named(folder), torch.inference_mode():
+    with _as_checkpoint_errors(folder), torch.inference_mode():
         pixels = decoder(torch.zeros(1, folder.vae.channels, 2, 2))
-    wanted = (1, folder.vae.image_channels, 2 * folder.vae.factor, 2 * folder.vae.factor)
-    if pixels.shape != wanted:
-        raise CheckpointError(f"{folder.path}: it makes {tuple(pixels.shape)} of 2 × 2 latents, {CONFIG} says {wanted}")
+    expected = (1, folder.vae.image_channels, 2 * folder.vae.factor, 2 * folder.vae.factor)
+    if pixels.shape != expected:
+        raise CheckpointError(
+            f"{folder.path}: it makes {tuple(pixels.shape)} of 2 × 2 latents, {CONFIG} says {expected}"
+        )
     if not pixels.isfinite().all():
         raise CheckpointError(f"{folder.path}: its weights give pixels that are not finite", "copy them again")
     return decoder
 
 
 def _autoencoder(folder: DecoderFolder) -> Any:
-    """The model as diffusers makes it, which also knows older names of weights."""
+    """Load the model by diffusers, which also knows older names of weights."""
     check_installed()
     import diffusers  # seconds
 
-    with _named(folder), _quiet():
-        made, found = getattr(diffusers, folder.class_name).from_pretrained(
+    with _as_checkpoint_errors(folder), _quiet():
+        autoencoder, report = getattr(diffusers, folder.class_name).from_pretrained(
             folder.path,
             local_files_only=True,
             use_safetensors=True,
-            low_cpu_mem_usage=False,  # the other way needs one more library
+            low_cpu_mem_usage=False,  # True needs one more library
             output_loading_info=True,
         )
-    wrong = [f"missing {key}" for key in sorted(found["missing_keys"]) if key.startswith(OWN_KEYS)]
-    wrong += [f"unknown {key}" for key in sorted(found["unexpected_keys"]) if key.startswith(OWN_KEYS)]
-    if wrong:
+    mismatches = [f"missing {key}" for key in sorted(report["missing_keys"]) if key.startswith(OWN_KEYS)]
+    mismatches += [f"unknown {key}" for key in sorted(report["unexpected_keys"]) if key.startswith(OWN_KEYS)]
+    if mismatches:
         raise CheckpointError(
-            f"{folder.path}: {WEIGHTS} does not fit {CONFIG}: {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}",
+            f"{folder.path}: {WEIGHTS} does not fit {CONFIG}: {', '.join(mismatches[:3])}"
+            f"{f' and {len(mismatches) - 3} more' if len(mismatches) > 3 else ''}",
             "copy the folder again",
         )
-    return made
+    return autoencoder
 
 
 @contextmanager
-def _named(folder: DecoderFolder) -> Iterator[None]:
-    """Raise CheckpointError for what diffusers raises of files that it cannot read and of values that no model has."""
+def _as_checkpoint_errors(folder: DecoderFolder) -> Iterator[None]:
+    """Turn what diffusers raises for unreadable files and impossible values into CheckpointError."""
     try:
         yield
-    except OF_FILES as error:
+    except FILE_ERRORS as error:
         raise CheckpointError(
             f"{folder.path}: diffusers cannot read it: {summary(error, lines=2)}", "copy the folder again"
         ) from error
-    except OF_VALUES as error:
+    except VALUE_ERRORS as error:
         raise CheckpointError(
-            f"{folder.path / CONFIG}: diffusers makes no {folder.class_name} of it: {type(error).__name__}: "
+            f"{folder.path / CONFIG}: diffusers cannot make {folder.class_name} of it: {type(error).__name__}: "
             f"{summary(error, lines=2)}",
             "copy the folder again",
         ) from error
@@ -106,7 +108,7 @@ def _named(folder: DecoderFolder) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers tells of missing weights, which are an error here, and of a name in its own configurations."""
+    """Silence diffusers, which logs missing weights (an error here anyway) and a name in its own configurations."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Named tensors in safetensors files, and whether they are those of a model.
+"""Tensors in safetensors files, and whether they fit a model.
 
-Own files say in their metadata what model their tensors belong to.
+The metadata of our own files holds the spec of the model that the tensors belong to.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) -> None:
-    """One file, whole or not at all."""
+    """Write one file, whole or not at all."""
     try:
         with atomic_write(path) as temporary:
             save_file(weights, temporary, metadata)
@@ -37,8 +37,8 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) ->
         raise CheckpointError(f"{path}: cannot be written: {summary(error)}") from error
 
 
-def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
-    """Tensors and metadata; raises CheckpointError if the file is damaged or says another format than `wanted`."""
+def read_safetensors(path: Path, expected_format: str) -> tuple[Weights, dict[str, str]]:
+    """Read tensors and metadata; raises CheckpointError if the file is damaged or has another format."""
     try:
         check_regular(path, what="the weights", error=CheckpointError)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -46,8 +46,10 @@ def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
         weights = load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file: {summary(error)}") from error
-    if metadata.get("format") != wanted:
-        raise CheckpointError(f"{path}: its format is {metadata.get('format')!r}, this version reads {wanted!r}")
+    if metadata.get("format") != expected_format:
+        raise CheckpointError(
+            f"{path}: its format is {metadata.get('format')!r}, this version reads {expected_format!r}"
+        )
     return weights, metadata
 
 
@@ -57,7 +59,7 @@ def read_safetensors(path: Path, wanted: str) -> tuple[Weights, dict[str, str]]:
 def check_tensors(path: Path, weights: Mapping[str, Tensor], expected: Mapping[str, Shape], remedy: str = "") -> None:
     """Raises CheckpointError for anything missing, extra, mis-shaped, not dense, or not of floating-point numbers.
 
-    Numbers of one byte have scales somewhere, which nobody here reads.
+    Numbers of one byte are refused too: they have scales elsewhere, which are not read here.
     """
     check_dense(path, weights)
     problems = [f"missing {name}" for name in expected if name not in weights]
@@ -96,19 +98,19 @@ def meta_model(spec: ModelSpec, data: DataFacts) -> Elit:
     try:
         with torch.device("meta"):
             return new_model(spec, data)
-    except InputError as error:  # a backbone that this version does not know, or cannot be
+    except InputError as error:  # an unknown backbone, or an invalid spec
         raise CheckpointError(str(error)) from error
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what torch can count
-        raise CheckpointError(f"its spec describes no model that can be: {summary(error)}") from error
+        raise CheckpointError(f"its spec does not describe a possible model: {summary(error)}") from error
 
 
 def spec_to_metadata(model: Elit) -> dict[str, str]:
-    """What the metadata of an own file says of a model."""
+    """Return the spec and data facts of a model as metadata of our own files."""
     return {"spec": json.dumps(model.spec.to_dict()), "data": json.dumps(model.data.to_dict())}
 
 
 def spec_from_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[ModelSpec, DataFacts]:
-    """Inverse of spec_to_metadata; raises CheckpointError."""
+    """Read the metadata that spec_to_metadata writes; raises CheckpointError."""
     try:
         spec = ModelSpec.from_dict(parsed_json(metadata["spec"]))
         data = DataFacts.from_dict(parsed_json(metadata["data"]))
@@ -118,9 +120,9 @@ def spec_from_metadata(path: Path, metadata: Mapping[str, str]) -> tuple[ModelSp
     return spec, data
 
 
-def check_overrides(path: Path, asked: Mapping[str, int | None], spec: ModelSpec) -> None:
-    """Raises CheckpointError where a number of the spec, None for any, was asked for and is another."""
-    for name, value in asked.items():
+def check_overrides(path: Path, overrides: Mapping[str, int | None], spec: ModelSpec) -> None:
+    """Raise CheckpointError for an override that is not None and differs from the spec."""
+    for name, value in overrides.items():
         if value is not None and value != getattr(spec, name):
             raise CheckpointError(
                 f"{path}: {name}={value} was asked for, but the file says {getattr(spec, name)}", "leave it out"

@@ -1,6 +1,6 @@
-"""Recipe + target → bundle, in a straight line.
+"""Recipe + target → bundle: checks first, then the stages in order.
 
-Every stage goes through `Store.artifact`, which finds what is fresh.
+Each stage goes through `Store.artifact`, which reuses what is still fresh.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def compile_bundle(
     trust: bool = False,
     progress: Progress = noop,
 ) -> Bundle:
-    """Export, build, verify, and only then make the bundle in `out` real.
+    """Export, build, verify, and only then write the manifest of the bundle in `out`.
 
-    `checkpoint` and `interface` take the places of the recipe's. `samples` is the file of `calibrate samples`, which a
-    target in int8 or fp8 needs. `trust` lets saved programs be used that somebody else built into `out`. What an
-    earlier build made from the same checkpoint, recipe, decoder, samples, libraries, CPU (where plans depend on it) and
-    code stays as it is, and so do plan sets of other targets of the same model. Plans whose device is not here are
-    recorded as never run. `progress` hears each stage that does something and the share done before it, and
-    NOTHING_CHANGED at the end if the manifest stays as it was. Raises the package's errors; a failed or interrupted
-    build leaves an earlier bundle as it was.
+    `checkpoint` and `interface` override those of the recipe. `samples` is the file of `calibrate samples`, which a
+    target in int8 or fp8 needs. `trust` allows saved programs that somebody else built into `out`. Artifacts of an
+    earlier build are reused if checkpoint, recipe, decoder, samples, libraries, code and (where plans depend on it) CPU
+    are the same; plan sets of other targets of the same model stay. Plans whose device is not on this machine are
+    recorded as not run. `progress` is called with each stage that does something and the share done before it, and with
+    NOTHING_CHANGED at the end if the manifest stays the same. Raises the package's errors; a failed or interrupted
+    build leaves an earlier bundle unchanged.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(Path(recipe))
@@ -57,15 +57,15 @@ def compile_bundle(
     if path is None:
         raise RecipeError(f"recipe {recipe.name} names no checkpoint", "give one (--checkpoint FILE)")
     file = Path(samples) if samples else None
-    order = Order(recipe, target, options, str(path), interface or recipe.interface, file, trust=trust)
-    decoder = order.check(Path(out))  # before anything that takes long
+    request = BuildRequest(recipe, target, options, str(path), interface or recipe.interface, file, trust=trust)
+    decoder = request.check(Path(out))  # before anything that takes long
     with writing(Path(out), progress) as store:
-        return _build(store, order, decoder)
+        return _build(store, request, decoder)
 
 
 @dataclass(frozen=True)
-class Order:
-    """What was asked for."""
+class BuildRequest:
+    """The arguments of one build, with the recipe read and its target selected."""
 
     recipe: Recipe
     target: str
@@ -76,7 +76,7 @@ class Order:
     trust: bool
 
     def check(self, out: Path) -> DecoderFolder | None:
-        """Raise what can be known before a checkpoint is read; gives the recipe's decoder, its configuration read."""
+        """Check all that needs no checkpoint; returns the configuration of the recipe's decoder."""
         options = self.options
         BACKENDS[options.backend].builder().check(options)
         if options.precision.quantized and not options.facts.casts_weights:
@@ -98,18 +98,29 @@ class Order:
             raise CalibrationError(f"target {self.target} is {precision.value} and takes no samples", "leave them out")
 
 
-def _build(store: Store, order: Order, folder: DecoderFolder | None) -> Bundle:
+def _build(store: Store, request: BuildRequest, folder: DecoderFolder | None) -> Bundle:
     earlier = store.manifest
-    source = Source(order.checkpoint, order.interface, order.recipe.architecture.model_dump(), store.progress)
-    key = model_key(order.recipe, source.sha256)
-    facts = earlier.model if earlier and earlier.model_key == key else _facts_of(source, order.recipe)
-    profiles = order.recipe.profiles_for(facts.spec)
-    inputs = _inputs_of(order, facts)
-    if inputs:  # before anything is made
+    source = Source(request.checkpoint, request.interface, request.recipe.architecture.model_dump(), store.progress)
+    key = model_key(request.recipe, source.sha256)
+    facts = earlier.model if earlier and earlier.model_key == key else _facts_of(source, request.recipe)
+    profiles = request.recipe.profiles_for(facts.spec)
+    inputs = _inputs_of(request, facts)
+    if inputs:  # before anything is built
         check_covered(inputs, profiles)
-    keys = Keys(order.options, key, inputs.sha256 if inputs else "")
-    job = Job(store, order.target, order.options, source, keys, facts, profiles, inputs, order.inputs_file, order.trust)
-    decoder = make_decoder(job, folder, order.recipe.decoder) if folder and order.recipe.decoder else None
+    keys = Keys(request.options, key, inputs.sha256 if inputs else "")
+    job = Job(
+        store,
+        request.target,
+        request.options,
+        source,
+        keys,
+        facts,
+        profiles,
+        inputs,
+        request.inputs_file,
+        request.trust,
+    )
+    decoder = make_decoder(job, folder, request.recipe.decoder) if folder and request.recipe.decoder else None
     reference = make_reference(job)
     graphs = make_graphs(job, reference)
     if decoder:
@@ -119,7 +130,7 @@ def _build(store: Store, order: Order, folder: DecoderFolder | None) -> Bundle:
     if before and before.without_parity() == plan_set.without_parity():
         plan_set = before
     draft = _manifest(earlier, facts, key, graphs, plan_set)
-    drafted = Bundle(store.folder, draft, trust=order.trust)
+    drafted = Bundle(store.folder, draft, trust=request.trust)
     manifest = _manifest(earlier, facts, key, graphs, verified(job, drafted, plan_set))
     if manifest == earlier:
         store.progress(NOTHING_CHANGED, 1.0)
@@ -132,14 +143,14 @@ def _facts_of(source: Source, recipe: Recipe) -> ModelFacts:
     return ModelFacts(name=recipe.name, spec=model.spec, data=model.data, checkpoint_sha256=source.sha256)
 
 
-def _inputs_of(order: Order, facts: ModelFacts) -> CalibrationInputs | None:
-    """What a quantized target is calibrated on; raises CalibrationError if it is not of this checkpoint."""
-    file = order.inputs_file
+def _inputs_of(request: BuildRequest, facts: ModelFacts) -> CalibrationInputs | None:
+    """Load the calibration inputs of a quantized target; raises CalibrationError if they are of another checkpoint."""
+    file = request.inputs_file
     return load_inputs(file, facts.spec, facts.checkpoint_sha256) if file else None
 
 
 def _same_target(manifest: Manifest | None, plan_set: PlanSet) -> PlanSet | None:
-    """The plan set that another one replaces."""
+    """Return the plan set of an earlier build that the new one replaces."""
     plan_sets = manifest.plan_sets if manifest else ()
     return next((old for old in plan_sets if old.name == plan_set.name), None)
 
@@ -147,7 +158,7 @@ def _same_target(manifest: Manifest | None, plan_set: PlanSet) -> PlanSet | None
 def _manifest(
     earlier: Manifest | None, facts: ModelFacts, key: str, graphs: dict[str, Graph], plan_set: PlanSet
 ) -> Manifest:
-    """The plan set in its place beside those of other targets that were built of the same model."""
+    """Return the manifest with the plan set beside those of other targets that were built from the same model."""
     kept = earlier if earlier and earlier.model == facts else None
     plan_sets = [plan_set if old.name == plan_set.name else old for old in (kept.plan_sets if kept else ())]
     if plan_set not in plan_sets:
@@ -164,11 +175,11 @@ def _manifest(
 
 
 def _still_used(graphs: dict[str, Graph], plan_sets: list[PlanSet]) -> dict[str, Graph]:
-    """Without graphs that no plan is made of any more: quantized ones, each of its own inputs, and the decoder's."""
-    named = {plan_set.graph for plan_set in plan_sets}
+    """Leave out graphs that no plan is built from any more: quantized ones of other inputs, and an unused decoder's."""
+    used = {plan_set.graph for plan_set in plan_sets}
     has_decoder = any(plan_set.decoder for plan_set in plan_sets)
     return {
         name: graph
         for name, graph in graphs.items()
-        if (has_decoder or graph.graph != DECODE) and (not graph.precision.quantized or name in named)
+        if (has_decoder or graph.graph != DECODE) and (not graph.precision.quantized or name in used)
     }

@@ -1,4 +1,4 @@
-"""The stages that a decoder adds to a build: its graph, and what diffusers makes of latents."""
+"""The stages that a decoder adds to a build: its graph, and the reference outputs of diffusers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from elit_export.spec import DECODE, DecoderSpec, Precision, Range
 from elit_export.verify.cases import decoder_rows
 from elit_export.verify.reference import decoder_outputs
 
-SHARE = 0.0  # of a build that is done: a damaged folder is found out before what takes long
+SHARE = 0.0  # of the build that is done then: a damaged folder fails before the long stages
 
 
 @dataclass(frozen=True)
 class BuiltDecoder:
-    """A decoder whose graph and answers are there; its plan is built with those of the model."""
+    """A decoder whose graph and reference outputs exist; its plan is built with those of the model."""
 
     folder: DecoderFolder
     spec: DecoderSpec
@@ -49,7 +49,7 @@ class BuiltDecoder:
 
 @dataclass(frozen=True)
 class _Weights:
-    """A decoder read when something has to be made of it."""
+    """The weights of a decoder, read when a stage needs them."""
 
     folder: DecoderFolder
     progress: Progress
@@ -64,20 +64,20 @@ class _Weights:
 
 
 def make_decoder(job: Job, folder: DecoderFolder, table: DecoderTable) -> BuiltDecoder:
-    """Raises RecipeError if the decoder does not fit the model."""
+    """Make graph and reference outputs of the decoder; raises RecipeError if it does not fit the model."""
     folder.check_fits(job.facts.spec, job.facts.data)
     spec, rows = folder.spec(min(job.facts.spec.input_size, table.tile)), table.rows
     weights = _Weights(folder, job.store.progress)
     graph = _graph(job, weights, spec, rows)
-    return BuiltDecoder(folder, spec, rows, graph, _answers(job, weights, spec, rows))
+    return BuiltDecoder(folder, spec, rows, graph, _reference_outputs(job, weights, spec, rows))
 
 
 def _graph(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> Graph:
     def make(folder: Path) -> Made:
-        written = FORMATS[job.options.facts.input_format.name]
-        path = written.export_decoder(weights.decoder(), spec, rows.max, folder)
+        graph_format = FORMATS[job.options.facts.input_format.name]
+        path = graph_format.export_decoder(weights.decoder(), spec, rows.max, folder)
         origin = Origin(weights.folder.class_name, weights.folder.sha256)
-        written.describe(path, spec.graph, origin, Precision.FP32)
+        graph_format.describe(path, spec.graph, origin, Precision.FP32)
         versions = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
         return Made({"graph": DECODE, "precision": Precision.FP32, "file": path.name, "versions": versions})
 
@@ -87,8 +87,8 @@ def _graph(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> Graph
     return job.store.artifact(Graph, name, key, make, stage=stage, first=weights.decoder, is_program=is_program)
 
 
-def _answers(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> DecoderAnswers:
-    """Which targets share."""
+def _reference_outputs(job: Job, weights: _Weights, spec: DecoderSpec, rows: Range) -> DecoderAnswers:
+    """Make the reference outputs, which all targets share."""
     counts = decoder_rows(rows)
 
     def make(folder: Path) -> Made:

@@ -1,4 +1,4 @@
-"""What the stages of one build share: the checkpoint they read, and the job they do."""
+"""The values that the stages of one build share: the checkpoint, and the job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CHECKPOINT = 0.0  # the share of a build that is done when its checkpoint is rea
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint of a build, read when something has to be made of it."""
+    """The checkpoint of a build, read when a stage needs it."""
 
     path: str
     interface: str | Path | None
@@ -34,7 +34,7 @@ class Source:
         return checkpoint_sha256(self.path, self.interface)
 
     def model(self) -> Elit:
-        """With its weights as stored, read once."""
+        """Return the model with its weights as stored; they are read once."""
         return self._model
 
     @cached_property
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Job:
-    """One build: what it is of, where it goes, and the keys of what it makes."""
+    """One build: its target, model and profiles, the store it writes to, and the keys of its artifacts."""
 
     store: Store
     target: str
@@ -65,5 +65,5 @@ class Job:
 
     @property
     def graph_names(self) -> tuple[str, ...]:
-        """The graphs of the model that the target has plans of."""
+        """The graphs of the model for which the target has plans."""
         return (STEP, *CACHE_GRAPHS, *((FUSED,) if self.options.fused else ()))

@@ -1,4 +1,4 @@
-"""The stages of a build: PyTorch's outputs, graphs, plans, and the comparison of the two."""
+"""The stages of a build: PyTorch's reference outputs, graphs, plans, and the comparison of engines with PyTorch."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ from elit_export.verify.parity import (
 )
 from elit_export.verify.reference import reference_arrays
 
-# Shares of a build that are done when a stage begins.
+# The share of a build that is done when a stage begins.
 REFERENCE, GRAPH, QUANTIZE, PLANS, VERIFY = 0.1, 0.2, 0.4, 0.5, 0.8
-ANY_BUDGET = Range(1, 1, 1)  # of graphs without latents
+ANY_BUDGET = Range(1, 1, 1)  # for graphs without latents
 BEING_BUILT = Parity(status="not run", reason="being built")
 
 
-# ---------------------------------------------------------------- PyTorch's outputs
+# ---------------------------------------------------------------- reference outputs
 
 
 def make_reference(job: Job) -> Reference:
-    """Which targets with the same profiles share."""
+    """Make PyTorch's reference outputs, which all targets with the same profiles share."""
     cases, rows = reference_cases(job.profiles), cache_rows(job.profiles)
     trajectories = reference_trajectories(job.profiles, job.facts.spec)
 
@@ -67,7 +67,7 @@ def make_reference(job: Job) -> Reference:
 
 
 def make_graphs(job: Job, reference: Reference) -> dict[str, Graph]:
-    """Every graph of the target, by the name that the bundle stores it under."""
+    """Make all graphs of the target, by the names under which the bundle stores them."""
     graphs = {}
     for graph in map(job.facts.spec.graph, job.graph_names):
         precision = job.keys.graph_precision(graph)
@@ -81,9 +81,9 @@ def _exported(job: Job, graph: GraphSpec, precision: Precision) -> Graph:
     name = job.keys.stored_name(graph, precision)
 
     def make(folder: Path) -> Made:
-        written = FORMATS[job.options.facts.input_format.name]
-        path = written.export(job.source.model(), graph.name, folder, precision)
-        written.describe(path, graph, job.origin, precision)
+        graph_format = FORMATS[job.options.facts.input_format.name]
+        path = graph_format.export(job.source.model(), graph.name, folder, precision)
+        graph_format.describe(path, graph, job.origin, precision)
         versions = versions_of(GRAPH_LIBRARIES)
         return Made({"graph": graph.name, "precision": precision, "file": path.name, "versions": versions})
 
@@ -93,7 +93,7 @@ def _exported(job: Job, graph: GraphSpec, precision: Precision) -> Graph:
 
 
 def _quantized(job: Job, graph: GraphSpec, exact: Graph, reference: Reference) -> Graph:
-    """A graph in int8 or fp8; raises ParityError if ONNX Runtime, running it, is too far from PyTorch."""
+    """Make a graph in int8 or fp8; raises ParityError if its outputs in ONNX Runtime are too far from PyTorch's."""
     store, precision, key = job.store, job.options.precision, job.keys.quantized(exact, reference)
 
     def make(folder: Path) -> Made:
@@ -101,18 +101,20 @@ def _quantized(job: Job, graph: GraphSpec, exact: Graph, reference: Reference) -
         path = quantized_graph(store.path(exact), folder, precision, job.inputs, job.facts.spec)
         FORMATS[job.options.facts.input_format.name].describe(path, graph, job.origin, precision)
         versions = versions_of((*GRAPH_LIBRARIES, QUANTIZING_LIBRARY))
-        about = {"graph": graph.name, "precision": precision, "file": path.name, "versions": versions}
-        return Made({**about, "sqnr_db": _graph_sqnr_db(job, path, reference)})
+        facts = {"graph": graph.name, "precision": precision, "file": path.name, "versions": versions}
+        return Made({**facts, "sqnr_db": _graph_sqnr_db(job, path, reference)})
 
     stage = Stage(f"quantize graph {graph.name}", QUANTIZE)
-    made = store.artifact(Graph, job.keys.stored_name(graph), key, make, stage=stage)
-    if not job.options.accept_below_tolerance and not met_db(made.sqnr_db, precision):
-        _graph_sqnr_db(job, store.path(made), reference)  # accepted once, by a recipe that no longer does: raises
-    return made
+    quantized = store.artifact(Graph, job.keys.stored_name(graph), key, make, stage=stage)
+    if not job.options.accept_below_tolerance and not met_db(quantized.sqnr_db, precision):
+        _graph_sqnr_db(
+            job, store.path(quantized), reference
+        )  # raises: an earlier recipe accepted it, this one does not
+    return quantized
 
 
 def _graph_sqnr_db(job: Job, graph: Path, reference: Reference) -> float:
-    """The worst over the reference cases."""
+    """Return the SQNR of a graph at the worst of the reference cases."""
     from elit_export.backends.onnxruntime.engine import open_as_written
 
     store, precision = job.store, job.options.precision
@@ -123,7 +125,7 @@ def _graph_sqnr_db(job: Job, graph: Path, reference: Reference) -> float:
 
 
 def _required(job: Job, comparison: Comparison) -> Comparison:
-    """Of a quantized graph; raises ParityError with what to do about a miss."""
+    """Check one comparison of a quantized graph; raises ParityError with the command that helps after a miss."""
     accepted = replace(comparison, accepted=job.options.accept_below_tolerance or "")
     remedy = (
         f"elit-export calibrate sensitivity {job.store.folder} --samples {job.inputs_file} "
@@ -136,22 +138,22 @@ def _required(job: Job, comparison: Comparison) -> Comparison:
 
 
 def make_plan_set(job: Job, graphs: Mapping[str, Graph], reference: Reference, decoder: BuiltDecoder | None) -> PlanSet:
-    """Every plan, of which no profile is verified yet."""
+    """Build all plans; no profile is verified yet."""
     groups = BACKENDS[job.options.backend].builder().group_profiles(job.profiles, job.options)
     step, *others = map(job.facts.spec.graph, job.graph_names)
-    wanted = [(step, group) for group in groups]
-    wanted += [(graph, (_covering(graph, job.profiles),)) for graph in others]
+    requested = [(step, group) for group in groups]
+    requested += [(graph, (_covering(graph, job.profiles),)) for graph in others]
     if decoder:
         graph = decoder.spec.graph
-        wanted.append((graph, (Profile(graph.name, ANY_BUDGET, decoder.rows),)))
-    share = (VERIFY - PLANS) / len(wanted)
+        requested.append((graph, (Profile(graph.name, ANY_BUDGET, decoder.rows),)))
+    share = (VERIFY - PLANS) / len(requested)
     with job.store.staged() as shared:
         plans = [
             _plan(job, graph, graphs[job.keys.stored_name(graph)], group, shared, (PLANS + index * share, share))
-            for index, (graph, group) in enumerate(wanted)
+            for index, (graph, group) in enumerate(requested)
         ]
-    of_groups, of_graphs = plans[: len(groups)], plans[len(groups) :]
-    more = {graph.name: plan for (graph, _), plan in zip(wanted[len(groups) :], of_graphs, strict=True)}
+    group_plans, graph_plans = plans[: len(groups)], plans[len(groups) :]
+    other_plans = {graph.name: plan for (graph, _), plan in zip(requested[len(groups) :], graph_plans, strict=True)}
     return PlanSet(
         target=job.target,
         backend=job.options.backend,
@@ -160,11 +162,11 @@ def make_plan_set(job: Job, graphs: Mapping[str, Graph], reference: Reference, d
         options=job.options.options(),
         graph=job.keys.stored_name(step),
         profiles=tuple(
-            _profile_facts(profile, plan) for group, plan in zip(groups, of_groups, strict=True) for profile in group
+            _profile_facts(profile, plan) for group, plan in zip(groups, group_plans, strict=True) for profile in group
         ),
-        cache={name: more[name] for name in CACHE_GRAPHS},
-        fused=more.get(FUSED),
-        decoder=decoder.facts(more[decoder.spec.graph.name], BEING_BUILT) if decoder else None,
+        cache={name: other_plans[name] for name in CACHE_GRAPHS},
+        fused=other_plans.get(FUSED),
+        decoder=decoder.facts(other_plans[decoder.spec.graph.name], BEING_BUILT) if decoder else None,
         reference=reference,
         samples=job.inputs.facts if job.inputs else None,
         accepted=job.options.accept_below_tolerance,
@@ -183,7 +185,7 @@ def _profile_facts(profile: Profile, plan: Plan) -> ProfileFacts:
 
 
 def _covering(graph: GraphSpec, profiles: Sequence[Profile]) -> Profile:
-    """One profile over all of them, for a graph whose plan serves every budget."""
+    """Return one profile that covers all of them, for a graph whose plan serves all budgets."""
     latents = covering([profile.latents for profile in profiles]) if graph.elastic else ANY_BUDGET
     text = covered_text(profiles) if graph.takes_text else None
     return Profile(graph.name, latents, covering([profile.rows for profile in profiles]), text)
@@ -197,13 +199,15 @@ def _plan(
     shared: Path,
     part: tuple[float, float],
 ) -> Plan:
-    """One plan, built in a folder inside the one that the plans of the set share.
+    """Build one plan in a folder inside the one that the plans of the set share.
 
-    `part` is the share of the build that is done before it, and its own.
+    `part` is (the share of the build that is done before it, its own share).
     """
     quantizes = not graph.exact and job.options.facts.casts_weights and job.options.precision.quantized
     before, share = part
-    names = [profile.name for profile in profiles if profile.name != graph.name]  # as `_covering` names its one
+    names = [
+        profile.name for profile in profiles if profile.name != graph.name
+    ]  # `_covering` names its profile after the graph
     what = f"build {', '.join([graph.name, *names])}"
 
     def make(folder: Path) -> Made:
@@ -234,7 +238,7 @@ def _plan(
 
 
 def verified(job: Job, bundle: Bundle, plan_set: PlanSet) -> PlanSet:
-    """The plan set with what its engines showed, or why they did not run; raises ParityError at the first miss."""
+    """Return the plan set with the parity of its engines, or why they did not run; raises ParityError at a miss."""
     if all(parity.ran for parity in plan_set.parities):
         return plan_set
     names = [facts.name for facts in plan_set.profiles]
@@ -242,10 +246,10 @@ def verified(job: Job, bundle: Bundle, plan_set: PlanSet) -> PlanSet:
         not_run = Parity(status="not run", reason=reason)
         return plan_set.with_parity(dict.fromkeys(names, not_run), not_run)
     job.store.progress("verify", VERIFY)
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     with open_bank(bundle, plan_set) as bank:
         for comparison in compared(bundle, plan_set, bank, load_reference(bundle, plan_set.reference)):
-            found.append(require(comparison))
-            done = len(found) / comparison_count(plan_set)
+            comparisons.append(require(comparison))
+            done = len(comparisons) / comparison_count(plan_set)
             job.store.progress(f"verified {comparison.part}", VERIFY + (1 - VERIFY) * done)
-    return plan_set.with_parity({name: parity_of(name, found) for name in names}, decoder_parity_of(found))
+    return plan_set.with_parity({name: parity_of(name, comparisons) for name in names}, decoder_parity_of(comparisons))

@@ -1,7 +1,7 @@
-"""A user's text encoder → embeddings of prompts.
+"""Prompts → embeddings, by the text encoder in a user's folder.
 
-Only what embeds text is loaded, no vision tower and no head. Weights are never unpickled, no code of the folder runs,
-and nothing is asked of the network. Every prompt runs by itself, so that its embedding does not depend on the others.
+Only the part that embeds text is loaded, without vision tower and head. Weights are never unpickled, no code of the
+folder runs, and the network is not used. Each prompt runs alone, so that its embedding does not depend on the others.
 """
 
 from __future__ import annotations
@@ -30,44 +30,45 @@ ATTENTION = "sdpa"  # PyTorch's own, whatever a configuration names: that may be
 
 
 class Weights(StrEnum):
-    """The numbers an encoder runs in. Of 7 billion bfloat16 ones FLOAT32 takes 28 GB, STORED half of it."""
+    """The type of weights that an encoder runs with: 7 billion take 28 GB in FLOAT32, 14 GB STORED in bfloat16."""
 
     FLOAT32 = "float32"
     STORED = "stored"
 
 
 class Template:
-    """A prompt's tokens as its encoder is fed them; needs no weights."""
+    """A tokenizer with the prompt template of its encoder; needs no weights."""
 
     def __init__(self, folder: EncoderFolder, tokenizer: Any) -> None:
-        """Raises CheckpointError for the tokenizer of another kind of encoder."""
+        """Raise CheckpointError for the tokenizer of another kind of encoder."""
         self.folder = folder
         self._tokenizer = tokenizer
-        known = tokenizer.get_vocab()
-        if missing := [mark for mark in folder.kind.marks if mark not in known]:
+        vocabulary = tokenizer.get_vocab()
+        if missing := [mark for mark in folder.kind.marks if mark not in vocabulary]:
             raise CheckpointError(
                 f"{folder.tokenizer}: has no token {missing[0]}: not the tokenizer of a {folder.kind.class_name}",
                 "copy that of the same pipeline",
             )
-        self.known = max(known.values()) + 1
-        self.dropped = len(self._ids(folder.kind.before))  # tokens, which the model is not told
+        self.vocabulary_size = max(vocabulary.values()) + 1
+        self.dropped = len(self._ids(folder.kind.before))  # tokens at the start, which are not given to the model
 
-    def tokens(self, prompts: Sequence[str], *, longest: int) -> list[list[int]]:
-        """Token numbers of each prompt in its template.
+    def tokens(self, prompts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
+        """Return the token numbers of each prompt in its template.
 
-        Raises InputError for a prompt of more than `longest` tokens, the template's end among them: none is cut.
+        Raises InputError for a prompt of more than `max_tokens`, with the end of the template: none is truncated.
         """
         if isinstance(prompts, str) or not prompts:
             raise InputError(f"prompts must be a list of at least one text, not {prompts!r}")
-        return [self._checked_ids(number, prompt, longest) for number, prompt in enumerate(prompts, 1)]
+        return [self._checked_ids(number, prompt, max_tokens) for number, prompt in enumerate(prompts, 1)]
 
-    def _checked_ids(self, number: int, prompt: str, longest: int) -> list[int]:
+    def _checked_ids(self, number: int, prompt: str, max_tokens: int) -> list[int]:
         _check_text(number, prompt)
         kind = self.folder.kind
         ids = self._ids(f"{kind.before}{prompt}{kind.after}")
-        if (count := len(ids) - self.dropped) > longest:
+        if (count := len(ids) - self.dropped) > max_tokens:
             raise InputError(
-                f"prompt {number} ({prompt[:20]!r}…) is {count} tokens long, {longest} are the most", "shorten it"
+                f"prompt {number} ({prompt[:20]!r}…) is {count} tokens long, at most {max_tokens} are accepted",
+                "shorten it",
             )
         return ids
 
@@ -79,22 +80,22 @@ class TextEncoder:
     """An encoder with its weights, on the CPU."""
 
     def __init__(self, template: Template, model: Any) -> None:
-        """Raises CheckpointError if tokenizer and model are not of one another, or the model does not run."""
+        """Raise CheckpointError if tokenizer and model do not fit each other, or the model does not run."""
         self.template, self.folder = template, template.folder
         self._model = model
-        if template.known > (rows := model.get_input_embeddings().num_embeddings):
+        if template.vocabulary_size > (rows := model.get_input_embeddings().num_embeddings):
             raise CheckpointError(
-                f"{self.folder.tokenizer}: has {template.known} tokens, {self.folder.path} knows {rows}",
+                f"{self.folder.tokenizer}: has {template.vocabulary_size} tokens, {self.folder.path} knows {rows}",
                 "copy both from the same pipeline",
             )
         self._hidden([0])
 
-    def embed(self, prompts: Sequence[str], *, longest: int = MAX_TEXT_TOKENS) -> Embedded:
-        """What a model is told of each prompt: the last hidden states, without those of the template's beginning.
+    def embed(self, prompts: Sequence[str], *, max_tokens: int = MAX_TEXT_TOKENS) -> Embedded:
+        """Return the last hidden states of each prompt, without those of the start of the template.
 
-        Raises InputError as `Template.tokens`.
+        Raises InputError as `Template.tokens` does.
         """
-        return _padded([self._embedded(ids) for ids in self.template.tokens(prompts, longest=longest)])
+        return _padded([self._embedded(ids) for ids in self.template.tokens(prompts, max_tokens=max_tokens)])
 
     def _embedded(self, ids: list[int]) -> Float32:  # (L, W)
         values = self._hidden(ids)[self.template.dropped :]
@@ -108,7 +109,7 @@ class TextEncoder:
     def _hidden(self, ids: list[int]) -> Float32:  # (len(ids), W)
         import torch
 
-        with _told(self.folder.path, "run"), torch.inference_mode():
+        with _as_package_errors(self.folder.path, "run"), torch.inference_mode():
             hidden = self._model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
         values: Float32 = hidden[0].float().numpy()
         return values
@@ -120,44 +121,44 @@ def _check_text(number: int, prompt: object) -> None:
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"prompt {number} is no text in Unicode: {error}", "type it anew") from error
+        raise InputError(f"prompt {number} is not Unicode text: {error}", "re-enter it") from error
 
 
 def _padded(rows: list[Float32]) -> Embedded:
-    """Rows of different lengths below one another, filled with zeros at their ends."""
+    """Stack rows of different lengths, padded with zeros at their ends."""
     lengths = np.array([len(row) for row in rows])
     text = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), np.float32)  # (B, L, W)
-    for place, row in zip(text, rows, strict=True):
-        place[: len(row)] = row
+    for padded_row, row in zip(text, rows, strict=True):
+        padded_row[: len(row)] = row
     return Embedded(text, (np.arange(lengths.max())[None] < lengths[:, None]).astype(np.int64))
 
 
 def prompts_of(
-    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = (), *, longest: int = MAX_TEXT_TOKENS
+    encoder: TextEncoder, prompts: Sequence[str], negatives: Sequence[str] = (), *, max_tokens: int = MAX_TEXT_TOKENS
 ) -> Prompts:
-    """Embed what images are to show and, for guidance, what it leads away from: one text for each or one for all."""
+    """Embed prompts and, for guidance, negative prompts: none, one for all or one for each."""
     _check_numbers(prompts, negatives)
-    positive = encoder.embed(prompts, longest=longest)
+    positive = encoder.embed(prompts, max_tokens=max_tokens)
     if not negatives:
         return Prompts(positive)
-    negative = encoder.embed(negatives, longest=longest)
+    negative = encoder.embed(negatives, max_tokens=max_tokens)
     return Prompts(positive, negative.repeated(len(prompts) // len(negatives)))
 
 
-def embedded_by(
+def embed_prompts(
     folder: str | Path | EncoderFolder,
     prompts: Sequence[str],
     negatives: Sequence[str] = (),
     *,
     weights: Weights = Weights.FLOAT32,
-    longest: int = MAX_TEXT_TOKENS,
+    max_tokens: int = MAX_TEXT_TOKENS,
 ) -> Prompts:
-    """As prompts_of, by an encoder that is loaded once all texts are known to be right: it may take minutes."""
+    """Embed as prompts_of does. The encoder is loaded, which may take minutes, only after all texts were checked."""
     template = load_template(folder)
     _check_numbers(prompts, negatives)
     for texts in (prompts, negatives) if negatives else (prompts,):
-        template.tokens(texts, longest=longest)
-    return prompts_of(load_encoder(template, weights=weights), prompts, negatives, longest=longest)
+        template.tokens(texts, max_tokens=max_tokens)
+    return prompts_of(load_encoder(template, weights=weights), prompts, negatives, max_tokens=max_tokens)
 
 
 def _check_numbers(prompts: Sequence[str], negatives: Sequence[str]) -> None:
@@ -171,7 +172,7 @@ def _check_numbers(prompts: Sequence[str], negatives: Sequence[str]) -> None:
 
 
 def check_installed() -> None:
-    """Raise BackendUnavailable if transformers or torch are not here."""
+    """Raise BackendUnavailable if transformers or torch are not installed."""
     if missing := [name for name in ("transformers", "torch") if find_spec(name) is None]:
         raise BackendUnavailable(
             f"a text encoder needs {missing[0]}",
@@ -181,33 +182,33 @@ def check_installed() -> None:
 
 
 def load_template(folder: str | Path | EncoderFolder) -> Template:
-    """The tokenizer alone; raises CheckpointError if it is damaged or another encoder's."""
-    found = folder if isinstance(folder, EncoderFolder) else read_encoder(folder)
+    """Load the tokenizer alone; raises CheckpointError if it is damaged or belongs to another encoder."""
+    template_folder = folder if isinstance(folder, EncoderFolder) else read_encoder(folder)
     check_installed()
     from transformers import AutoTokenizer  # seconds
 
-    with _quiet(), _told(found.tokenizer, "read"):
-        tokenizer = AutoTokenizer.from_pretrained(found.tokenizer, **OPTIONS)
-    return Template(found, tokenizer)
+    with _quiet(), _as_package_errors(template_folder.tokenizer, "read"):
+        tokenizer = AutoTokenizer.from_pretrained(template_folder.tokenizer, **OPTIONS)
+    return Template(template_folder, tokenizer)
 
 
 def load_encoder(folder: str | Path | Template, *, weights: Weights = Weights.FLOAT32) -> TextEncoder:
-    """The encoder with its weights; raises CheckpointError if they are damaged or not those of the configuration.
+    """Load the encoder with its weights; raises CheckpointError if they are damaged or do not fit the configuration.
 
-    Raises BackendUnavailable where they do not fit into memory.
+    Raises BackendUnavailable if they do not fit into memory.
     """
     template = folder if isinstance(folder, Template) else load_template(folder)
     return TextEncoder(template, _model(template.folder, weights))
 
 
 def _model(folder: EncoderFolder, weights: Weights) -> Any:
-    """The text part as transformers makes it, which also knows older names of weights."""
+    """Load the text part by transformers, which also knows older names of weights."""
     import torch
     import transformers
 
     kind = folder.kind
-    with _quiet(), _told(folder.path, "read"):
-        model, found = getattr(transformers, kind.text_class).from_pretrained(
+    with _quiet(), _as_package_errors(folder.path, "read"):
+        model, report = getattr(transformers, kind.text_class).from_pretrained(
             folder.path,
             config=getattr(transformers, kind.config_class).from_pretrained(folder.path, **OPTIONS).text_config,
             key_mapping=dict(kind.renamed),
@@ -215,16 +216,16 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
             dtype=torch.float32 if weights is Weights.FLOAT32 else "auto",
             output_loading_info=True,
             attn_implementation=ATTENTION,
-            ignore_mismatched_sizes=True,  # told below by name
+            ignore_mismatched_sizes=True,  # reported below by name
             **OPTIONS,
         )
-    wrong = [f"{key} of another shape" for key, *_ in sorted(found["mismatched_keys"])]
-    wrong += [f"missing {key}" for key in sorted(found["missing_keys"])]
-    wrong += [f"unknown {key}" for key in sorted(found["unexpected_keys"]) if not key.startswith(kind.unneeded)]
-    if wrong:
+    mismatches = [f"{key} of another shape" for key, *_ in sorted(report["mismatched_keys"])]
+    mismatches += [f"missing {key}" for key in sorted(report["missing_keys"])]
+    mismatches += [f"unknown {key}" for key in sorted(report["unexpected_keys"]) if not key.startswith(kind.unneeded)]
+    if mismatches:
         raise CheckpointError(
-            f"{folder.path}: its weights do not fit {CONFIG}: {', '.join(wrong[:3])}"
-            f"{f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''}",
+            f"{folder.path}: its weights do not fit {CONFIG}: {', '.join(mismatches[:3])}"
+            f"{f' and {len(mismatches) - 3} more' if len(mismatches) > 3 else ''}",
             "copy the folder again",
         )
     return model.eval().requires_grad_(requires_grad=False)
@@ -232,7 +233,7 @@ def _model(folder: EncoderFolder, weights: Weights) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers tells at length of weights not needed here. One at a time: all of the process share what it says."""
+    """Silence transformers, which logs weights not needed here. The lock is needed: its log level is global."""
     import transformers.utils.logging
 
     logging: Any = transformers.utils.logging
@@ -249,8 +250,8 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _told(path: Path, to: str) -> Iterator[None]:
-    """What transformers raises of a folder is of no one class."""
+def _as_package_errors(path: Path, to: str) -> Iterator[None]:
+    """Turn what transformers raises for a folder, in any class, into errors of this package."""
     try:
         yield
     except Exception as error:
@@ -266,11 +267,13 @@ def _told(path: Path, to: str) -> Iterator[None]:
 
 
 def _is_of_memory(error: BaseException) -> bool:
-    """Of Python, of the system, or of torch, whose allocator on the CPU has no class of its own."""
+    """Return whether memory ran out: in Python, in the system, or in torch, whose CPU allocator raises RuntimeError."""
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM or f"(os error {errno.ENOMEM})" in str(error)  # as safetensors tells it
+        return error.errno == errno.ENOMEM or f"(os error {errno.ENOMEM})" in str(
+            error
+        )  # the form in which safetensors reports it
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

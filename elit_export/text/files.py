@@ -1,7 +1,7 @@
-"""Embeddings of prompts on disk.
+"""Files with the embeddings of prompts.
 
 The file holds `text` (B, L, W) and `mask` (B, L), and for guidance `negative_text` and `negative_mask`: anything that
-embeds text can write one with NumPy. `prompts` and `negative_prompts`, the texts themselves, may lie beside them.
+embeds text can write one with NumPy. It may also hold the texts themselves: `prompts` and `negative_prompts`.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ REMEDY = "write it with elit-export embed FOLDER --prompt TEXT --out FILE.npz, o
 
 
 def save_prompts(path: Path, prompts: Prompts, *, texts: Sequence[str] = (), negatives: Sequence[str] = ()) -> None:
-    """Write embeddings whole or not at all, and the texts that they are of; raises InputError for another suffix."""
+    """Write embeddings and their texts, whole or not at all; raises InputError for a suffix other than .npz."""
     if path.suffix != ".npz":
         raise InputError(f"{path}: embeddings are written as .npz")
     arrays: dict[str, Any] = {"text": prompts.positive.text, "mask": prompts.positive.mask}
     if prompts.negative:
         arrays |= {"negative_text": prompts.negative.text, "negative_mask": prompts.negative.mask}
-    arrays |= {name: np.array(told) for name, told in zip(TEXTS, (texts, negatives), strict=True) if told}
+    arrays |= {name: np.array(lines) for name, lines in zip(TEXTS, (texts, negatives), strict=True) if lines}
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
 def load_prompts(path: Path) -> Prompts:
-    """Read embeddings; raises InputError. Whether they are those of a model, `Prompts.checked` says."""
+    """Read embeddings; raises InputError. `Prompts.checked` then says whether they fit a model."""
     arrays = _read(path)
     has_negative = any(NEGATIVE + name in arrays for name in ("text", "mask"))
     return Prompts(_embedded(path, arrays, ""), _embedded(path, arrays, NEGATIVE) if has_negative else None)

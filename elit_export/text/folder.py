@@ -1,4 +1,4 @@
-"""What the folder of a user's text encoder says of itself."""
+"""The configuration of a text encoder in a user's folder."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ NUMBER_LIMITS = {
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-ENCODER_PART = "text_encoder"  # where a whole pipeline keeps them
+ENCODER_PART = "text_encoder"  # the folder of the encoder in a whole pipeline
 TOKENIZER_PART = "tokenizer"
 REMEDY = f"give a folder with {ENCODER_PART}/ and {TOKENIZER_PART}/, as diffusers saves a pipeline"
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either will do
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these sets
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One class of encoder, and how the pipeline it belongs to feeds it.
+    """One class of encoder, and the prompt template of the pipeline it belongs to.
 
-    `renamed` makes the published names of weights those of the text part; `unneeded` are the others' beginnings.
-    A prompt stands between `before`, whose tokens are left out of what the model is told, and `after`.
+    `renamed` maps the published names of weights to those of the text part; `unneeded` are prefixes of the other
+    weights. A prompt stands between `before`, whose hidden states are not given to the model, and `after`.
     """
 
     class_name: str
@@ -48,7 +48,7 @@ class Kind:
     marks: tuple[str, ...]  # one token each
 
 
-# Of the text-to-image model that it serves, whose pipeline drops the 34 tokens before the prompt by their number.
+# The pipeline of its text-to-image model drops the first 34 tokens, which stand before the prompt.
 QWEN = Kind(
     class_name="Qwen2_5_VLForConditionalGeneration",
     model_type="qwen2_5_vl",
@@ -85,7 +85,7 @@ class EncoderFolder:
 
 
 def read_encoder(folder: str | Path) -> EncoderFolder:
-    """Read a pipeline's folder, that of its encoder, or one with encoder and tokenizer; raises CheckpointError.
+    """Read the folder of a pipeline, of its encoder, or of encoder and tokenizer; raises CheckpointError.
 
     The tokenizer of an encoder lies in the same folder or in `tokenizer` beside it.
     """
@@ -99,22 +99,22 @@ def read_encoder(folder: str | Path) -> EncoderFolder:
 
 
 def _kind(path: Path, config: Mapping[str, Any]) -> Kind:
-    """By `architectures` or, where it is not given, by `model_type`."""
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and len(named) == 1 else named
-    if named is None:
+    """Identify the encoder by `architectures` or, where that is missing, by `model_type`."""
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else architectures
+    if architectures is None:
         name = next((kind.class_name for kind in KINDS.values() if kind.model_type == config.get("model_type")), None)
     if not isinstance(name, str) or name not in KINDS:
-        said = name if named is not None else config.get("model_type")
+        shown = name if architectures is not None else config.get("model_type")
         raise CheckpointError(
-            f"{path}: its class is {said!r}; known: {', '.join(KINDS)}",
+            f"{path}: its class is {shown!r}; known: {', '.join(KINDS)}",
             "for another encoder give its embeddings: elit-export sample BUNDLE --prompts FILE.npz",
         )
     return KINDS[name]
 
 
 def _width(path: Path, config: Mapping[str, Any]) -> int:
-    """Of the text part, which older configurations do not keep apart."""
+    """Return the width of the text part, which older configurations do not keep apart."""
     part = config.get("text_config", config)
     width = part.get("hidden_size") if isinstance(part, dict) else None
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
@@ -142,8 +142,8 @@ def _tokenizer_path(encoder: Path) -> Path:
         if any(all((path / name).is_file() for name in names) for names in TOKENIZER_FILES):
             check_folder(path, what="the tokenizer", error=CheckpointError)
             return path
-    wanted = " or ".join(" and ".join(names) for names in TOKENIZER_FILES)
+    expected = " or ".join(" and ".join(names) for names in TOKENIZER_FILES)
     raise CheckpointError(
-        f"no tokenizer for {encoder}: neither it nor {places[1]} has {wanted}",
+        f"no tokenizer for {encoder}: neither it nor {places[1]} has {expected}",
         f"copy `{TOKENIZER_PART}` of the pipeline beside it",
     )

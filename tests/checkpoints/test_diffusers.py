@@ -309,7 +309,7 @@ def test_a_tensor_in_two_files_is_refused(base: Path, interface: Path) -> None:
 
 def test_damaged_files_are_named(base: Path, interface: Path) -> None:
     (base / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, "b": "../lost.safetensors"}}))
-    refused(base, interface, "no safetensors file of its own folder")
+    refused(base, interface, "which is not a safetensors file of its own folder")
     (base / INDEX).write_text(json.dumps({"weight_map": {"a": WEIGHTS, "b": "lost.safetensors"}}))
     refused(base, interface, "lacks lost.safetensors, which its index names; copy")
     (base / INDEX).write_text("{}")

@@ -307,7 +307,9 @@ def test_a_configuration_of_no_model_is_refused(kl4: Path, change: dict[str, Any
 )
 def test_what_the_constructor_raises_is_told_with_the_file(kl4: Path, change: dict[str, Any], told: str) -> None:
     change_config(kl4, lambda config: config.update(change))
-    with pytest.raises(CheckpointError, match=rf"config\.json: diffusers makes no AutoencoderKL of it: {told}.*copy"):
+    with pytest.raises(
+        CheckpointError, match=rf"config\.json: diffusers cannot make AutoencoderKL of it: {told}.*copy"
+    ):
         load_decoder(read_decoder(kl4))
 
 

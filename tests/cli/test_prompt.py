@@ -150,7 +150,7 @@ def test_sample_takes_weights_as_stored(text_bundle: Path, half: Path, drawing: 
     [
         ([], "--prompt is missing; say what to show"),
         (["--prompt", "x", "--out", "p.png"], "--out p.png: embeddings are written as .npz"),
-        (["--prompt", "@ " * 1024], "tokens long, 1024 are the most; shorten it"),
+        (["--prompt", "@ " * 1024], "tokens long, at most 1024 are accepted; shorten it"),
     ],
 )
 def test_embed_refuses_what_is_wrong(folder: Path, tmp_path: Path, options: list[str], said: str) -> None:
@@ -214,7 +214,7 @@ def test_sample_of_a_text_model_refuses_what_is_wrong(text_bundle: Path, options
 def test_sample_refuses_a_prompt_that_is_too_long_for_the_engines(text_bundle: Path, folder: Path) -> None:
     said = refused("sample", text_bundle, "--prompt", "fox " * 100, "--encoder", folder)
     assert "prompt 1 ('fox fox fox fox fox ')" in said.replace("…", "")
-    assert f"{LIMITS.max} are the most" in said
+    assert f"at most {LIMITS.max} are accepted" in said
 
 
 def test_sample_refuses_the_encoder_of_another_model(text_bundle: Path, tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_sample_refuses_a_long_prompt_before_the_weights_are_read(
 ) -> None:
     monkeypatch.setattr("elit_export.text.encoder._model", None)
     said = refused("sample", text_bundle, "--prompt", "x", "--negative", "fox " * 100, "--encoder", folder, *GUIDED)
-    assert f"{LIMITS.max} are the most" in said
+    assert f"at most {LIMITS.max} are accepted" in said
 
 
 @pytest.mark.parametrize("option", ["--prompt", "--negative", "--encoder", "--prompts", "--encoder-weights"])

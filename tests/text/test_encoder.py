@@ -19,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from elit_export.errors import BackendUnavailable, CheckpointError, InputError
-from elit_export.text.encoder import TextEncoder, Weights, check_installed, embedded_by, load_encoder, prompts_of
+from elit_export.text.encoder import TextEncoder, Weights, check_installed, embed_prompts, load_encoder, prompts_of
 from elit_export.text.folder import CONFIG, INDEX, KINDS, WEIGHTS, read_encoder
 from tests.text.encoders import AFTER, DROPPED, TEMPLATE, WIDTH, by_hand, encoder, save_encoder, tokenizer
 from tests.text_models import text_spec
@@ -204,11 +204,11 @@ def test_reading_the_configuration_needs_neither_torch_nor_transformers(folder: 
 def test_a_text_of_too_many_tokens_is_refused_with_their_number(loaded: TextEncoder) -> None:
     words = "the " * 10
     count = loaded.embed([words]).text.shape[1]
-    assert loaded.embed([words], longest=count).text.shape[1] == count
-    told = rf"prompt 2 \('the the the the the '…\) is {count} tokens long, {count - 1} are the most; shorten it"
+    assert loaded.embed([words], max_tokens=count).text.shape[1] == count
+    told = rf"prompt 2 \('the the the the the '…\) is {count} tokens long, at most {count - 1} are accepted; shorten it"
     with pytest.raises(InputError, match=told):
-        loaded.embed(["", words], longest=count - 1)
-    with pytest.raises(InputError, match=r"is \d{4} tokens long, 1024 are the most; shorten it"):
+        loaded.embed(["", words], max_tokens=count - 1)
+    with pytest.raises(InputError, match=r"is \d{4} tokens long, at most 1024 are accepted; shorten it"):
         prompts_of(loaded, ["x"], ["@ " * 1024])
 
 
@@ -218,7 +218,7 @@ def test_a_text_of_too_many_tokens_is_refused_with_their_number(loaded: TextEnco
         ([], "at least one text"),
         ("a cat", "a list of at least one text, not 'a cat'"),
         (["x", 3], "prompt 2 is 3, must be text"),
-        (["\udcff"], "prompt 1 is no text in Unicode"),
+        (["\udcff"], "prompt 1 is not Unicode text"),
     ],
 )
 def test_what_is_no_text_is_refused(loaded: TextEncoder, prompts: Any, told: str) -> None:
@@ -326,8 +326,14 @@ def test_pickled_weights_are_refused_with_the_reason(copied: Path) -> None:
     ("index", "told"),
     [
         ({"weight_map": {"a": "model-1.safetensors"}}, r"lacks model-1\.safetensors, which its index names; copy"),
-        ({"weight_map": {"a": "../other.safetensors"}}, r"names '\.\./other\.safetensors', no safetensors file of its"),
-        ({"weight_map": {"a": "model-1.bin"}}, r"names 'model-1\.bin', no safetensors file of its own folder"),
+        (
+            {"weight_map": {"a": "../other.safetensors"}},
+            r"names '\.\./other\.safetensors', which is not a safetensors file of its",
+        ),
+        (
+            {"weight_map": {"a": "model-1.bin"}},
+            r"names 'model-1\.bin', which is not a safetensors file of its own folder",
+        ),
         ({}, "has no weight_map"),
     ],
 )
@@ -419,8 +425,8 @@ def test_too_little_memory_is_told_apart_from_damage(
 @pytest.mark.parametrize(
     ("texts", "told"),
     [
-        ((["@ " * 1024], [""]), r"prompt 1 \(.*tokens long, 1024 are the most"),
-        ((["x"], ["@ " * 1024]), r"prompt 1 \(.*tokens long, 1024 are the most"),
+        ((["@ " * 1024], [""]), r"prompt 1 \(.*tokens long, at most 1024 are accepted"),
+        ((["x"], ["@ " * 1024]), r"prompt 1 \(.*tokens long, at most 1024 are accepted"),
         ((["x", "y"], ["a", "b", "c"]), "2 prompts and 3 negative ones"),
         (([], []), "at least one text"),
     ],
@@ -433,7 +439,7 @@ def test_texts_are_checked_before_weights_are_read(
 
     monkeypatch.setattr(transformers.Qwen2_5_VLTextModel, "from_pretrained", fail)
     with pytest.raises(InputError, match=told):
-        embedded_by(folder, *texts)
+        embed_prompts(folder, *texts)
 
 
 def test_a_missing_tokenizer_is_refused(copied: Path) -> None:
