@@ -453,4 +453,4 @@ def test_a_manifest_that_does_not_fit_its_model_is_refused(
 def test_what_judges_classes_says_so(bundle: Bundle) -> None:
     done = CliRunner().invoke(main, ["evaluate", str(bundle.folder)])
     assert done.exit_code == 2
-    assert "works with models of classes only, this one takes text" in " ".join(done.output.split())
+    assert "works with class-conditional models only, this one takes text" in " ".join(done.output.split())

@@ -1,4 +1,4 @@
-"""The engine bank: one call, any covered budget."""
+"""The engine bank: one callable that runs a step at any covered budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Slot:
 
 
 class Served(NamedTuple):
-    """What a call gave, the slot that serves a step of its size, and the tokens of text of a row with its padding."""
+    """The outputs of a call, the slot that serves a step of its size, and the tokens of text a row, with padding."""
 
     outputs: Mapping[str, Array]
     slot: Slot
@@ -36,10 +36,10 @@ class Served(NamedTuple):
 
 
 class EngineBank(ProcessBound):
-    """Engines of one model and precision, chosen by budget. Owns them: close it, or use it in `with`.
+    """Engines of one model and precision, selected by budget. It owns them: close it, or use it in `with`.
 
-    One call at a time: a lock makes a bank safe to share between threads and pipelines. In a child made by fork it
-    refuses calls, and closing it does nothing: the lock may be that of a thread that is not there.
+    It runs one call at a time: a lock makes a bank safe to share between threads and pipelines. After a
+    fork, the child refuses calls, and closing does nothing: a thread that is missing there may hold the lock.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class EngineBank(ProcessBound):
         cache: Mapping[str, Engine] | None = None,
         decoder: Engine | None = None,
     ) -> None:
-        """`cache` are the engines of the graphs that step caching calls, by name; without them nothing is cached.
+        """Take the engines; those in `cache`, by graph name, run the graphs of the step cache, which needs them.
 
         `decoder` makes pixels of VAE latents.
         """
@@ -65,11 +65,11 @@ class EngineBank(ProcessBound):
         self._closed = False
 
     def slot_for(self, budget: Budget, rows: int, text: int = 0) -> Slot:
-        """The slot that serves a call of so many rows and tokens of text; raises InputError if none does."""
+        """Return the slot that serves a call of so many rows and tokens of text; raises InputError if none does."""
         return self._by_profile[self.coverage.profile_for(budget, rows, text)]
 
     def __call__(self, budget: Budget, inputs: Mapping[str, Array]) -> Served:
-        """Run one step at `budget`; `inputs` are the step's without `latents`, with text of any length up to the most.
+        """Run one step at `budget`; `inputs` are those of `step` without `latents`, with text of any accepted length.
 
         Raises EngineError if the velocity is not finite, naming profile and precision.
         """
@@ -80,7 +80,7 @@ class EngineBank(ProcessBound):
         return Served(outputs, slot, text)
 
     def _slot_of(self, budget: Budget, inputs: Mapping[str, Array]) -> tuple[Slot, int]:
-        """The slot that serves a step, and the tokens of text that it is given with its padding."""
+        """Return the slot that serves a step, and the tokens of text that it gets, with padding."""
         rows, text = sizes_of(inputs)
         slot = self.slot_for(budget, rows, text)
         return slot, slot.profile.tokens(text)
@@ -88,31 +88,31 @@ class EngineBank(ProcessBound):
     # the graphs of the step cache, which a bank may lack (`cache`)
 
     def probe(self, inputs: Mapping[str, Array], signal_prev: Array) -> Mapping[str, Array]:
-        """The `signal` of a step, and its `distance` from that of the step before."""
+        """Return the `signal` of a step, and its `distance` from that of the step before."""
         return self._run(self.cache["probe"], {**without_text(inputs), "signal_prev": signal_prev})
 
     def reuse(
         self, budget: Budget, inputs: Mapping[str, Array], residual: Array, residual_prev: Array, weight: float
     ) -> Served:
-        """The velocity of a step at `budget`, its blocks replaced by residual + weight · (residual − residual_prev).
+        """Return the velocity of a step whose blocks are replaced by residual + weight · (residual − residual_prev).
 
         Raises EngineError as a step does.
         """
         slot, text = self._slot_of(budget, inputs)
         forecast = np.full(len(to_host(inputs["x"])), weight, np.float32)
-        older = {"residual": residual, "residual_prev": residual_prev, "forecast": forecast}
-        outputs = self._run(self.cache["reuse"], {**without_text(inputs), **older})
+        residuals = {"residual": residual, "residual_prev": residual_prev, "forecast": forecast}
+        outputs = self._run(self.cache["reuse"], {**without_text(inputs), **residuals})
         _check_finite(outputs, "the graph `reuse`")
         return Served(outputs, slot, text)
 
     def time_embeddings(self, times: Float64, rows: int) -> HostArray:
-        """The embedding of each time (len(times), D), so many rows a call."""
+        """Return the embedding of each time (len(times), D), computed in calls of so many rows."""
         padded = np.pad(times.astype(np.float32), (0, -len(times) % rows), mode="edge").reshape(-1, rows)
-        found = [to_host(self._run(self.cache["time"], {"t": part})["embedding"]) for part in padded]
-        return np.concatenate(found)[: len(times)]
+        embeddings = [to_host(self._run(self.cache["time"], {"t": part})["embedding"]) for part in padded]
+        return np.concatenate(embeddings)[: len(times)]
 
     def decode(self, z: Float32) -> Float32:
-        """The pixels that the decoder makes of its input; raises EngineError as a step does."""
+        """Return the pixels that the decoder makes of its input; raises EngineError as a step does."""
         assert self.decoder
         outputs = self._run(self.decoder, {"z": z})
         _check_finite(outputs, f"the graph `{DECODE}`", "pixels")
@@ -135,7 +135,7 @@ class EngineBank(ProcessBound):
             self._closed = True
             engines = [*(slot.engine for slot in self.slots), *self.cache.values()]
             engines += [self.decoder] if self.decoder else []
-            with ExitStack() as stack:  # all of them, whatever fails
+            with ExitStack() as stack:  # all of them, even if one fails
                 for engine in {id(engine): engine for engine in engines}.values():
                     stack.callback(engine.close)
 
@@ -147,16 +147,16 @@ class EngineBank(ProcessBound):
 
 
 def sizes_of(inputs: Mapping[str, Array]) -> tuple[int, int]:
-    """Rows, and tokens of text."""
+    """Return the rows and the tokens of text of a call."""
     return len(to_host(inputs["x"])), to_host(inputs[TEXT]).shape[1] if TEXT in inputs else 0
 
 
 def without_text(inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """For graphs that run no block, which is where text goes."""
+    """Return the inputs of graphs that run no block: only blocks take text."""
     return {name: array for name, array in inputs.items() if name not in (TEXT, TEXT_MASK)}
 
 
 def _check_finite(outputs: Mapping[str, Array], who: str, what: str = "velocity") -> None:
     if not np.isfinite(to_host(outputs[what])).all():
-        told = {"velocity": "a velocity that is", "pixels": "pixels that are"}[what]
-        raise EngineError(f"{who} gave {told} not finite")
+        phrase = {"velocity": "a velocity that is", "pixels": "pixels that are"}[what]
+        raise EngineError(f"{who} gave {phrase} not finite")

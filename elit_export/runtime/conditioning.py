@@ -1,4 +1,4 @@
-"""What images are to show: labels in models of classes, prompts in models with text."""
+"""The conditioning of a sampling: labels in class-conditional models, prompts in models with text."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from elit_export.spec.limits import IMAGES
 
 
 class Conditioning(Protocol):
-    """What each of B images shows, and its unconditional branch: no class, or a negative prompt."""
+    """The condition of each of B images, and of its unconditional branch: no class, or a negative prompt."""
 
     def __len__(self) -> int:
         """Say how many images there are."""
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """The labels of a model of classes; prompts have none."""
+        """The labels of a class-conditional model; empty for prompts."""
 
     @property
     def tokens(self) -> int:
-        """How long the longest prompt is, in tokens; 0 for labels."""
+        """The length of the longest prompt in tokens; 0 for labels."""
 
     @property
     def null_tokens(self) -> int:
-        """How long the longest negative prompt is; 0 for labels."""
+        """The length of the longest negative prompt; 0 for labels."""
 
     def at(self, images: Int64) -> Self:
-        """Take these images, by their numbers; one may come several times."""
+        """Select images by number; one may be selected several times."""
 
     def repeated(self, times: int) -> Self:
-        """Show each image so many times in a row."""
+        """Repeat each image so many times in a row."""
 
     def inputs(self, spec: ModelSpec) -> Arrays:
         """Give the inputs of an engine, by name, a row for each image."""
@@ -48,11 +48,11 @@ class Conditioning(Protocol):
 
     @classmethod
     def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Self:
-        """Make something else for each number, the same for the same number; `text` bounds the tokens of prompts."""
+        """Make a condition that depends on each number alone; `text` bounds the tokens of prompts."""
 
     @classmethod
     def random(cls, spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Self:
-        """Make anything that the model takes, with so many tokens of text."""
+        """Draw random conditions that the model accepts, with so many tokens of text."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Labels:
 
     @classmethod
     def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Labels:
-        """Go round the classes."""
+        """Take the classes in turn."""
         return cls(tuple(number % spec.num_classes for number in numbers))
 
     @classmethod
@@ -93,37 +93,37 @@ class Labels:
         return cls(tuple(generator.integers(0, spec.null_class + 1, rows).tolist()))
 
 
-LabelsLike = Sequence[int | str] | Labels | Prompts  # what a person gives; text is the name of a class
+LabelsLike = Sequence[int | str] | Labels | Prompts  # what callers give; a str is the name of a class
 
 
 def kind_of(spec: ModelSpec) -> type[Labels] | type[Prompts]:
-    """The conditioning that a model takes."""
+    """Return the class of conditioning that a model takes."""
     return Prompts if spec.takes_text else Labels
 
 
-def as_conditioning(given: LabelsLike, spec: ModelSpec, data: DataFacts) -> Conditioning:
-    """Labels, class names or prompts as the model takes them; raises InputError."""
+def as_conditioning(labels: LabelsLike, spec: ModelSpec, data: DataFacts) -> Conditioning:
+    """Turn labels, class names or prompts into the conditioning that the model takes; raises InputError."""
     if kind_of(spec) is Prompts:
-        if not isinstance(given, Prompts):
-            raise InputError(f"this model takes prompts, not {given!r}", "give Prompts, embedded by a text encoder")
-        return given.checked(spec)
-    if isinstance(given, Prompts):
+        if not isinstance(labels, Prompts):
+            raise InputError(f"this model takes prompts, not {labels!r}", "give Prompts, embedded by a text encoder")
+        return labels.checked(spec)
+    if isinstance(labels, Prompts):
         raise InputError(f"this model takes labels 0 to {spec.null_class}, not prompts")
-    return Labels(_checked_labels(given.labels if isinstance(given, Labels) else given, spec, data))
+    return Labels(_checked_labels(labels.labels if isinstance(labels, Labels) else labels, spec, data))
 
 
-def _checked_labels(given: Sequence[int | str], spec: ModelSpec, data: DataFacts) -> tuple[int, ...]:
-    refuse_masked(given, "labels")
-    if hasattr(given, "__len__"):
-        IMAGES.check(len(given), "the number of labels")
-    if isinstance(given, list | tuple):
-        given = [label_named(label, data) if isinstance(label, str) else label for label in given]
+def _checked_labels(labels: Sequence[int | str], spec: ModelSpec, data: DataFacts) -> tuple[int, ...]:
+    refuse_masked(labels, "labels")
+    if hasattr(labels, "__len__"):
+        IMAGES.check(len(labels), "the number of labels")
+    if isinstance(labels, list | tuple):
+        labels = [label_named(label, data) if isinstance(label, str) else label for label in labels]
     try:
-        y = np.asarray(given)
+        y = np.asarray(labels)
     except ValueError:  # lists of different lengths
         y = np.empty(0)
     if y.ndim != 1 or not len(y) or not np.issubdtype(y.dtype, np.integer):
-        raise InputError(f"labels must be a list of at least one whole number or class name, not {given!r}")
+        raise InputError(f"labels must be a list of at least one whole number or class name, not {labels!r}")
     if y.min() < 0 or y.max() > spec.null_class:
         wrong = next(label for label in y if not 0 <= label <= spec.null_class)
         raise InputError(
@@ -133,16 +133,16 @@ def _checked_labels(given: Sequence[int | str], spec: ModelSpec, data: DataFacts
 
 
 def numbered(spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Labels | Prompts:
-    """What samplings that compare or measure show: random prompts serve as real ones would, engines multiply both."""
+    """Return conditions for samplings that measure; engines take the same time on random prompts as on real ones."""
     return kind_of(spec).numbered(spec, numbers, text)
 
 
 def random_rows(spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Arrays:
-    """Conditioning for so many rows of an engine, with so many tokens of text."""
+    """Return random conditioning for so many rows of an engine, with so many tokens of text."""
     return kind_of(spec).random(spec, rows, tokens, generator).inputs(spec)
 
 
 def require_classes(spec: ModelSpec, what: str) -> None:
-    """Raise InputError for a model with text, which something is not made for."""
+    """Raise InputError for a model with text; `what` is the function that does not support it."""
     if kind_of(spec) is not Labels:
-        raise InputError(f"{what} works with models of classes only, this one takes text")
+        raise InputError(f"{what} works with class-conditional models only, this one takes text")

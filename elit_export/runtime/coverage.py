@@ -1,4 +1,4 @@
-"""Which profile serves a call, and which step caches can run: asked of the manifest alone, before engines are open."""
+"""Which profile serves a call, and which step caches can run: read from the manifest, before engines are open."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class CallSize(NamedTuple):
 class Coverage:
     """The profiles of a plan set, the budgets that the model can run, and the graphs of the step cache.
 
-    `fits` are what a calibrated rule of the step cache decides by; without them `uncalibrated` says why, and how to
-    get some.
+    A calibrated rule of the step cache decides by `fits`; without them `uncalibrated` says why, and how to
+    make them.
     """
 
     profiles: tuple[Profile, ...]
@@ -38,7 +38,7 @@ class Coverage:
     uncalibrated: str = UNCALIBRATED
 
     @cached_property
-    def _known(self) -> frozenset[Budget]:  # asked at every call
+    def _known(self) -> frozenset[Budget]:  # used at each call
         return frozenset(self.budgets)
 
     @property
@@ -47,21 +47,21 @@ class Coverage:
 
     @property
     def text(self) -> Range | None:
-        """The tokens of text that the engines take; None in models without."""
+        """The range of text tokens that the engines accept; None in models without text."""
         return self.profiles[0].text
 
     @property
     def tokens(self) -> int:
-        """The usual length of text; 0 in models without."""
+        """The usual length of text; 0 in models without text."""
         return self.text.opt if self.text else 0
 
     @property
     def longest_text(self) -> int:
-        """The most tokens that any engine takes; 0 in models without text."""
+        """The maximum of tokens that any engine accepts; 0 in models without text."""
         return max((profile.text.max for profile in self.profiles if profile.text), default=0)
 
     def serving(self, budget: Budget) -> list[Profile]:
-        """The profiles that run a budget; raises InputError for one that the model cannot run."""
+        """List the profiles that run a budget; raises InputError for one that the model cannot run."""
         if budget not in self._known:
             raise InputError(f"this model cannot run budget {budget}; it runs {listed(self.budgets)}")
         return [profile for profile in self.profiles if budget.kept in profile.latents]
@@ -98,9 +98,9 @@ class Coverage:
         return min(fitting, key=lambda profile: (profile.tokens(text), abs(profile.latents.opt - budget.kept)))
 
     def fits_for(self, rule: Rule) -> Mapping[Budget, Fit] | None:
-        """What a rule of the step cache decides by; None where it measures nothing.
+        """Return the fits by which a rule of the step cache decides; None if it measures nothing.
 
-        Raises InputError where the plan set lacks a graph that it calls, CalibrationError naming the command that
+        Raises InputError if the plan set lacks a graph that it calls, CalibrationError naming the command that
         makes the fits.
         """
         if missing := sorted(rule.needs - self.graphs):

@@ -1,8 +1,9 @@
-"""Guidance: which branches an evaluation has, which of them share an engine call, and how they combine.
+"""Guidance: which branches an evaluation has, which of them share an engine call, and how they are combined.
 
     v = v_weak + scale · (v_strong − v_weak), where scale > 1 and low ≤ t ≤ high
 
-With `norm`, v of each token then gets the length that v_strong has there, as large text-to-image models are sampled.
+With `norm`, v of each token is then scaled to the length that v_strong has there, as is usual for large text-to-image
+models.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from elit_export.spec import Budget, ModelSpec
 
 
 class Kind(StrEnum):
-    """What the weak branch is: nothing, no class, no class at a lower budget, same class at a lower budget."""
+    """The kind of weak branch: none, no class, no class at a lower budget, same class at a lower budget."""
 
     NONE = "none"
     CFG = "cfg"
@@ -36,7 +37,7 @@ STRONG, WEAK = "strong", "weak"  # roles
 
 @dataclass(frozen=True)
 class Branch:
-    """One velocity of an evaluation; `role` tells it from the others."""
+    """One velocity of an evaluation, identified by its `role`."""
 
     role: str
     budget: Budget
@@ -47,7 +48,7 @@ class Branch:
 class Guidance:
     """A rule for the weak branch. `weak` is the budget of ccfg and autoguidance, None for the others.
 
-    `norm`: what is combined keeps, token by token, the length of the strong branch's velocity.
+    `norm`: the combined velocity keeps, token by token, the length of the strong branch's velocity.
     """
 
     kind: Kind = Kind.NONE
@@ -95,24 +96,24 @@ class Guidance:
         return self.weak is None
 
     def with_weak(self, budget: Budget) -> Guidance:
-        """The same with the weak branch, which has no class, at a budget of its own."""
+        """Return the same guidance with a weak branch without class at another budget."""
         return replace(self, kind=Kind.CCFG, weak=budget)
 
     def active(self, t: float) -> bool:
         return self.guides and self.scale > 1 and self.low <= t <= self.high
 
     def branches(self, budget: Budget, t: float) -> tuple[Branch, ...]:
-        """The strong branch, and the weak one where guidance is active at t."""
+        """Return the strong branch, and the weak one if guidance is active at t."""
         strong = Branch(STRONG, budget, null_class=False)
         weak = Branch(WEAK, self.weak or budget, null_class=self.kind is not Kind.AUTOGUIDANCE)
         return (strong, weak) if self.active(t) else (strong,)
 
     def shares_batch(self, one: Branch, other: Branch) -> bool:
-        """Whether one engine call serves both branches: all rows of a call keep the same K."""
+        """Return whether one engine call serves both branches: all rows of a call keep the same K."""
         return one.budget == other.budget
 
     def batches(self, budget: Budget, t: float) -> list[tuple[Branch, ...]]:
-        """The branches of each engine call; calls and branches in the order of `branches`."""
+        """Return the branches of each engine call; calls and branches are in the order of `branches`."""
         batches: list[tuple[Branch, ...]] = []
         waiting = self.branches(budget, t)
         while waiting:
@@ -121,13 +122,13 @@ class Guidance:
         return batches
 
     def rows_per_image(self, budget: Budget) -> int:
-        """The most rows of one engine call that an image takes in a step at `budget`."""
+        """Return the maximum of rows that an image takes in one engine call of a step at `budget`."""
         return max(len(batch) for batch in self.batches(budget, self.low))
 
     def combine(self, velocities: Sequence[HostArray], *, patch: int) -> Float64:  # of (B, C, H, W) float32
-        """The guided velocity from those of `branches`, in their order.
+        """Combine the velocities of `branches`, in their order, into the guided velocity.
 
-        A token is a square of `patch` × `patch` places in all channels.
+        A token is a square of `patch` × `patch` pixels in all channels.
         """
         if len(velocities) == 1:
             return velocities[0].astype(np.float64)
@@ -136,7 +137,7 @@ class Guidance:
         velocity *= self.scale
         velocity += weak
         if self.norm:
-            before, after = (_lengths(each, patch) for each in (strong, velocity))
+            before, after = (_lengths(v, patch) for v in (strong, velocity))
             velocity *= np.divide(before, after, out=np.zeros_like(after), where=after > 0)
         return velocity
 
@@ -149,7 +150,7 @@ class Guidance:
 
 
 def _lengths(velocity: npt.NDArray[Any], patch: int) -> Float64:
-    """The length of each token's vector, repeated over its places: (B, 1, H, W)."""
+    """Return the length of each token's vector, repeated over its pixels: (B, 1, H, W)."""
     squares = np.square(velocity, dtype=np.float64).sum(axis=1)  # (B, H, W)
     rows, height, width = squares.shape
     tokens = squares.reshape(rows, height // patch, patch, width // patch, patch).sum(axis=(2, 4))

@@ -13,20 +13,20 @@ from elit_export.arrays import Float64, Pixels
 from elit_export.errors import InputError
 from elit_export.spec import DataFacts, by_channel_text
 
-LARGE_PIXELS = 128  # pictures of so many a side are not made larger
+LARGE_PIXELS = 128  # pictures with sides of this length or more are not enlarged
 DECODER_REMEDY = "name its folder in the recipe ([decoder] folder = …) and build again"
 
 
 def to_images(samples: Float64, data: DataFacts) -> Pixels:  # (B, C, H, W) → (B, H, W, C)
-    """Pixels of a pixel model; raises InputError for latents of a VAE."""
+    """Convert the samples of a pixel model to bytes; raises InputError for latents of a VAE."""
     if data.kind != "pixels":
         raise InputError(
-            f"these samples are latents of a VAE ({data.vae or 'unknown'}), of which a decoder makes pictures: where "
-            f"the bundle has one, pipeline.decode(sample.latents); where it has none, {DECODER_REMEDY}, or save them "
+            f"these samples are latents of a VAE ({data.vae or 'unknown'}), which a decoder turns into pictures: if "
+            f"the bundle has one, pipeline.decode(sample.latents); if it has none, {DECODER_REMEDY}, or save them "
             f"as .npz and feed a decoder with latents / {by_channel_text(data.scale)} + {by_channel_text(data.shift)}"
         )
     if samples.shape[1] not in (1, 3):
-        raise InputError(f"samples of {samples.shape[1]} channels are no pictures", "save them as .npz")
+        raise InputError(f"samples of {samples.shape[1]} channels are not pictures", "save them as .npz")
     return to_bytes(samples, low=data.low, high=data.high)
 
 
@@ -36,12 +36,12 @@ def to_bytes(values: npt.NDArray[Any], *, low: float, high: float) -> Pixels:  #
 
 
 def zoom_of(images: Pixels, small: int) -> int:
-    """`small` for small pictures, 1 for large ones."""
+    """Return `small` for small pictures, 1 for large ones."""
     return small if images.shape[1] < LARGE_PIXELS else 1
 
 
 def grid(rows: Sequence[Pixels], *, gap: int = 2, zoom: int = 1) -> Image.Image:
-    """One picture with a row for each (B, H, W, C) batch."""
+    """Draw one picture with a row for each (B, H, W, C) batch."""
     height, width, channels = rows[0].shape[1:]
     columns = max(len(row) for row in rows)
     sheet = np.full((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)

@@ -9,7 +9,7 @@ from elit_export.errors import InputError
 
 
 class SeededNoise:
-    """Streams of standard normal numbers, one per sample: first the start noise, then SDE noise in order."""
+    """Streams of standard normal numbers, one per sample: first the start noise, then the noise of each step."""
 
     def __init__(self, seed: int, samples: int, shape: tuple[int, ...], *, first: int = 0) -> None:
         """`first` is the number of the first sample."""
@@ -20,11 +20,11 @@ class SeededNoise:
         self._shape = shape
 
     def __call__(self) -> Float64:
-        """The next noise of every sample, (B, C, H, W)."""
+        """Return the next noise of all samples, (B, C, H, W)."""
         return np.stack([stream.standard_normal(self._shape) for stream in self._streams])
 
 
 def check_seed(seed: int) -> None:
-    """Raise InputError for one that noise cannot be made of."""
+    """Raise InputError for a seed out of range."""
     if not 0 <= seed < 1 << 64:
         raise InputError(f"seed {seed} must lie in 0 to 2**64 - 1")

@@ -1,4 +1,4 @@
-"""From a bundle's plans to engines."""
+"""The plans of a bundle → engines."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CACHE = "cache/"  # before the names of the cache's engines, which no profile ca
 
 
 def select_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> PlanSet:
-    """The one plan set that fits what was asked for, or of several the one that can run on this machine.
+    """Return the plan set of a target and precision or, if several fit, the only one that can run on this machine.
 
-    Raises InputError listing all if none or several are left, with the reason for each that cannot run.
+    Raises InputError listing all if none or several remain, with the reason for each that cannot run.
     """
     fitting = matching(plan_sets, target, precision)
     if len(fitting) == 1:
@@ -35,10 +35,10 @@ def select_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precisio
             f"no plan set for target={target!r} precision={precision!r}; this bundle has {described(plan_sets)}"
         )
     reasons = [incompatibility(plan_set) for plan_set in fitting]
-    able = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
-    if len(able) == 1:
-        return able[0]
-    problem = f"several plan sets fit, choose one: {described(able)}" if able else "no plan set can run here"
+    runnable = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
+    if len(runnable) == 1:
+        return runnable[0]
+    problem = f"several plan sets fit, choose one: {described(runnable)}" if runnable else "no plan set can run here"
     refused = [
         f"target {plan_set.target} cannot run here: {reason}"
         for plan_set, reason in zip(fitting, reasons, strict=True)
@@ -48,7 +48,7 @@ def select_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precisio
 
 
 def matching(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str | None) -> list[PlanSet]:
-    """Those of a target and a precision; None is any."""
+    """List the plan sets of a target and a precision; None means any."""
     return [
         plan_set
         for plan_set in plan_sets
@@ -57,7 +57,7 @@ def matching(plan_sets: tuple[PlanSet, ...], target: str | None, precision: str 
 
 
 def incompatibility(plan_set: PlanSet) -> str:
-    """Why a plan set cannot run on this machine; empty if it can."""
+    """Say why a plan set cannot run on this machine; empty if it can."""
     try:
         return _backend_of(plan_set).loader().incompatibility(plan_set.plans, plan_set_target(plan_set))
     except (BackendUnavailable, BundleError) as error:
@@ -65,7 +65,7 @@ def incompatibility(plan_set: PlanSet) -> str:
 
 
 def plan_set_target(plan_set: PlanSet) -> Target:
-    """What the recipe said; raises BundleError for options that no build writes."""
+    """Return the recipe's target of a plan set; raises BundleError for options that no build writes."""
     return target_of(plan_set.backend, plan_set.device, plan_set.precision.value, plan_set.options)
 
 
@@ -92,7 +92,7 @@ def check_verified(plan_set: PlanSet, folder: Path) -> None:
 
 
 def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
-    """Verify and open the plans of one set, each once; that of a decoder is opened when it is first called."""
+    """Verify and open the plans of one set, each once; the decoder's plan is opened when it is first called."""
     spec = bundle.manifest.model.spec
     step = spec.graph(STEP)
     plans = {facts.name: _plan_file(bundle, plan_set, facts.plan, step) for facts in plan_set.profiles}
@@ -128,9 +128,10 @@ def _naming(plan_set: PlanSet) -> Iterator[None]:
 
 
 def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
-    """Verified now and opened when needed: it takes more memory than a step, and much sampling never decodes.
+    """Verify the decoder's plan now and open it when needed: it takes more memory than a step, and few calls decode.
 
-    By itself, for it shares no arrays with the others; on a GPU it has a stream and activation memory of its own.
+    It is opened apart from the others, because it shares no arrays with them; on a GPU it has its own stream and
+    activation memory.
     """
     facts = plan_set.decoder
     if facts is None:
@@ -141,13 +142,13 @@ def _late_decoder(bundle: Bundle, plan_set: PlanSet) -> Engine | None:
 
 
 def open_decoder(bank: EngineBank, plan_set: PlanSet) -> Decoder | None:
-    """What makes pictures of latents by a bank's engines, if there is something."""
+    """Return the decoder that runs on a bank's engine, None if the plan set has none."""
     facts = plan_set.decoder
     return Decoder(bank.decode, facts.spec, facts.rows) if facts else None
 
 
 def open_fused(bundle: Bundle, plan_set: PlanSet) -> Engine:
-    """The engine of the graph `fused`, which the plan set must have."""
+    """Open the engine of the graph `fused`, which the plan set must have."""
     assert plan_set.fused
     return _opened_alone(bundle, plan_set, plan_set.fused, bundle.manifest.model.spec.graph(FUSED))
 
@@ -157,7 +158,7 @@ def _opened_alone(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpe
 
 
 def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
-    """What samplings of a plan set are checked against, from the manifest alone."""
+    """Read from the manifest what samplings of a plan set are checked against."""
     fits, problem = cache_fits(bundle)
     return Coverage(
         tuple(facts.profile for facts in plan_set.profiles),
@@ -169,12 +170,12 @@ def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
 
 
 def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:
-    """What the bundle's calibration says of every budget, or None and why there is none to use."""
+    """Return the calibrated fit of each budget, or None and the reason why there is none to use."""
     model, calibration = bundle.manifest.model, bundle.manifest.cache_calibration
     remedy = f"elit-export calibrate cache {bundle.folder}"
     if calibration is None:
         return None, f"{bundle.folder} has none: {remedy}"
     if calibration.checkpoint_sha256 != model.checkpoint_sha256:
-        theirs, ours = calibration.checkpoint_sha256[:12], model.checkpoint_sha256[:12]
-        return None, f"that of {bundle.folder} is of another checkpoint ({theirs}, not {ours}): {remedy}"
+        calibrated, current = calibration.checkpoint_sha256[:12], model.checkpoint_sha256[:12]
+        return None, f"that of {bundle.folder} is of another checkpoint ({calibrated}, not {current}): {remedy}"
     return {budget: calibration.fit_for(budget.kept) for budget in model.spec.budgets}, ""

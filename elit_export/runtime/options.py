@@ -1,4 +1,4 @@
-"""The options of a sampling, each stated once.
+"""The options of a sampling, each defined once.
 
 Keyword arguments of the pipeline, options of the command line, their help and the table in docs/sampling.md are made
 from the fields of SamplingOptions.
@@ -37,9 +37,9 @@ UNTYPED: Accepts = "", ()  # arrays and functions, which are not checked and can
 
 @dataclass(frozen=True)
 class About:
-    """What help says of an option: its meaning and examples.
+    """The help of an option: its meaning and examples.
 
-    `accepts` is checked for callers without a type checker.
+    `accepts` is checked at run time, for callers without a type checker.
     """
 
     text: str
@@ -48,18 +48,18 @@ class About:
 
     @property
     def is_typed(self) -> bool:
-        """Can it be typed on a command line?"""
+        """Whether the option can be typed on a command line."""
         return self.accepts is not UNTYPED
 
 
 def about(text: str, values: str, accepts: Accepts = UNTYPED) -> dict[str, About]:
-    """The metadata of a field."""
+    """Return the metadata of a field."""
     return {"about": About(text, values, accepts)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How to sample. Raises InputError for a value of another type."""
+    """The options of a sampling. Raises InputError for a value of another type."""
 
     steps: int = field(
         default=14,
@@ -140,7 +140,7 @@ class SamplingOptions:
 
 
 def abouts(options: type[Any]) -> dict[str, About]:
-    """By the name of the option."""
+    """Return the help of each option, by its name."""
     return {each.name: each.metadata["about"] for each in fields(options)}
 
 
@@ -148,25 +148,26 @@ def abouts(options: type[Any]) -> dict[str, About]:
 
 Arguments = ParamSpec("Arguments")
 Owner = TypeVar("Owner")
-Given = TypeVar("Given")
+First = TypeVar("First")
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
 
 def takes_each(
-    options: Callable[Arguments, Options],
-) -> Callable[[Callable[[Owner, Given, Options], Result]], Callable[Concatenate[Owner, Given, Arguments], Result]]:
+    options: Callable[..., Options], _typed_as: Callable[Arguments, object]
+) -> Callable[[Callable[[Owner, First, Options], Result]], Callable[Concatenate[Owner, Arguments], Result]]:
     """Let a method that takes a value of the dataclass `options` take its fields as keyword arguments instead.
 
-    Its signature and its docstring list every option with its type, its default and examples.
+    Its signature and its docstring list every option with its type, its default and examples. To a type checker it
+    takes what `_typed_as` takes: a dataclass with the fields of `options` and the method's first argument.
     """
 
     def decorated(
-        method: Callable[[Owner, Given, Options], Result],
-    ) -> Callable[Concatenate[Owner, Given, Arguments], Result]:
+        method: Callable[[Owner, First, Options], Result],
+    ) -> Callable[Concatenate[Owner, Arguments], Result]:
         @wraps(method)
-        def with_keywords(self: Owner, labels: Given, **given: Any) -> Result:
-            return method(self, labels, options(**_known(given, options)))  # type: ignore[call-arg]
+        def with_keywords(self: Owner, labels: First, **keywords: Any) -> Result:
+            return method(self, labels, options(**_known(keywords, options)))
 
         signature = inspect.signature(method)
         first = list(signature.parameters.values())[:2]
@@ -183,19 +184,19 @@ def _keywords(options: Any) -> Iterator[inspect.Parameter]:
         yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
 
 
-def _known(given: dict[str, Any], options: Any) -> dict[str, Any]:
-    """The keyword arguments; raises InputError for one that is not an option."""
+def _known(keywords: dict[str, Any], options: Any) -> dict[str, Any]:
+    """Return the keyword arguments; raises InputError for one that is not an option."""
     names = [each.name for each in fields(options)]
-    for name in given:
+    for name in keywords:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise InputError(f"unknown option {name!r}", f"{hint}options: {', '.join(names)}")
-    return given
+    return keywords
 
 
 def listed_options(options: Any) -> str:
-    """A line for each option: name, default, meaning, examples."""
+    """Return a line for each option: name, default, meaning, examples."""
     lines = []
     for each in fields(options):
         option: About = each.metadata["about"]
@@ -204,12 +205,12 @@ def listed_options(options: Any) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- read against a model
+# ---------------------------------------------------------------- resolved for a model
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions:
-    """Options that fit a model and one another: `times` are steps + 1 values of t, `schedule` has a budget a step."""
+    """Options that fit a model and each other: `times` has steps + 1 values of t, `schedule` a budget per step."""
 
     sampler: Sampler
     times: Float64
@@ -227,13 +228,13 @@ class ResolvedOptions:
         return any(branch.null_class for batch in self.batches() for branch in batch)
 
     def batches(self) -> Iterator[tuple[Branch, ...]]:
-        """The branches of guidance in every engine call, in their order."""
+        """Yield the branches of guidance in each engine call, in order."""
         for t, step, _ in self.sampler.evaluations(self.times):
             yield from self.guidance.batches(self.schedule[step], t)
 
 
 def resolve(spec: ModelSpec, options: SamplingOptions) -> ResolvedOptions:
-    """Read the options of one sampling, but for the arrays in them; raises InputError."""
+    """Parse the options of one sampling, except for arrays; raises InputError."""
     check_seed(options.seed)
     if not 0 <= options.first_image < 1 << 63:
         raise InputError(f"first_image {options.first_image} is out of range", "choose one of 0 to 2**63 - 1")

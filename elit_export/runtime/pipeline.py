@@ -1,4 +1,4 @@
-"""From a bundle to samples: the object that applications embed."""
+"""A bundle → samples: the object that applications embed."""
 
 from __future__ import annotations
 
@@ -30,17 +30,31 @@ from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SamplingOptions):
-    """How to sample, and who hears of it."""
+    """The options of a sampling, and a function that is called after each step."""
 
     on_step: Callable[[StepRecord], None] = field(
-        default=noop, metadata=about("hears every step", "a function of a StepRecord")
+        default=noop, metadata=about("called after each step", "a function of a StepRecord")
     )
 
 
-class Pipeline:
-    """A model ready to sample. Owns its bank when loaded from a bundle: close it, or use it in `with`.
+@dataclass(frozen=True)
+class LabelsAndSamplingOptions(SamplingOptions):
+    """The arguments of `steps` and `request`, for type checkers alone."""
 
-    Safe to share between threads: calls take turns, and nothing is kept between samplings.
+    labels: LabelsLike
+
+
+@dataclass(frozen=True)
+class LabelsAndSampleOptions(SampleOptions):
+    """The arguments of `sample`, for type checkers alone."""
+
+    labels: LabelsLike
+
+
+class Pipeline:
+    """A model ready to sample. It owns its bank when loaded from a bundle: close it, or use it in `with`.
+
+    It is safe to share between threads: calls take turns, and nothing is kept between samplings.
     """
 
     def __init__(
@@ -53,9 +67,9 @@ class Pipeline:
         uncalibrated: str = UNCALIBRATED,
         decoder: Decoder | None = None,
     ) -> None:
-        """`fits`, of every budget, are what a calibration found for `teacache`; without, `uncalibrated` says why.
+        """Take a bank. `fits` are the calibration of `teacache` for each budget; without it, `uncalibrated` says why.
 
-        `decoder` makes pictures of VAE latents by engines of the bank.
+        `decoder` turns VAE latents into pictures by an engine of the bank.
         """
         self.bank, self.spec, self.data = bank, spec, data
         self.coverage = replace(bank.coverage, fits=fits, uncalibrated=uncalibrated)
@@ -71,7 +85,7 @@ class Pipeline:
         trust: bool = False,
         allow_unverified: bool = False,
     ) -> Self:
-        """Verify and open a bundle's plans; `target` and `precision` are needed only where several fit.
+        """Verify and open a bundle's plans; `target` and `precision` are needed only if several fit.
 
         `trust` opens saved programs, which can run any code, though this user did not build them here. Where another
         process builds into the bundle meanwhile, what it wrote is opened. Raises BundleError (missing, altered, not
@@ -89,7 +103,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, bundle: Bundle, plan_set: PlanSet, *, allow_unverified: bool = False) -> Self:
-        """The same of a bundle that is open already."""
+        """Open the plans of a bundle that was already read."""
         if not allow_unverified:
             check_verified(plan_set, bundle.folder)
         model, coverage = bundle.manifest.model, coverage_of(bundle, plan_set)
@@ -106,11 +120,11 @@ class Pipeline:
 
     @property
     def makes_pictures(self) -> bool:
-        """Can samples be decoded: are they pixels, or is there a decoder for them?"""
+        """Whether samples can become pictures: they are pixels, or there is a decoder for them."""
         return self.data.kind == "pixels" or self._decoder is not None
 
     def decode(self, latents: npt.ArrayLike) -> Pixels:  # (B, C, H, W) → (B, height, width, channels)
-        """Pictures of samples, of a pixel model or by the decoder of the VAE, which the first call opens.
+        """Turn samples into pictures, by the decoder of the VAE if there is one; the first call opens it.
 
         Raises InputError, EngineError, or BundleError if the decoder's plan was altered since the bundle was loaded.
         """
@@ -119,7 +133,7 @@ class Pipeline:
             raise InputError(f"latents have shape {values.shape}, this model's are (images, *{self.spec.sample_shape})")
         return self._decoder(values) if self._decoder else to_images(values, self.data)
 
-    @takes_each(SampleOptions)
+    @takes_each(SampleOptions, LabelsAndSampleOptions)
     def sample(self, labels: LabelsLike, options: SampleOptions) -> Sample:
         """Sample one image per label, class name or prompt.
 
@@ -130,18 +144,18 @@ class Pipeline:
         """
         return self.sampled(labels, options, options.on_step)
 
-    @takes_each(SamplingOptions)
+    @takes_each(SamplingOptions, LabelsAndSamplingOptions)
     def steps(self, labels: LabelsLike, options: SamplingOptions) -> Generator[StepRecord, None, None]:
-        """The same, one record per step: for progress, previews and cancelling (close the generator).
+        """Sample and yield one record per step: for progress, previews and cancelling (close the generator).
 
         Where images come in parts, all steps of the first come first; `record.images` says whose they are. Everything
         is checked before the first step; raises InputError or CalibrationError.
         """
         return sampling_steps(self.bank, self.prepared(labels, options))
 
-    @takes_each(SamplingOptions)
+    @takes_each(SamplingOptions, LabelsAndSamplingOptions)
     def request(self, labels: LabelsLike, options: SamplingOptions) -> Request:
-        """Check one sampling whole, for `run`; raises InputError or CalibrationError."""
+        """Check one sampling completely, for `run`; raises InputError or CalibrationError."""
         return self.prepared(labels, options)
 
     def prepared(self, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
@@ -152,7 +166,7 @@ class Pipeline:
     def sampled(
         self, labels: LabelsLike, options: SamplingOptions, on_step: Callable[[StepRecord], None] = noop
     ) -> Sample:
-        """As `sample`, with the options as one value."""
+        """Sample as `sample` does, with the options as one value."""
         started = time.perf_counter()
         return self._run(self.prepared(labels, options), on_step, started)
 

@@ -1,6 +1,6 @@
-"""What a text-to-image model is told: text as an encoder embedded it.
+"""Prompts as embeddings: the conditioning of text-to-image models.
 
-L is the number of tokens of the longest prompt, W the width of the text's embedding.
+L is the number of tokens of the longest prompt, W the width of an embedding.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from elit_export.spec import MAX_TEXT_TOKENS, TEXT, TEXT_MASK, ModelSpec, Range
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Texts of B images: `text` (B, L, W) and `mask` (B, L), 1 for a token, 0 for padding."""
+    """The embedded texts of B images: `text` (B, L, W) and `mask` (B, L), 1 for a token, 0 for padding."""
 
     text: HostArray
     mask: HostArray
 
     def checked(self, spec: ModelSpec, what: str) -> Embedded:
-        """As a model takes them, float32 and int64, as long as the longest and empty behind each text.
+        """Return the texts as a model takes them: float32 and int64, zero in the padding, as long as the longest text.
 
         Raises InputError naming what is wrong.
         """
@@ -35,50 +35,50 @@ class Embedded:
             raise InputError(f"{what}: mask has shape {mask.shape}, the text {text.shape[:2]} tokens")
         if not np.isin(mask, (0, 1)).all():
             raise InputError(f"{what}: mask must hold 1 (a token) and 0 (padding) only")
-        cut = Embedded(as_float32(text), mask.astype(np.int64)).without_padding()
-        if (tokens := cut.text.shape[1]) > MAX_TEXT_TOKENS:
+        trimmed = Embedded(as_float32(text), mask.astype(np.int64)).without_padding()
+        if (tokens := trimmed.text.shape[1]) > MAX_TEXT_TOKENS:
             raise InputError(f"{what}: {tokens} tokens, the model has positions for {MAX_TEXT_TOKENS}", "shorten it")
-        if not np.isfinite(cut.text[cut.mask.astype(bool)]).all():
+        if not np.isfinite(trimmed.text[trimmed.mask.astype(bool)]).all():
             raise InputError(f"{what}: text holds values that are not finite in float32")
-        return Embedded(np.where(cut.mask[:, :, None] != 0, cut.text, np.float32(0)), cut.mask)
+        return Embedded(np.where(trimmed.mask[:, :, None] != 0, trimmed.text, np.float32(0)), trimmed.mask)
 
     def without_padding(self) -> Embedded:
-        """As long as the longest text: padding that ends every row changes nothing and takes time."""
+        """Cut to the length of the longest text: padding at the end of all rows changes nothing and takes time."""
         used = np.flatnonzero(self.mask.any(axis=0))
         length = int(used[-1]) + 1 if used.size else 1
         return Embedded(self.text[:, :length], self.mask[:, :length])
 
     def at(self, images: Int64) -> Embedded:
-        """The texts of these images, by their numbers; one may come several times."""
+        """Select the texts of images by number; one may be selected several times."""
         return Embedded(self.text[images], self.mask[images])
 
     def repeated(self, times: int) -> Embedded:
-        """Each text so many times in a row."""
+        """Repeat each text so many times in a row."""
         return self.at(np.arange(len(self.text)).repeat(times))
 
     def inputs(self, spec: ModelSpec) -> dict[str, HostArray]:
-        """By the names that the model's graphs take them under."""
+        """Return the arrays by the names of the graphs' inputs."""
         return dict(zip((tensor.name for tensor in spec.conditioning), (self.text, self.mask), strict=True))
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """What B images are to show, and what guidance leads away from; both may have their own length.
+    """The prompts and negative prompts of B images; the two may differ in length.
 
-    Without `negative` there is no guidance that needs one (`cfg`, `ccfg`).
+    Without `negative`, guidance that has an unconditional branch (`cfg`, `ccfg`) is refused.
     """
 
     positive: Embedded
     negative: Embedded | None = None
 
     def checked(self, spec: ModelSpec) -> Prompts:
-        """Raises InputError for what the model cannot take."""
-        for name, told, types in (
+        """Return the prompts as the model takes them; raises InputError for what it cannot take."""
+        for name, embedded, types in (
             ("positive", self.positive, Embedded),
             ("negative", self.negative, Embedded | None),
         ):
-            if not isinstance(told, types):
-                raise InputError(f"prompts: {name} is {told!r}, must be Embedded(text, mask)")
+            if not isinstance(embedded, types):
+                raise InputError(f"prompts: {name} is {embedded!r}, must be Embedded(text, mask)")
         positive = self.positive.checked(spec, "prompts")
         negative = self.negative.checked(spec, "negative prompts") if self.negative else None
         if negative and len(negative.text) != len(positive.text):
@@ -94,45 +94,45 @@ class Prompts:
 
     @property
     def tokens(self) -> int:
-        """How long the longest prompt is, in tokens."""
+        """The length of the longest prompt in tokens."""
         return int(self.positive.text.shape[1])
 
     @property
     def null_tokens(self) -> int:
-        """How long the longest negative prompt is; 0 without one."""
+        """The length of the longest negative prompt; 0 without one."""
         return int(self.negative.text.shape[1]) if self.negative else 0
 
     def inputs(self, spec: ModelSpec) -> Arrays:
-        """Give the prompts by the names that the model's graphs take them under."""
+        """Return the prompts by the names of the graphs' inputs."""
         return self.positive.inputs(spec)
 
     def null_inputs(self, spec: ModelSpec) -> Arrays:
-        """Give the negative prompts; raises InputError where there are none."""
+        """Return the negative prompts; raises InputError if there are none."""
         if self.negative is None:
             raise InputError("it needs negative prompts, and there are none", "give some")
         return self.negative.inputs(spec)
 
     @classmethod
     def numbered(cls, spec: ModelSpec, numbers: Sequence[int], text: Range | None) -> Prompts:
-        """Make noise of each number alone: prompts of `text.opt` tokens, negative ones of `text.min`."""
+        """Draw noise from each number alone: prompts of `text.opt` tokens, negative ones of `text.min`."""
         assert text
         return cls(_noise(spec, numbers, text.opt, POSITIVE), _noise(spec, numbers, text.min, NEGATIVE))
 
     @classmethod
     def random(cls, spec: ModelSpec, rows: int, tokens: int, generator: np.random.Generator) -> Prompts:
-        """Draw noise, some of it padded."""
+        """Draw noise, with padding in some rows."""
         return cls(_noise(spec, generator.integers(0, 1 << 31, rows).tolist(), tokens, POSITIVE))
 
     def at(self, images: Int64) -> Prompts:
-        """Take those of these images, as `Embedded.at` does."""
+        """Select the prompts of images, as `Embedded.at` does."""
         return Prompts(self.positive.at(images), self.negative.at(images) if self.negative else None)
 
     def repeated(self, times: int) -> Prompts:
-        """Each prompt so many times in a row, with its negative one: for several images of it."""
+        """Repeat each prompt and its negative prompt so many times in a row, for several images of it."""
         return Prompts(self.positive.repeated(times), self.negative.repeated(times) if self.negative else None)
 
     def __len__(self) -> int:
-        """Images."""
+        """Return the number of images."""
         return len(self.positive.text)
 
 
@@ -141,7 +141,7 @@ POSITIVE, NEGATIVE = 0, 1
 
 
 def _noise(spec: ModelSpec, numbers: Sequence[int], tokens: int, kind: int) -> Embedded:
-    """Every second text is half as long as the others, and padded."""
+    """Draw noise as text; prompts with odd numbers are half as long, and padded."""
     text = np.stack(
         [
             np.random.default_rng((TEXT_SEED, kind, number)).standard_normal((tokens, spec.text_width), np.float32)
@@ -153,24 +153,24 @@ def _noise(spec: ModelSpec, numbers: Sequence[int], tokens: int, kind: int) -> E
 
 
 def _numbers(values: object, what: str, kinds: str) -> HostArray:
-    """An array of one of NumPy's `kinds` of numbers; raises InputError."""
+    """Return an array of one of NumPy's `kinds` of numbers; raises InputError."""
     refuse_masked(values, what)
     try:
         array = np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths, tensors of other libraries
         raise InputError(
-            f"{what} is no array of numbers ({summary(error)})", f"give one of NumPy, e.g. {OF_TORCH}"
+            f"{what} is not an array of numbers ({summary(error)})", f"give one of NumPy, e.g. {TORCH_EXAMPLE}"
         ) from error
     if array.dtype.kind not in kinds:
-        raise InputError(f"{what} holds {array.dtype}, must be numbers", f"e.g. {OF_TORCH}")
+        raise InputError(f"{what} holds {array.dtype}, must be numbers", f"e.g. {TORCH_EXAMPLE}")
     return array
 
 
-OF_TORCH = "tensor.detach().float().cpu().numpy()"
+TORCH_EXAMPLE = "tensor.detach().float().cpu().numpy()"
 
 
 def as_float32(values: HostArray) -> HostArray:
-    """What is larger than float32 can say becomes infinite, in silence: who takes it asks whether it is finite."""
+    """Convert to float32. Values out of range become infinite without a warning: callers check for finite values."""
     with np.errstate(over="ignore"):
         return values.astype(np.float32)
 
@@ -179,28 +179,28 @@ def as_float32(values: HostArray) -> HostArray:
 
 
 def joined(parts: list[Mapping[str, HostArray]]) -> dict[str, HostArray]:
-    """Inputs one below the other; what is shorter behind the rows is filled with zeros, which a mask leaves out."""
-    found = {}
+    """Concatenate the rows of inputs; shorter texts are padded with zeros, which the mask excludes."""
+    inputs = {}
     for name in parts[0]:
         arrays = [part[name] for part in parts]
-        longest = np.max([array.shape[1:] for array in arrays], axis=0)
-        found[name] = np.concatenate([_filled(array, longest) for array in arrays])
-    return found
+        max_shape = np.max([array.shape[1:] for array in arrays], axis=0)
+        inputs[name] = np.concatenate([_filled(array, max_shape) for array in arrays])
+    return inputs
 
 
 def filled(inputs: Mapping[str, Any], tokens: int) -> dict[str, Any]:
-    """The inputs with text of at least so many tokens, padding where there are fewer."""
+    """Return the inputs with text padded to at least so many tokens."""
     if TEXT not in inputs:
         return dict(inputs)
     text, mask = inputs[TEXT], inputs[TEXT_MASK]
-    longest = max(tokens, text.shape[1])
+    length = max(tokens, text.shape[1])
     return {
         **inputs,
-        TEXT: _filled(text, np.array([longest, text.shape[2]])),
-        TEXT_MASK: _filled(mask, np.array([longest])),
+        TEXT: _filled(text, np.array([length, text.shape[2]])),
+        TEXT_MASK: _filled(mask, np.array([length])),
     }
 
 
 def _filled(array: HostArray, shape: Int64) -> HostArray:
-    missing = [(0, int(most) - size) for size, most in zip(array.shape[1:], shape, strict=True)]
-    return np.pad(array, [(0, 0), *missing]) if any(more for _, more in missing) else array
+    padding = [(0, int(target) - size) for size, target in zip(array.shape[1:], shape, strict=True)]
+    return np.pad(array, [(0, 0), *padding]) if any(count for _, count in padding) else array

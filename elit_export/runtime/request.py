@@ -1,4 +1,4 @@
-"""A sampling, checked once and whole, without engines: the one door for applications, command line and servers."""
+"""A sampling, checked once and completely, without engines: applications, command line and servers all use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from elit_export.spec import Budget, Fit, ModelSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Request(ResolvedOptions):
-    """One sampling, checked: every step has a budget, every array its shape, every call a profile.
+    """A checked sampling: each step has a budget, each array its shape, each call a profile.
 
     A value: it may be run any number of times, by any number of threads. `conditioning` and `null_conditioning` are
     inputs of engines, by name. More images than an engine call takes are sampled in parts (`runtime/split.py`).
@@ -119,7 +119,7 @@ def check_calls(
 ) -> tuple[int, ...]:
     """How many images each part has, so that some profile takes every call; raises InputError or CalibrationError.
 
-    Needs no conditioning, only how long its texts are: it may be asked before a text encoder runs.
+    It needs no conditioning, only the length of its texts: it can be called before a text encoder runs.
     """
     if options.policy:
         coverage.fits_for(options.policy.rule)
@@ -128,7 +128,7 @@ def check_calls(
 
 
 def call_sizes(options: ResolvedOptions, images: int, tokens: int = 0, null_tokens: int = 0) -> Iterator[CallSize]:
-    """Tell the size of every call; where branches share one, the longest of their texts counts."""
+    """Yield the size of each call; if branches share a call, the longest of their texts counts."""
     for batch in options.batches():
         text = max(null_tokens if branch.null_class else tokens for branch in batch)
         yield CallSize(batch[0].budget, images * len(batch), text)
@@ -142,7 +142,7 @@ def _checked_array(values: npt.ArrayLike, shape: tuple[int, ...], name: str) -> 
 
 
 def finite_array(values: npt.ArrayLike, name: str) -> Float64:
-    """Numbers as float64; raises InputError for anything else."""
+    """Convert numbers to float64; raises InputError for anything else."""
     refuse_masked(values, name)
     try:
         array = np.array(values, np.float64)

@@ -1,9 +1,8 @@
-"""What one sampling remembers for its step cache, and what it decides by it at each evaluation.
+"""The memory of one sampling's step cache, and its decision at each evaluation: compute or reuse.
 
-Made with a request and gone with it, so that nothing reaches another. Each call of an evaluation has its own
-memory: the strong and the weak branch of guidance, or both as they share a call. Where guidance begins or ends
-to share, a new memory begins. A change of budget alone leaves the memory as it is: on the shipped model that was
-nearer to the uncached trajectory than to forget the slope, in 22 of 24 mixed schedules.
+It is made for a request and dropped with it. Each call of an evaluation has its own memory: one for the strong and one
+for the weak branch of guidance, or one for both if they share a call. A new memory begins where branches begin or cease
+to share a call. A change of budget alone keeps the memory (docs/benchmarks.md says why).
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ THRESHOLD = "threshold"
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a call was reused, and by what: a value for each row of the call, none where nothing was measured.
+    """Whether a call was reused, and the values that decided: one for each row, none if nothing was measured.
 
-    `accumulated` is what had added up when it was decided. The rows of a call compute together as soon as one
-    must, and then all start anew; `because` says why, and is empty for a reused call. `probed` says whether `probe`
-    ran, which at the first step measures nothing.
+    `accumulated` is the sum of changes at the decision. All rows of a call compute as soon as one must, and then all
+    sums start again at zero; `because` is the reason, empty for a reused call. `probed` says whether `probe` ran, which
+    measures nothing at the first step.
     """
 
     reused: bool
@@ -47,7 +46,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class Computed:
-    """The residual of an evaluation that ran the blocks, at time `t`."""
+    """The residual of an evaluation at time `t` that ran the blocks."""
 
     t: float
     residual: Array
@@ -55,7 +54,7 @@ class Computed:
 
 @dataclass
 class Memory:
-    """What is kept for one branch of guidance in one evaluation of a step."""
+    """The state kept for one branch of guidance in one stage of a step."""
 
     computed: list[Computed] = field(default_factory=list)  # the latest first, at most two
     step: int = -1  # of the last evaluation
@@ -68,7 +67,7 @@ class Memory:
         self.accumulated = np.zeros_like(self.accumulated)
 
     def forecast(self, t: float, order: int) -> tuple[Array, Array, float]:
-        """(latest residual, the one before, weight w): the residual at t is latest + w · (latest − before)."""
+        """Return (latest residual, the one before, weight w): the residual at t is latest + w · (latest − before)."""
         latest, before = self.computed[0], self.computed[-1]
         span = latest.t - before.t  # 0 where only one was computed
         if order == 0 or not span:
@@ -77,22 +76,22 @@ class Memory:
 
 
 class RequestCache:
-    """The cache of one sampling."""
+    """The step cache of one sampling."""
 
     def __init__(self, cache: StepCache) -> None:
         self._cache = cache
         self._memories: dict[MemoryKey, Memory] = {}
 
     def memory(self, key: MemoryKey, step: int) -> Memory:
-        """The memory of a branch at a step; what was idle in the step before is gone, and starts anew."""
+        """Return the memory of a branch at a step; a branch that was idle in the step before has an empty one."""
         self._memories = {name: memory for name, memory in self._memories.items() if step - memory.step <= 1}
         memory = self._memories.setdefault(key, Memory())
         memory.step = step
         return memory
 
     def decide(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Decision:
-        """Does this branch reuse at the step of its memory? Probes where the policy measures."""
-        # The last step computes and has none after it, so it is not measured.
+        """Decide whether this branch reuses at the step of its memory; probes if the policy measures."""
+        # The last step computes and no step follows, so it is not measured.
         probed = self._cache.fits is not None and memory.step < len(self._cache.computes) - 1
         distance = self._measured(memory, budget, rows, probe) if probed else None
         because = self._because(memory, budget, distance)
@@ -102,7 +101,7 @@ class RequestCache:
         return Decision(not because, because, probed, tuple(distance.tolist()), tuple(memory.accumulated.tolist()))
 
     def _because(self, memory: Memory, budget: Budget, distance: Float32 | None) -> str:
-        """Why to compute, empty to reuse."""
+        """Return the reason to compute, empty to reuse."""
         if self._cache.computes[memory.step]:
             return FORCED
         if not memory.computed:
@@ -112,7 +111,7 @@ class RequestCache:
         return "" if distance is None else self._measured_reason(memory, budget, distance)
 
     def _measured(self, memory: Memory, budget: Budget, rows: int, probe: Probe) -> Float32 | None:
-        """The distance of each row from the step before, added up in the memory; None if that was not measured."""
+        """Return the distance of each row from the step before, and add it up; None if that was not measured."""
         assert self._cache.fits
         is_first = memory.signal is None
         before = np.zeros((rows, *self._cache.signal_shape), np.float32) if memory.signal is None else memory.signal
@@ -131,5 +130,5 @@ class RequestCache:
         return THRESHOLD if self._cache.policy.rule.is_reached(memory.accumulated) else ""
 
     def forecast(self, memory: Memory, t: float) -> tuple[Array, Array, float]:
-        """As Memory.forecast, in the order of the policy."""
+        """Forecast as `Memory.forecast` does, in the order of the policy."""
         return memory.forecast(t, self._cache.policy.order)

@@ -1,6 +1,6 @@
 """The sampling loop: a generator with one record per step, of each part in turn where images come in parts.
 
-The state is float64 on the host; engines get float32. Nothing outlives the generator, so closing
+The state is float64 on the host; engines take float32. Nothing outlives the generator, so closing
 it cancels a request between two steps.
 """
 
@@ -35,11 +35,11 @@ NOT_CACHED = Decision(reused=False)
 
 @dataclass(frozen=True)
 class Call:
-    """One engine call: the branches of guidance that share it, the rows of each below those of the one before.
+    """One engine call, with the branches of guidance that share it: their rows follow each other.
 
-    `role` is that of its branch or, where several share the call, "joined". `text` is how many tokens every row has,
-    padding among them, 0 in models without. `cached` is what the step cache decided: where it reused, no block ran.
-    `engine_ms` includes a probe, and waiting for another request's call where a bank is shared.
+    `role` is that of its branch or, if several share the call, "joined". `text` is the number of tokens in each row,
+    with padding, 0 in models without text. `cached` is the decision of the step cache: if it reused, no block ran.
+    `engine_ms` includes a probe, and waiting for another request's call if a bank is shared.
     """
 
     branches: tuple[Branch, ...]
@@ -81,7 +81,7 @@ class StepRecord:
 def sampling_steps(bank: EngineBank, request: Request) -> Generator[StepRecord, None, None]:
     """Sample one part after another; raises EngineError naming the step if an engine fails or gives no finite numbers.
 
-    What a cache policy asks of engines before the first step it asks at once.
+    Engine calls that a cache policy needs before the first step are made at once.
     """
     return _records(bank, request, step_cache_of(bank, request))
 
@@ -115,7 +115,7 @@ def _whole(parts: Sequence[StepRecord]) -> StepRecord:
 
 
 def step_noise_of(request: Request) -> Noise:
-    """The noise of each step of one run: what was given, or the seed's after that of the start."""
+    """Return the noise of each step of one run: the request's own, or the seed's, which follows the start noise."""
     if request.step_noise is not None:
         return iter(np.asarray(request.step_noise)).__next__
     seeded = SeededNoise(request.seed, len(request.start), request.start.shape[1:], first=request.first_image)
@@ -125,7 +125,7 @@ def step_noise_of(request: Request) -> Noise:
 
 
 class GuidedVelocity:
-    """The velocity a sampler sees: the branches of guidance, each at its own budget, combined."""
+    """The velocity that a sampler calls: the branches of guidance, each at its own budget, combined."""
 
     def __init__(self, bank: EngineBank, request: Request, cache: StepCache | None) -> None:
         self._bank = bank
@@ -135,25 +135,25 @@ class GuidedVelocity:
         self._conditioning: dict[tuple[bool, ...], dict[str, HostArray]] = {}
 
     def take_calls(self) -> tuple[Call, ...]:
-        """The calls since the last take."""
+        """Return and forget the calls since the last `take_calls`."""
         calls = tuple(self._calls)
         self._calls.clear()
         return calls
 
     def __call__(self, x: Float64, t: float, step: int, stage: int) -> Float64:
         guidance, budget = self._request.guidance, self._request.schedule[step]
-        found: dict[str, HostArray] = {}  # by role, (B, C, H, W) float32
+        by_role: dict[str, HostArray] = {}  # (B, C, H, W) float32
         try:
             for branches in guidance.batches(budget, t):
                 velocity = self._call(x, Evaluation(t, step, stage), branches)
-                found |= zip((branch.role for branch in branches), np.split(velocity, len(branches)), strict=True)
+                by_role |= zip((branch.role for branch in branches), np.split(velocity, len(branches)), strict=True)
         except EngineError as error:
             raise EngineError(f"step {step} (t={t:.4g}): {error.problem}", error.remedy) from error
-        velocities = [found[branch.role] for branch in guidance.branches(budget, t)]
+        velocities = [by_role[branch.role] for branch in guidance.branches(budget, t)]
         return guidance.combine(velocities, patch=self._request.patch)
 
     def _call(self, x: Float64, at: Evaluation, branches: tuple[Branch, ...]) -> HostArray:
-        """The velocities of branches that share a call, one below the other."""
+        """Return the velocities of branches that share a call, the rows of one after those of the other."""
         inputs = self._inputs(x, at.t, branches)
         started = time.perf_counter()
         served, cached = self._run(inputs, at, branches)
@@ -162,9 +162,9 @@ class GuidedVelocity:
         return to_host(served.outputs["velocity"])
 
     def _run(self, inputs: Inputs, at: Evaluation, branches: Sequence[Branch]) -> tuple[Served, Decision]:
-        """What the engines give, and what the cache decided. The rows of a call compute or reuse together.
+        """Return outputs of the engines and the decision of the cache. The rows of a call compute or reuse together.
 
-        The same branches have their own memory in each stage of a step.
+        In each stage of a step the branches have a memory of their own.
         """
         budget = branches[0].budget
         if self._cache is None:
@@ -185,7 +185,7 @@ class GuidedVelocity:
         return {"x": x, "t": np.full(len(x), t, np.float32), **self._conditioning_for(branches)}
 
     def _conditioning_for(self, branches: Sequence[Branch]) -> dict[str, HostArray]:
-        """The branches' conditioning one below the other, joined once per sampling."""
+        """Return the conditioning of the branches, concatenated once per sampling."""
         kinds = tuple(branch.null_class for branch in branches)
         if kinds not in self._conditioning:
             request = self._request
@@ -195,7 +195,7 @@ class GuidedVelocity:
 
 
 def step_cache_of(bank: EngineBank, request: Request) -> StepCache | None:
-    """The cache policy of a request made ready for its steps; asks the graph `time` where the policy goes by t."""
+    """Prepare the cache policy of a request for its steps; calls the graph `time` if the policy decides by t."""
     if request.policy is None:
         return None
     computes = request.policy.computes(len(request.schedule), partial(_time_changes, bank, request))

@@ -47,7 +47,7 @@ SHARES = Span(
 
 
 def resolve_schedule(schedule: ScheduleLike, times: Sequence[float], spec: ModelSpec) -> tuple[Budget, ...]:
-    """One budget per step of `times` (steps + 1 values of t).
+    """Return one budget per step of `times` (steps + 1 values of t).
 
     Text is one budget for all steps (`full`, `4`), or ranges. Ranges of steps are inclusive (`0-9:quarter,10-49:full`).
     Ranges by share of the steps go from the start, 0%, which is noise (`0%-50%:quarter,50%-100%:full`). Ranges of t go
@@ -89,7 +89,7 @@ def _split_entry(entry: str) -> tuple[str, str]:
 
 
 def _step_ranges(entries: Sequence[tuple[str, str]], steps: int, spec: ModelSpec) -> tuple[Budget, ...]:
-    chosen: dict[int, Budget] = {}
+    budgets: dict[int, Budget] = {}
     for range_, name in entries:
         match = STEPS.fullmatch(range_)
         assert match
@@ -102,13 +102,13 @@ def _step_ranges(entries: Sequence[tuple[str, str]], steps: int, spec: ModelSpec
             raise InputError(f"schedule range {range_} goes past the last step; {steps} steps are 0 to {steps - 1}")
         budget = spec.budget(name)
         for step in range(first, last + 1):
-            if step in chosen:
+            if step in budgets:
                 raise InputError(f"schedule overlap: step {step} is in two ranges")
-            chosen[step] = budget
-    missing = [step for step in range(steps) if step not in chosen]
+            budgets[step] = budget
+    missing = [step for step in range(steps) if step not in budgets]
     if missing:
         raise InputError(f"schedule gap: no budget for step {missing[0]} ({len(missing)} of {steps} steps missing)")
-    return tuple(chosen[step] for step in range(steps))
+    return tuple(budgets[step] for step in range(steps))
 
 
 def _spans(

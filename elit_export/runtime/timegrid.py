@@ -10,17 +10,17 @@ from elit_export.arrays import Float64
 from elit_export.errors import InputError
 
 Times = Float64
-CLOSEST = 1e-12  # between times that are two; multistep samplers divide by it, and engines' t is far coarser
+MIN_DISTANCE = 1e-12  # between two times; multistep samplers divide by it, and float32 times of engines are coarser
 
 
 def warp(times: Times, grid: str) -> Times:
-    """`linear` leaves t as it is; `shift:S` gives S·t / (1 + (S − 1)·t), more steps near noise for S > 1.
+    """Move times to a grid: `linear` keeps t, `shift:S` gives S·t / (1 + (S − 1)·t), more steps near noise for S > 1.
 
-    Raises InputError for another grid, and for one so steep that times come to coincide.
+    Raises InputError for another grid, and for one so steep that times coincide.
     """
     warped = _warped(times, grid)
     changes = np.diff(warped)
-    if not ((changes <= -CLOSEST).all() or (changes >= CLOSEST).all()):
+    if not ((changes <= -MIN_DISTANCE).all() or (changes >= MIN_DISTANCE).all()):
         raise InputError(f"time grid {grid!r} makes times coincide in {len(changes)} steps", "choose S nearer to 1")
     return warped
 

@@ -1,10 +1,9 @@
 """Latents of a VAE → pictures, by the engine of its decoder.
 
 An engine takes squares of one size. Larger latents are cut into tiles that overlap by at least a quarter and are
-spread evenly, so that the first begins and the last ends at a border. Over its first quarter a tile fades in over
-the one above it and then over the one to its left, row by row, as in `tiled_decode` of diffusers; there the last
-tiles are smaller ones, which an engine of one size cannot take. Where the sizes leave room for whole tiles only,
-both lie in the same places.
+spread evenly: the first begins and the last ends at a border. Over its first quarter a tile fades in over the one above
+it and then over the one to its left, row by row, as in `tiled_decode` of diffusers. There the last tiles are smaller,
+which an engine of one size cannot take. If the size is that of whole tiles, both place them alike.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from elit_export.errors import InputError
 from elit_export.runtime.images import to_bytes
 from elit_export.spec import DecoderSpec, Range
 
-OVERLAP = 4  # a tile shares one part in so many with its neighbour, and fades in over it
+OVERLAP = 4  # a tile shares one part in 4 with its neighbour, and fades in over it
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Decoder:
     rows: Range
 
     def __call__(self, latents: Float64) -> Pixels:  # (B, C, H, W) → (B, H·f, W·f, C)
-        """Pictures of latents as a model samples them; raises InputError or EngineError."""
+        """Decode sampled latents into pictures; raises InputError or EngineError."""
         self._check(latents)
         images, _, height, width = latents.shape
         factor, channels = self.spec.factor, self.spec.image_channels
@@ -51,15 +50,15 @@ class Decoder:
             )
 
     def _decoded(self, latents: Float64) -> Iterator[Float32]:
-        """Pixels of a few images at a time, of one where it needs tiles."""
+        """Yield the pixels of a few images at a time, of a single one if it needs tiles."""
         is_tiled = max(latents.shape[2:]) > self.spec.side
-        each = 1 if is_tiled else self.rows.max
-        for start in range(0, len(latents), each):
-            z = decoder_input(latents[start : start + each], self.spec)
+        count = 1 if is_tiled else self.rows.max
+        for start in range(0, len(latents), count):
+            z = decoder_input(latents[start : start + count], self.spec)
             yield self._tiled(z[0])[None] if is_tiled else self._on_rows(z)
 
     def _on_rows(self, z: Float32) -> Float32:  # (M, C, s, s) → (M, C, s·f, s·f)
-        """As many squares as there are, in calls that the engine takes."""
+        """Decode any number of squares, in calls of a size that the engine accepts."""
         pixels = self.spec.side * self.spec.factor
         squares = np.empty((len(z), self.spec.image_channels, pixels, pixels), np.float32)
         for start in range(0, len(z), self.rows.max):
@@ -72,7 +71,7 @@ class Decoder:
         return self.run(np.pad(z, ((0, missing), (0, 0), (0, 0), (0, 0)), mode="edge"))[: len(z)]
 
     def _tiled(self, z: Float32) -> Float32:  # (C, H, W) → (C, H·f, W·f)
-        """One image; beside it, two rows of tiles and what one call gives are held."""
+        """Decode one image by tiles; two rows of tiles and the output of one call are held beside it."""
         side, factor = self.spec.side, self.spec.factor
         _, height, width = z.shape
         image = np.empty((self.spec.image_channels, height * factor, width * factor), np.float32)
@@ -91,7 +90,7 @@ class Decoder:
         return image
 
     def _fade_in(self, tile: Float32, before: Float32, distance: int, *, axis: int) -> None:
-        """Over the first pixels of `tile`, in place, along an axis; `before` begins so many latents earlier."""
+        """Fade the first pixels of `tile` in over `before`, in place; `before` starts `distance` latents earlier."""
         count, offset = self.spec.side // OVERLAP * self.spec.factor, distance * self.spec.factor
         share = (np.arange(count, dtype=np.float32) / count)[:, None]
         new, old = np.moveaxis(tile, axis, 1), np.moveaxis(before, axis, 1)
@@ -99,13 +98,13 @@ class Decoder:
 
 
 def decoder_input(latents: Float64, spec: DecoderSpec) -> Float32:  # (B, C, H, W) → the same
-    """z, what a decoder takes, of latents as a model makes them."""
+    """Return z, the input of a decoder, for latents of a model."""
     scale, shift = (np.array(numbers, np.float64).reshape(-1, 1, 1) for numbers in (spec.scale, spec.shift))
     return (latents / scale + shift).astype(np.float32)
 
 
 def tile_starts(length: int, side: int) -> list[int]:
-    """Where tiles begin along a side of `length` latents: as few as overlap by a quarter, evenly spread."""
+    """Return where tiles begin along a side of `length` latents: as few as overlap by a quarter, evenly spread."""
     step = side - side // OVERLAP
     gaps = -(-(length - side) // step)
     return [number * (length - side) // gaps for number in range(gaps + 1)] if gaps else [0]

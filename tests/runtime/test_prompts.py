@@ -71,9 +71,9 @@ OF_TORCH = r"e\.g\. tensor\.detach\(\)\.float\(\)\.cpu\(\)\.numpy\(\)"
         (of_one_value(1j, np.complex64), "text holds complex64, must be numbers"),
         (TEXT_OF_TWO.astype(object), "text holds object, must be numbers"),
         (TEXT_OF_TWO.astype(str), "text holds <U32, must be numbers"),
-        ([[[1.0], [1.0, 2.0]]], rf"text is no array of numbers \(.*\); give one of NumPy, {OF_TORCH}"),
-        (torch.ones(2, 5, 24, requires_grad=True), rf"text is no array of numbers .*{OF_TORCH}"),
-        (torch.ones(2, 5, 24, dtype=torch.bfloat16), rf"text is no array of numbers .*{OF_TORCH}"),
+        ([[[1.0], [1.0, 2.0]]], rf"text is not an array of numbers \(.*\); give one of NumPy, {OF_TORCH}"),
+        (torch.ones(2, 5, 24, requires_grad=True), rf"text is not an array of numbers .*{OF_TORCH}"),
+        (torch.ones(2, 5, 24, dtype=torch.bfloat16), rf"text is not an array of numbers .*{OF_TORCH}"),
         (None, "text holds object"),
     ],
     ids=["too large", "nan", "complex", "objects", "words", "ragged", "gradient", "bfloat16", "none"],
@@ -85,7 +85,7 @@ def test_text_that_is_none_is_named(text: Any, told: str) -> None:
 
 @pytest.mark.parametrize("mask", [MASK.astype(complex), MASK.astype(object), MASK.astype(str), [[1], [1, 0]]])
 def test_a_mask_that_is_none_is_named(mask: Any) -> None:
-    with pytest.raises(InputError, match=r"prompts: mask (holds|is no array)"):
+    with pytest.raises(InputError, match=r"prompts: mask (holds|is not an array)"):
         checked(mask=mask)
 
 

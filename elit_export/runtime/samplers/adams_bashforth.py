@@ -1,8 +1,8 @@
-"""Adams–Bashforth of order 2 and 3 with variable steps: one evaluation a step, reusing the last ones.
+"""Adams–Bashforth of order 2 and 3 with variable steps: one evaluation per step, and the last ones again.
 
 The velocity is interpolated by a polynomial through the last evaluations and integrated over the
-step. With r = h/h_prev, order 2 is v̂ = (1 + r/2)·v − (r/2)·v_prev. Until there is a history, the
-order is lower; order 3 would be lost to a first step by Euler, so that step is Heun's, one call more.
+step. With r = h/h_prev, order 2 is v̂ = (1 + r/2)·v − (r/2)·v_prev. The first steps, without history,
+have a lower order. A first step by Euler would spoil order 3, so `ab3` begins with one of Heun: one more call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def weighted(history: Sequence[Float64], weights: Float64) -> Float64:
 
 
 def step_weights(times: Float64, *, order: int) -> list[Float64]:
-    """The weights of each step for its last `order` evaluations (fewer at the start), the latest first."""
+    """Return the weights of each step for its last `order` evaluations (fewer at the start), the latest first."""
     steps = len(times) - 1
     starting = [
         integration_weights(times[step::-1], times[step], times[step + 1]) for step in range(min(order - 1, steps))
@@ -58,7 +58,7 @@ def step_weights(times: Float64, *, order: int) -> list[Float64]:
 
 
 def integration_weights(nodes: npt.ArrayLike, start: npt.ArrayLike, end: npt.ArrayLike) -> Float64:
-    """Weights w with ∫ p dt from start to end = Σ wᵢ·p(nodeᵢ), for every polynomial p the nodes determine.
+    """Return weights w with ∫ p dt from start to end = Σ wᵢ·p(nodeᵢ), for all polynomials p that the nodes determine.
 
     nodes (..., n), start and end (...) → (..., n).
     """

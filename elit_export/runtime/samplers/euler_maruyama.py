@@ -2,8 +2,8 @@
 
     dx = (v − ½·w·score)·dt + √w·dW,   score = (−(1−t)·v − x) / (t² + (1−t)·t)   (linear path)
 
-The grid stops at t = 0.04, where the score still is well conditioned; the last step to 0 adds no noise.
-The drift is affine in v, so combining guided velocities or guided drifts is the same.
+The grid stops at t = 0.04, where the score is still well conditioned; the last step to 0 adds no noise.
+The drift is affine in v, so combining velocities or combining drifts gives the same guidance.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LAST_NOISY_TIME = 0.04
 
 
 def sde_times(steps: int) -> Float64:
-    """`steps` times from 1 to 0.04, then 0."""
+    """Return `steps` times from 1 to 0.04, then 0."""
     return np.append(np.linspace(1.0, LAST_NOISY_TIME, steps), 0.0)
 
 

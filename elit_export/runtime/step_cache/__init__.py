@@ -1,19 +1,19 @@
-"""Step caching: the policies, which evaluations reuse what the blocks gave earlier.
+"""Step caching: the policies that decide which evaluations reuse an earlier output of the blocks.
 
     static:every@3            every third step computes
     static:mask@1011…         one digit a step, 1 computes
-    static:time@0.3           by how much the embedding of t changes
+    static:time@0.3           by the change of the embedding of t
     static:FILE               a file with such digits, no comma in its name
-    teacache:0.2              measures at every step how much the input changed, reuses while that adds up to less
+    teacache:0.2              measures at each step how much the input changed, reuses while the sum is less
     … ,order=1                how the residual is forecast: 0 as it is, 1 linearly in t
-    … ,max_skip=2             consecutive reuses at most; 4 for rules that go by a change, no limit for the others
+    … ,max_skip=2             maximum of consecutive reuses; 4 for rules that measure a change, no limit for the others
     … ,warmup=3               steps at the start that compute
 
-What is reused is the residual: the tokens before the final layer minus those after the embedder. It has
-the same shape at every budget. The first and the last step always compute. All of the family `static` is
-fixed before sampling starts and makes no call of its own at a step; `teacache` needs a calibration.
+The residual is reused: the tokens before the final layer minus those after the embedder. It has
+the same shape at all budgets. The first and the last step always compute. The family `static` is
+fixed before sampling starts and makes no extra call at a step; `teacache` needs a calibration.
 
-Adding a rule: a file beside these, and a row in the table below.
+To add a rule, write a file beside these and a row in the table below.
 """
 
 from __future__ import annotations
@@ -49,5 +49,5 @@ def rule_from_text(text: str, policy: str) -> Rule:
 
 
 def bench_policies() -> list[str]:
-    """The policies that a bench compares, without options."""
+    """List the policies that a bench compares, without options."""
     return [f"{form.prefix}{value}" for form in FORMS for value in form.bench_values]

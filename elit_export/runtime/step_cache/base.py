@@ -1,6 +1,6 @@
-"""What every rule of a step cache is: a value that says which steps compute.
+"""The base of all rules of a step cache: a value that says which steps compute.
 
-Beside these the first step, the last and those of the warm-up compute. Adding a rule: a file, and a row in the table.
+The first step, the last and those of the warm-up always compute. To add a rule, write a file and a row in the table.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ DEFAULT_MAX_SKIP = 4
 
 
 class Rule(ABC):
-    """A frozen value, printed as the text that it is read from.
+    """A rule: a frozen value that prints as the text it is read from.
 
-    `needs` names the graphs it calls. With `probe` among them it measures: the distance of each row from the step
-    before is added up since the last computed step. Where it is `calibrated`, what a calibration makes of the
-    distance is added instead.
+    `needs` names the graphs that it calls. With `probe` among them it measures: the distance of each row from the step
+    before is added up since the last computed step. If it is `calibrated`, the calibrated value of the distance is
+    added instead.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({REUSE})
@@ -37,7 +37,7 @@ class Rule(ABC):
 
     @property
     def max_skip(self) -> int:
-        """The reuses in a row after which a step computes anyway, if a policy does not say."""
+        """The default of consecutive reuses after which a step computes anyway."""
         return DEFAULT_MAX_SKIP
 
     def check_steps(self, steps: int) -> None:
@@ -47,10 +47,10 @@ class Rule(ABC):
 
     @abstractmethod
     def due(self, steps: int, time_changes: TimeChanges) -> IsDue:
-        """Which steps compute whatever is measured."""
+        """Return a function that says which steps compute, whatever is measured."""
 
     def is_reached(self, _accumulated: Float32) -> bool:  # (B,)
-        """Whether what was measured has added up to enough for a step to compute."""
+        """Return whether the measured changes add up to enough for a step to compute."""
         return False
 
     @abstractmethod
@@ -62,9 +62,9 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class RuleText:
-    """What a parser reads: the `value` behind a prefix.
+    """The input of a parser: the `value` after a prefix.
 
-    For messages: `policy` is the whole text, and `usage` says what it may be.
+    `policy`, the whole text, and `usage`, the accepted forms, are for messages.
     """
 
     value: str

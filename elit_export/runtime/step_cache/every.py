@@ -13,7 +13,7 @@ from elit_export.spec.limits import STEPS
 
 @dataclass(frozen=True)
 class Every(Rule):
-    """Every `period`-th step computes."""
+    """A rule by which every `period`-th step computes."""
 
     period: int
 

@@ -14,7 +14,7 @@ from elit_export.runtime.step_cache.base import IsDue, Rule, RuleText, TimeChang
 
 @dataclass(frozen=True)
 class Mask(Rule):
-    """The steps that compute, one by one."""
+    """A rule that lists the steps that compute, one by one."""
 
     computes: tuple[bool, ...]
 
@@ -41,7 +41,7 @@ class Mask(Rule):
 
 
 def mask_from_file(text: RuleText) -> Mask | None:
-    """Digits with any white space between them; None without the name of a file."""
+    """Read digits with any white space between them; returns None without the name of a file."""
     if not text.value:
         return None
     try:

@@ -1,4 +1,4 @@
-"""A cache policy: when to reuse and how, read from text."""
+"""A cache policy: when to reuse and how, parsed from text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ RENAMED = {"most": "max_skip"}  # options by their earlier names
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """When to reuse, and how.
+    """A policy: when to reuse, and how.
 
-    `order` is that of the forecast, `max_skip` the reuses in a row after which a step computes anyway,
-    `warmup` the steps at the start that compute.
+    `order` is that of the forecast, `max_skip` the consecutive reuses after which a step computes anyway,
+    `warmup` the number of steps at the start that compute.
     """
 
     rule: Rule
@@ -48,7 +48,7 @@ class CachePolicy:
         self.rule.check_steps(steps)
 
     def computes(self, steps: int, time_changes: TimeChanges) -> tuple[bool, ...]:
-        """Which of the steps compute whatever is measured on the way; the others reuse, or let the rule decide then.
+        """Return which steps compute, whatever is measured; the others reuse, or the rule decides at the step.
 
         Raises InputError if the policy does not fit so many steps.
         """
@@ -62,7 +62,7 @@ class CachePolicy:
         return tuple(computes)
 
     def _is_capped(self, reused: int) -> bool:
-        """Where the rule measures, how many were reused in a row is known only on the way."""
+        """Return whether `max_skip` is reached; if the rule measures, reuses in a row are counted while sampling."""
         return reused >= self.max_skip and not self.rule.measures
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class CachePolicy:
 
 
 def _options(texts: Iterable[str], policy: str) -> dict[str, int]:
-    """Values by name; warns of names that have changed. Raises InputError."""
+    """Parse options by name, and warn of names that have changed; raises InputError."""
     options = {}
     for text in texts:
         match = re.fullmatch(r"(order|max_skip|most|warmup)=(\d{1,6})", text)

@@ -1,4 +1,4 @@
-"""A cache policy made ready for one sampling."""
+"""A cache policy prepared for one sampling."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from elit_export.spec import Budget, Fit
 
 @dataclass(frozen=True)
 class StepCache:
-    """A policy made ready for one sampling.
+    """A policy prepared for one sampling.
 
-    `computes` says which steps compute whatever happens. Of the others, all reuse where `fits` is None, as far
-    as there is something to reuse and `max_skip` allows; else the fit of the budget and the rule decide too.
-    `signal_shape` is (N, D).
+    `computes` says which steps always compute. The others reuse if there is something to reuse and `max_skip` allows;
+    unless `fits` is None, the fit of the budget and the rule decide too. `signal_shape` is (N, D).
     """
 
     policy: CachePolicy

@@ -1,4 +1,4 @@
-"""`teacache:THRESHOLD`: by how much the input of the blocks changed, measured at every step."""
+"""`teacache:THRESHOLD`: decides by the change of the blocks' input, measured at each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elit_export.spec import PROBE, REUSE
 
 @dataclass(frozen=True)
 class TeaCache(Rule):
-    """Compute once the calibrated change of the signal since the last computed step reaches `threshold` in any row."""
+    """A rule: compute once the calibrated change since the last computed step reaches `threshold` in any row."""
 
     needs: ClassVar[frozenset[str]] = frozenset({REUSE, PROBE})
     calibrated: ClassVar[bool] = True
@@ -32,7 +32,7 @@ class TeaCache(Rule):
         return lambda _step, _last: False
 
     def is_reached(self, accumulated: Float32) -> bool:
-        """In float32, as the graph `fused` decides."""
+        """Decide in float32, as the graph `fused` does."""
         threshold = np.float32(min(self.threshold, float(np.finfo(np.float32).max)))
         return bool((accumulated >= threshold).any())
 

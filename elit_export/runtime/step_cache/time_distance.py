@@ -1,4 +1,4 @@
-"""`static:time@THRESHOLD`: by how much the embedding of t changes."""
+"""`static:time@THRESHOLD`: decides by the change of the embedding of t, before sampling."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from elit_export.spec import REUSE, TIME
 
 @dataclass(frozen=True)
 class TimeDistance(Rule):
-    """Compute once the embedding of t has changed by `threshold` since the last computed step.
+    """A rule: compute once the embedding of t has changed by `threshold` since the last computed step.
 
-    The change of a step is mean|m − m_prev| / mean|m_prev|, as TeaCache takes it of its signal.
+    The change of a step is mean|m − m_prev| / mean|m_prev|, as TeaCache measures it on its signal.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({REUSE, TIME})
