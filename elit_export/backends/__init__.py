@@ -2,7 +2,7 @@
 
 Takes: a graph on disk, profiles, a target of a recipe.  Gives: plans, and engines that run them.
 May touch: the folder a plan is built into, the plan it opens. Libraries are imported on use.
-Adding a backend: a folder here, a row below, an extra in pyproject.toml.
+To add a backend, write a folder here, a row below, and an extra in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from elit_export.errors import BackendUnavailable, InputError, summary
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """`library` is the module of the backend itself, `needs` others without which it does not run.
+    """A row of the table: `library` is the module of the backend itself, `needs` are others that it requires.
 
-    `options` is the class of its targets, `folder` the one here with its files, `extra` what pip installs. `usual` are
-    targets that recipes are begun with, by the names they have there: `usual_target` finds them.
+    `options` is the class of its targets, `folder` holds its files, `extra` is the extra that pip installs. `usual` are
+    the targets that recipes are begun with, by the names they have there: `usual_target` finds them.
     """
 
     name: str
@@ -47,22 +47,22 @@ class Backend:
         return self.facts.devices
 
     def builder(self) -> Builder:
-        """What makes its plans; raises BackendUnavailable naming the extra to install."""
+        """Return the builder of its plans; raises BackendUnavailable naming the extra to install."""
         builders: dict[str, Builder] = self._import("build").BUILDERS
         return builders[self.name]
 
     def loader(self) -> EngineLoader:
-        """What opens its plans; raises BackendUnavailable naming the extra to install."""
+        """Return the loader of its plans; raises BackendUnavailable naming the extra to install."""
         loaders: dict[str, EngineLoader] = self._import("engine").LOADERS
         return loaders[self.name]
 
     def _import(self, file: str) -> ModuleType:
-        """Raises BackendUnavailable if a library is missing or broken."""
+        """Import a file of the backend; raises BackendUnavailable if a library is missing or broken."""
         extra = f"'elit-export[{self.extra}]'"
         for library in (self.library, *self.needs):
             try:
                 import_module(library)
-            except Exception as error:  # a broken library raises what it likes
+            except Exception as error:  # a broken library can raise anything
                 if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
                     raise BackendUnavailable(f"backend {self.name} needs {library}", f"pip install {extra}") from error
                 raise BackendUnavailable(

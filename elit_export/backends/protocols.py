@@ -1,4 +1,4 @@
-"""The two seams of a backend: what builds its plans, and what opens and calls them.
+"""The two protocols of a backend: the builder of its plans, and the loader that opens them as engines.
 
 A backend's `build.py` offers Builders, its `engine.py` EngineLoaders. Both take values, never a manifest.
 """
@@ -19,7 +19,7 @@ from elit_export.backends.process import ProcessBound
 from elit_export.errors import EngineError
 from elit_export.spec import GraphSpec, Profile
 
-OnShare = Callable[[float], None]  # hears the share of one plan's build that is done, 0 to 1
+OnShare = Callable[[float], None]  # called with the share of one plan's build that is done, 0 to 1
 
 
 # ---------------------------------------------------------------- building
@@ -39,9 +39,9 @@ class GraphFile:
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """The folder that was given now holds one plan; `file` in it is what an engine opens.
+    """A plan that was built into a folder; an engine opens its `file`.
 
-    `label` says in the plan's name what distinguishes it: profile, library, device.
+    `label` is the part of the plan's name with profile, library and device.
     """
 
     file: str
@@ -56,20 +56,20 @@ class RealInputs(Protocol):
     def __len__(self) -> int: ...
 
     def inputs(self) -> Iterator[Arrays]:
-        """One row at a time."""
+        """Yield one row at a time."""
 
 
 class Builder(Protocol):
-    """Makes plans of graphs. `target` is one table of a recipe, of the backend's own class."""
+    """Builds plans from graphs. `target` is one table of a recipe, of the backend's own class."""
 
     def check(self, target: Any) -> None:
-        """Raise BackendUnavailable or BuildError if nothing can be built for the target here."""
+        """Raise BackendUnavailable or BuildError if this machine cannot build for the target."""
 
     def fingerprint(self, target: Any) -> dict[str, str]:
-        """Versions, and what else of this machine plans depend on."""
+        """Return versions, and whatever else of this machine plans depend on."""
 
     def group_profiles(self, profiles: Sequence[Profile], target: Any) -> list[tuple[Profile, ...]]:
-        """The profiles of each plan."""
+        """Return the profiles of each plan."""
 
     def build_plan(
         self,
@@ -80,7 +80,7 @@ class Builder(Protocol):
         inputs: RealInputs | None,
         progress: OnShare,
     ) -> BuiltPlan:
-        """Write one plan into `folder`; what plans of a set share may lie beside it.
+        """Write one plan into `folder`; files that plans of a set share may lie beside it.
 
         `inputs` are given only where the backend quantizes. Raises BuildError.
         """
@@ -90,7 +90,7 @@ class Builder(Protocol):
 
 
 class PlanOrigin(Protocol):
-    """By which versions a plan was built, and on what."""
+    """The versions that built a plan, and the machine it was built on."""
 
     @property
     def versions(self) -> Mapping[str, str]: ...
@@ -101,7 +101,7 @@ class PlanOrigin(Protocol):
 
 @dataclass(frozen=True)
 class PlanFile:
-    """A plan on disk whose hash was verified, the graph it was made of, and its PlanOrigin."""
+    """A plan on disk whose hash was verified, the graph it was built from, and its PlanOrigin."""
 
     path: Path
     graph: GraphSpec
@@ -110,7 +110,7 @@ class PlanFile:
 
 
 class DeviceArray(Protocol):
-    """An array where the backend keeps it; goes back into engines of the same backend as it is."""
+    """An array in the memory of a backend; it can be fed to engines of the same backend as it is."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -122,11 +122,11 @@ Array = HostArray | DeviceArray
 
 
 class Engine(Protocol):
-    """One opened plan; a context manager, which a subclass need not write again.
+    """One opened plan, which is also a context manager.
 
-    Outputs that the graph's spec has `on_host` come back as NumPy arrays, others as the backend's own (with
-    `.numpy()`). What comes back belongs to the caller and is never written again.
-    Not safe to call from two threads at once: the bank holds a lock.
+    Outputs that are `on_host` in the graph's spec are NumPy arrays, others are the backend's own (with
+    `.numpy()`). Outputs belong to the caller and are never overwritten.
+    It is not safe to call from two threads at once: the bank holds a lock.
     """
 
     def __call__(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]: ...
@@ -146,16 +146,16 @@ class EngineLoader(Protocol):
     """Opens plans of one backend."""
 
     def open_engines(self, plans: Mapping[str, PlanFile], target: Any) -> Mapping[str, Engine]:
-        """An engine for each name, each file opened once; raises BackendUnavailable, BundleError or EngineError."""
+        """Open an engine for each name, each file once; raises BackendUnavailable, BundleError or EngineError."""
 
     def incompatibility(self, plans: Sequence[PlanOrigin], target: Any) -> str:
-        """Why these plans cannot run here; empty if they can."""
+        """Say why these plans cannot run here; empty if they can."""
 
     def library_version(self) -> str:
-        """Name and version of the installed library."""
+        """Return name and version of the installed library."""
 
     def device_problem(self, device: str) -> tuple[str, str]:
-        """(what is wrong with a device here, what to do), both empty if it works."""
+        """Return (what is wrong with a device here, what to do), both empty if it works."""
 
 
 def to_host(array: Array) -> HostArray:
@@ -208,7 +208,7 @@ class OpenedEngine(ProcessBound, Engine):
 
 
 class LateEngine(OpenedEngine):
-    """An engine that its first call opens, with whatever that raises; if it fails, the next call tries again."""
+    """An engine that opens at its first call. The call raises what opening raises, and the next one tries again."""
 
     def __init__(self, opener: Callable[[], Engine]) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ class LateEngine(OpenedEngine):
 class FunctionEngine(Engine):
     """Any function of NumPy arrays as an engine: PyTorch references, tests, your own backend.
 
-    With the spec of its graph, outputs that are not `on_host` come back wrapped, as those of other engines do.
+    With the spec of its graph, outputs that are not `on_host` are wrapped, as in other engines.
     """
 
     def __init__(self, function: Callable[[Arrays], Mapping[str, HostArray]], graph: GraphSpec | None = None) -> None:

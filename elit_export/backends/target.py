@@ -1,4 +1,4 @@
-"""What every `[targets.NAME]` table of a recipe has, whatever its backend; the backends' own classes add to it."""
+"""The fields of a `[targets.NAME]` table that all backends share; the backends' own classes add more."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Threads = Annotated[int, Field(ge=0, le=MAX_THREADS)]  # 0 uses all cores
 
 @dataclass(frozen=True)
 class InputFormat:
-    """What a backend builds from; `graphs.formats` has what writes it.
+    """The format of graph that a backend builds from; `graphs.formats` writes it.
 
-    `suffix` ends the names of stored graphs. `bounds_rows`: a graph holds the most rows it may be given. `is_program`:
+    `suffix` ends the names of stored graphs. `bounds_rows`: a graph holds the maximum of rows it accepts. `is_program`:
     opening a graph can run any code that is in it.
     """
 
@@ -48,11 +48,11 @@ POLYGRAPHY_ONNXRT = PolygraphyRunner(options=("--model-type", "onnx", "--onnxrt"
 
 @dataclass(frozen=True, kw_only=True)
 class TargetFacts:
-    """What a recipe may ask of a backend, and what it builds from.
+    """The targets that a backend supports, and the graphs it builds from.
 
-    `supports_if`: it can run a graph that chooses inside.
-    `casts_weights`: it makes every precision of the fp32 graph itself. `keeps_nodes`: its plans run the nodes of their
-    graph, so that a departure can be traced to one. `plans_are_programs`: opening a plan can run any code in it.
+    `supports_if`: it can run a graph with an `If`. `casts_weights`: it makes all precisions from the fp32 graph itself.
+    `keeps_nodes`: its plans run the nodes of their graph, so that a deviation can be traced to one.
+    `plans_are_programs`: opening a plan can run any code in it.
     """
 
     devices: tuple[str, ...]
@@ -64,12 +64,12 @@ class TargetFacts:
     plans_are_programs: bool = False
 
     def graph_precision(self, target_precision: Precision, *, exact: bool) -> Precision:
-        """The precision of a stored graph: an exact one is never rounded, and some backends cast weights themselves."""
+        """Return the precision of a stored graph: an exact one is fp32, and some backends cast weights themselves."""
         return Precision.FP32 if exact or self.casts_weights else target_precision
 
 
 class Target(BaseModel):
-    """Where plans run and in which arithmetic.
+    """The device and precision of plans.
 
     `fused` asks for one more plan: a whole cached step, for hosts without this runtime.
     `accept_below_tolerance` is the reason to keep plans that miss their tolerance, which every report then shows.
@@ -99,18 +99,18 @@ class Target(BaseModel):
 
     def _check_fused(self) -> None:
         if not self.facts.supports_if:
-            raise ValueError(f"fused: backend {self.backend} cannot run a graph that chooses inside; leave it out")
+            raise ValueError(f"fused: backend {self.backend} cannot run a graph with an If; leave it out")
         if self.precision.quantized:
             raise ValueError(f"fused: only `step` is quantized to {self.precision.value}; leave it out")
         if self.facts.casts_weights and self.precision is not Precision.FP32:
             raise ValueError(
-                f"fused: backend {self.backend} would round what decides too, so that it decides otherwise; "
+                f"fused: backend {self.backend} would also round the values that decide, so that it decides otherwise; "
                 f"use precision fp32 or leave it out"
             )
 
     @property
     def plans_are_programs(self) -> bool:
-        """Can opening a plan run any code that is in it? Then only trusted ones are opened."""
+        """Whether opening a plan can run any code in it: then only trusted plans are opened."""
         return self.facts.plans_are_programs
 
     @property
@@ -119,5 +119,5 @@ class Target(BaseModel):
         return None
 
     def options(self) -> dict[str, Any]:
-        """What the backend adds, as the manifest keeps it."""
+        """Return the options that the backend adds, as the manifest keeps them."""
         return self.model_dump(mode="json", exclude=set(Target.model_fields))

@@ -1,7 +1,7 @@
 """Graph → ONNX Runtime plan: the optimized model, written back as ONNX.
 
-"Extended" optimization is the highest level whose result does not depend on the CPU that ran it;
-what does depend on it is done again when the plan is opened.
+"Extended" optimization is the highest level whose result does not depend on the CPU that ran it.
+Optimizations that depend on the CPU run when the plan is opened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ EXTERNAL_FROM_BYTES = "1024"
 
 
 class OnnxRuntimeBuilder:
-    """One plan for all profiles."""
+    """Builds one plan for all profiles."""
 
     def check(self, target: OnnxRuntimeTarget) -> None:
         """Raise BackendUnavailable if the target's provider is not part of this ONNX Runtime."""
@@ -35,7 +35,7 @@ class OnnxRuntimeBuilder:
         return {"onnxruntime": ort.__version__}
 
     def group_profiles(self, profiles: Sequence[Profile], target: OnnxRuntimeTarget) -> list[tuple[Profile, ...]]:
-        """One group: ONNX Runtime has no optimization profiles."""
+        """Return one group: ONNX Runtime has no optimization profiles."""
         return [tuple(profiles)]
 
     def build_plan(
@@ -53,7 +53,7 @@ class OnnxRuntimeBuilder:
             session = ort.InferenceSession(graph.path, _session_options(graph, folder), providers=[provider])
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
             raise BuildError(f"onnxruntime cannot build {name}: {error}") from error
-        if session.get_providers()[0] != provider:  # it falls back to the CPU without a word
+        if session.get_providers()[0] != provider:  # it falls back to the CPU silently
             raise BackendUnavailable(
                 f"onnxruntime could not start {provider} (it offers {', '.join(session.get_providers())})",
                 f"build target device {target.device!r} on a machine that has it, with elit-export[onnxruntime-gpu]",
@@ -80,9 +80,9 @@ def _session_options(graph: GraphFile, folder: Path) -> ort.SessionOptions:
 
 
 def _level_of(graph: GraphSpec) -> ort.GraphOptimizationLevel:
-    """None for a graph that chooses inside, which is optimized when it is opened.
+    """Disable optimization for a graph with an `If`, which is optimized when it is opened.
 
-    From branches ONNX Runtime (1.24) writes models that it refuses to read: one name for several constants.
+    ONNX Runtime 1.24 writes branches that it refuses to read: several constants have one name.
     """
     levels = ort.GraphOptimizationLevel
     return levels.ORT_DISABLE_ALL if graph.has_if else levels.ORT_ENABLE_EXTENDED

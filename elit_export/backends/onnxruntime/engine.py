@@ -18,7 +18,7 @@ from elit_export.backends.versions import version_numbers
 from elit_export.errors import BackendUnavailable, BundleError, EngineError, summary
 from elit_export.spec import GraphSpec
 
-# y = x, one float, as ONNX: the smallest model that makes a provider start or refuse.
+# The ONNX model y = x on one float: the smallest model that shows whether a provider starts.
 IDENTITY = (
     b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01'
     b"\x12\x04\n\x02\x08\x01b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
@@ -30,9 +30,9 @@ class OnnxRuntimeLoader:
     """Refuses plans built by a newer ONNX Runtime than the one installed."""
 
     def open_engines(self, plans: Mapping[str, PlanFile], target: OnnxRuntimeTarget) -> dict[str, Engine]:
-        """Each file once. A light graph runs on one thread.
+        """Open each file once; a light graph runs on one thread.
 
-        After a step its own threads spin for a while, and on two cores a reuse beside them took three to five times
+        The threads of a step spin for a while after it. On two cores, a reuse beside them took three to five times
         as long with a second thread as without.
         """
         for plan in plans.values():
@@ -59,18 +59,18 @@ class OnnxRuntimeLoader:
         return f"onnxruntime {ort.__version__}"
 
     def device_problem(self, device: str) -> tuple[str, str]:
-        """Does the device's provider really start?"""
+        """Test whether the device's provider really starts."""
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             return (
                 f"this onnxruntime has no {provider}",
                 "pip install 'elit-export[onnxruntime-gpu]' without onnxruntime",
             )
-        ort.set_default_logger_severity(SILENT)  # the answer is said once, by us
+        ort.set_default_logger_severity(SILENT)  # the problem is reported once, by the return value
         try:
             started = ort.InferenceSession(IDENTITY, providers=[provider]).get_providers()[0]
         except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
-            return f"{provider} fails: {summary(error)}", "mend its driver and libraries, or use device = 'cpu'"
+            return f"{provider} fails: {summary(error)}", "repair its driver and libraries, or use device = 'cpu'"
         finally:
             ort.set_default_logger_severity(WARNINGS)
         if started != provider:
@@ -90,9 +90,9 @@ class OnnxRuntimeEngine(OpenedEngine):
     """One inference session. `threads = 0` uses all cores; `device` is "cpu" or "cuda".
 
     Raises BackendUnavailable if the device's provider is not there: ONNX Runtime itself would
-    silently fall back to the CPU. `as_written` runs node by node: without it ONNX Runtime puts kernels of its
-    own in place of quantized products, with other sums, and none for 8-bit floats. `graph` says which outputs come to
-    the host; without it all do.
+    silently fall back to the CPU. `as_written` runs node by node: without it ONNX Runtime replaces quantized products
+    by its own kernels, with other sums, and has none for 8-bit floats. `graph` says which outputs go to the host;
+    without it all do.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class OnnxRuntimeEngine(OpenedEngine):
             binding.bind_output(name, "cpu" if name in self._on_host else self._device)
         try:
             self._session.run_with_iobinding(binding)
-        except Exception as error:  # see above
+        except Exception as error:  # the library raises plain RuntimeErrors and its own types alike
             raise EngineError(f"onnxruntime failed: {summary(error)}") from error
         # Unshaped outputs are allocated for each call, so they are the caller's.
         values = zip(self._outputs, binding.get_outputs(), strict=True)
@@ -177,7 +177,7 @@ class OrtArray(DeviceArray):
 
 
 def open_as_written(graph: Path) -> Engine:
-    """A graph that is not a plan, run node by node on the CPU."""
+    """Open a graph that is not a plan, and run it node by node on the CPU."""
     return OnnxRuntimeEngine(graph, device="cpu", threads=0, as_written=True)
 
 

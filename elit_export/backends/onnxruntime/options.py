@@ -1,4 +1,4 @@
-"""What a recipe may say of a target of ONNX Runtime."""
+"""The options of an ONNX Runtime target in a recipe."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxRuntimeTarget(Target):
-    """`threads = 0` uses all cores."""
+    """A target of ONNX Runtime; `threads = 0` uses all cores."""
 
     facts: ClassVar = TargetFacts(devices=tuple(PROVIDERS), precisions=(Precision.FP32,))
 

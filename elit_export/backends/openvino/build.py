@@ -1,7 +1,7 @@
 """Graph → OpenVINO plan, for CPUs: the exported model, in int8 after quantization by NNCF.
 
-A plan is what `export_model` writes. It holds the graph as it was read: rounding to bf16 is done by the library
-when a plan is opened, so that a plan says in which arithmetic that must be.
+`export_model` writes the plan. It holds the graph as it was read: the library casts to bf16 when it opens the plan, so
+the plan's facts name the arithmetic.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from elit_export.spec import Precision, Profile
 
 NO_TELEMETRY = "NNCF_CI"
 AMX = "amx_int8"
-MISSING_ARITHMETIC = {Precision.BF16: "BF16", Precision.INT8: "INT8"}  # in the library's words
+MISSING_ARITHMETIC = {Precision.BF16: "BF16", Precision.INT8: "INT8"}  # the library's names
 
 
 class OpenVinoBuilder:
-    """One plan for all profiles."""
+    """Builds one plan for all profiles."""
 
     def check(self, target: OpenVinoTarget) -> None:
         """Raise BackendUnavailable if this CPU or this installation cannot build for the target."""
@@ -52,7 +52,7 @@ class OpenVinoBuilder:
         return {**_versions(target.precision), "cpu_features": cpu_features()}
 
     def group_profiles(self, profiles: Sequence[Profile], target: OpenVinoTarget) -> list[tuple[Profile, ...]]:
-        """One group: OpenVINO has no optimization profiles."""
+        """Return one group: OpenVINO has no optimization profiles."""
         return [tuple(profiles)]
 
     def build_plan(
@@ -99,10 +99,9 @@ def _capabilities() -> list[str]:
 
 
 def _arithmetic(precision: Precision) -> str:
-    """Of floating point, in OpenVINO's words. What int8 leaves over is bf16 where the CPU has it, but not with AMX.
+    """Return the floating-point type by OpenVINO's name. In int8 plans it is bf16 if the CPU has it, but has no AMX.
 
-    On a CPU with AMX, OpenVINO 2026.4 gives one call of the shipped model (K = 8, 16 rows) with 18.6 dB where the rest
-    of an int8 plan is bf16, and with 33.4 dB where it is f32; other calls differ by a decibel at most.
+    With AMX, bf16 misses the tolerance at one size of call: see docs/eight-bits.md.
     """
     rest_in_bf16 = "BF16" in _capabilities() and AMX not in cpu_features().split()
     casts = precision is Precision.BF16 or (precision.quantized and rest_in_bf16)
@@ -114,7 +113,7 @@ def _versions(precision: Precision) -> dict[str, str]:
 
 
 def _nncf() -> ModuleType:
-    """NNCF without its telemetry: it reports its use to Intel unless told not to, and is told by this alone.
+    """Import NNCF without its telemetry: only this environment variable keeps it from reporting its use to Intel.
 
     Raises BackendUnavailable if it is broken.
     """
@@ -123,7 +122,7 @@ def _nncf() -> ModuleType:
     try:
         with _silent():
             import nncf
-    except Exception as error:  # a broken library raises what it likes
+    except Exception as error:  # a broken library can raise anything
         raise BackendUnavailable(
             f"precision int8: nncf is installed but broken, {summary(error)}",
             "pip install --force-reinstall 'elit-export[openvino]'",
@@ -138,13 +137,9 @@ def _nncf() -> ModuleType:
 
 
 def _quantized(model: ov.Model, inputs: RealInputs, kept_exact: Sequence[str]) -> ov.Model:
-    """All linear layers between embedders and final layer but adaLN, and the products of attention, in int8.
+    """Quantize all linear layers except those of `kept_exact`, and the products of attention, to int8.
 
-    With the modules of `kept_exact` in int8 too the velocity of B/2 falls from 35 to 21 dB, that of the shipped model
-    from 26 to 7 dB (tried by hand with NNCF's own ranges, worst rows). Of a small random model with text it is 42 dB
-    with the embedders of image and text in float32, 38 dB with them in int8.
-    Ranges are those that all inputs reach: by the means of each input's ends, NNCF's own choice, the residual of
-    the shipped model falls from 33 to 27 dB (the worst of single rows).
+    Ranges hold the minimum and maximum over all inputs. docs/eight-bits.md compares both choices with the alternatives.
     """
     nncf = _nncf()
     ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
@@ -160,7 +155,7 @@ def _quantized(model: ov.Model, inputs: RealInputs, kept_exact: Sequence[str]) -
                 ),
                 advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
             )
-    except Exception as error:  # it raises what it likes
+    except Exception as error:  # it can raise anything
         raise BuildError(
             f"nncf cannot quantize the graph: {summary(error, last=True)}",
             "pip install -U 'elit-export[openvino]', or collect the samples again",
@@ -170,7 +165,7 @@ def _quantized(model: ov.Model, inputs: RealInputs, kept_exact: Sequence[str]) -
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """NNCF lists every node that it leaves alone, and draws bars."""
+    """Silence NNCF, which lists all nodes that it skips, and draws progress bars."""
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.ERROR)

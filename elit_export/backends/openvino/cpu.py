@@ -1,4 +1,4 @@
-"""What this machine's processor can do, as its system tells."""
+"""The instruction sets of this machine's processor."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ARITHMETIC = re.compile(r"(avx|amx|sse4|fma|f16c|asimd|sve|sme|i8mm|bf16).*")
 
 
 def cpu_features() -> str:
-    """The instruction sets for arithmetic, sorted; the kind of processor where the system does not list them."""
+    """Return the instruction sets for arithmetic, sorted, or the kind of processor if the system does not list them."""
     text = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.exists() else ""
     listed = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
     names = sorted(name for name in listed[1].split() if ARITHMETIC.fullmatch(name)) if listed else []

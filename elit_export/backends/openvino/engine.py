@@ -31,10 +31,10 @@ TYPES = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}
 
 
 class OpenVinoLoader:
-    """Refuses plans that another CPU or version made."""
+    """Opens plans, but refuses those that were built on another CPU or by another version."""
 
     def open_engines(self, plans: Mapping[str, PlanFile], target: OpenVinoTarget) -> dict[str, Engine]:
-        """Each file once."""
+        """Open each file once; raises BundleError for plans that cannot run here."""
         if reason := self.incompatibility(list(plans.values()), target):
             raise BundleError(f"these plans cannot run here: {reason}")
         with ExitStack() as stack:
@@ -55,20 +55,20 @@ class OpenVinoLoader:
         return f"openvino {ov.__version__.partition('-')[0]}"
 
     def device_problem(self, device: str) -> tuple[str, str]:
-        """Is the CPU plugin there?"""
+        """Test whether the CPU plugin is installed."""
         if DEVICE in ov.Core().available_devices:
             return "", ""
         return "this openvino has no CPU plugin", "pip install --force-reinstall 'elit-export[openvino]'"
 
 
 def _properties(plan: PlanFile, target: OpenVinoTarget) -> dict[str, Any]:
-    """All must be said again: a plan opened without them runs in bf16 wherever the CPU has it.
+    """Return the properties to open a plan with: without them it would run in bf16 on any CPU that has it.
 
     Raises BundleError for an arithmetic that no build writes.
     """
     arithmetic = plan.built_on.get("arithmetic", "")
     if arithmetic not in TYPES:
-        raise BundleError(f"{plan.path}: its arithmetic {arithmetic!r} cannot be", _rebuild(target))
+        raise BundleError(f"{plan.path}: its arithmetic {arithmetic!r} is unknown", _rebuild(target))
     threads = {"INFERENCE_NUM_THREADS": target.threads} if target.threads else {}
     return {"INFERENCE_PRECISION_HINT": arithmetic, "PERFORMANCE_HINT": target.hint.upper(), **threads}
 
@@ -104,25 +104,25 @@ class OpenVinoEngine(OpenedEngine):
             compiled = ov.Core().import_model(plan.read_bytes(), DEVICE, dict(properties))
         except Exception as error:  # of a damaged plan the library raises RuntimeError, UnicodeDecodeError and others
             raise EngineError(f"openvino cannot open {plan}: {summary(error, last=True)}", "build it again") from error
-        wanted = TYPES[properties["INFERENCE_PRECISION_HINT"]]
-        found = compiled.get_property("INFERENCE_PRECISION_HINT")
-        if found != wanted:
-            raise EngineError(f"openvino opened {plan.name} in {found.to_string()}, not in {wanted.to_string()}")
+        expected = TYPES[properties["INFERENCE_PRECISION_HINT"]]
+        actual = compiled.get_property("INFERENCE_PRECISION_HINT")
+        if actual != expected:
+            raise EngineError(f"openvino opened {plan.name} in {actual.to_string()}, not in {expected.to_string()}")
         check_ports(plan, graph, _ports(compiled.inputs), _ports(compiled.outputs))
         self._request = compiled.create_infer_request()
-        self._inputs = {given.any_name for given in compiled.inputs}
+        self._inputs = {tensor.any_name for tensor in compiled.inputs}
         self._outputs = [output.any_name for output in compiled.outputs]
         self._on_host = graph.on_host
 
     def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        if inputs.keys() != self._inputs:  # what is left out would be what the call before gave
+        if inputs.keys() != self._inputs:  # a missing input would keep its value from the call before
             raise EngineError(f"openvino takes {', '.join(sorted(self._inputs))}, not {', '.join(sorted(inputs))}")
         try:
-            given = {name: np.asarray(to_host(array), order="C") for name, array in inputs.items()}
-            found = self._request.infer(given, share_inputs=True)  # outputs are copied: they are the caller's
+            arrays = {name: np.asarray(to_host(array), order="C") for name, array in inputs.items()}
+            values = self._request.infer(arrays, share_inputs=True)  # outputs are copied: they are the caller's
         except RuntimeError as error:  # what the library raises
             raise EngineError(f"openvino failed: {summary(error, last=True)}") from error
-        return {name: self._output(name, found[name]) for name in self._outputs}
+        return {name: self._output(name, values[name]) for name in self._outputs}
 
     def _output(self, name: str, values: HostArray) -> Array:
         return values if name in self._on_host else HostOutput(values)

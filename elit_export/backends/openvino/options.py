@@ -1,4 +1,4 @@
-"""What a recipe may say of a target of OpenVINO."""
+"""The options of an OpenVINO target in a recipe."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 from elit_export.backends.target import Target, TargetFacts, Threads
 from elit_export.spec import Precision
 
-DEVICE = "CPU"  # in the library's words
+DEVICE = "CPU"  # the library's name
 
 
 class OpenVinoTarget(Target):
-    """`threads = 0` uses all cores; `hint` is what the library tunes for."""
+    """A target of OpenVINO; `threads = 0` uses all cores, `hint` is what the library tunes for."""
 
     facts: ClassVar = TargetFacts(
         devices=("cpu",),

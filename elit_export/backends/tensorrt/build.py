@@ -1,6 +1,6 @@
-"""Graph → TensorRT plan, with `tensorrt` or `tensorrt_rtx`: their Python API is one.
+"""Graph → TensorRT plan, with `tensorrt` or `tensorrt_rtx`, which have the same Python API.
 
-Networks are strongly typed: the arithmetic is baked into the graph. TensorRT for RTX builds for named
+Networks are strongly typed: the graph fixes the arithmetic. TensorRT for RTX builds for named
 compute capabilities without a GPU; TensorRT builds for the GPU of the machine it runs on.
 """
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class TensorRTBuilder:
-    """A plan per profile, or one with several optimization profiles."""
+    """Builds a plan per profile, or one with several optimization profiles."""
 
     def check(self, target: TensorRTTarget) -> None:
         """Raise BackendUnavailable or BuildError if the library here cannot build for the target."""
@@ -45,7 +45,7 @@ class TensorRTBuilder:
         return {"library": f"{target.flavour.module} {target.flavour.library().__version__}"}
 
     def group_profiles(self, profiles: Sequence[Profile], target: TensorRTTarget) -> list[tuple[Profile, ...]]:
-        """One profile each, or all in one plan."""
+        """Return one group per profile, or one with all profiles."""
         return [tuple(profiles)] if target.layout == "multi-profile" else [(profile,) for profile in profiles]
 
     def build_plan(
@@ -88,9 +88,9 @@ class TensorRTBuilder:
 def _check_version(trt: Any, target: TensorRTTarget) -> None:
     oldest = target.flavour.oldest
     if version_numbers(trt.__version__, 2) < oldest:
-        wanted = ".".join(map(str, oldest))
+        minimum = ".".join(map(str, oldest))
         raise BackendUnavailable(
-            f"{target.backend} {trt.__version__} is too old", f"pip install -U '{target.backend}>={wanted}'"
+            f"{target.backend} {trt.__version__} is too old", f"pip install -U '{target.backend}>={minimum}'"
         )
 
 
@@ -111,9 +111,9 @@ def _check_arithmetic(target: TensorRTTarget) -> None:
         raise BuildError(f"compute capability {older[0]} has no {precision} arithmetic", "give it a target with fp16")
 
 
-def _check_known(trt: Any, wanted: Iterable[str]) -> None:
+def _check_known(trt: Any, capabilities: Iterable[str]) -> None:
     known = [name for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
-    for capability in wanted:
+    for capability in capabilities:
         if _sm(capability) not in known:
             dotted = ", ".join(f"{name[2:-1]}.{name[-1]}" for name in known)
             raise BuildError(
@@ -129,7 +129,7 @@ def _check_local(target: TensorRTTarget) -> None:
     here = cuda_layer.Cuda().compute_capability()
     if target.compute_capabilities != (here,):
         raise BuildError(
-            f"{target.backend} builds for the GPU of this machine, compute capability {here}, and the target wants "
+            f"{target.backend} builds for the GPU of this machine, compute capability {here}, and the target names "
             f"{', '.join(target.compute_capabilities)}",
             "build there, or use backend = 'tensorrt-rtx'",
         )
@@ -141,7 +141,7 @@ def _check_local(target: TensorRTTarget) -> None:
 def _serialized(
     trt: Any, graph: GraphFile, profiles: Sequence[Profile], target: TensorRTTarget, monitor: Any, timing: Path
 ) -> Any:
-    """The bytes of a plan; raises BuildError, or what interrupted the monitor."""
+    """Return the bytes of a plan; raises BuildError, or the exception that interrupted the monitor."""
     log = _log(trt)
     log.errors.clear()
     builder = trt.Builder(log)
@@ -156,15 +156,15 @@ def _serialized(
         raise monitor.interrupted
     if plan is None:
         small = f" (workspace_mb = {target.workspace_mb} may be too little)" if target.workspace_mb else ""
-        said = log.last_errors() or "it says no more"
-        raise BuildError(f"{target.backend} cannot build {_names(profiles)}: {said}{small}")
+        reason = log.last_errors() or "it gives no reason"
+        raise BuildError(f"{target.backend} cannot build {_names(profiles)}: {reason}{small}")
     if cache is not None:
         timing.write_bytes(cache.serialize())
     return plan
 
 
 def _parsed(trt: Any, builder: Any, graph: Path, log: Any, precision: Precision) -> Any:
-    """The network of a graph; raises BuildError naming every node the parser refuses."""
+    """Parse a graph into a network; raises BuildError naming all nodes that the parser refuses."""
     flag = trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
     network = builder.create_network(1 << int(flag))
     parser = trt.OnnxParser(network, log)
@@ -177,7 +177,7 @@ def _parsed(trt: Any, builder: Any, graph: Path, log: Any, precision: Precision)
 
 
 def _refusal(error: Any) -> str:
-    """`MatMul core.3.attn/MatMul_93: what is wrong`, or only that where no node is to blame."""
+    """Format an error as `MatMul core.3.attn/MatMul_93: what is wrong`, without the node if none is named."""
     node = f"{error.node_operator()} {error.node_name()}".strip()
     return f"{node}: {error.desc()}" if node else str(error.desc())
 
@@ -208,31 +208,31 @@ def _config(trt: Any, builder: Any, target: TensorRTTarget) -> Any:
 
 
 def _optimization_profile(builder: Any, network: Any, graph: GraphSpec, profile: Profile) -> Any:
-    """Ranges for every input of the network, as its graph's spec has them."""
-    shapes, made = graph.corner_shapes(profile), builder.create_optimization_profile()
+    """Return the ranges of every input of the network, as its graph's spec has them."""
+    shapes, optimization_profile = graph.corner_shapes(profile), builder.create_optimization_profile()
     for index in range(network.num_inputs):
         name = network.get_input(index).name
-        made.set_shape(name, *shapes[name])
-    return made
+        optimization_profile.set_shape(name, *shapes[name])
+    return optimization_profile
 
 
 def _timing_cache(config: Any, path: Path) -> Any:
-    """The cache that the plans of one target share while they are built."""
+    """Return the timing cache that the plans of one target share while they are built."""
     cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
     config.set_timing_cache(cache, ignore_mismatch=False)
     return cache
 
 
-# ---------------------------------------------------------------- what the library says
+# ---------------------------------------------------------------- log and progress of the library
 
 
 @functools.cache
 def _log(trt: Any) -> Any:
-    """A TensorRT logger that speaks through `logging` and remembers its errors.
+    """Return a TensorRT logger that writes to `logging` and remembers errors.
 
-    One for all builds, as the library wants it while anything made with an earlier one lives. Its warnings
-    are about the network made here and its errors come back in a BuildError, so both are only INFO.
-    A class inside a function, because its base is known only once the library is chosen.
+    There is one for all builds: the library requires the same logger while objects made with it live. Warnings
+    are about the network made here and errors are part of a BuildError, so both are logged as INFO.
+    The class is inside the function because its base depends on the library.
     """
     failures = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
     levels = {**dict.fromkeys((*failures, trt.ILogger.WARNING), logging.INFO), trt.ILogger.INFO: logging.DEBUG}
@@ -254,7 +254,7 @@ def _log(trt: Any) -> Any:
 
 
 def _monitor(trt: Any, progress: OnShare) -> Any:
-    """Reports the share of the outermost phase that is done, and ends the build on an interrupt."""
+    """Return a monitor that reports the share of the outermost phase, and ends the build on an interrupt."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -281,7 +281,7 @@ def _monitor(trt: Any, progress: OnShare) -> Any:
     return Monitor()
 
 
-# ---------------------------------------------------------------- small things
+# ---------------------------------------------------------------- names
 
 
 def _label(profiles: Sequence[Profile], target: TensorRTTarget, version: str) -> str:
@@ -290,7 +290,7 @@ def _label(profiles: Sequence[Profile], target: TensorRTTarget, version: str) ->
 
 
 def _sm(capability: str) -> str:
-    """`8.9` → `SM89`"""
+    """Turn `8.9` into `SM89`."""
     return f"SM{capability.replace('.', '')}"
 
 

@@ -1,6 +1,6 @@
-"""The CUDA runtime calls that engines need: the only file that names cuda-python.
+"""The CUDA runtime calls that engines need. Only this file names cuda-python.
 
-Every failing call raises EngineError naming it.
+A failing call raises EngineError naming it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ DEVICE = 0
 
 
 def device_problem() -> tuple[str, str]:
-    """(what is wrong, what to do), both empty if there is a GPU and its driver fits."""
+    """Return (what is wrong, what to do), both empty if there is a GPU and its driver fits."""
     error, count = cudart.cudaGetDeviceCount()
     if error == cudart.cudaError_t.cudaErrorInsufficientDriver:
-        return _said(error), "install an NVIDIA driver for this CUDA or a later one, and see nvidia-smi"
+        return _error_text(error), "install an NVIDIA driver for this CUDA or a later one, and see nvidia-smi"
     if error != cudart.cudaError_t.cudaSuccess:
-        return _said(error), "see nvidia-smi"
+        return _error_text(error), "see nvidia-smi"
     return ("", "") if count else ("no NVIDIA GPU is visible", "see nvidia-smi and CUDA_VISIBLE_DEVICES")
 
 
-def _said(error: Any) -> str:
+def _error_text(error: Any) -> str:
     text = cudart.cudaGetErrorString(error)[1].decode()
     if error == cudart.cudaError_t.cudaErrorInsufficientDriver:  # also where there is none
         text = "no NVIDIA driver, or one older than this CUDA"
@@ -38,18 +38,18 @@ def _said(error: Any) -> str:
 
 
 def _checked(call: str, result: tuple[Any, ...]) -> Any:
-    """What a call gave beside its error code."""
+    """Return the result of a call, without its error code; raises EngineError if it failed."""
     error, *values = result
     if error != cudart.cudaError_t.cudaSuccess:
-        raise EngineError(f"{call} failed: {_said(error)}")
+        raise EngineError(f"{call} failed: {_error_text(error)}")
     return values[0] if values else None
 
 
 class Cuda:
-    """One GPU as addresses, streams and graphs. Nothing is freed by itself."""
+    """One GPU as addresses, streams and graphs. Nothing is freed automatically."""
 
     def compute_capability(self) -> str:
-        """Like `8.9`."""
+        """Return the compute capability, like `8.9`."""
         major, minor = (
             _checked("cudaDeviceGetAttribute", cudart.cudaDeviceGetAttribute(attribute, DEVICE))
             for attribute in (MAJOR, MINOR)
@@ -65,7 +65,7 @@ class Cuda:
         _checked("cudaFree", cudart.cudaFree(address))
 
     def allocate_pinned(self, size_bytes: int) -> int:
-        """Host memory that the GPU copies from and to without a detour."""
+        """Allocate host memory that the GPU copies from and to directly."""
         return int(_checked("cudaHostAlloc", cudart.cudaHostAlloc(size_bytes, 0)))
 
     def free_pinned(self, address: int) -> None:
@@ -101,11 +101,11 @@ class Cuda:
         _checked("cudaStreamBeginCapture", cudart.cudaStreamBeginCapture(stream, THREAD_LOCAL))
 
     def end_capture(self, stream: int) -> int:
-        """A graph that launches what was captured."""
+        """Return a graph that launches what was captured."""
         captured = _checked("cudaStreamEndCapture", cudart.cudaStreamEndCapture(stream))
-        made = cudart.cudaGraphInstantiate(captured, 0)
-        destroyed = cudart.cudaGraphDestroy(captured)  # also if nothing was made of it
-        graph = int(_checked("cudaGraphInstantiate", made))
+        instantiated = cudart.cudaGraphInstantiate(captured, 0)
+        destroyed = cudart.cudaGraphDestroy(captured)  # even if the instantiation failed
+        graph = int(_checked("cudaGraphInstantiate", instantiated))
         _checked("cudaGraphDestroy", destroyed)
         return graph
 

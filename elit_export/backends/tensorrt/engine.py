@@ -1,8 +1,8 @@
-"""TensorRT plan → engines, with `tensorrt` or `tensorrt_rtx`: their Python API is one.
+"""TensorRT plan → engines, with `tensorrt` or `tensorrt_rtx`, which have the same Python API.
 
 The engines of a bank run one after another on one stream, so they share one activation buffer. Each
-profile has its own context, made once, with fixed buffers for inputs and outputs; what a caller gets
-is a copy that belongs to the caller. TensorRT for RTX keeps what it compiles in the user's cache folder.
+profile has its own context, made once, with fixed buffers for inputs and outputs. A caller gets copies
+of outputs. TensorRT for RTX keeps compiled kernels in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from elit_export.backends.versions import version_numbers
 from elit_export.errors import BackendUnavailable, EngineError
 
 logger = logging.getLogger(__name__)
-VERSION_PARTS = 9  # all of them: plans are of one build
+VERSION_PARTS = 9  # all parts: a plan fits one build of the library
 
 
 @dataclass(frozen=True)
 class TensorRTLoader:
-    """Opens plans of one of the two libraries. Nothing of a plan reaches it before version and device fit."""
+    """Opens plans by one of the two libraries, which reads no byte of a plan before version and device were checked."""
 
     flavour: Flavour
 
     def open_engines(self, plans: Mapping[str, PlanFile], target: TensorRTTarget) -> dict[str, Engine]:
-        """Each file once: an engine per profile."""
+        """Open each file once, with an engine per profile."""
         if reason := self.incompatibility(list(plans.values()), target):
             raise BackendUnavailable(f"these plans cannot run here: {reason}")
         return dict(opened_on(cuda_layer.Cuda(), self.flavour.library(), plans, target))
@@ -54,12 +54,12 @@ class TensorRTLoader:
         return f"{self.flavour.module} {self.flavour.library().__version__}"
 
     def device_problem(self, device: str) -> tuple[str, str]:
-        """Is there a GPU, and does its driver fit?"""
+        """Test whether there is a GPU, and whether its driver fits."""
         return cuda_layer.device_problem()
 
 
 def _version_problem(plans: Sequence[PlanOrigin], target: TensorRTTarget, installed: str) -> str:
-    """Plans open in the version that built them, and with version compatibility in later ones."""
+    """Say which plan does not fit the installed version; with version compatibility, later versions fit too."""
     for plan in plans:
         built = plan.versions.get(target.backend, "")
         is_older = version_numbers(built, VERSION_PARTS) <= version_numbers(installed, VERSION_PARTS)
@@ -87,7 +87,7 @@ def _device_mismatch(target: TensorRTTarget, here: str) -> str:
 def opened_on(
     cuda: cuda_layer.Cuda, trt: Any, plans: Mapping[str, PlanFile], target: TensorRTTarget
 ) -> dict[str, TensorRTEngine]:
-    """The engines over a given CUDA layer and library."""
+    """Open engines on a CUDA layer with a library."""
     device = Device(cuda)
     with ExitStack() as stack:
         stack.callback(device.close)
@@ -95,12 +95,12 @@ def opened_on(
         for plan in _each_file(plans):
             check_ports(plan.path, plan.graph, *opened[plan.path].ports())
         # Contexts of one plan are numbered by the order of its profiles.
-        seats = [(name, opened[plan.path], _index(plans, name)) for name, plan in plans.items()]
-        scratch_bytes = max(plan.engine.get_device_memory_size_for_profile_v2(index) for _, plan, index in seats)
+        placements = [(name, opened[plan.path], _index(plans, name)) for name, plan in plans.items()]
+        scratch_bytes = max(plan.engine.get_device_memory_size_for_profile_v2(index) for _, plan, index in placements)
         scratch = device.take(scratch_bytes)
         engines = {
             name: stack.enter_context(TensorRTEngine(device, plan, index, (scratch, scratch_bytes)))
-            for name, plan, index in seats
+            for name, plan, index in placements
         }
         stack.pop_all()  # the caller owns the engines now, and they the device
     return engines
@@ -116,7 +116,7 @@ def _owned(device: Device, plan: OpenedPlan) -> OpenedPlan:
 
 
 def _index(plans: Mapping[str, PlanFile], name: str) -> int:
-    """Which optimization profile of its plan a profile is: they were added in the order of their names here."""
+    """Return the index of a profile in its plan: profiles were added in the order of the names in `plans`."""
     return [other for other, plan in plans.items() if plan.path == plans[name].path].index(name)
 
 
@@ -152,8 +152,8 @@ class TensorRTEngine(OpenedEngine):
             undo.callback(self.close)
             self._context = plan.context()
             self._context.set_device_memory(*scratch)
-            chosen = self._context.set_optimization_profile_async(index, device.stream)
-            self._require(chosen, f"set_optimization_profile_async {index}")
+            is_set = self._context.set_optimization_profile_async(index, device.stream)
+            self._require(is_set, f"set_optimization_profile_async {index}")
             self._inputs, self._outputs = self._ports(index)
             undo.pop_all()
 
@@ -173,15 +173,15 @@ class TensorRTEngine(OpenedEngine):
     # ------------------------------------------------------------ shapes and buffers
 
     def _ports(self, index: int) -> tuple[dict[str, Port], list[Port]]:
-        """Buffers for the largest shapes of the profile, bound once."""
+        """Bind buffers for the largest shapes of the profile, once."""
         trt, engine = self._plan.trt, self._plan.engine
         names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
-        fed = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
-        for name in fed:
+        input_names = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
+        for name in input_names:
             largest = tuple(engine.get_tensor_profile_shape(name, index)[2])
             self._require(self._context.set_input_shape(name, largest), f"set_input_shape {name} {largest}")
-        inputs = {name: self._port_for(name) for name in fed}
-        return inputs, [self._port_for(name) for name in names if name not in fed]
+        inputs = {name: self._port_for(name) for name in input_names}
+        return inputs, [self._port_for(name) for name in names if name not in input_names]
 
     def _port_for(self, name: str) -> Port:
         shape = tuple(self._context.get_tensor_shape(name))
@@ -191,7 +191,7 @@ class TensorRTEngine(OpenedEngine):
         return Port(name, dtype, address, *self._device.pinned(shape, dtype))
 
     def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """A change of shape ends the life of a captured graph."""
+        """Set the shapes of inputs; a change of shape drops the captured graph."""
         if shapes == self._shapes:
             return
         self._drop_graph()
@@ -203,7 +203,7 @@ class TensorRTEngine(OpenedEngine):
     # ------------------------------------------------------------ data
 
     def _near(self, port: Port, array: Array) -> HostArray | DeviceBuffer:
-        """The array where it is, if the port can be fed from there, else on the host."""
+        """Return the array where it is, if the port can be fed from there, else on the host."""
         if isinstance(array, DeviceBuffer) and array.device is self._device and array.dtype == port.dtype:
             return array
         return to_host(array)
@@ -217,7 +217,7 @@ class TensorRTEngine(OpenedEngine):
         cuda.to_device(port.address, port.pinned_address, array.size * port.dtype.itemsize, stream)
 
     def _fetch(self, port: Port) -> HostArray | DeviceBuffer:
-        """Ask for an output: on the host a view of pinned memory, valid after the stream is done."""
+        """Request an output; on the host it is a view of pinned memory, valid after the stream is done."""
         cuda, stream = self._device.cuda, self._device.stream
         shape = tuple(self._context.get_tensor_shape(port.name))
         if port.name not in self._plan.on_host:
@@ -245,7 +245,7 @@ class TensorRTEngine(OpenedEngine):
         try:
             self._enqueue()
         except BaseException:
-            with suppress(EngineError):  # the first error is the one to tell
+            with suppress(EngineError):  # the first error is the one to raise
                 cuda.destroy_graph(cuda.end_capture(stream))
             raise
         return cuda.end_capture(stream)
@@ -258,14 +258,14 @@ class TensorRTEngine(OpenedEngine):
         if graph is not None:
             self._device.cuda.destroy_graph(graph)
 
-    def _require(self, done: object, call: str) -> None:
-        if not done:
+    def _require(self, succeeded: object, call: str) -> None:
+        if not succeeded:
             raise EngineError(f"{self._plan.trt.__name__}: {call} failed; its reason was written to the error output")
 
     # ------------------------------------------------------------ closing
 
     def _release(self) -> None:
-        """Every step is taken, whatever fails: wait, then graph, context, and with the last engine the device."""
+        """Wait, then drop graph, context and, with the last engine, the device; each step runs even if others fail."""
         with ExitStack() as steps:
             steps.callback(self._device.let_go)
             steps.callback(self._drop_context)

@@ -1,4 +1,4 @@
-"""GPU memory that the engines of a bank share, and arrays in it that belong to their holders."""
+"""GPU memory that the engines of a bank share, and arrays in it that belong to callers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from elit_export.errors import EngineError
 
 
 class Device(ProcessBound):
-    """What the engines of a bank share: a stream, memory, opened plans. Closed with the last of them.
+    """The stream, memory and opened plans that the engines of a bank share; it is closed with the last engine.
 
-    The lock is held by whoever uses the stream: what another thread asks of it would end up in a graph
-    that is being captured. Memory given back is kept for the next taker of that size: on one stream, work
-    runs in the order in which it was given, so what is still being read is never overwritten early.
+    The lock is held while the stream is used: work of another thread would become part of a graph that is
+    being captured. Memory that is given back is kept for the next request of that size. On one stream, work
+    runs in order, so memory that is still being read is not overwritten early.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -33,7 +33,7 @@ class Device(ProcessBound):
         self.lock = threading.Lock()
         self.closed = False
         self.stream = cuda.create_stream()
-        self._owned = ExitStack()  # freed last to first, each of them whatever fails
+        self._owned = ExitStack()  # freed last to first, each even if others fail
         self._owned.callback(cuda.destroy_stream, self.stream)
         self._spare: dict[int, list[int]] = {}  # bytes → addresses
         self._engines = 0
@@ -46,11 +46,11 @@ class Device(ProcessBound):
         return address
 
     def give_back(self, address: int, size_bytes: int) -> None:
-        """Without a lock: garbage collection calls this at any moment, also inside `take`."""
+        """Keep memory for reuse. It takes no lock: garbage collection may call it at any moment, also inside `take`."""
         self._spare.setdefault(size_bytes, []).append(address)
 
     def pinned(self, shape: Sequence[int], dtype: Any) -> tuple[int, HostArray]:
-        """Host memory for copies, as an address and as an array over it; lives as long as the device."""
+        """Allocate host memory for copies, as an address and an array; it lives as long as the device."""
         size_bytes = math.prod(shape) * np.dtype(dtype).itemsize
         address = self.cuda.allocate_pinned(size_bytes)
         self._owned.callback(self.cuda.free_pinned, address)
@@ -58,11 +58,11 @@ class Device(ProcessBound):
         return address, np.frombuffer(memory, dtype)
 
     def own(self, close: Callable[[], None]) -> None:
-        """Call `close` when the device is closed, before what was owned earlier goes."""
+        """Call `close` when the device is closed, before anything owned earlier is freed."""
         self._owned.callback(close)
 
     def wait(self) -> None:
-        """Until everything asked of the stream is done."""
+        """Wait until all work of the stream is done."""
         self.cuda.synchronize(self.stream)
 
     def hold(self) -> None:
@@ -74,7 +74,7 @@ class Device(ProcessBound):
             self.close()
 
     def close(self) -> None:
-        """Free everything, also what callers still hold; safe to call twice."""
+        """Free everything, also arrays that callers still hold; it is safe to call twice."""
         with self.lock:
             if self.closed:
                 return
@@ -84,7 +84,7 @@ class Device(ProcessBound):
 
 
 class DeviceBuffer(DeviceArray):
-    """An output on the GPU that belongs to its holder; its memory goes back when it is dropped."""
+    """An output on the GPU that belongs to the caller; its memory is reused when it is dropped."""
 
     def __init__(self, device: Device, shape: tuple[int, ...], dtype: Any) -> None:
         self.device, self.dtype = device, np.dtype(dtype)

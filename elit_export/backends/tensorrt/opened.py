@@ -65,7 +65,7 @@ class OpenedPlan:
         return Port(name, dtype.name, tuple(map(open_dim, self.engine.get_tensor_shape(name))))
 
     def context(self) -> Any:
-        """A new execution context without activation memory of its own."""
+        """Return a new execution context without activation memory of its own."""
         strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self.engine.create_execution_context(self._config or strategy)
         if context is None:
@@ -77,11 +77,11 @@ class OpenedPlan:
             kernels = self._cache_file.read_bytes()
         except FileNotFoundError:
             return
-        except OSError as error:  # as good as none
+        except OSError as error:  # treated as no cache
             logger.warning("cannot read compiled kernels from %s: %s", self._cache_file, error)
             return
         if not self._cache.deserialize(kernels):
-            logger.info("%s was made on another device or by another version; it is made again", self._cache_file)
+            logger.info("%s was made on another device or by another version; it is compiled again", self._cache_file)
 
     def _save_cache(self) -> None:
         try:
@@ -90,7 +90,7 @@ class OpenedPlan:
             logger.warning("cannot keep compiled kernels in %s: %s", self._cache_file, error)
 
     def close(self) -> None:
-        """Let go of the weights; after the contexts."""
+        """Free the weights; call it after the contexts are dropped."""
         if self._config is not None:
             self._save_cache()
         self.engine = self._config = self._cache = None

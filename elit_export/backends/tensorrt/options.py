@@ -1,4 +1,4 @@
-"""What a recipe may say of a target of TensorRT or TensorRT for RTX, and where the two libraries differ."""
+"""The options of a TensorRT or TensorRT for RTX target in a recipe, and the differences of the two libraries."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pydantic import AfterValidator, Field, model_validator
 from elit_export.backends.target import PolygraphyRunner, Target, TargetFacts
 from elit_export.spec import Precision
 
-# The oldest compute capability with arithmetic of a precision, and that which hardware-compatible plans run on.
+# The oldest compute capability with arithmetic of a precision, and the oldest for hardware-compatible plans.
 FIRST_WITH = {Precision.BF16: (8, 0), Precision.FP8: (8, 9)}
 AMPERE = (8, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flavour:
-    """One of the two libraries, whose Python API is the same.
+    """One of the two libraries, which have the same Python API.
 
-    Building: `names_capabilities`: for named GPUs that need not be there. `compatibility`: plans for other GPUs and
-    later versions than those named. Running: `compiles_on_device`: it has a runtime cache, and captures CUDA graphs
-    itself. `tells_validity`: of a plan's header, before it is deserialized.
+    When building, `names_capabilities`: it builds for named GPUs, which need not be present; `compatibility`: it can
+    build for other GPUs and later versions than those named. When running, `compiles_on_device`: it has a runtime cache
+    and captures CUDA graphs itself; `tells_validity`: it checks a plan's header before deserializing.
     `polygraphy_environment` makes Polygraphy use this library.
     """
 
@@ -70,7 +70,7 @@ def _capability(text: str) -> str:
 
 
 class TensorRTTarget(Target):
-    """TensorRT, and TensorRT for RTX, which builds without a GPU for the `compute_capabilities` named.
+    """A target of TensorRT, or of TensorRT for RTX, which builds for the named `compute_capabilities` without a GPU.
 
     `layout`: one plan per profile, or one plan whose weights all profiles share. `workspace_mb` and
     `optimization_level` limit the builder, both None for the library's own choice; `compatibility` lets

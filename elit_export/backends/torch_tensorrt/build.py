@@ -1,6 +1,6 @@
-"""Saved program → a program compiled by Torch-TensorRT.
+"""Exported program → a program compiled by Torch-TensorRT.
 
-Not run on a GPU: without one the library cannot be imported.
+This file has not run on a GPU: without one the library cannot be imported.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from elit_export.spec import LATENTS, ROWS, TEXT, Profile, Range, TensorSpec
 
 
 class TorchTensorRTBuilder:
-    """A program per profile."""
+    """Builds a program per profile."""
 
     def check(self, target: TorchTensorRTTarget) -> None:
-        """Raise BuildError without a GPU that torch can use: it builds for the one that is here."""
+        """Raise BuildError if torch cannot use a GPU: the library builds for the GPU of this machine."""
         if not torch.cuda.is_available():
             raise BuildError("torch-tensorrt builds for the GPU of this machine, and torch sees none")
 
@@ -31,7 +31,7 @@ class TorchTensorRTBuilder:
         return {"library": torch_tensorrt.__version__}
 
     def group_profiles(self, profiles: Sequence[Profile], target: TorchTensorRTTarget) -> list[tuple[Profile, ...]]:
-        """One profile each: Torch-TensorRT has one optimization profile."""
+        """Return one group per profile: Torch-TensorRT has one optimization profile."""
         return [(profile,) for profile in profiles]
 
     def build_plan(
@@ -66,7 +66,7 @@ class TorchTensorRTBuilder:
 
 
 def _range(tensor: TensorSpec, profile: Profile) -> Any:
-    """What an input may be: its dynamic dimensions have the ranges of the profile."""
+    """Return the specification of an input, whose dynamic dimensions have the ranges of the profile."""
     ranges = {ROWS: profile.rows, LATENTS: profile.latents, TEXT: profile.text}
     corners = [_corners(ranges[size]) if isinstance(size, str) else (size,) * 3 for size in tensor.dims]
     smallest, usual, largest = zip(*corners, strict=True)

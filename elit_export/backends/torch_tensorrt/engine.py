@@ -1,6 +1,6 @@
-"""Torch-TensorRT program → engine: with it, torch runs.
+"""Torch-TensorRT program → engine, which runs in torch.
 
-Not run on a GPU: without one the library cannot be imported.
+This file has not run on a GPU: without one the library cannot be imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from elit_export.spec import GraphSpec, TensorSpec
 
 
 class TorchTensorRTLoader:
-    """Programs run in the version and on the GPU that they were built with."""
+    """Opens programs, only in the version and on the GPU that built them."""
 
     def open_engines(self, plans: Mapping[str, PlanFile], target: TorchTensorRTTarget) -> dict[str, Engine]:
         if reason := self.incompatibility(list(plans.values()), target):
@@ -46,7 +46,7 @@ class TorchTensorRTLoader:
         return f"torch_tensorrt {torch_tensorrt.__version__}"
 
     def device_problem(self, device: str) -> tuple[str, str]:
-        """Does torch see a GPU?"""
+        """Test whether torch sees a GPU."""
         return ("", "") if torch.cuda.is_available() else ("torch sees no GPU", "see nvidia-smi")
 
 
@@ -64,10 +64,10 @@ class TorchTensorRTEngine(OpenedEngine):
         tensors = [_on_device(inputs[tensor.name]) for tensor in self._graph.inputs]
         try:
             with torch.inference_mode():
-                found = self._module(*tensors)
+                results = self._module(*tensors)
         except RuntimeError as error:
             raise EngineError(f"torch-tensorrt failed: {error}") from error
-        pairs = zip(self._graph.outputs, found if isinstance(found, tuple | list) else (found,), strict=True)
+        pairs = zip(self._graph.outputs, results if isinstance(results, tuple | list) else (results,), strict=True)
         return {
             spec.name: tensor.cpu().numpy() if spec.on_host else TorchArray(tensor.clone()) for spec, tensor in pairs
         }

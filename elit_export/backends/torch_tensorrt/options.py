@@ -1,4 +1,4 @@
-"""What a recipe may say of a target of Torch-TensorRT."""
+"""The options of a Torch-TensorRT target in a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elit_export.spec import Precision
 
 
 class TorchTensorRTTarget(Target):
-    """Torch-TensorRT on the GPU of the machine that builds."""
+    """A target of Torch-TensorRT, on the GPU of the machine that builds."""
 
     facts: ClassVar = TargetFacts(
         devices=("cuda",),
