@@ -185,18 +185,18 @@ def _check_telling_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
 def _hidden_numbers(
     path: Path, shapes: Mapping[str, Shape], args: Mapping[str, Any], overrides: Mapping[str, int | None]
 ) -> _Hidden:
-    numbers = _numbers_of_file(shapes, args)
+    in_file = _numbers_of_file(shapes, args)
     for name, value in overrides.items():
-        if value is not None and numbers.get(name, value) != value:
+        if value is not None and in_file.get(name, value) != value:
             raise CheckpointError(
-                f"{path}: {name}={value} was asked for, but the file says {numbers[name]}", "leave it out"
+                f"{path}: {name}={value} was asked for, but the file says {in_file[name]}", "leave it out"
             )
-    numbers |= {name: value for name, value in overrides.items() if value is not None}
+    numbers = in_file | {name: value for name, value in overrides.items() if value is not None}
     missing = [name for name in overrides if name not in numbers]
     if missing:
-        untold = {name: numbers.get(name, "N") for name in given if name not in told}
-        options = " ".join(f"--{name.replace('_', '-')} {number}" for name, number in untold.items())
-        lines = ", ".join(f"{name} = {number}" for name, number in untold.items())
+        needed = {name: numbers.get(name, "N") for name in overrides if name not in in_file}
+        options = " ".join(f"--{name.replace('_', '-')} {number}" for name, number in needed.items())
+        lines = ", ".join(f"{name} = {number}" for name, number in needed.items())
         raise CheckpointError(
             f"{path}: its args name no known size (model={args.get('model')!r}) and shapes cannot tell "
             f"{', '.join(missing)}",
