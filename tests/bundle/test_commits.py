@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from types import ModuleType
@@ -44,11 +45,13 @@ def commit(folder: Path, note: str) -> None:
 
 
 def commit_without_end(folder: Path) -> None:
+    """Some times in a second; a load takes less than one, and one without any pause would never come to its end."""
     for number in count():
         commit(folder, str(number))
         if number == 0:
             sys.stdout.write("committed\n")
             sys.stdout.flush()
+        time.sleep(0.2)
 
 
 class CommitBefore:
@@ -117,7 +120,7 @@ def test_loads_while_a_process_commits_without_end(copied: Path) -> None:
             assert process.stdout
             assert process.stdout.readline() == b"committed\n"
             seen = set()
-            for _ in range(15):
+            for _ in range(20):
                 Pipeline.load(copied).close()
                 seen.add((copied / MANIFEST).read_bytes())
             assert process.poll() is None
@@ -146,9 +149,9 @@ def test_a_command_opens_the_bundle_once(
     """What it checks is what it runs."""
     opened, real = [], Bundle.open.__func__  # type: ignore[attr-defined]
 
-    def counted(cls: type[Bundle], folder: Path) -> Bundle:
+    def counted(cls: type[Bundle], folder: Path, **options: Any) -> Bundle:
         opened.append(folder)
-        return real(cls, folder)
+        return real(cls, folder, **options)
 
     monkeypatch.setattr(Bundle, "open", classmethod(counted))
     (tmp_path / "r.toml").write_text(
