@@ -84,9 +84,9 @@ class Coverage:
         return reading
 
     def profile_for(self, budget: Budget, rows: int, text: int = 0) -> Profile:
-        """The profile whose ranges hold K, rows and tokens of text, and whose opt is nearest to K; or InputError.
+        """Return the profile that holds K, rows and tokens of text with its opt nearest to K; raises InputError.
 
-        Where text is shorter than any takes it, the one that needs the least padding.
+        If text is shorter than all of them accept, it is the profile that needs the least padding.
         """
         reading = self.profiles_for(budget, text)
         fitting = [profile for profile in reading if rows in profile.rows]

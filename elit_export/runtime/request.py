@@ -22,7 +22,7 @@ from elit_export.spec import Budget, Fit, ModelSpec
 class Request(ResolvedOptions):
     """A checked sampling: each step has a budget, each array its shape, each call a profile.
 
-    A value: it may be run any number of times, by any number of threads. `conditioning` and `null_conditioning` are
+    It may be run any number of times, by any number of threads. `conditioning` and `null_conditioning` are
     inputs of engines, by name. More images than an engine call takes are sampled in parts (`runtime/split.py`).
     """
 

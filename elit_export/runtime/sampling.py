@@ -203,7 +203,8 @@ def step_cache_of(bank: EngineBank, request: Request) -> StepCache | None:
 
 
 def _time_changes(bank: EngineBank, request: Request) -> list[float]:
-    """How much the embedding of t changes from each step to the next, relative to what it was."""
-    embedded = bank.time_embeddings(request.times[:-1], next(request.sizes()).rows)  # rows that the engines take
+    """Return the relative change of the embedding of t from each step to the next."""
+    rows = next(request.sizes()).rows  # a number of rows that the engines accept
+    embedded = bank.time_embeddings(request.times[:-1], rows)
     changed = np.abs(np.diff(embedded, axis=0)).mean(axis=1)
     return [float(change) for change in changed / np.abs(embedded[:-1]).mean(axis=1)]
