@@ -144,7 +144,7 @@ def test_a_backend_is_a_folder_and_a_row(
     for name, text in {"__init__": "", "options": OPTIONS, "build": BUILD, "engine": ENGINE}.items():
         (folder / f"{name}.py").write_text(text.lstrip())
     table = copied / "backends" / "__init__.py"
-    row_before, first_class = '        Backend(name="openvino"', "\n\n\n@dataclass"
+    row_before, first_class = '        Backend(\n            name="openvino"', "\n\n\n@dataclass"
     imported = "\nfrom elit_export.backends.evaluator.options import EvaluatorTarget"
     text = table.read_text()
     assert row_before in text
