@@ -17,6 +17,12 @@ Messages say what is wrong in the user's own words and numbers, then what to do 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parent.parent  # of the package's sources, where there is a pyproject.toml
+
 
 class ElitExportError(Exception):
     """Base of all errors below; the command line turns it into exit status 2.
@@ -68,6 +74,23 @@ class CalibrationError(ElitExportError):
 
 class InputError(ElitExportError, ValueError):
     """An argument is wrong."""
+
+
+def pip_install(extra: str, *options: str) -> str:
+    """What to type for an extra of this package: from the checkout that it runs from, else from the registry."""
+    package = "elit-export"
+    if (CHECKOUT / "pyproject.toml").is_file():
+        package = "." if Path().samefile(CHECKOUT) else str(CHECKOUT)
+        options = (*options, "-e")  # so that it goes on running from there
+    return " ".join(["pip install", *options, f"'{package}[{extra}]'"])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known name that is meant by another one, as a question; empty where none is near."""
+    names = list(known)
+    beginning = [candidate for candidate in names if name and candidate.startswith(name)]
+    near = beginning or difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def summary(error: BaseException, *, lines: int = 1, last: bool = False) -> str:

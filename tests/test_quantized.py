@@ -323,7 +323,7 @@ def test_a_missing_quantizer_is_told_before_anything_is_made(
     tiny_checkpoint: Path, tiny_samples: Path, rtx: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt.onnx.quantization", None)
-    with pytest.raises(BackendUnavailable, match=r"need modelopt .*pip install 'elit-export\[quantize\]'"):
+    with pytest.raises(BackendUnavailable, match=r"need modelopt .*pip install -e '.*\[quantize\]'"):
         compile_bundle(rtx_recipe(tiny_checkpoint), "rtx", out=tmp_path / "bundle", samples=tiny_samples)
     assert not (tmp_path / "bundle").exists()
     assert rtx == []

@@ -19,7 +19,7 @@ from elit_export.backends.protocols import Builder, EngineLoader
 from elit_export.backends.target import Target, TargetFacts
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
-from elit_export.errors import BackendUnavailable, InputError, summary
+from elit_export.errors import BackendUnavailable, InputError, pip_install, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,15 @@ class Backend:
 
     def _import(self, file: str) -> ModuleType:
         """Import a file of the backend; raises BackendUnavailable if a library is missing or broken."""
-        extra = f"'elit-export[{self.extra}]'"
         for library in (self.library, *self.needs):
             try:
                 import_module(library)
             except Exception as error:  # a broken library can raise anything
                 if isinstance(error, ModuleNotFoundError) and f"{library}.".startswith(f"{error.name}."):
-                    raise BackendUnavailable(f"backend {self.name} needs {library}", f"pip install {extra}") from error
+                    raise BackendUnavailable(f"backend {self.name} needs {library}", pip_install(self.extra)) from error
                 raise BackendUnavailable(
                     f"backend {self.name}: {library} is installed but broken, {summary(error)}",
-                    f"pip install --force-reinstall {extra}",
+                    pip_install(self.extra, "--force-reinstall"),
                 ) from error
         return import_module(f"{__name__}.{self.folder}.{file}")
 

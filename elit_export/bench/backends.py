@@ -79,15 +79,16 @@ class BackendsResult:
     """The results of all plan sets.
 
     `baseline` names the runner that speedups are relative to. `peaks` are matrix-product rates by precision, in
-    GFLOP/s. `fastest` names the row with the lowest time at the largest budget. `skipped` holds, for the plan sets
-    that did not run, the reason.
+    GFLOP/s. `fastest` names the row with the lowest time at the largest budget, and with it all that are not slower
+    beyond the noise: their 10th percentile is not above its 90th. `fastest_recipe` is empty where these are several.
+    `skipped` holds, for the plan sets that did not run, the reason.
     """
 
     rows: int
     baseline: str
     peaks: dict[str, float]
     backends: list[BackendRow]
-    fastest: str
+    fastest: list[str]
     fastest_recipe: str
     skipped: dict[str, str]
 
@@ -117,17 +118,23 @@ def compare_backends(
         timings[name] = _timed(competitors, baseline, budgets, name, rows=rows, rounds=rounds)
     baseline_name = next(iter(baseline), competitors[0].name)
     backend_rows = [_row(competitor, spec, budgets, timings, baseline_name, peaks, rows) for competitor in competitors]
-    largest = next(iter(budgets))
-    fastest = min(backend_rows, key=lambda row: row.times[largest].timing.median_ms)
+    fastest = not_slower(backend_rows, next(iter(budgets)))
     return BackendsResult(
         rows=rows,
         baseline=baseline_name,
         peaks={precision.value: peak for precision, peak in peaks.items()},
         backends=backend_rows,
-        fastest=fastest.name,
-        fastest_recipe=fastest.recipe,
+        fastest=[row.name for row in fastest],
+        fastest_recipe=fastest[0].recipe if len(fastest) == 1 else "",
         skipped=dict(skipped),
     )
+
+
+def not_slower(rows: Sequence[BackendRow], budget: str) -> list[BackendRow]:
+    """The row with the least time, then those whose spread of times meets its own."""
+    in_order = sorted(rows, key=lambda row: row.times[budget].timing.median_ms)
+    limit_ms = in_order[0].times[budget].timing.high_ms
+    return [row for row in in_order if row is in_order[0] or row.times[budget].timing.low_ms <= limit_ms]
 
 
 def common_budgets(competitors: Sequence[Competitor]) -> Budgets:

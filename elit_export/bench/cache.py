@@ -23,6 +23,7 @@ from elit_export.runtime.conditioning import numbered, random_rows
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import Samplable, prepared
 from elit_export.runtime.sample import Sample
 from elit_export.runtime.sampling import Call
 from elit_export.runtime.step_cache import bench_policies
@@ -110,8 +111,7 @@ def sweep(
     """
     conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
     configs = list(sampling_configs(pipeline, schedule, guidance))
-    for config in configs:
-        pipeline.prepared(conditioning, config.options)
+    check_sweep(pipeline, schedule=schedule, guidance=guidance, images=images, fine_steps=fine_steps)
     solution = SamplingOptions(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
     runs = [(SOLUTION, solution), *((config.name, config.options) for _ in range(rounds) for config in configs)]
     samples: dict[str, list[Sample]] = {name: [] for name, _ in runs}
@@ -146,10 +146,18 @@ def sweep(
     )
 
 
+def check_sweep(on: Samplable, *, schedule: str, guidance: str, images: int, fine_steps: int) -> None:
+    """Raise InputError or CalibrationError where one of the samplings cannot run; needs no engines."""
+    conditioning = numbered(on.spec, range(images), on.coverage.text)
+    reference = SamplingOptions(steps=fine_steps, sampler="heun", schedule=schedule, guidance=guidance)
+    for options in (reference, *(config.options for config in sampling_configs(on, schedule, guidance))):
+        prepared(on, conditioning, options)
+
+
 # ---------------------------------------------------------------- sampling configs
 
 
-def sampling_configs(pipeline: Pipeline, schedule: str, guidance: str) -> Iterator[SamplingConfig]:
+def sampling_configs(on: Samplable, schedule: str, guidance: str) -> Iterator[SamplingConfig]:
     """Yield the reference config first, then the controls, then the cached ones."""
     common = SamplingOptions(steps=REFERENCE_STEPS, sampler="euler", schedule=schedule, guidance=guidance)
 
@@ -161,7 +169,7 @@ def sampling_configs(pipeline: Pipeline, schedule: str, guidance: str) -> Iterat
         yield config(f"euler {steps}", FEWER_STEPS, steps=steps)
     for steps in MULTISTEP_STEPS:
         yield config(f"ab3 {steps}", MULTISTEP, steps=steps, sampler="ab3")
-    for name in smaller_budgets(pipeline, schedule):
+    for name in smaller_budgets(on, schedule):
         yield config(f"euler 50, all at {name}", SMALLER_BUDGET, schedule=name)
     for policy in bench_policies():
         for order in (0, 1):
@@ -169,20 +177,20 @@ def sampling_configs(pipeline: Pipeline, schedule: str, guidance: str) -> Iterat
             yield config(cache.removeprefix("static:"), CACHED, cache=cache)
     for steps in COMBINED_STEPS:
         yield config(f"ab3 {steps}, every@2", COMBINED, steps=steps, sampler="ab3", cache="static:every@2")
-    parsed = Guidance.parse(guidance, pipeline.spec)
+    parsed = Guidance.parse(guidance, on.spec)
     if parsed.guides and parsed.one_budget:
-        for weak in smaller_budgets(pipeline, schedule):
-            cheap_guidance = str(parsed.with_weak(pipeline.spec.budget(weak)))
+        for weak in smaller_budgets(on, schedule):
+            cheap_guidance = str(parsed.with_weak(on.spec.budget(weak)))
             cheap: dict[str, Any] = {"sampler": "ab3", "guidance": cheap_guidance}
             yield config(f"ab3 14, weak at {weak}", GUIDED, steps=14, **cheap)
             yield config(f"ab3 30, weak at {weak}, every@2", GUIDED, steps=30, cache="static:every@2", **cheap)
 
 
-def smaller_budgets(pipeline: Pipeline, schedule: str) -> list[str]:
+def smaller_budgets(on: Samplable, schedule: str) -> list[str]:
     """List the named budgets below the smallest one of the schedule."""
-    budget = min(resolve(pipeline.spec, SamplingOptions(schedule=schedule)).schedule)
-    covered = pipeline.coverage.covered
-    named = pipeline.spec.named_budgets.items()
+    budget = min(resolve(on.spec, SamplingOptions(schedule=schedule)).schedule)
+    covered = on.coverage.covered
+    named = on.spec.named_budgets.items()
     return [name for name, smaller in named if smaller.kept < budget.kept and smaller in covered]
 
 

@@ -29,6 +29,7 @@ from elit_export.cost.flops import Cost, flops
 from elit_export.errors import InputError
 from elit_export.runtime.conditioning import LabelsLike, numbered, random_rows
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import Samplable
 from elit_export.spec import LATENTS, Budget, ModelSpec
 
 Inputs = dict[str, HostArray]
@@ -43,8 +44,10 @@ class BudgetResult:
 
     `speedups` are the times of other runners over the engine's, by name; `flops` are for one image. "Largest" is the
     first budget of the result: full, where it is covered. `time_over_flops` is `time_over_largest` over
-    `flops_over_largest`: 1 where time is proportional to FLOPs. `sample_sqnr_db` compares whole samplings at this
-    budget with the reference solution at the largest one, None if nothing was sampled.
+    `flops_over_largest`: 1 where time is proportional to FLOPs. `forward_passes_per_s` counts each row of a call; an
+    image takes as many as its sampling has steps and branches. `sample_sqnr_db` compares whole samplings at this budget
+    with the reference solution at the largest one, None if nothing was sampled: it says how close they come, neither
+    how good they look nor how well engines match PyTorch.
     """
 
     name: str
@@ -52,7 +55,7 @@ class BudgetResult:
     cost: Cost
     flops: int
     timings: dict[str, Timing]
-    images_per_s: float
+    forward_passes_per_s: float
     gflops_per_s: float
     share_of_peak: float
     time_over_largest: float
@@ -205,10 +208,10 @@ class _Measurements:
         )
 
 
-def measured_budgets(pipeline: Pipeline) -> Budgets:
+def measured_budgets(on: Samplable) -> Budgets:
     """List the named budgets that are covered, and the largest covered one."""
-    covered = pipeline.coverage.covered
-    named = {name: budget for name, budget in pipeline.spec.named_budgets.items() if budget in covered}
+    covered = on.coverage.covered
+    named = {name: budget for name, budget in on.spec.named_budgets.items() if budget in covered}
     return named if covered[-1] in named.values() else {str(covered[-1]): covered[-1], **named}
 
 
@@ -248,7 +251,7 @@ def budget_results(
             cost=cost,
             flops=cost.total,
             timings=timings[name],
-            images_per_s=rows / engine_ms * 1e3,
+            forward_passes_per_s=rows / engine_ms * 1e3,
             gflops_per_s=gflops,
             share_of_peak=gflops / peak,
             time_over_largest=time_over_largest,

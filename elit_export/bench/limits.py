@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -37,6 +39,38 @@ def load_limits(path: Path) -> list[Limit]:
         raise InputError(f"no file of limits at {path}") from error
     except ValidationError as error:
         raise InputError(f"{path}: not a list of limits: {error}") from error
+
+
+def check_metrics(limits: Sequence[Limit], facts: Any, unmeasured: Mapping[str, str]) -> None:
+    """Raise InputError before anything is measured for a metric that the facts cannot have.
+
+    `facts` are described by types: a dataclass, or a dict of the like. `unmeasured` says of keys in paths what to give
+    so that they are measured.
+    """
+    for limit in limits:
+        known = facts
+        for key in limit.metric.split("."):
+            if key in unmeasured:
+                raise InputError(f"metric {limit.metric!r} is not measured by this command", unmeasured[key])
+            known = _below(known, key, limit.metric)
+
+
+def _below(facts: Any, key: str, metric: str) -> Any:
+    """What stands below a key of facts that are described by types; Any where the types do not say."""
+    inner = [part for part in get_args(facts) if part is not NoneType]
+    if get_origin(facts) in (Union, UnionType):
+        return _below(inner[0], key, metric)
+    if is_dataclass(facts):
+        facts = get_type_hints(facts)
+    if isinstance(facts, dict):
+        if key not in facts:
+            raise InputError(f"no metric {metric!r} in this bench", f"at {key!r} there is {', '.join(facts)}")
+        return facts[key]
+    if get_origin(facts) is list and not key.removeprefix("-").isdecimal():
+        raise InputError(
+            f"no metric {metric!r} in this bench", f"at {key!r} give the number of an entry, -1 is the last"
+        )
+    return inner[-1] if get_origin(facts) in (list, dict) else Any
 
 
 def misses(limits: Sequence[Limit], facts: Any) -> list[str]:

@@ -50,8 +50,3 @@ def sampler_errors(
         sample = pipeline.sampled(conditioning, options)
         calls = SAMPLERS[sampler].calls(steps)
         yield SamplerError(sampler, steps, calls, difference(sample.latents, expected).sqnr_db)
-
-
-# Earlier names, which the command line imports.
-SolverError = SamplerError
-EXACT_STEPS, solver_errors = REFERENCE_STEPS, sampler_errors

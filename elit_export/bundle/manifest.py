@@ -288,6 +288,10 @@ class Manifest(Facts):
     plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
     cache_calibration: CacheCalibration | None
 
+    def plan_set(self, target: str, precision: Precision) -> PlanSet:
+        """The one of a target in a precision, which must be there."""
+        return next(each for each in self.plan_sets if (each.target, each.precision) == (target, precision))
+
     def records(self) -> Iterator[Record]:
         """All that was made; what plan sets share comes several times."""
         yield from self.graphs.values()

@@ -249,6 +249,17 @@ def array_names(path: Path, *, what: str, error: ErrorClass) -> list[str]:
         return list(_members(archive))
 
 
+def array_headers(path: Path, *, what: str, error: ErrorClass) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The type and shape that each array of a `.npz` file says it has; none is read. Raises as plain_arrays."""
+    with _archive(path, what, error) as archive:
+        headers = {}
+        for name, info in _members(archive).items():
+            with archive.open(info) as member:
+                shape, dtype = _header(member)
+            headers[name] = (str(dtype), shape)
+        return headers
+
+
 @contextmanager
 def _archive(path: Path, what: str, error: ErrorClass) -> Iterator[zipfile.ZipFile]:
     with open_regular(path, what=what, error=error) as opened:
@@ -279,12 +290,20 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     if info.compress_type not in METHODS:
         raise ValueError("compressed by a method that NumPy does not write")
     with archive.open(info) as member:
-        header = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
-        shape, _, dtype = header(member)
+        shape, dtype = _header(member)
         if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
             raise ValueError(f"an array of {dtype} {shape} in {info.file_size} bytes")
     with archive.open(info) as member:
         return npy.read_array(member, allow_pickle=False)
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], Any]:
+    """Shape and type of the array that follows."""
+    from numpy.lib import format as npy
+
+    header = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = header(member)
+    return shape, dtype
 
 
 def check_saved_by_torch(path: Path, *, error: ErrorClass) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import reprlib
 from dataclasses import fields
@@ -16,7 +15,7 @@ from elit_export.backends import BACKENDS
 from elit_export.backends.target import Target
 from elit_export.bundle.atomic import NAME_PATTERN
 from elit_export.bundle.readers import read_toml
-from elit_export.errors import BundleError, RecipeError
+from elit_export.errors import BundleError, RecipeError, did_you_mean
 from elit_export.spec import MAX_TEXT_TOKENS, Budget, ModelSpec, Profile, Range, default_profiles, listed
 from elit_export.spec.limits import ROWS, TEXT, TILE
 
@@ -117,7 +116,10 @@ class Recipe(_Table):
 
     def target(self, name: str) -> Target:
         if name not in self.targets:
-            raise RecipeError(f"recipe {self.name} has no target {name!r}; it has {', '.join(self.targets)}")
+            raise RecipeError(
+                f"recipe {self.name} has no target {name!r}; it has {', '.join(self.targets)}",
+                did_you_mean(name, self.targets),
+            )
         return self.targets[name]
 
     def only_target(self) -> str:
@@ -213,8 +215,8 @@ def _problem_text(problem: Any) -> str:
         options = [backend.options for backend in BACKENDS.values()]
         tables: list[type[BaseModel]] = [Recipe, *options, ProfileTable, Architecture, DecoderTable]
         known = [name for table in tables for name in table.model_fields] + [field.name for field in fields(Range)]
-        near = difflib.get_close_matches(where[-1], known, n=1) if where[-1] not in known else []
-        return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+        near = did_you_mean(where[-1], known) if where[-1] not in known else ""
+        return f"{key}: unknown key" + (f" ({near})" if near else "")
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in OUT_OF_RANGE:
         message += f", is {reprlib.repr(problem['input'])}"

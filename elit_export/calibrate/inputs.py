@@ -6,7 +6,6 @@ rows the requested number is selected, balanced over budgets, and for each budge
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from elit_export.arrays import Arrays, Bools
 from elit_export.backends.protocols import Array, Engine, to_host
 from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs
 from elit_export.bundle.readers import read_toml
-from elit_export.errors import CalibrationError, InputError
+from elit_export.errors import CalibrationError, InputError, did_you_mean
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.conditioning import Labels, LabelsLike
 from elit_export.runtime.options import SamplingOptions
@@ -80,8 +79,8 @@ def _problem_text(problem: Any) -> str:
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         return f"{key}: {message[0].lower()}{message[1:]}" if key else message
-    near = difflib.get_close_matches(key, SampleRecipe.model_fields, n=1)
-    return f"{key}: unknown key" + (f" (did you mean {near[0]!r}?)" if near else "")
+    near = did_you_mean(key, SampleRecipe.model_fields)
+    return f"{key}: unknown key" + (f" ({near})" if near else "")
 
 
 # ---------------------------------------------------------------- trajectories
@@ -272,8 +271,3 @@ def _interleave(order: Sequence[int], groups: Sequence[Any]) -> list[int]:
         turns.append(counts[groups[index]])
         counts[groups[index]] += 1
     return [index for _, index in sorted(zip(turns, order, strict=True), key=lambda pair: pair[0])]
-
-
-# Earlier names, which the command line imports.
-Taken = SelectedSamples
-batches, seen_rows, taken = batch_count, recorded_rows, select_samples

@@ -277,7 +277,3 @@ def record(bundle: Bundle, calibration: CacheCalibration) -> None:
         if manifest is None or manifest.model.checkpoint_sha256 != calibration.checkpoint_sha256:
             raise BundleError(f"{bundle.folder} was built from another checkpoint meanwhile", "calibrate it again")
         store.commit(manifest.model_copy(update={"cache_calibration": calibration}))
-
-
-# Earlier names, which the command line imports.
-batches, calibrated, sampled_pairs = batch_count, make_calibration, sample_pairs

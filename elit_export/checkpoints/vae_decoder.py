@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from elit_export.checkpoints.hf_folder import CONFIG
 from elit_export.checkpoints.vae import WEIGHTS, DecoderFolder
-from elit_export.errors import BackendUnavailable, CheckpointError, summary
+from elit_export.errors import BackendUnavailable, CheckpointError, pip_install, summary
 
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
 # What diffusers raises for files that it cannot read or that do not fit, and for values that no model has.
@@ -46,7 +46,7 @@ class VaeDecoder(nn.Module):
 def check_installed() -> None:
     """Raise BackendUnavailable if diffusers is not installed."""
     if find_spec("diffusers") is None:
-        raise BackendUnavailable("a [decoder] needs diffusers", "pip install 'elit-export[diffusers]'")
+        raise BackendUnavailable("a [decoder] needs diffusers", pip_install("diffusers"))
 
 
 def load_decoder(folder: DecoderFolder) -> VaeDecoder:

@@ -19,9 +19,7 @@ from elit_export.cli.printable import PrintableFormatter, printable
 COMMANDS = {
     "demo": "Build the shipped model's engines and draw one picture: a row per budget, and one that mixes them.",
     "train": "Train a model on DATA: IDX files, or one folder of images per class.",
-    "train-classifier": (
-        "Train what `evaluate` judges samples by, on DATA: IDX files, or one folder of images per class."
-    ),
+    "train-classifier": "Train the evaluator of `evaluate`, on DATA: IDX files, or one folder of images per class.",
     "export": "Export CHECKPOINT as one ONNX graph for every budget.",
     "init": "Write a commented recipe for CHECKPOINT: what it holds, rows, profiles, and a table per target.",
     "build": "Build RECIPE's engines into a bundle and compare each profile with PyTorch.",
@@ -43,14 +41,23 @@ def _plain_warning(message: Warning | str, *_: object, **__: object) -> str:
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="elit-export")
-def main() -> None:
+@click.option("-v", "--verbose", count=True, help="Log what is done; -vv also what libraries do.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress bars and no warnings; results and errors only.")
+def main(verbose: int, quiet: bool) -> None:
     """Compile ELIT checkpoints into one engine per compute budget, and sample with them."""
+    from rich.console import Console
     from rich.logging import RichHandler
 
+    if verbose and quiet:
+        raise click.UsageError("-v and -q exclude each other: leave one out")
     warnings.formatwarning = _plain_warning
-    handler = RichHandler(show_path=False, show_time=False)
+    if quiet:
+        warnings.simplefilter("ignore")
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     handler.setFormatter(PrintableFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.ERROR if quiet else logging.WARNING, handlers=[handler])
+    if verbose:
+        logging.getLogger(None if verbose > 1 else "elit_export").setLevel(logging.DEBUG)
 
 
 for name, short_help in COMMANDS.items():

@@ -11,14 +11,16 @@ from elit_export.cli.common import (
     FILE,
     FOLDER,
     INTERFACE_OPTION,
+    JSON_OPTION,
     NAME,
     TRUST_OPTION,
     build_progress,
     progress_bar,
     say,
     show,
+    write_json,
 )
-from elit_export.cli.tables.inspect import inspection_tables
+from elit_export.cli.tables.inspect import plan_set_tables
 from elit_export.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ DEFAULT_BUILD_FOLDER = Path("engines/build")
 @INTERFACE_OPTION
 @click.option("--samples", type=FILE, help="What an int8 or fp8 target is calibrated on, by calibrate samples.")
 @TRUST_OPTION
+@JSON_OPTION
 def build(
     recipe: str,
     target: str | None,
@@ -44,6 +47,7 @@ def build(
     interface: Path | None,
     samples: Path | None,
     trust: bool,
+    json_to: str | None,
 ) -> None:
     """Build RECIPE's engines into a bundle and compare each profile with PyTorch.
 
@@ -57,7 +61,7 @@ def build(
     name = target or loaded.only_target()
     from elit_export.cli.advice import after_build
     from elit_export.compiler.build import NOTHING_CHANGED, compile_bundle  # torch, when the recipe is right
-    from elit_export.report.inspection import bundle_facts
+    from elit_export.report.inspection import plan_set_facts
 
     folder = out or DEFAULT_BUILD_FOLDER / loaded.name
     stages: list[str] = []
@@ -78,13 +82,14 @@ def build(
             trust=trust,
             progress=on_stage,
         )
+    built = bundle.manifest.plan_set(name, loaded.target(name).precision)
+    facts = plan_set_facts(built, bundle.manifest)
+    write_json({"bundle": str(folder), "changed": stages != [NOTHING_CHANGED], "plan_set": facts}, json_to)
     if stages == [NOTHING_CHANGED]:
-        say(f"{folder}: nothing changed, nothing done")
+        say(f"{folder}: nothing changed, nothing done", json_to=json_to)
         return
-    show(*inspection_tables(bundle_facts(bundle)))
-    manifest, precision = bundle.manifest, loaded.target(name).precision
-    built = next(one for one in manifest.plan_sets if (one.target, one.precision) == (name, precision))
-    say(f"wrote {folder}; next: {after_build(folder, manifest, built)}")
+    show(*plan_set_tables(facts), json_to=json_to)
+    say(f"wrote {folder}; next: {after_build(folder, bundle.manifest, built)}", json_to=json_to)
 
 
 def names_checkpoint(text: str) -> bool:

@@ -72,7 +72,14 @@ def calibrate_cache(
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
-    from elit_export.calibrate.step_cache import Trajectories, batches, calibrated, joined, record, sampled_pairs
+    from elit_export.calibrate.step_cache import (
+        Trajectories,
+        batch_count,
+        joined,
+        make_calibration,
+        record,
+        sample_pairs,
+    )
     from elit_export.cli.advice import sample_command
     from elit_export.cli.tables.inspect import calibration_table
 
@@ -84,11 +91,11 @@ def calibrate_cache(
     with opened.pipeline as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
         chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
-        wanted = Trajectories(images, steps, chosen, guidance, seed, rows)
-        total = batches(pipeline, wanted)
-        parts = progress.track(sampled_pairs(pipeline, wanted), total=total, description="trajectories")
+        trajectories = Trajectories(images, steps, chosen, guidance, seed, rows)
+        total = batch_count(pipeline, trajectories)
+        parts = progress.track(sample_pairs(pipeline, trajectories), total=total, description="trajectories")
         pairs = joined(list(parts))
-    calibration = calibrated(pairs, wanted, opened.bundle.manifest.model.checkpoint_sha256)
+    calibration = make_calibration(pairs, trajectories, opened.bundle.manifest.model.checkpoint_sha256)
     if plot is not None:
         plot_calibration(pairs, calibration, plot)
     record(opened.bundle, calibration)
@@ -136,21 +143,28 @@ def calibrate_samples(
     A model that takes text is shown the prompts of a file, one after another, as others are their classes.
     """
     from elit_export.bundle.calibration_inputs import save_inputs
-    from elit_export.calibrate.inputs import DEFAULT_RECIPE, batches, load_sample_recipe, seen_rows, taken
+    from elit_export.calibrate.inputs import (
+        DEFAULT_RECIPE,
+        batch_count,
+        load_sample_recipe,
+        recorded_rows,
+        select_samples,
+    )
     from elit_export.cli.tables.calibration import samples_facts, samples_table
 
-    wanted = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
-    wanted = wanted.model_copy(update={"rows": rows}) if rows else wanted
+    sample_recipe = load_sample_recipe(recipe) if recipe else DEFAULT_RECIPE
+    sample_recipe = sample_recipe.model_copy(update={"rows": rows}) if rows else sample_recipe
     opened = opened_once(bundle, target, precision, trust=trust)
     model = opened.bundle.manifest.model
     with opened.pipeline as pipeline, progress_bar() as progress:
         prompts = prompts_in(file, model.spec)
-        total = batches(pipeline, wanted, prompts)
-        parts = list(progress.track(seen_rows(pipeline, wanted, prompts), total=total, description="trajectories"))
-        found = taken(parts, pipeline, wanted, model.checkpoint_sha256)
-    save_inputs(found.samples, out)
-    show(samples_table(found), json_to=json_to)
-    write_json(samples_facts(found), json_to)
+        total = batch_count(pipeline, sample_recipe, prompts)
+        recorded = recorded_rows(pipeline, sample_recipe, prompts)
+        parts = list(progress.track(recorded, total=total, description="trajectories"))
+        selected = select_samples(parts, pipeline, sample_recipe, model.checkpoint_sha256)
+    save_inputs(selected.samples, out)
+    show(samples_table(selected), json_to=json_to)
+    write_json(samples_facts(selected), json_to)
     advice = f"elit-export build RECIPE --target TARGET --samples {shlex.quote(str(out))}"
     say(f"wrote {out}; next: {advice}", json_to=json_to)
 
@@ -178,9 +192,9 @@ def calibrate_sensitivity(
     from elit_export.calibrate.sensitivity import sensitivities, sensitivity_count  # torch, when the files are right
 
     with progress_bar() as progress:
-        found = sensitivities(graph, model.spec, model.data, Precision(precision), samples, prompts)
+        measured = sensitivities(graph, model.spec, model.data, Precision(precision), samples, prompts)
         total = sensitivity_count(model.spec)
-        rows = list(progress.track(found, total=total, description=f"layers in {precision}"))
+        rows = list(progress.track(measured, total=total, description=f"layers in {precision}"))
     show(sensitivity_table(rows, precision), json_to=json_to)
     write_json(sensitivity_facts(rows, precision, samples.sha256), json_to)
 

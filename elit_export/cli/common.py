@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
 from elit_export.bundle.atomic import check_writable, write_text
 from elit_export.cli.printable import printable
+from elit_export.cli.tables.layout import Table, laid_out
 from elit_export.errors import InputError
 from elit_export.spec.limits import Bound
 
@@ -65,6 +68,7 @@ class Count(click.IntRange):
 FOLDER = NamedPath(file_okay=False, path_type=Path)
 FILE = NamedPath(dir_okay=False, path_type=Path)
 NAME = NamedText()
+log = logging.getLogger(__name__)
 
 
 class OutputFile(NamedPath):
@@ -88,12 +92,30 @@ def _tried(_ctx: click.Context, _param: click.Parameter, value: str | None) -> s
     return value
 
 
-PIPED_WIDTH = 140  # of tables that go into a file; a terminal has its own
+PIPED_WIDTH = 140  # of tables that go into a file, unless COLUMNS says another; a terminal has its own
 
 
-def progress_bar() -> Progress:
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on standard error, none with --quiet; an error takes it away, so that nothing stale stands above it."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=PrintableConsole(stderr=True))
+    progress = Progress(*columns, console=PrintableConsole(stderr=True), disable=is_quiet())
+    progress.start()
+    try:
+        yield progress
+    except BaseException:
+        for task in progress.task_ids:
+            progress.remove_task(task)
+        progress.live.transient = True
+        raise
+    finally:
+        progress.stop()
+
+
+def is_quiet() -> bool:
+    """Was --quiet given before the command?"""
+    context = click.get_current_context(silent=True)
+    return bool(context and context.find_root().params.get("quiet"))
 
 
 class PrintableConsole(Console):
@@ -129,6 +151,7 @@ def build_progress(progress: Progress) -> Callable[[str, float], None]:
     task = progress.add_task("", total=100)
 
     def show(stage: str, share: float) -> None:
+        log.info("%s", stage)
         progress.update(task, description=stage, completed=round(100 * share))
 
     return show
@@ -137,10 +160,10 @@ def build_progress(progress: Progress) -> Callable[[str, float], None]:
 def show(*tables: Table, json_to: str | None = None) -> None:
     """Print for people: on standard error where the JSON goes to standard output."""
     console = PrintableConsole(stderr=json_to == "-")
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
-    for made in tables:
-        console.print(made)
+    for each in tables:
+        console.print(laid_out(each, console.width))
 
 
 def say(text: str, *, json_to: str | None = None) -> None:
@@ -199,10 +222,17 @@ def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
         raise InputError(f"--interface {interface} is of a --checkpoint FOLDER", "give that too, or leave both out")
 
 
+def refuse_one_file(option: str, path: object, *, every: bool) -> None:
+    """Raise InputError for a file that each plan set would write anew."""
+    if every and path is not None:
+        raise InputError(f"{option} {path} is of one plan set", "choose it with --target in place of --all")
+
+
 INTERFACE_OPTION = click.option("--interface", type=FILE, help="Read and Write for a CHECKPOINT that is a folder.")
 JSON_OPTION = click.option(
     "--json", "json_to", type=NAME, metavar="FILE|-", callback=_tried, help="Write the facts as JSON too."
 )
+ALL_OPTION = click.option("--all", "every", is_flag=True, help="Each plan set that can run here, one after the other.")
 CHECK_OPTION = click.option("--check", type=FILE, help="JSON file of limits; status 1 if one does not hold.")
 
 TRUST_OPTION = click.option(
@@ -212,8 +242,8 @@ TRUST_OPTION = click.option(
 
 def TARGET_OPTIONS(command: Callable[..., Any]) -> Callable[..., Any]:  # noqa: N802 (used as the options beside it are)
     """Which plan set of a bundle."""
-    command = click.option("--precision", help="Needed if the target has several.")(command)
-    return click.option("--target", help="Needed if the bundle has several.")(command)
+    command = click.option("--precision", help="Of the target; needed if it has several that can run here.")(command)
+    return click.option("--target", help="Of the bundle; needed if it has several that can run here.")(command)
 
 
 def conclude(tables: Sequence[Table], facts: Any, limits: Sequence[Limit], json_to: str | None) -> None:
@@ -221,8 +251,21 @@ def conclude(tables: Sequence[Table], facts: Any, limits: Sequence[Limit], json_
     from elit_export.bench.limits import misses
 
     show(*tables, json_to=json_to)
+    finish(facts, misses(limits, facts), json_to)
+
+
+def limits_in(check: Path | None, facts: Any, unmeasured: Mapping[str, str] = MappingProxyType({})) -> list[Limit]:
+    """The limits of --check, all of metrics that will be measured: `facts` and `unmeasured` as for `check_metrics`."""
+    from elit_export.bench.limits import check_metrics, load_limits
+
+    limits = load_limits(check) if check else []
+    check_metrics(limits, facts, unmeasured)
+    return limits
+
+
+def finish(facts: Any, missed: Sequence[str], json_to: str | None) -> None:
+    """Write the facts, say which limits do not hold, and end with status 1 if there are such."""
     write_json(facts, json_to)
-    missed = misses(limits, facts)
     for line in missed:
         complain(line)
     if missed:

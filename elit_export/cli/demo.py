@@ -21,7 +21,7 @@ from elit_export.cli.common import (
     write_json,
 )
 from elit_export.cli.opened import opened_once
-from elit_export.cli.tables.inspect import table
+from elit_export.cli.tables.layout import table
 from elit_export.cli.tools import naming_the_extra
 from elit_export.errors import InputError
 from elit_export.spec import listed

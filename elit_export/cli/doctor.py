@@ -20,7 +20,7 @@ import click
 
 from elit_export.cli.common import JSON_OPTION, say, write_json
 from elit_export.cli.tools import TOOLS, Tool
-from elit_export.errors import BackendUnavailable
+from elit_export.errors import BackendUnavailable, pip_install
 
 if TYPE_CHECKING:
     from elit_export.backends import Backend
@@ -77,7 +77,7 @@ def _backend_findings(backend: Backend) -> Iterator[Finding]:
 def _tool_finding(library: str, tool: Tool) -> Finding:
     found = _installed(library, (library,), tool.used_for, tool.extra)
     if not found.problem and (problem := _import_problem(library)):
-        return replace(found, problem=problem, remedy=f"pip install --force-reinstall 'elit-export[{tool.extra}]'")
+        return replace(found, problem=problem, remedy=pip_install(tool.extra, "--force-reinstall"))
     return found
 
 
@@ -112,9 +112,7 @@ def _installed(what: str, libraries: Sequence[str], used_for: str, extra: str) -
     """The version of the first library, or that one of them is missing."""
     for library in libraries:
         if find_spec(library.partition(".")[0]) is None:
-            return Finding(
-                what, f"for {used_for}", f"{library} is not installed", f"pip install 'elit-export[{extra}]'"
-            )
+            return Finding(what, f"for {used_for}", f"{library} is not installed", pip_install(extra))
     return Finding(what, f"{_version_of(libraries[0])}, for {used_for}")
 
 

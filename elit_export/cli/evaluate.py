@@ -1,4 +1,4 @@
-"""evaluate: judge samples of every plan set that can run here."""
+"""evaluate: measure the quality of samples, for every plan set that can run here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from elit_export.cli.common import (
     TRUST_OPTION,
     Count,
     conclude,
+    limits_in,
     progress_bar,
     say_accepted,
 )
@@ -56,28 +57,31 @@ def evaluate(
 
     Plan sets take turns, the most precise first; each is open only while it is measured.
     """
-    from elit_export.bench.limits import load_limits
     from elit_export.bundle.reading import Bundle
-    from elit_export.cli.plan_sets import able_plan_sets
+    from elit_export.cli.plan_sets import verified_plan_sets
     from elit_export.cli.tables.bench import quality_table
-    from elit_export.evaluate.quality import WAYS, Way, quality
+    from elit_export.evaluate.quality import DEFAULT_CONFIGS, QualityResult, SamplerConfig, check_quality, quality
+    from elit_export.runtime.opening import unopened
 
-    limits = load_limits(check) if check else []
-    chosen = tuple(Way.parse(way) for way in dict.fromkeys(ways)) or WAYS
-    from elit_export.evaluate.evaluator import SHIPPED, load_judge  # torch, when the options are right
+    limits = limits_in(check, {"quality": QualityResult})
+    configs = tuple(SamplerConfig.parse(way) for way in dict.fromkeys(ways)) or DEFAULT_CONFIGS
+    from elit_export.evaluate.evaluator import SHIPPED, load_evaluator  # torch, when the options are right
 
-    judge = load_judge(classifier or SHIPPED)
+    evaluator = load_evaluator(classifier or SHIPPED)
     opened = Bundle.open(bundle, trust=trust)
-    measured, skipped = able_plan_sets(opened, target, precision)
-    for plan_set in measured:
+    measured, skipped = verified_plan_sets(opened, target, precision)
+    for plan_set in measured:  # before any of them is opened
+        check_quality(
+            unopened(opened, plan_set), evaluator.facts, images=images, guidance=guidance, sampler_configs=configs
+        )
         say_accepted(opened, plan_set, json_to=json_to)
     with progress_bar() as progress:
         result = quality(
             opened_in_turn(opened, measured, progress),
-            judge,
+            evaluator,
             images=images,
             guidance=guidance,
-            ways=chosen,
+            sampler_configs=configs,
             seed=0,
             skipped=skipped,
             on_images=lambda what, done, total: progress.update(
@@ -88,7 +92,7 @@ def evaluate(
 
 
 def opened_in_turn(bundle: Bundle, plan_sets: Sequence[PlanSet], progress: Progress) -> Iterator[tuple[str, Pipeline]]:
-    """A pipeline each, with a bar of its own."""
+    """Open the plan sets one after the other, each with a progress bar of its own."""
     from elit_export.runtime.pipeline import Pipeline
 
     for plan_set in plan_sets:

@@ -13,6 +13,7 @@ import click
 from elit_export.cli.printable import printable
 from elit_export.cli.streams import READER_LEFT, readers_may_leave
 from elit_export.cli.tools import naming_the_extra
+from elit_export.cli.wording import typed_text
 from elit_export.errors import ElitExportError
 
 
@@ -49,7 +50,7 @@ class Commands(click.Group):
             with naming_the_extra("this command"):
                 return super().invoke(ctx)
         except ElitExportError as error:
-            click.echo(printable(f"error: {error}"), err=True)
+            click.echo(printable(f"error: {typed_text(str(error), self.invoked(ctx))}"), err=True)
             ctx.exit(2)
         except BrokenPipeError as error:  # of a pipe that the command was to write into
             click.echo(printable(f"error: {error.filename or 'a pipe'}: {error.strerror}"), err=True)
@@ -63,3 +64,8 @@ class Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; nothing half-written was left behind", err=True)
             ctx.exit(130)
+
+    def invoked(self, ctx: click.Context) -> click.Command:
+        """The command that was called, which is imported by then."""
+        command = self.commands[str(ctx.invoked_subcommand)]
+        return command.imported() if isinstance(command, Deferred) else command

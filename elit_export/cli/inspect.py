@@ -1,4 +1,4 @@
-"""inspect: what a checkpoint or a bundle holds, or a named model would ask of a GPU."""
+"""inspect: what a bundle, a checkpoint or another file holds, or a named model would ask of a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from elit_export.cli.common import (
     INTERFACE_OPTION,
     JSON_OPTION,
     NAME,
+    TARGET_OPTIONS,
     Count,
     architecture_options,
     say_lines,
@@ -34,18 +35,29 @@ from elit_export.spec.limits import SIDE_PIXELS, TEXT
     "--text", type=Count(TEXT), help="Tokens of a prompt, for FLOPs.  [default: a bundle's usual ones, else 128]"
 )
 @architecture_options
+@TARGET_OPTIONS
 @JSON_OPTION
 def inspect(
-    path: str, interface: Path | None, resolution: int, text: int | None, json_to: str | None, **numbers: int | None
+    path: str,
+    interface: Path | None,
+    resolution: int,
+    text: int | None,
+    target: str | None,
+    precision: str | None,
+    json_to: str | None,
+    **numbers: int | None,
 ) -> None:
     """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.
 
-    In place of a PATH the name of a model shows what it would ask of a GPU.
+    PATH may also be a recipe, a .npz of samples, prompts or calibration inputs, an ONNX graph or a folder of `train`,
+    or the name of a model, which shows what it would ask of a GPU.
     """
     from elit_export.cli.tables.deployment import deployment_tables
     from elit_export.report.inspection import inspect_path
 
-    facts = inspect_path(path, interface=interface, resolution=resolution, text=text, **numbers)
+    facts = inspect_path(
+        path, interface=interface, resolution=resolution, text=text, target=target, precision=precision, **numbers
+    )
     tables = [*inspection_tables(facts), *deployment_tables(facts)]
     show(*tables, json_to=json_to)
     say_lines("the same engines by trtexec", facts.get("trtexec", ()), json_to=json_to)

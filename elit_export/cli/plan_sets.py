@@ -1,6 +1,8 @@
-"""Which plan sets of a bundle a command measures where it takes all that can run here."""
+"""Which plan sets of a bundle a command measures: one, or with --all each that can run here."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
@@ -8,15 +10,35 @@ from elit_export.runtime.opening import check_verified, incompatibility, matchin
 from elit_export.spec import Precision
 
 
-def able_plan_sets(bundle: Bundle, target: str | None, precision: str | None) -> tuple[list[PlanSet], dict[str, str]]:
-    """Those asked for that can run here, and why the others cannot; raises if none can or one was never verified."""
-    asked = matching(bundle.manifest.plan_sets, target, precision)
-    judged = [(plan_set, incompatibility(plan_set)) for plan_set in asked]
-    able = [plan_set for plan_set, reason in judged if not reason]
-    if not able:
-        able = [select_plan_set(bundle.manifest.plan_sets, target, precision)]  # which says why not, here or in opening
-    for plan_set in able:
-        check_verified(plan_set, bundle.folder)
+def runnable_plan_sets(
+    bundle: Bundle, target: str | None, precision: str | None
+) -> tuple[list[PlanSet], dict[str, str]]:
+    """Those asked for that can run here, the most precise first, and why the others cannot; raises if none can."""
+    reasons = [
+        (plan_set, incompatibility(plan_set)) for plan_set in matching(bundle.manifest.plan_sets, target, precision)
+    ]
+    runnable = [plan_set for plan_set, reason in reasons if not reason]
+    if not runnable:
+        runnable = [select_plan_set(bundle.manifest.plan_sets, target, precision)]  # says why not, here or in opening
     order = list(Precision)
-    skipped = {f"{plan_set.target} {plan_set.precision.value}": reason for plan_set, reason in judged if reason}
-    return sorted(able, key=lambda plan_set: order.index(plan_set.precision)), skipped
+    skipped = {plan_set.name: reason for plan_set, reason in reasons if reason}
+    return sorted(runnable, key=lambda plan_set: order.index(plan_set.precision)), skipped
+
+
+def verified_plan_sets(
+    bundle: Bundle, target: str | None, precision: str | None
+) -> tuple[list[PlanSet], dict[str, str]]:
+    """The same; raises also if one was never compared with PyTorch."""
+    runnable, skipped = runnable_plan_sets(bundle, target, precision)
+    for plan_set in runnable:
+        check_verified(plan_set, bundle.folder)
+    return runnable, skipped
+
+
+def selected_plan_sets(
+    bundle: Bundle, target: str | None, precision: str | None, *, every: bool
+) -> tuple[Sequence[PlanSet], dict[str, str]]:
+    """The one that is meant, or with `every` all that can run here, and why others are not among these."""
+    if every:
+        return runnable_plan_sets(bundle, target, precision)
+    return [select_plan_set(bundle.manifest.plan_sets, target, precision)], {}

@@ -23,8 +23,10 @@ from elit_export.text.files import load_prompts
 from elit_export.text.folder import EncoderFolder, read_encoder
 
 PROMPT = click.option("--prompt", "texts", multiple=True, metavar="TEXT", help="What an image shows; may be repeated.")
-NEGATIVE = click.option("--negative", metavar="TEXT", help="What guidance leads all images away from; may be empty.")
-EMBEDDED = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as `embed` writes them.")
+NEGATIVE = click.option(
+    "--negative", metavar="TEXT", help="Prompt of the negative branch of guidance, for all images; may be empty."
+)
+EMBEDDED = click.option("--prompts", "file", type=FILE, metavar="FILE.npz", help="Embeddings, as written by `embed`.")
 WEIGHTS = click.option(
     "--encoder-weights",
     "weights",
@@ -76,9 +78,7 @@ class PromptOptions:
             wanted = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{wanted}, this model takes text", HOW)
         if options.needs_null and self.negative is None:
-            raise InputError(
-                f"guidance {options.guidance} leads away from a negative prompt", "give --negative TEXT, or ''"
-            )
+            raise InputError(f"guidance {options.guidance} has a negative branch", "give --negative TEXT, or ''")
         if self.negative is not None and not options.needs_null:
             raise InputError(f"guidance {options.guidance} uses no --negative", "leave it out, or add cfg:4")
         folder = read_encoder(self.encoder)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from elit_export.errors import BackendUnavailable
+from elit_export.errors import BackendUnavailable, pip_install
 
 
 @dataclass(frozen=True)
@@ -41,5 +41,6 @@ def naming_the_extra(what: str, *, otherwise: str = "") -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in TOOLS:
             raise
-        remedy = f"pip install 'elit-export[{TOOLS[error.name].extra}]'"
-        raise BackendUnavailable(f"{what} needs {error.name}", f"{remedy}{otherwise}") from error
+        raise BackendUnavailable(
+            f"{what} needs {error.name}", f"{pip_install(TOOLS[error.name].extra)}{otherwise}"
+        ) from error

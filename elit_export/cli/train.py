@@ -7,16 +7,29 @@ import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from elit_export.bundle.atomic import append_text, check_writable
-from elit_export.cli.common import FOLDER, Count, complain, progress_bar, say, show, stop_requested, write_json
-from elit_export.cli.tables.inspect import table
+from elit_export.cli.common import (
+    FOLDER,
+    JSON_OPTION,
+    Count,
+    complain,
+    progress_bar,
+    say,
+    show,
+    stop_requested,
+    write_json,
+)
+from elit_export.cli.tables.layout import table
 from elit_export.errors import InputError
 from elit_export.models.registry import CLASS_BACKBONES, backbone_named
 from elit_export.spec import QK_NORM_KINDS, RELEASED_BACKBONE, DataFacts, ModelSpec, limits
+
+if TYPE_CHECKING:
+    from elit_export.training.data import LabelledImages
 
 
 def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tuple[int, int, int]:
@@ -52,7 +65,7 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 @click.option("--heads", type=Count(limits.HEADS), default=4, show_default=True)
 @click.option("--split", default="1-8-1", show_default=True, callback=parse_split, help="Blocks HEAD-CORE-TAIL.")
 @click.option("--backbone", type=click.Choice(CLASS_BACKBONES), default=RELEASED_BACKBONE, show_default=True)
-@click.option("--rope", is_flag=True, help="Turn queries and keys by their 2-D positions.")
+@click.option("--rope", is_flag=True, help="Rotary embedding (RoPE) of queries and keys by their 2-D positions.")
 @click.option("--qk-norm", type=click.Choice(["none", *QK_NORM_KINDS]), default="none", show_default=True)
 @click.option("--steps", type=Count(limits.TRAINING_STEPS), default=4500, show_default=True)
 @click.option("--batch-size", type=Count(limits.BATCH), default=128, show_default=True)
@@ -74,6 +87,7 @@ def parse_split(_ctx: click.Context, _param: click.Parameter, value: str) -> tup
 )
 @click.option("--class-names", default="", help="Comma-separated, for IDX data.")
 @click.option("--half", is_flag=True, help="Store the final weights as float16.")
+@JSON_OPTION
 def train(
     *,
     data: Path,
@@ -90,9 +104,12 @@ def train(
     save_every: int,
     class_names: str,
     half: bool,
+    json_to: str | None,
     **choices: Any,
 ) -> None:
     """Train a model on DATA: IDX files, or one folder of images per class. Run again to resume.
+
+    With more --steps a run is extended: the learning rate goes on along the cosine of that many steps.
 
     Held-out images (IDX t10k, or a folder test/) give the velocity error at every budget.
     """
@@ -107,9 +124,28 @@ def train(
     from elit_export.cost.params import parameters
     from elit_export.training.trainer import TrainConfig, Trainer
 
-    head, core, tail = split
     shape = {"input_size": size, "patch_size": patch, "group_size": group, "hidden_size": width, "num_heads": heads}
-    spec = ModelSpec(
+    spec = spec_for(images, split, qk_norm, backbone, rope=rope, **shape)
+    limits.TRAINED_PARAMETERS.check(parameters(spec).total, "the size of this model")
+    facts = DataFacts(kind="pixels", class_names=images.class_names)
+    trainer = Trainer(spec, facts, images, TrainConfig(**choices))
+    resume(trainer, state, json_to)
+    run_training(trainer, state, save_every)
+    save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
+    say(f"wrote {weights}", json_to=json_to)
+    found = None
+    if has_split(data, "test"):
+        held_out = load_images(data, split="test", size=size, class_names=images.class_names)
+        found = report_held_out(load_checkpoint(weights), held_out, errors, json_to)
+    write_json({"weights": str(weights), "step": trainer.step, "held_out": found}, json_to)
+
+
+def spec_for(
+    images: LabelledImages, split: tuple[int, int, int], qk_norm: str, backbone: str, *, rope: bool, **shape: int
+) -> ModelSpec:
+    """The model that the options describe, for the channels and classes of some images."""
+    head, core, tail = split
+    return ModelSpec(
         in_channels=images.images.shape[1],
         num_classes=images.num_classes,
         head_depth=head,
@@ -123,16 +159,6 @@ def train(
         **shape,
         **backbone_named(backbone).fields(core),
     )
-    limits.TRAINED_PARAMETERS.check(parameters(spec).total, "the size of this model")
-    facts = DataFacts(kind="pixels", class_names=images.class_names)
-    trainer = Trainer(spec, facts, images, TrainConfig(**choices))
-    resume(trainer, state)
-    run_training(trainer, state, save_every)
-    save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
-    say(f"wrote {weights}")
-    if has_split(data, "test"):
-        held_out = load_images(data, split="test", size=size, class_names=images.class_names)
-        report_held_out(load_checkpoint(weights), held_out, errors)
 
 
 def files_in(out: Path) -> list[Path]:
@@ -143,11 +169,14 @@ def files_in(out: Path) -> list[Path]:
     return files
 
 
-def resume(trainer: Any, state: Path) -> None:
-    """Go on where an earlier run stopped, if one did."""
+def resume(trainer: Any, state: Path, json_to: str | None) -> None:
+    """Go on where an earlier run stopped, if one did, and say what other --steps change."""
     if state.exists():
-        trainer.resume(state)
-        say(f"resumed at step {trainer.step}")
+        planned, steps = trainer.resume(state), trainer.config.steps
+        say(f"resumed at step {trainer.step}", json_to=json_to)
+        if planned != steps:
+            rate = f"the learning rate goes on along the cosine of all {steps}, from {trainer.learning_rate():.2g}"
+            say(f"the run is of {steps} steps now, it was of {planned}; {rate}", json_to=json_to)
 
 
 def run_training(trainer: Any, state: Path, save_every: int) -> None:
@@ -170,11 +199,12 @@ def run_training(trainer: Any, state: Path, save_every: int) -> None:
         sys.exit(130)
 
 
-def report_held_out(model: Any, images: Any, path: Path) -> None:
+def report_held_out(model: Any, images: Any, path: Path, json_to: str | None) -> list[dict[str, Any]]:
+    """Show the error at every budget and write it into the run's folder; gives it as facts."""
     from elit_export.training.evaluate import held_out_errors
 
     with progress_bar() as progress:
-        found = list(progress.track(held_out_errors(model, images, seed=0), total=len(model.spec.budgets)))
+        errors = list(progress.track(held_out_errors(model, images, seed=0), total=len(model.spec.budgets)))
     columns = ("budget", "velocity MSE", "± s.e.", "above full", "± s.e. (paired)")
     cells = [
         (
@@ -184,7 +214,9 @@ def report_held_out(model: Any, images: Any, path: Path) -> None:
             f"{error.above_full:+.5f}",
             f"{error.above_full_error:.5f}",
         )
-        for error in found
+        for error in errors
     ]
-    show(table(f"held out: {len(images)} images", columns, cells))
-    write_json([asdict(error) | {"budget": str(error.budget)} for error in found], str(path))
+    show(table(f"held out: {len(images)} images", columns, cells), json_to=json_to)
+    facts = [asdict(error) | {"budget": str(error.budget)} for error in errors]
+    write_json(facts, str(path))
+    return facts

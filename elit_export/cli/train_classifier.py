@@ -1,4 +1,4 @@
-"""train-classifier: what `evaluate` judges samples by."""
+"""train-classifier: the evaluator that `evaluate` uses."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def train_classifier(
     json_to: str | None,
     **choices: Any,
 ) -> None:
-    """Train what `evaluate` judges samples by, on DATA: IDX files, or one folder of images per class.
+    """Train the evaluator of `evaluate`, on DATA: IDX files, or one folder of images per class.
 
     Held-out images (IDX t10k, or a folder test/) give its accuracy, and how far real images are from each other.
     """
-    from elit_export.cli.tables.bench import floors_table
-    from elit_export.evaluate.evaluator import save_judge
+    from elit_export.cli.tables.bench import baselines_table
+    from elit_export.evaluate.evaluator import save_evaluator
     from elit_export.evaluate.statistics import ClassifierSpec
     from elit_export.training import classifier
     from elit_export.training.data import has_split, load_images
@@ -65,7 +65,8 @@ def train_classifier(
     images = load_images(data, split="train", size=size, class_names=names)
     if not has_split(data, "test"):
         raise InputError(
-            f"{data}: no held-out images to tell accuracy and floors", "add IDX t10k files or a folder test/"
+            f"{data}: no held-out images to measure accuracy and the real-vs-real baseline",
+            "add IDX t10k files or a folder test/",
         )
     held_out = load_images(data, split="test", size=size, class_names=images.class_names)
     spec = ClassifierSpec(
@@ -75,21 +76,23 @@ def train_classifier(
     classifier.check_data(spec, images, held_out, config)
     with progress_bar() as progress:
         task = progress.add_task("training", total=config.steps)
-        made = classifier.train_classifier(
+        trained = classifier.train_classifier(
             spec,
             images,
             config,
             on_step=lambda step, loss: progress.update(task, completed=step, description=f"loss {loss:.3f}"),
         )
-    facts = classifier.judge_facts(made, images, held_out, command=command_line(click.get_current_context()))
-    save_judge(out, made, facts)
-    show(floors_table(facts), json_to=json_to)
+    facts = classifier.judge_facts(trained, images, held_out, command=command_line(click.get_current_context()))
+    save_evaluator(out, trained, facts)
+    show(baselines_table(facts), json_to=json_to)
     say(f"wrote {out}", json_to=json_to)
-    write_json({"test_accuracy": facts.test_accuracy, "floors": [asdict(floor) for floor in facts.floors]}, json_to)
+    write_json(
+        {"test_accuracy": facts.test_accuracy, "floors": [asdict(baseline) for baseline in facts.floors]}, json_to
+    )
 
 
 def command_line(context: click.Context) -> str:
-    """What was typed, with every option that decides the result spelled out."""
+    """The command as it was typed, with every option that decides the result."""
     options = [param for param in context.command.params if isinstance(param, click.Option) and param.name != "json_to"]
     given = {option.opts[0]: context.params[str(option.name)] for option in options}
     words = [word for name, value in given.items() if value != "" for word in (name, str(value))]

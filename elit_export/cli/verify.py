@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from elit_export.cli.common import (
+    ALL_OPTION,
     FOLDER,
     INTERFACE_OPTION,
     JSON_OPTION,
@@ -34,11 +35,12 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=FOLDER)
-@click.option("--checkpoint", type=NAME, help="Compare with PyTorch live instead of with its stored answers.")
+@click.option("--checkpoint", type=NAME, help="Compare with PyTorch live instead of with its stored reference outputs.")
 @INTERFACE_OPTION
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
 @TRUST_OPTION
+@ALL_OPTION
 @click.option("--bisect", is_flag=True, help="After a miss, find where: plan, optimiser, node or graph (needs onnx).")
 @click.option(
     "--polygraphy",
@@ -55,6 +57,7 @@ def verify(
     target: str | None,
     precision: str | None,
     trust: bool,
+    every: bool,
     bisect: bool,
     polygraphy_folder: Path | None,
     json_to: str | None,
@@ -64,48 +67,72 @@ def verify(
     Ends with status 1 if anything misses its tolerance. Without --checkpoint neither torch nor the
     checkpoint is needed.
     """
-    from elit_export.bundle.reading import Bundle, with_current
-    from elit_export.cli.tables.inspect import parity_tables
-    from elit_export.runtime.opening import select_plan_set
-    from elit_export.verify.check import record_success, verify_plan_set
-    from elit_export.verify.parity import comparisons_of
+    from elit_export.bundle.reading import Bundle
+    from elit_export.cli.plan_sets import selected_plan_sets
 
     refuse_alone(interface, checkpoint)
+    opened = Bundle.open(bundle, trust=trust)
     if polygraphy_folder:
-        refuse_beside_polygraphy({"--checkpoint": checkpoint, "--bisect": bisect or None})
-        opened = Bundle.open(bundle, trust=trust)
+        from elit_export.runtime.opening import select_plan_set
+
+        refuse_beside_polygraphy({"--checkpoint": checkpoint, "--bisect": bisect or None, "--all": every or None})
         plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
         write_for_polygraphy(opened, plan_set, polygraphy_folder, json_to)
         return
+    facts = {}
+    plan_sets, skipped = selected_plan_sets(opened, target, precision, every=every)
+    for name, reason in skipped.items():
+        say(f"{name} not verified: {reason}", json_to=json_to)
+    for plan_set in plan_sets:
+        comparisons = verified(opened, plan_set, checkpoint, interface, bisect=bisect, json_to=json_to)
+        facts[plan_set.name] = [asdict(comparison) | {"passed": comparison.passed} for comparison in comparisons]
+    write_json({"plan_sets": facts} if every else next(iter(facts.values())), json_to)
+    if not all(comparison["passed"] for comparisons in facts.values() for comparison in comparisons):
+        raise SystemExit(1)
 
-    def verified(opened: Bundle) -> tuple[Bundle, PlanSet, list[Comparison]]:
-        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
+
+def verified(
+    opened: Bundle,
+    asked: PlanSet,
+    checkpoint: str | None,
+    interface: Path | None,
+    *,
+    bisect: bool,
+    json_to: str | None,
+) -> list[Comparison]:
+    """Compare one plan set, and show and say what came of it; a first success is recorded in the bundle."""
+    from elit_export.cli.opened import on_current
+    from elit_export.cli.tables.inspect import parity_tables
+    from elit_export.verify.check import record_success, verify_plan_set
+    from elit_export.verify.compare import verdict_of
+    from elit_export.verify.parity import comparisons_of
+
+    def compared(bundle: Bundle, plan_set: PlanSet) -> tuple[Bundle, PlanSet, list[Comparison]]:
         progress.reset(task, total=comparisons_of(plan_set))
-        found = verify_plan_set(
-            opened,
+        comparisons = verify_plan_set(
+            bundle,
             plan_set,
             checkpoint=checkpoint,
             interface=interface,
             on_comparison=lambda _: progress.advance(task),
         )
-        return opened, plan_set, found
+        return bundle, plan_set, comparisons
 
     with progress_bar() as progress:
-        task = progress.add_task("verifying", total=None)
-        opened, plan_set, found = with_current(bundle, verified, trust=trust)
-    show(*parity_tables(found), json_to=json_to)
-    write_json([asdict(comparison) | {"passed": comparison.passed} for comparison in found], json_to)
-    missed = [comparison for comparison in found if not comparison.passed]
-    if any(not comparison.met for comparison in found) and plan_set.accepted:
+        task = progress.add_task(f"verifying {asked.name}", total=None)
+        bundle, plan_set, comparisons = on_current(opened, asked, compared)
+    show(*parity_tables(comparisons), json_to=json_to)
+    missed = [comparison for comparison in comparisons if not comparison.passed]
+    if any(not comparison.met for comparison in comparisons) and plan_set.accepted:
         say(f"below tolerance, accepted by the recipe: {plan_set.accepted}", json_to=json_to)
     for comparison in missed:
         complain(comparison.verdict)
-    if missed:
-        if bisect:
-            say_first_departure(opened, plan_set, missed[0])
-        raise SystemExit(1)
-    if record_success(opened, plan_set, found):
-        say(f"recorded in {bundle}: target {plan_set.target} may be opened on this device", json_to=json_to)
+    if missed and bisect:
+        say_first_departure(bundle, plan_set, missed[0])
+    if not missed and record_success(bundle, plan_set, comparisons):
+        say(f"recorded in {bundle.folder}: target {plan_set.target} may be opened on this device", json_to=json_to)
+    say(f"{plan_set.name}: {verdict_of(comparisons)}", json_to=json_to)
+    return comparisons
 
 
 def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -> None:

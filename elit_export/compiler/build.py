@@ -78,10 +78,10 @@ class BuildRequest:
     def check(self, out: Path) -> DecoderFolder | None:
         """Check all that needs no checkpoint; returns the configuration of the recipe's decoder."""
         options = self.options
+        self._check_inputs(command_for(self.inputs_file or "samples.npz", out, text=self.recipe.text is not None))
         BACKENDS[options.backend].builder().check(options)
         if options.precision.quantized and not options.facts.casts_weights:
             check_tools()
-        self._check_inputs(command_for("samples.npz", out, text=self.recipe.text is not None))
         if self.recipe.decoder is None:
             return None
         check_installed()
@@ -93,6 +93,11 @@ class BuildRequest:
             raise CalibrationError(
                 f"target {self.target} is {precision.value}, which is calibrated on real inputs",
                 f"{remedy} (from a bundle with any other target), then build with --samples samples.npz",
+            )
+        if precision.quantized and self.inputs_file and not self.inputs_file.exists():
+            raise CalibrationError(
+                f"target {self.target} is {precision.value}: no calibration samples at {self.inputs_file}",
+                f"{remedy} (from a bundle with any other target)",
             )
         if not precision.quantized and self.inputs_file is not None:
             raise CalibrationError(f"target {self.target} is {precision.value} and takes no samples", "leave them out")

@@ -13,7 +13,15 @@ from elit_export.cost.layers import layers_of
 from elit_export.spec import ModelSpec, Precision
 
 GIGABYTE = 10**9
-GPUS_GB = {"A100 or H100, 80 GB": 80, "96 GB": 96, "H200, 141 GB": 141, "B200, 180 GB": 180}
+GPUS_GB = {  # by memory, the least first
+    "RTX 3090, RTX 4090, A10 or L4, 24 GB": 24,
+    "RTX 5090, 32 GB": 32,
+    "A40, L40S or RTX 6000 Ada, 48 GB": 48,
+    "A100 or H100, 80 GB": 80,
+    "RTX PRO 6000, 96 GB": 96,
+    "H200, 141 GB": 141,
+    "B200, 180 GB": 180,
+}
 PEAK_FLOPS = 989e12  # of an H100 SXM: dense products in bf16, NVIDIA's data sheet
 ASSUMED_SHARE = 0.4  # of that peak
 ROWS = 2  # one image with guidance

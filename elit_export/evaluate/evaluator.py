@@ -74,7 +74,3 @@ def _names(stored: object) -> tuple[str, ...]:
     if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
         raise InputError(f"class_names {stored!r} are not a list of texts")
     return tuple(stored)
-
-
-# Earlier names, which the command line imports.
-load_judge, save_judge = load_evaluator, save_evaluator

@@ -30,6 +30,7 @@ from elit_export.runtime.conditioning import require_classes
 from elit_export.runtime.images import to_images
 from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import Samplable, prepared
 from elit_export.runtime.samplers import sampler_named
 from elit_export.runtime.sampling import sampling_steps
 from elit_export.spec import Budget
@@ -68,9 +69,6 @@ class SamplerConfig:
 
 
 DEFAULT_CONFIGS = (SamplerConfig("euler", 50), SamplerConfig("ab3", 14))
-# Earlier names, which the command line imports.
-Way = SamplerConfig
-WAYS = DEFAULT_CONFIGS
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def quality(
     *,
     images: int,
     guidance: str,
-    ways: tuple[SamplerConfig, ...],
+    sampler_configs: tuple[SamplerConfig, ...],
     seed: int,
     skipped: dict[str, str],
     on_images: OnImages,
@@ -142,7 +140,7 @@ def quality(
     rows = [
         row
         for target, pipeline in pipelines
-        for row in maker.rows(target, pipeline, guidance=guidance, sampler_configs=ways, on_images=on_images)
+        for row in maker.rows(target, pipeline, guidance=guidance, sampler_configs=sampler_configs, on_images=on_images)
     ]
     facts = evaluator.facts
     return QualityResult(
@@ -162,9 +160,20 @@ def quality(
 # ---------------------------------------------------------------- checks
 
 
-def check_evaluator(pipeline: Pipeline, facts: EvaluatorFacts, images: int) -> None:
-    """Raise InputError where the evaluator does not fit the pipeline's samples."""
-    spec, data, classifier = pipeline.spec, pipeline.data, facts.spec
+def check_quality(
+    on: Samplable, facts: EvaluatorFacts, *, images: int, guidance: str, sampler_configs: tuple[SamplerConfig, ...]
+) -> None:
+    """Raise InputError where samples cannot be evaluated, or not sampled so; needs no engines."""
+    check_evaluator(on, facts, images)
+    labels = np.arange(images) % facts.spec.num_classes
+    for config in sampler_configs:
+        for name in measured_budgets(on):
+            prepared(on, labels.tolist(), options_of(config, name, guidance, seed=0))
+
+
+def check_evaluator(on: Samplable, facts: EvaluatorFacts, images: int) -> None:
+    """Raise InputError where the evaluator does not fit the samples."""
+    spec, data, classifier = on.spec, on.data, facts.spec
     require_classes(spec, "judging samples by a classifier")
     if data.kind != "pixels":
         raise InputError(f"the samples are latents of a VAE ({data.vae or 'unknown'}); quality is of pixels only")
@@ -219,16 +228,15 @@ class _Rows:
         sampler_configs: tuple[SamplerConfig, ...],
         on_images: OnImages,
     ) -> Iterator[QualityRow]:
-        check_evaluator(pipeline, self._evaluator.facts, self._images)
+        facts, images = self._evaluator.facts, self._images
+        check_quality(pipeline, facts, images=images, guidance=guidance, sampler_configs=sampler_configs)
         budgets = measured_budgets(pipeline)
         configs = [
             (config, name, options_of(config, name, guidance, self._seed))
             for config in sampler_configs
             for name in budgets
         ]
-        total = sum(self._images * config.calls for config, _, _ in configs)
-        for _, _, options in configs:
-            pipeline.prepared(self._labels.tolist(), options)
+        total = sum(images * config.calls for config, _, _ in configs)
         for config, name, options in configs:
             samples, pixels = self._sampled(pipeline, options, partial(on_images, f"{config}, {name}", total=total))
             yield self._row(self._measure(samples, pixels), target, pipeline, config, name, budgets[name])

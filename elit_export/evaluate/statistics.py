@@ -188,6 +188,3 @@ def share_of(is_right: Bools) -> tuple[float, float]:
     """Compute the share of images that are right, and its binomial standard error."""
     share = float(is_right.mean())
     return share, math.sqrt(share * (1 - share) / len(is_right))
-
-
-JudgeFacts = EvaluatorFacts  # the earlier name, which the command line imports

@@ -23,7 +23,7 @@ from elit_export.backends import BACKENDS
 from elit_export.bundle.atomic import naming_file, private_folder
 from elit_export.bundle.calibration_inputs import CalibrationInputs
 from elit_export.cost.layers import GROUPS, PRODUCTS, layers_of
-from elit_export.errors import BackendUnavailable, CalibrationError, summary
+from elit_export.errors import BackendUnavailable, CalibrationError, pip_install, summary
 from elit_export.spec import ModelSpec, Precision
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _run_modelopt(
     except Exception as error:  # the library raises many types
         raise CalibrationError(
             f"modelopt cannot quantize {graph.name} in {precision.value}: {summary(error)}",
-            "pip install -U 'elit-export[quantize]', or collect the samples again",
+            f"{pip_install('quantize', '-U')}, or collect the samples again",
         ) from error
     return quantized
 
@@ -138,7 +138,7 @@ def _library() -> Callable[..., None]:
             from modelopt.onnx.quantization import quantize
     except ImportError as error:
         raise BackendUnavailable(
-            f"int8 and fp8 graphs need modelopt ({summary(error)})", "pip install 'elit-export[quantize]'"
+            f"int8 and fp8 graphs need modelopt ({summary(error)})", pip_install("quantize")
         ) from error
     function: Callable[..., None] = quantize
     return function

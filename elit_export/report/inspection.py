@@ -11,9 +11,20 @@ from elit_export.backends.tensorrt.trtexec import trtexec_line
 from elit_export.bundle.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
 from elit_export.bundle.reading import Bundle
 from elit_export.cost.flops import USUAL_TEXT, flops, flops_without_interface, guided_shares
-from elit_export.cost.params import ASSUMED_SHARE, PEAK_FLOPS, ROWS, activation_bytes, expected_ms, fitting, parameters
+from elit_export.cost.params import (
+    ASSUMED_SHARE,
+    GPUS_GB,
+    PEAK_FLOPS,
+    ROWS,
+    activation_bytes,
+    expected_ms,
+    fitting,
+    parameters,
+)
 from elit_export.errors import InputError
 from elit_export.models.registry import NAMES, named_spec
+from elit_export.report.files import TRAINING, file_facts
+from elit_export.runtime.opening import matching, select_plan_set
 from elit_export.spec import STEP, DataFacts, ModelSpec, Precision, Range, covered_text, default_profiles, listed
 from elit_export.verify.parity import accepted_miss
 
@@ -29,29 +40,40 @@ def inspect_path(
     interface: str | Path | None = None,
     resolution: int = 256,
     text: int | None = None,
+    target: str | None = None,
+    precision: str | None = None,
     **numbers: int | None,
 ) -> Facts:
-    """Describe a bundle, a checkpoint or, where there is no such file, the model with that name.
+    """Describe a bundle, a checkpoint, a file of `report.files` or, where there is none, the model with that name.
 
+    `target` and `precision` choose from the plan sets of a bundle.
     A folder with a `config.json`, or for which there is an `interface`, is a checkpoint of diffusers. `resolution` is
     that of a named model. `text` is the number of prompt tokens, by default the number that a bundle is optimised for,
     else USUAL_TEXT. Raises BundleError, CheckpointError or InputError.
     """
     tokens = USUAL_TEXT if text is None else text
+    if interface is None and _is_bundle(Path(path)):
+        return bundle_facts(Bundle.open(path), text, target, precision)
+    _refuse_for({"target": target, "precision": precision}, f"{path} is no bundle")
+    if facts := file_facts(Path(path)) if interface is None else None:
+        weights = Path(path) / "model.safetensors"
+        return {**facts, "model": checkpoint_facts(str(weights))} if weights.is_file() else facts
     if path in NAMES and not Path(path).exists():
-        _refuse_for_names(path, {"interface": interface, **numbers})
+        settled = {name: value for name, value in numbers.items() if name != "head_depth"}  # that has no one depth
+        _refuse_for({"interface": interface, **settled}, f"{path} is the name of a size")
         return named_facts(path, named_spec(path, resolution=resolution, head_depth=numbers.get("head_depth")), tokens)
-    if Path(path).is_dir() and interface is None and not _is_of_diffusers(Path(path)):
-        return bundle_facts(Bundle.open(path), text)
     return checkpoint_facts(path, interface, tokens, **numbers)
 
 
-def _refuse_for_names(name: str, options: Mapping[str, object]) -> None:
-    """Refuse options that the name of a size decides or does not use; only its head's depth can vary."""
-    if used := [key for key, value in options.items() if value is not None and key != "head_depth"]:
-        raise InputError(
-            f"{name} is the name of a size, for which there is no --{used[0].replace('_', '-')}", "leave it out"
-        )
+def _refuse_for(options: Mapping[str, object], reason: str) -> None:
+    """Refuse options that what is inspected decides or does not use."""
+    if used := [key for key, value in options.items() if value is not None]:
+        raise InputError(f"{reason}, for which there is no --{used[0].replace('_', '-')}", "leave it out")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """A folder that is neither of diffusers nor of a training is taken for one, as its errors say what is missing."""
+    return folder.is_dir() and not _is_of_diffusers(folder) and not any((folder / name).is_file() for name in TRAINING)
 
 
 def _is_of_diffusers(folder: Path) -> bool:
@@ -80,6 +102,7 @@ def deployment_facts(spec: ModelSpec, text: int) -> Facts:
         "rounded_parameters": counts.rounded,
         "exact_parameters": counts.exact,
         "per_profile_plans": plans,
+        "gpus": dict(GPUS_GB),
         "precisions": {
             precision.value: {
                 "weight_bytes": weights,
@@ -112,8 +135,14 @@ def checkpoint_facts(path: str, interface: str | Path | None = None, text: int =
     return file_facts | model_facts(model.spec, model.data, text)
 
 
-def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
+def bundle_facts(
+    bundle: Bundle, text: int | None = None, target: str | None = None, precision: str | None = None
+) -> Facts:
+    """Of the model, and of the plan sets that are asked for; raises InputError if there are none."""
     manifest, calibration = bundle.manifest, bundle.manifest.cache_calibration
+    plan_sets = matching(manifest.plan_sets, target, precision) or [
+        select_plan_set(manifest.plan_sets, target, precision)
+    ]
     text_range = covered_text([facts.profile for plan_set in manifest.plan_sets for facts in plan_set.profiles])
     tokens = text_range.opt if text is None and text_range else text or 0
     return {
@@ -122,12 +151,13 @@ def bundle_facts(bundle: Bundle, text: int | None = None) -> Facts:
         "schema_version": manifest.schema_version,
         "package_version": manifest.package_version,
         "checkpoint_sha256": manifest.model.checkpoint_sha256,
+        "parameters": parameters(manifest.model.spec).total,
         **model_facts(manifest.model.spec, manifest.model.data, tokens),
         "graphs": {
             name: {"size_bytes": graph.artifact.size_bytes, "sqnr_db": graph.sqnr_db}
             for name, graph in manifest.graphs.items()
         },
-        "plan_sets": [_plan_set_facts(plan_set, manifest) for plan_set in manifest.plan_sets],
+        "plan_sets": [plan_set_facts(plan_set, manifest) for plan_set in plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
         "trtexec": trtexec_lines(bundle),
     }
@@ -174,7 +204,7 @@ def budget_facts(spec: ModelSpec, text: int) -> list[Facts]:
     ]
 
 
-def _plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
+def plan_set_facts(plan_set: PlanSet, manifest: Manifest) -> Facts:
     spec, graphs = manifest.model.spec, manifest.graphs
     return {
         "target": plan_set.target,

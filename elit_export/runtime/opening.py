@@ -13,9 +13,10 @@ from elit_export.bundle.manifest import Plan, PlanSet, described
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import target_of
 from elit_export.bundle.trust import check_trusted
-from elit_export.errors import BackendUnavailable, BundleError, InputError
+from elit_export.errors import BackendUnavailable, BundleError, InputError, did_you_mean
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.coverage import Coverage
+from elit_export.runtime.request import Unopened
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import FUSED, STEP, Budget, Fit, GraphSpec
 
@@ -31,8 +32,11 @@ def select_plan_set(plan_sets: tuple[PlanSet, ...], target: str | None, precisio
     if len(fitting) == 1:
         return fitting[0]
     if not fitting:
+        asked = {"target": target, "precision": precision}
+        words = " ".join(f"{name}={value!r}" for name, value in asked.items() if value is not None)
         raise InputError(
-            f"no plan set for target={target!r} precision={precision!r}; this bundle has {described(plan_sets)}"
+            f"no plan set for {words}; this bundle has {described(plan_sets)}",
+            did_you_mean(target or "", [plan_set.target for plan_set in plan_sets if plan_set.target != target]),
         )
     reasons = [incompatibility(plan_set) for plan_set in fitting]
     runnable = tuple(plan_set for plan_set, reason in zip(fitting, reasons, strict=True) if not reason)
@@ -87,7 +91,7 @@ def check_verified(plan_set: PlanSet, folder: Path) -> None:
         if not parity.ran:
             raise BundleError(
                 f"{part} of target {plan_set.target} was never compared with PyTorch ({parity.reason})",
-                f"run `elit-export verify {folder}` on its device, or load with allow_unverified=True",
+                f"run `elit-export verify {folder}` on its device, or, in Python, load with allow_unverified=True",
             )
 
 
@@ -167,6 +171,12 @@ def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
         fits,
         problem,
     )
+
+
+def unopened(bundle: Bundle, plan_set: PlanSet) -> Unopened:
+    """What can be asked of a plan set before its engines are open."""
+    model = bundle.manifest.model
+    return Unopened(model.spec, model.data, coverage_of(bundle, plan_set))
 
 
 def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:

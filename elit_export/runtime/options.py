@@ -6,7 +6,6 @@ from the fields of SamplingOptions.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elit_export.arrays import Float64
-from elit_export.errors import InputError
+from elit_export.errors import InputError, did_you_mean
 from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.noise import check_seed
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
@@ -189,9 +188,8 @@ def _known(keywords: dict[str, Any], options: Any) -> dict[str, Any]:
     names = [each.name for each in fields(options)]
     for name in keywords:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise InputError(f"unknown option {name!r}", f"{hint}options: {', '.join(names)}")
+            hint = did_you_mean(name, names)
+            raise InputError(f"unknown option {name!r}", f"{hint} options: {', '.join(names)}".lstrip())
     return keywords
 
 

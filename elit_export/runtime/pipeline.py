@@ -16,12 +16,12 @@ from elit_export.bundle.reading import Bundle, with_current
 from elit_export.callbacks import noop
 from elit_export.errors import InputError
 from elit_export.runtime.bank import EngineBank
-from elit_export.runtime.conditioning import LabelsLike, as_conditioning
+from elit_export.runtime.conditioning import LabelsLike
 from elit_export.runtime.coverage import UNCALIBRATED
 from elit_export.runtime.images import to_images
 from elit_export.runtime.opening import check_verified, coverage_of, open_bank, open_decoder, select_plan_set
-from elit_export.runtime.options import SamplingOptions, about, resolve, takes_each
-from elit_export.runtime.request import Request, finite_array, prepare
+from elit_export.runtime.options import SamplingOptions, about, takes_each
+from elit_export.runtime.request import Request, finite_array, prepared
 from elit_export.runtime.sample import Sample, Timings
 from elit_export.runtime.sampling import StepRecord, sampling_steps, whole_steps
 from elit_export.runtime.vae import Decoder
@@ -160,8 +160,7 @@ class Pipeline:
 
     def prepared(self, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
         """As `request`, with the options as one value; a part has at most `at_once` images."""
-        conditioning = as_conditioning(labels, self.spec, self.data)
-        return prepare(self.spec, self.coverage, conditioning, resolve(self.spec, options), at_once)
+        return prepared(self, labels, options, at_once)
 
     def sampled(
         self, labels: LabelsLike, options: SamplingOptions, on_step: Callable[[StepRecord], None] = noop

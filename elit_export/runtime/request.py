@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from elit_export.arrays import Arrays, Float64, HostArray, refuse_masked
 from elit_export.errors import InputError
-from elit_export.runtime.conditioning import Conditioning
+from elit_export.runtime.conditioning import Conditioning, LabelsLike, as_conditioning
 from elit_export.runtime.coverage import CallSize, Coverage
 from elit_export.runtime.noise import SeededNoise
-from elit_export.runtime.options import ResolvedOptions
+from elit_export.runtime.options import ResolvedOptions, SamplingOptions, resolve
 from elit_export.runtime.split import split
-from elit_export.spec import Budget, Fit, ModelSpec
+from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,32 @@ class Request(ResolvedOptions):
                 null_conditioning={name: array[part] for name, array in self.null_conditioning.items()},
             )
             done += images
+
+
+class Samplable(Protocol):
+    """What samplings are checked against: a model, and what its plans cover. An opened pipeline is one too."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+    @property
+    def data(self) -> DataFacts: ...
+    @property
+    def coverage(self) -> Coverage: ...
+
+
+@dataclass(frozen=True)
+class Unopened:
+    """A plan set whose engines are not open."""
+
+    spec: ModelSpec
+    data: DataFacts
+    coverage: Coverage
+
+
+def prepared(on: Samplable, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
+    """Check a sampling whose options are one value, as `prepare`."""
+    conditioning = as_conditioning(labels, on.spec, on.data)
+    return prepare(on.spec, on.coverage, conditioning, resolve(on.spec, options), at_once)
 
 
 def prepare(

@@ -19,7 +19,7 @@ import numpy as np
 
 from elit_export.arrays import Float32
 from elit_export.checkpoints.hf_folder import CONFIG
-from elit_export.errors import BackendUnavailable, CheckpointError, InputError, summary
+from elit_export.errors import BackendUnavailable, CheckpointError, InputError, pip_install, summary
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import MAX_TEXT_TOKENS
 from elit_export.text.folder import EncoderFolder, read_encoder
@@ -176,7 +176,7 @@ def check_installed() -> None:
     if missing := [name for name in ("transformers", "torch") if find_spec(name) is None]:
         raise BackendUnavailable(
             f"a text encoder needs {missing[0]}",
-            "pip install 'elit-export[text]', or embed prompts elsewhere and give the file: "
+            f"{pip_install('text')}, or embed prompts elsewhere and give the file: "
             "elit-export sample BUNDLE --prompts FILE.npz",
         )
 

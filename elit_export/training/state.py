@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from elit_export.bundle.readers import check_saved_by_torch
 from elit_export.checkpoints.weights import Weights, check_tensors
-from elit_export.errors import CheckpointError, summary
+from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.spec import ModelSpec
+from elit_export.spec.limits import TRAINING_STEPS
 
 STATE_FORMAT = "elit_export training state/1"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of each parameter, beside the step
+LENGTH = {"steps"}  # of what a state says of its run: not part of its identity
 REMEDY = "delete it to begin again, or copy it again from where it was saved"
 # What a state of an older version means by not saying it.
 UNSAID = {field.name: field.default for field in fields(ModelSpec) if field.default is not MISSING}
@@ -28,6 +30,7 @@ class TrainingState:
     """A checked state. `moments` has for each parameter, by its number, what the optimizer keeps of it."""
 
     step: int
+    planned_steps: int  # of the run that saved it
     model: Weights
     ema: Weights
     learning_rate: float
@@ -35,15 +38,24 @@ class TrainingState:
 
 
 def read_state(path: Path, run: Mapping[str, Any], model: nn.Module, steps: int) -> TrainingState:
-    """Raises CheckpointError if the file is damaged, of another run than `run`, or does not fit the run's model."""
+    """Raises CheckpointError if the file is damaged, of another run than `run`, or does not fit the run's model.
+
+    How many steps the run has is not part of what it is; InputError if the state is past the last of `steps`.
+    """
     state = _read(path)
     _check_run(path, state["run"], run)
-    step = state["step"]
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= steps:
-        raise _damaged(path, f"its step is {step!r}, must be a whole number from 0 to {steps}")
+    step, planned = state["step"], state["run"].get("steps")
+    for name, number in (("step", step), ("number of steps", planned)):
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= TRAINING_STEPS.most:
+            raise _damaged(path, f"its {name} is {number!r}, must be a whole number from 0 to {TRAINING_STEPS.most:g}")
+    if step > steps:
+        raise InputError(
+            f"{path}: already at step {step}, past the last of steps={steps}",
+            f"give steps={step} or more, or train into another folder",
+        )
     weights, ema = (_weights(path, part, state[part], model.state_dict()) for part in ("model", "ema"))
     rate, moments = _optimizer(path, state["optimizer"], dict(model.named_parameters()), step)
-    return TrainingState(step, weights, ema, rate, moments)
+    return TrainingState(step, planned, weights, ema, rate, moments)
 
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
@@ -70,7 +82,9 @@ def _check_run(path: Path, told: object, mine: Mapping[str, Any]) -> None:
         raise _damaged(path, "it does not say of which run it is")
     theirs = UNSAID | told
     other = [
-        f"{name} (was {theirs.get(name)}, now {value})" for name, value in mine.items() if _differ(value, theirs, name)
+        f"{name} (was {theirs.get(name)}, now {value})"
+        for name, value in mine.items()
+        if name not in LENGTH and _differ(value, theirs, name)
     ]
     if other:
         raise CheckpointError(f"{path}: belongs to another run: {', '.join(other)}", "train into another folder")

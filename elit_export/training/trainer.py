@@ -147,7 +147,7 @@ class Trainer:
 
     def _train_step(self) -> TrainRecord:
         generator = generator_for(self.config.seed, self.step)
-        rate = self._learning_rate()
+        rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         kept = self._draw_kept(generator)
@@ -162,7 +162,7 @@ class Trainer:
         self.step += 1
         return TrainRecord(self.step, loss.item(), kept, rate)
 
-    def _learning_rate(self) -> float:
+    def learning_rate(self) -> float:
         """Compute a linear warm-up, then a cosine to zero."""
         warmup, total = self.config.warmup_steps, self.config.steps
         if self.step < warmup:
@@ -208,8 +208,13 @@ class Trainer:
         except RuntimeError as error:  # how torch's writer reports a full disk
             raise CheckpointError(f"{path}: cannot be written, is the disk full? ({error})") from error
 
-    def resume(self, path: Path) -> None:
-        """Go on from a saved state; raises CheckpointError and changes nothing if it is damaged or of another run."""
+    def resume(self, path: Path) -> int:
+        """Continue from a saved state; returns the steps that its run was planned for, which may differ from these.
+
+        The learning rate depends on the steps of the whole run, so with others it continues along their cosine: up
+        again where a run is extended that was near its end. Raises CheckpointError if the state is damaged or of
+        another run, InputError if it is already past the last step; nothing is changed then.
+        """
         state = read_state(path, self._identity(), self.model, self.config.steps)
         self.model.load_state_dict(state.model)
         self.ema.load_state_dict(state.ema)
@@ -217,6 +222,7 @@ class Trainer:
         groups = [group | {"lr": state.learning_rate}]
         self.optimizer.load_state_dict({"state": state.moments, "param_groups": groups})
         self.step = state.step
+        return state.planned_steps
 
     def _identity(self) -> dict[str, Any]:
         return {**asdict(self.config), **self.model.spec.to_dict(), "data": self.data.sha256}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,15 @@ class Comparison:
         if math.isinf(self.found.max_abs):
             return "values that are not finite, or another shape"
         return f"max error {self.found.max_abs:.1e} where PyTorch has zeros only"
+
+
+def verdict_of(found: Sequence[Comparison]) -> str:
+    """Of all together: how many passed, how many of these by the recipe's leave, and the worst margin."""
+    passed = [comparison for comparison in found if comparison.passed]
+    below = sum(not comparison.met for comparison in passed)
+    accepted = f", {below} of these below tolerance and accepted" if below else ""
+    worst_db = min(comparison.margin_db for comparison in found)
+    return f"{len(passed)} of {len(found)} pass{accepted}, worst margin {worst_db:+.1f} dB"
 
 
 def require(comparison: Comparison, remedy: str = "") -> Comparison:

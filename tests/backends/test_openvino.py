@@ -426,11 +426,11 @@ def test_missing_libraries_are_named_with_the_extra(monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(builder, "find_spec", lambda _name: None)
         patch.setattr(builder, "_capabilities", lambda: ["INT8"])
-        with pytest.raises(BackendUnavailable, match=r"int8: openvino needs nncf .*pip install 'elit-export\[openvino"):
+        with pytest.raises(BackendUnavailable, match=r"int8: openvino needs nncf .*pip install -e '.*\[openvino"):
             BUILDER.check(target("int8"))
         BUILDER.check(target("fp32"))
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(BackendUnavailable, match=r"backend openvino needs openvino; pip install 'elit-export\[openv"):
+    with pytest.raises(BackendUnavailable, match=r"backend openvino needs openvino; pip install -e '.*\[openv"):
         BACKENDS["openvino"].builder()
 
 
@@ -452,10 +452,10 @@ def test_nncf_that_is_broken_or_fails_is_told_in_words(
         BUILDER.build_plan(graph, tmp_path, profiles, target("int8"), samples, lambda _share: None)
 
     monkeypatch.setattr(nncf, "quantize", failing)
-    with pytest.raises(BuildError, match=r"nncf cannot quantize the graph: no such layer; pip install -U 'elit-export"):
+    with pytest.raises(BuildError, match=r"nncf cannot quantize the graph: no such layer; pip install -U -e '"):
         build()
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(BackendUnavailable, match=r"nncf is installed but broken, .*pip install --force-reinstall 'eli"):
+    with pytest.raises(BackendUnavailable, match=r"nncf is installed but broken, .*pip install --force-reinstall -e '"):
         build()
     assert not list(tmp_path.iterdir())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from click.testing import CliRunner
 from elit_export import Pipeline, compile_bundle
 from elit_export.arrays import HostArray
 from elit_export.backends.protocols import FunctionEngine
-from elit_export.bench.backends import BackendsResult, Competitor, compare_backends, recipe_of
+from elit_export.bench.backends import BackendRow, BackendsResult, Competitor, compare_backends, not_slower, recipe_of
+from elit_export.bench.timing import Timing
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import recipe_from_values
 from elit_export.cli import main
+from elit_export.cli.bench.backends import verdict
 from elit_export.errors import InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.spec import Precision, Profile, Range
@@ -58,7 +61,9 @@ def test_the_fastest_is_found_and_times_are_relative(tiny_bundle: Bundle) -> Non
     slow, fast = (competitor(plan_set, tiny_bundle, passes=passes, latents=every) for passes in (200, 2))
     result = compared(slow, fast)
     assert result.baseline == slow.name
-    assert result.fastest == "takes-2 fp32"
+    assert result.fastest == ["takes-2 fp32"]
+    assert result.fastest_recipe == result.backends[1].recipe
+    assert verdict(result).startswith("the fastest, in a recipe:\n[targets.")
     assert result.skipped == {"other": "why"}
     for row in result.backends:
         assert list(row.times) == ["full", "half", "quarter"]
@@ -69,6 +74,23 @@ def test_the_fastest_is_found_and_times_are_relative(tiny_bundle: Bundle) -> Non
     quarter = result.backends[1].times["quarter"]
     assert quarter.speedup > 5
     assert result.backends[0].times["full"].time_over_flops == 1
+
+
+def timed(row: BackendRow, timing: Timing) -> BackendRow:
+    return replace(row, times={name: replace(time, timing=timing) for name, time in row.times.items()})
+
+
+def test_none_is_called_fastest_within_the_noise(tiny_bundle: Bundle) -> None:
+    (plan_set,) = tiny_bundle.manifest.plan_sets
+    row = compared(competitor(plan_set, tiny_bundle, passes=1, latents=Range(1, 4, 4))).backends[0]
+    least = timed(row, Timing(median_ms=10.0, low_ms=9.0, high_ms=11.0, runs=10))
+    meeting = replace(timed(row, Timing(median_ms=11.5, low_ms=11.0, high_ms=13.0, runs=10)), name="meeting")
+    beyond = replace(timed(row, Timing(median_ms=11.5, low_ms=11.01, high_ms=12.0, runs=10)), name="beyond")
+    assert not_slower([beyond, meeting, least], "full") == [least, meeting]
+    tie = replace(compared(competitor(plan_set, tiny_bundle, passes=1, latents=Range(1, 4, 4))), fastest_recipe="")
+    said = verdict(replace(tie, fastest=["one", "meeting"]))
+    assert "none is fastest beyond the noise: the 10-90 % ranges of one, meeting overlap" in said
+    assert "measure again on a quiet machine with more --rounds" in said
 
 
 def test_budgets_are_those_that_all_cover(tiny_bundle: Bundle) -> None:
@@ -117,4 +139,6 @@ def test_the_command_compares_all_that_run_here(tiny_checkpoint: Path, tmp_path:
     assert facts["baseline"] == "PyTorch eager"
     assert set(facts["peaks"]) == {"fp32", "bf16"}
     assert all(row["parity_db"] > 115 and row["plan_bytes"] > 0 and row["held_bytes"] > 0 for row in facts["backends"])
-    assert f"in a recipe:\n[targets.{facts['fastest'].split()[0]}]" in done.output
+    assert facts["fastest"]
+    told = f"in a recipe:\n{facts['fastest_recipe']}" if facts["fastest_recipe"] else "none is fastest beyond the noise"
+    assert told in done.output

@@ -373,5 +373,5 @@ def test_a_model_of_pixels_needs_none(folders: dict[str, Path]) -> None:
 def test_the_extra_is_named_where_diffusers_is_missing(kl4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "diffusers", None)
     for needs in (check_installed, lambda: load_decoder(read_decoder(kl4))):
-        with pytest.raises(BackendUnavailable, match=r"needs diffusers; pip install 'elit-export\[diffusers\]'"):
+        with pytest.raises(BackendUnavailable, match=r"needs diffusers; pip install -e '.*\[diffusers\]'"):
             needs()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from elit_export.bench import engines as bench
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import COMMANDS, main
+from elit_export.errors import pip_install
 from elit_export.spec import Precision
 from elit_export.verify import parity
 from elit_export.verify.tolerances import Tolerance
@@ -151,7 +153,7 @@ def test_class_names_serve_as_labels(fashion_bundle: Bundle, tmp_path: Path) -> 
         (["--guidance", "magic:2"], "guidance 'magic:2' is none of"),
         (["--sampler", "rk4"], "unknown sampler 'rk4'"),
         (["--first-image", "-1"], "first_image -1 is out of range"),
-        (["--target", "gpu"], "no plan set for target='gpu'"),
+        (["--target", "gpu"], "no plan set for --target gpu"),
     ],
 )
 def test_sample_refuses_what_is_wrong(tiny_bundle: Bundle, tmp_path: Path, options: list[str], said: str) -> None:
@@ -253,7 +255,7 @@ def test_demo_without_torch_says_that_a_bundle_will_do(tmp_path: Path, monkeypat
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     said = refused("demo", "--out", tmp_path / "drawn")
-    assert "pip install 'elit-export[export]'" in said
+    assert pip_install("export") in said
     assert "elit-export demo --bundle BUNDLE" in said
     assert list(tmp_path.iterdir()) == []
 
@@ -271,20 +273,33 @@ def test_build_then_inspect(tiny_checkpoint: Path, tmp_path: Path) -> None:
         [[profiles]]
         name = "high"
         latents = {{ min = 3, opt = 4, max = 4 }}
+        [targets.first]
+        backend = "onnxruntime"
+        device = "cpu"
+        precision = "fp32"
         [targets.here]
         backend = "onnxruntime"
         device = "cpu"
         precision = "fp32"
         """
     )
-    assert "wrote" in ok("build", recipe, "--out", tmp_path / "bundle")
+    for target, other in (("first", "here"), ("here", "first")):
+        said = ok("build", recipe, "--target", target, "--out", tmp_path / "bundle")
+        assert "wrote" in said
+        assert f"target {target}: onnxruntime on cpu" in said
+        assert f"target {other}:" not in said  # what was built before
+        assert "one forward pass" not in said
+    built = only_json("build", recipe, "--target", "here", "--out", tmp_path / "bundle")
+    assert (built["changed"], built["plan_set"]["target"]) == (False, "here")
     facts = only_json("inspect", tmp_path / "bundle")
     assert facts["kind"] == "bundle"
     assert facts["plan_sets"][0]["covered"] == "3of4, 4of4"
     assert facts["budgets"][0] == {"name": "full", "budget": "4of4", "flops": facts["budgets"][0]["flops"]} | {
         "share_of_full": 1.0
     }
-    assert "no profile covers budget 1of4" in refused("sample", tmp_path / "bundle", "--schedule", "1")
+    assert [plan_set["target"] for plan_set in facts["plan_sets"]] == ["first", "here"]
+    said = refused("sample", tmp_path / "bundle", "--schedule", "1", "--target", "here")
+    assert "no profile covers budget 1of4" in said
 
 
 def test_inspect_shows_a_checkpoint(tiny_checkpoint: Path) -> None:
@@ -469,7 +484,7 @@ def test_bench_misses_matplotlib_before_it_measures(
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.delattr("elit_export.report.plots", raising=False)
     said = refused("bench", "engines", tiny_bundle.folder, "--plot", tmp_path / "p.png")
-    assert "this command needs matplotlib; pip install 'elit-export[report]'" in said
+    assert f"this command needs matplotlib; {pip_install('report')}" in said
 
 
 # ---------------------------------------------------------------- verify, doctor
@@ -488,6 +503,11 @@ def test_verify_shows_every_comparison(tiny_bundle: Bundle, tiny_checkpoint: Pat
     assert all(comparison["passed"] for comparison in facts)
 
 
+def test_verify_ends_with_a_verdict(tiny_bundle: Bundle) -> None:
+    last = ok("verify", tiny_bundle.folder).splitlines()[-1]
+    assert re.fullmatch(r"cpu fp32: (\d+) of \1 pass, worst margin \+\d+\.\d dB", last), last
+
+
 def test_verify_ends_with_1_and_says_what_would_have_passed(
     tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +517,43 @@ def test_verify_ends_with_1_and_says_what_would_have_passed(
     assert result.exit_code == 1
     assert "profile full, K=4 rows=1 velocity" in result.output
     assert "would have passed" in result.output
+    assert re.search(r"cpu fp32: \d+ of \d+ pass, worst margin -\d+\.\d dB", result.output)
+
+
+@pytest.fixture(scope="module")
+def two_targets(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle, its plans a second time under another target's name."""
+    folder = tmp_path_factory.mktemp("two") / "bundle"
+    copied = Path(shutil.copytree(tiny_bundle.folder, folder))
+    values = json.loads((copied / MANIFEST).read_text())
+    del values[OWN_HASH]
+    values["plan_sets"].append(values["plan_sets"][0] | {"target": "other"})
+    (copied / MANIFEST).write_text(manifest_text(values))
+    return copied
+
+
+NAMES = ["cpu fp32", "other fp32"]
+
+
+def test_verify_takes_all_targets(two_targets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = ok("verify", two_targets, "--all").splitlines()
+    assert [line.split(":")[0] for line in said if " pass, " in line] == NAMES
+    assert list(only_json("verify", two_targets, "--all")["plan_sets"]) == NAMES
+    assert list(only_json("verify", two_targets, "--all", "--target", "other")["plan_sets"]) == NAMES[1:]
+    monkeypatch.setitem(parity.TOLERANCES, Precision.FP32, Tolerance(step_db=1000.0, trajectory_db=0.0))
+    missed = run("verify", two_targets, "--all")
+    assert missed.exit_code == 1
+    assert all(f"{name}: " in missed.output for name in NAMES)  # also after the first one's miss
+
+
+def test_bench_takes_all_targets_and_holds_each_to_the_limits(two_targets: Path, tmp_path: Path) -> None:
+    (tmp_path / "limits.json").write_text('[{"metric": "memory.ratio", "max": 0}]')
+    result = run("bench", "memory", two_targets, "--all", "--check", tmp_path / "limits.json", "--json", "-")
+    assert result.exit_code == 1, result.output
+    assert list(json.loads(result.stdout)["plan_sets"]) == NAMES
+    assert all(f"{name}: memory.ratio is" in result.stderr for name in NAMES)
+    said = refused("bench", "engines", two_targets, "--all", "--plot", tmp_path / "p.png")
+    assert "is of one plan set; choose it with --target in place of --all" in said
 
 
 def test_verify_of_an_engine_that_is_not_finite_ends_with_1_and_shows_the_table(
@@ -569,6 +626,17 @@ def test_train_ships_weights_that_sample(tmp_path: Path) -> None:
     held_out = json.loads((tmp_path / "run" / "held_out.json").read_text())
     assert [row["budget"] for row in held_out] == ["4of4", "3of4", "2of4", "1of4"]
     assert "1-2-1" in ok("inspect", tmp_path / "run" / "model.safetensors")
+
+
+def test_training_on_with_more_steps_says_what_becomes_of_the_learning_rate(tmp_path: Path) -> None:
+    command = ("train", DATA, "--out", tmp_path / "run", *TINY_TRAINING)
+    first = json.loads(run(*command, "--steps", "2", "--json", "-").stdout)
+    assert (first["step"], len(first["held_out"])) == (2, 4)
+    said = " ".join(ok(*command, "--steps", "4").split())
+    assert (
+        "resumed at step 2 the run is of 4 steps now, it was of 2; the learning rate goes on along the cosine" in said
+    )
+    assert "past the last of --steps 3; give --steps 4 or more" in refused(*command, "--steps", "3")
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from elit_export.backends import BACKENDS
 from elit_export.cli.tools import TOOLS
-from elit_export.errors import BackendUnavailable
+from elit_export.errors import BackendUnavailable, pip_install
 
 ROOT = Path(__file__).parent.parent.parent
 NO_LIBRARY = "libgone.so.1: cannot open shared object file: No such file or directory"
@@ -57,9 +57,9 @@ def test_what_is_installed_but_broken_is_a_finding_and_the_rest_is_still_found(t
     )
     backend = found["backend onnxruntime"]
     assert backend["problem"] == f"backend onnxruntime: onnxruntime is installed but broken, {NO_LIBRARY}"
-    assert backend["remedy"] == "pip install --force-reinstall 'elit-export[onnxruntime]'"
+    assert backend["remedy"] == pip_install("onnxruntime", "--force-reinstall")
     assert found["onnx_ir"]["problem"] == f"installed but broken: ImportError: {NO_LIBRARY}"
-    assert found["onnx_ir"]["remedy"] == "pip install --force-reinstall 'elit-export[export]'"
+    assert found["onnx_ir"]["remedy"] == pip_install("export", "--force-reinstall")
     assert found["matplotlib"]["problem"] == "installed but broken: the process ended with status -6"
     assert "No module named 'no_such_module'" in found["onnxscript"]["problem"]
     assert found["torch"]["works"]
@@ -135,7 +135,7 @@ def test_a_broken_library_makes_its_backend_unavailable_with_the_reason(
 
 def test_a_missing_library_makes_its_backend_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendUnavailable, match=r"needs onnxruntime; pip install 'elit-export\[onnxruntime\]'"):
+    with pytest.raises(BackendUnavailable, match=r"needs onnxruntime; pip install -e '.*\[onnxruntime\]'"):
         BACKENDS["onnxruntime"].loader()
 
 

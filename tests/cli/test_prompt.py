@@ -14,6 +14,7 @@ import torch
 
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
+from elit_export.errors import pip_install
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.request import Request
 from elit_export.spec import Range
@@ -288,7 +289,7 @@ def test_sample_without_transformers_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     said = refused("sample", text_bundle, "--prompt", "x", "--encoder", folder)
-    assert "needs transformers; pip install 'elit-export[text]', or embed prompts elsewhere" in said
+    assert f"needs transformers; {pip_install('text')}, or embed prompts elsewhere" in said
 
 
 def test_help_tells_of_prompts() -> None:

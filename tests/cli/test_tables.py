@@ -1,20 +1,38 @@
-"""What the tables of a bench say; the tables of `inspect` and `verify` are tested through their commands."""
+"""What tables say, and that at any width all of it is there."""
 
 from __future__ import annotations
 
+import inspect as source
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
+from click.testing import CliRunner
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 
+from elit_export.bench.backends import BackendsResult
+from elit_export.bench.cache import CONTROLS, SweepResult, SweepRow
 from elit_export.bench.engines import ENGINE, BenchResult, DecodeResult, budget_results
+from elit_export.bench.memory import BankMemory
+from elit_export.bench.samplers import SamplerError
+from elit_export.bench.soak import SoakResult
 from elit_export.bench.timing import Timing
+from elit_export.bundle.manifest import CacheCalibration, CacheFit
+from elit_export.bundle.reading import Bundle
+from elit_export.cli import main
+from elit_export.cli.tables import bench, deployment, inspect
 from elit_export.cli.tables.bench import bench_tables, quality_table
+from elit_export.cli.tables.layout import WHOLE, Table, blocks_of, digits, laid_out, table
 from elit_export.cost.flops import flops
 from elit_export.evaluate.quality import Estimate, QualityResult, QualityRow
 from elit_export.evaluate.statistics import Baseline
-from elit_export.spec import Budget
+from elit_export.report.inspection import bundle_facts, inspect_path
+from elit_export.spec import Budget, Fit
+from elit_export.verify.compare import Comparison, verdict_of
+from tests.cli.examples import LONG_NAME, example_of
 from tests.helpers import tiny_spec
 
 SPEC = tiny_spec()
@@ -41,32 +59,200 @@ def result_of(budgets: dict[str, Budget]) -> BenchResult:
     )
 
 
-def printed(table: Table) -> str:
-    console = Console(width=200)
+def lines_at(width: int, shown: Table) -> list[str]:
+    console = Console(width=width)
     with console.capture() as capture:
-        console.print(table)
-    return " ".join(capture.get().split())
+        console.print(laid_out(shown, width))
+    return capture.get().splitlines()
+
+
+def printed(shown: Table) -> str:
+    return " ".join(" ".join(lines_at(200, shown)).split())
+
+
+# ---------------------------------------------------------------- every table at every width
+
+
+def bench_result() -> BenchResult:
+    result = example_of(BenchResult)
+    timed = [replace(budget, timings={ENGINE: example_of(Timing)}) for budget in result.budgets]
+    return replace(result, budgets=timed)
+
+
+def sweep_result() -> SweepResult:
+    rows = [
+        example_of(SweepRow, control_db={}),
+        example_of(SweepRow, control_db=dict(zip(CONTROLS, (11.25, None, 12345.5), strict=True))),
+    ]
+    return example_of(SweepResult, rows=rows)
+
+
+def calibration() -> CacheCalibration:
+    fit = CacheFit(
+        kept=None,
+        fit=Fit((1.234567, -22.34567, 3345.678, -4.5e-05, 5.25), 0.01234, 12.345),
+        pairs=123456,
+        held_out_error=0.01234,
+        r2=0.91,
+        r2_same_steps=0.71,
+        rank_same_steps=-0.5,
+    )
+    return CacheCalibration(
+        checkpoint_sha256="0" * 64, fits=(fit,), images=64, steps=(10, 25), budgets=(4,), guidance=("cfg:2",), seed=0
+    )
+
+
+RECIPE = Path(__file__).parents[2] / "engines" / "fashion.toml"
+# Every function of `cli.tables` that makes tables; the others are shown through their commands.
+EXAMPLES: dict[Callable[..., Any], Callable[[], Table | Iterable[Table]]] = {
+    bench.cost_table: lambda: bench.cost_table(SPEC, 0),
+    bench.bench_tables: lambda: bench.bench_tables(bench_result()),
+    bench.sweep_tables: lambda: bench.sweep_tables(sweep_result()),
+    bench.backends_tables: lambda: bench.backends_tables(example_of(BackendsResult)),
+    bench.soak_table: lambda: bench.soak_table(example_of(SoakResult)),
+    bench.quality_table: lambda: bench.quality_table(example_of(QualityResult)),
+    bench.samplers_table: lambda: bench.samplers_table(LONG_NAME, [example_of(SamplerError)]),
+    bench.memory_table: lambda: bench.memory_table(example_of(BankMemory), 123456),
+    inspect.calibration_table: lambda: inspect.calibration_table(calibration()),
+    inspect.parity_tables: lambda: inspect.parity_tables([example_of(Comparison)]),
+    inspect.file_tables: lambda: inspect.file_tables(inspect_path(str(RECIPE))),
+    inspect.inspection_tables: lambda: inspect.inspection_tables(inspect_path("ELIT-SiT-XL/2")),
+    deployment.deployment_tables: lambda: deployment.deployment_tables(inspect_path("ELIT-SiT-XL/2")),
+}
+OTHERS = {"baselines_table", "plan_set_tables"}
+
+
+def whole(shown: Table, width: int) -> None:
+    """Hold that all of a table is there: cells that may not be broken as they are, of others every word."""
+    lines = lines_at(width, shown)
+    assert max(map(cell_len, lines)) <= width
+    said = "\n".join(lines)
+    assert "…" not in said
+    for row in shown.rows:
+        for column, cell in enumerate(row):
+            parts = cell.split() if column == 0 or len(cell) > WHOLE else [cell]
+            lost = [part for part in parts if len(part) < width / 3 and part not in said]
+            assert not lost, f"{shown.title}: {lost} of {cell!r} at {width}"
+    told = (shown.title, *shown.columns, *shown.notes)
+    assert all(word in said for text in told for word in text.split() if len(word) < width / 2)
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+@pytest.mark.parametrize("make", EXAMPLES.values(), ids=[function.__name__ for function in EXAMPLES])
+def test_no_table_loses_a_digit_or_a_header(make: Callable[[], Any], width: int) -> None:
+    made = make()
+    for shown in [made] if isinstance(made, Table) else made:
+        whole(shown, width)
+
+
+def test_every_table_is_among_the_examples() -> None:
+    makers = {
+        function
+        for module in (bench, deployment, inspect)
+        for name, function in source.getmembers(module, source.isfunction)
+        if function.__module__ == module.__name__
+        and not name.startswith("_")
+        and "Table" in str(function.__annotations__.get("return"))
+    }
+    assert {function.__name__ for function in makers - set(EXAMPLES)} == OTHERS
+
+
+def test_columns_that_do_not_fit_follow_beside_the_first_one() -> None:
+    shown = table("t", ("name", *(f"column {n}" for n in range(6))), [("all", *(f"{n}.{'5' * 20}" for n in range(6)))])
+    assert list(blocks_of(shown, 200)) == [(0, 1, 2, 3, 4, 5, 6)]
+    assert list(blocks_of(shown, 60)) == [(0, 1, 2), (0, 3, 4), (0, 5, 6)]
+    assert sum("all" in line for line in lines_at(60, shown)) == 3
+
+
+def test_a_word_that_is_wider_than_the_line_is_folded_and_not_cut() -> None:
+    shown = table("t", ("fact", "value"), [("checkpoint_sha256", "0123456789abcdef" * 4)])
+    said = "".join(part for line in lines_at(60, shown) for part in line.split("│")[2:3])
+    assert "".join(said.split()) == "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "said"),
+    [
+        (0.6386, 2, "0.64"),
+        (1.24, 2, "1.2"),
+        (1234.4, 2, "1234"),
+        (0.0, 2, "0"),
+        (0.0123, 3, "0.0123"),
+        (25.0, 3, "25.0"),
+    ],
+)
+def test_digits_are_significant_ones(value: float, count: int, said: str) -> None:
+    assert digits(value, count) == said
+
+
+def numbers_of(facts: Any) -> Iterable[int]:
+    """The whole numbers of some facts, which tables show as they are."""
+    if isinstance(facts, Mapping | list):
+        for value in facts.values() if isinstance(facts, Mapping) else facts:
+            yield from numbers_of(value)
+    elif isinstance(facts, int) and not isinstance(facts, bool):
+        yield facts
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_command_shows_every_number_at_the_width_of_the_terminal(tiny_bundle: Bundle, columns: str) -> None:
+    done = CliRunner().invoke(main, ["inspect", str(tiny_bundle.folder)], env={"COLUMNS": columns})
+    assert max(map(cell_len, done.output.splitlines())) <= int(columns)
+    facts = bundle_facts(tiny_bundle)
+    shown = {value for value in numbers_of({"spec": facts["spec"], "shapes": facts["shapes"]}) if value}
+    assert all(str(value) in done.output.split() for value in shown)
+
+
+def test_a_verdict_counts_and_names_the_worst_margin() -> None:
+    good = example_of(Comparison, least_db=100.0, most_relative=1e9)
+    near, below = (replace(good, found=replace(good.found, sqnr_db=db)) for db in (105.25, 90.0))
+    assert verdict_of([good, near]) == "2 of 2 pass, worst margin +5.2 dB"
+    accepted = replace(below, accepted="why", accepted_from_db=80.0)
+    assert verdict_of([good, accepted]) == "2 of 2 pass, 1 of these below tolerance and accepted, worst margin -10.0 dB"
+    assert verdict_of([good, replace(below, accepted="")]) == "1 of 2 pass, worst margin -10.0 dB"
+
+
+# ---------------------------------------------------------------- what they say
 
 
 def test_columns_say_what_times_are_relative_to() -> None:
     (full,) = bench_tables(result_of({"full": Budget(4, 4), "half": Budget(2, 4)}))
-    assert {"time / full", "FLOPs / full", "eager / engine"} <= {str(column.header) for column in full.columns}
+    assert {"time / full", "FLOPs / full", "eager / engine"} <= set(full.columns)
     (partial,) = bench_tables(result_of({"3of4": Budget(3, 4), "half": Budget(2, 4)}))
-    headers = {str(column.header) for column in partial.columns}
+    headers = set(partial.columns)
     assert {"time / 3of4", "FLOPs / 3of4"} <= headers
     assert "time / full" not in headers
 
 
-def test_the_caption_tells_the_memory_where_it_is_known() -> None:
+def test_the_notes_tell_the_memory_where_it_is_known() -> None:
     result = result_of({"full": Budget(4, 4)})
     (known,) = bench_tables(result)
-    told = "the plans take 4 kB on disk; all engines hold 2 MB, 1.25 of one; the whole process holds 3 MB"
+    told = "the plans take 4 kB on disk all engines hold 2 MB, 1.25 of one the whole process holds 3 MB"
     assert told in printed(known)
     (unknown,) = bench_tables(replace(result, bank_bytes=None, bank_memory_ratio=None, resident_bytes=None))
     assert "hold" not in printed(unknown)
     assert "decod" not in printed(known)
     (decoding,) = bench_tables(replace(result, decode=DecodeResult(images=2, ms_per_image=12.34, plan_bytes=5_000)))
-    assert "decoding 2 at once takes 12.3 ms per image; the plan of the decoder takes 5 kB on disk" in printed(decoding)
+    assert "decoding 2 at once takes 12.3 ms per image the plan of the decoder takes 5 kB on disk" in printed(decoding)
+
+
+def test_a_bench_names_each_budget_once_and_forward_passes_as_such() -> None:
+    (shown,) = bench_tables(result_of({"full": Budget(4, 4), "3of4": Budget(3, 4)}))
+    assert [row[0] for row in shown.rows] == ["full (4of4)", "3of4"]
+    assert "forward passes/s" in shown.columns
+    assert not any("image" in column or "SQNR" in column for column in shown.columns)
+
+
+def test_distances_from_a_reference_are_not_told_as_quality() -> None:
+    _, budgets, samplings = bench_tables(bench_result())
+    for shown in (budgets, samplings):
+        assert any(column.startswith("dB to the reference at") for column in shown.columns)
+        assert any("for quality, elit-export evaluate" in note for note in shown.notes)
+
+
+def test_parity_is_told_in_decibels_and_not_by_a_cosine_of_one() -> None:
+    for shown in inspect.parity_tables([example_of(Comparison)]):
+        assert "cosine" not in shown.columns
 
 
 def quality_of(**changes: Any) -> QualityResult:

@@ -19,8 +19,8 @@ from elit_export.arrays import Float64, Int64, Pixels
 from elit_export.bundle.manifest import Parity
 from elit_export.bundle.reading import Bundle
 from elit_export.cli import main, plan_sets
-from elit_export.cli.plan_sets import able_plan_sets
-from elit_export.errors import BundleError, InputError
+from elit_export.cli.plan_sets import verified_plan_sets
+from elit_export.errors import BundleError, InputError, pip_install
 from elit_export.evaluate.evaluator import SHIPPED, load_evaluator
 from elit_export.evaluate.quality import (
     DEFAULT_CONFIGS,
@@ -71,7 +71,7 @@ EVALUATOR = Evaluator(look, FACTS)
 def measured(
     opened: Any, evaluator: Evaluator = EVALUATOR, heard: list[tuple[str, int, int]] | None = None, **choices: Any
 ) -> Any:
-    given: dict[str, Any] = {"images": IMAGES, "guidance": "cfg:2", "ways": FEW, "seed": 0, "skipped": {}}
+    given: dict[str, Any] = {"images": IMAGES, "guidance": "cfg:2", "sampler_configs": FEW, "seed": 0, "skipped": {}}
     said = [] if heard is None else heard
 
     def on_images(what: str, done: int, *, total: int) -> None:
@@ -140,7 +140,7 @@ def test_the_first_rows_are_what_others_are_compared_with(pipeline: Pipeline) ->
 
 def test_differences_are_paired(pipeline: Pipeline) -> None:
     """A smaller budget changes samples a little, so the error of the change is far below that of the row."""
-    row = measured([("cpu", pipeline)], ways=(SamplerConfig("euler", 4),)).rows[1]
+    row = measured([("cpu", pipeline)], sampler_configs=(SamplerConfig("euler", 4),)).rows[1]
     assert 0 < row.frechet_change.error < 0.5 * row.frechet.error
 
 
@@ -167,7 +167,7 @@ def test_the_bootstrap_draws_within_classes() -> None:
 
 
 def test_the_error_of_a_distance_is_its_spread_over_seeds(pipeline: Pipeline) -> None:
-    rows = [measured([("cpu", pipeline)], ways=FEW[:1], seed=seed).rows[0] for seed in range(12)]
+    rows = [measured([("cpu", pipeline)], sampler_configs=FEW[:1], seed=seed).rows[0] for seed in range(12)]
     spread = np.std([row.frechet.value for row in rows], ddof=1)
     assert 0.4 < np.mean([row.frechet.error for row in rows]) / spread < 2.5
 
@@ -212,7 +212,7 @@ def evaluator_of(**changes: Any) -> Evaluator:
         (evaluator_of(num_classes=4), {}, "model has 3 classes, the classifier 4.*--classifier FILE"),
         (EVALUATOR, {"images": 3}, "3 images .* 3 features; give at least 4"),
         (EVALUATOR, {"guidance": "cfg:x"}, "not a number"),
-        (EVALUATOR, {"ways": (SamplerConfig("ab3", 0),)}, "at least"),
+        (EVALUATOR, {"sampler_configs": (SamplerConfig("ab3", 0),)}, "at least"),
     ],
 )
 def test_nothing_is_sampled_for_what_cannot_be_judged(
@@ -252,20 +252,20 @@ def test_all_plan_sets_that_can_run_are_measured_the_most_precise_first(
     """No backend that is always there has two precisions, so whether they can run is not asked."""
     monkeypatch.setattr(plan_sets, "incompatibility", lambda _plan_set: "")
     both = with_plan_sets(tiny_bundle, target="other", precision=Precision.FP16)
-    found, skipped = able_plan_sets(both, None, None)
+    found, skipped = verified_plan_sets(both, None, None)
     assert [(plan_set.target, plan_set.precision.value) for plan_set in found] == [("cpu", "fp32"), ("other", "fp16")]
     assert skipped == {}
-    assert [plan_set.target for plan_set in able_plan_sets(both, "other", None)[0]] == ["other"]
-    assert [plan_set.target for plan_set in able_plan_sets(both, None, "fp32")[0]] == ["cpu"]
+    assert [plan_set.target for plan_set in verified_plan_sets(both, "other", None)[0]] == ["other"]
+    assert [plan_set.target for plan_set in verified_plan_sets(both, None, "fp32")[0]] == ["cpu"]
 
 
 def test_a_plan_set_that_cannot_run_is_left_out_and_named(tiny_bundle: Bundle) -> None:
     both = with_plan_sets(tiny_bundle, target="strange", device="abacus")
-    found, skipped = able_plan_sets(both, None, None)
+    found, skipped = verified_plan_sets(both, None, None)
     assert [plan_set.target for plan_set in found] == ["cpu"]
     assert "abacus" in skipped["strange fp32"]
     with pytest.raises(InputError, match="no plan set for target='none'"):
-        able_plan_sets(both, "none", None)
+        verified_plan_sets(both, "none", None)
 
 
 def test_a_plan_set_that_was_never_verified_is_refused(tiny_bundle: Bundle) -> None:
@@ -275,7 +275,7 @@ def test_a_plan_set_that_was_never_verified_is_refused(tiny_bundle: Bundle) -> N
         for facts in own.profiles
     )
     with pytest.raises(BundleError, match="elit-export verify"):
-        able_plan_sets(with_plan_sets(tiny_bundle, target="other", profiles=unknown), None, None)
+        verified_plan_sets(with_plan_sets(tiny_bundle, target="other", profiles=unknown), None, None)
 
 
 # ---------------------------------------------------------------- the command
@@ -312,7 +312,7 @@ def test_the_command_judges_the_shipped_model(fashion_bundle: Bundle, tmp_path: 
         (("--way", "euler"), "SAMPLER:STEPS"),
         (("--classifier", "none.safetensors"), "no checkpoint at none.safetensors"),
         ((), "train-classifier"),  # the shipped classifier is of larger images
-        (("--target", "gpu"), "no plan set for target='gpu'"),
+        (("--target", "gpu"), "no plan set for --target gpu"),
     ],
 )
 def test_the_command_refuses(options: tuple[str, ...], said: str, tiny_bundle: Bundle) -> None:
@@ -326,4 +326,4 @@ def test_without_torch_the_command_names_the_extra(tiny_bundle: Bundle) -> None:
     words = [sys.executable, "-c", code, "evaluate", str(tiny_bundle.folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "pip install 'elit-export[export]'" in done.stderr
+    assert pip_install("export") in done.stderr

@@ -12,7 +12,7 @@ import pytest
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.checkpoints.vae import read_decoder
 from elit_export.errors import CheckpointError
-from elit_export.evaluate.evaluator import load_judge
+from elit_export.evaluate.evaluator import load_evaluator
 from elit_export.text.folder import read_encoder
 from tests.hostile.conftest import forge
 
@@ -118,6 +118,6 @@ def test_special_files_in_folders_of_other_libraries_are_refused(special: Specia
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_special_files_are_no_checkpoints(special: Special, suffix: str, tmp_path: Path) -> None:
     special(tmp_path / f"c.{suffix}")
-    for load in (load_checkpoint, load_judge):
+    for load in (load_checkpoint, load_evaluator):
         with pytest.raises(CheckpointError, match="not a regular file; write the checkpoint into a file"):
             load(tmp_path / f"c.{suffix}")

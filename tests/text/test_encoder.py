@@ -499,5 +499,5 @@ def test_the_extra_is_named_where_a_library_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     for needs in (check_installed, lambda: load_encoder(folder)):
-        with pytest.raises(BackendUnavailable, match=rf"needs {library}; pip install 'elit-export\[text\]', or embed"):
+        with pytest.raises(BackendUnavailable, match=rf"needs {library}; pip install -e '.*\[text\]', or embed"):
             needs()

@@ -19,6 +19,7 @@ from elit_export.bundle.artifacts import Artifact
 from elit_export.bundle.atomic import sha256_of
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.cli import main
+from elit_export.errors import pip_install
 from elit_export.verify import bisect as module
 from elit_export.verify.bisect import Cause, Verdict, bisect, departures, visible
 
@@ -258,4 +259,4 @@ def test_without_onnx_a_miss_stays_a_miss(stale: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "onnx", None)
     done = verify(stale)
     assert done.exit_code == 1
-    assert "cannot bisect: this needs onnx; pip install 'elit-export[export]'" in done.stderr
+    assert f"cannot bisect: this needs onnx; {pip_install('export')}" in done.stderr

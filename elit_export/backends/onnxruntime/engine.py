@@ -15,7 +15,7 @@ from elit_export.backends.onnxruntime.options import PROVIDERS, OnnxRuntimeTarge
 from elit_export.backends.ports import Port, check_ports, open_dim
 from elit_export.backends.protocols import Array, DeviceArray, Engine, EngineLoader, OpenedEngine, PlanFile, PlanOrigin
 from elit_export.backends.versions import version_numbers
-from elit_export.errors import BackendUnavailable, BundleError, EngineError, summary
+from elit_export.errors import BackendUnavailable, BundleError, EngineError, pip_install, summary
 from elit_export.spec import GraphSpec
 
 # The ONNX model y = x on one float: the smallest model that shows whether a provider starts.
@@ -64,7 +64,7 @@ class OnnxRuntimeLoader:
         if provider not in ort.get_available_providers():
             return (
                 f"this onnxruntime has no {provider}",
-                "pip install 'elit-export[onnxruntime-gpu]' without onnxruntime",
+                f"{pip_install('onnxruntime-gpu')} without onnxruntime",
             )
         ort.set_default_logger_severity(SILENT)  # the problem is reported once, by the return value
         try:

@@ -23,7 +23,7 @@ import openvino as ov
 from elit_export.backends.openvino.cpu import cpu_features
 from elit_export.backends.openvino.options import DEVICE, OpenVinoTarget
 from elit_export.backends.protocols import Builder, BuiltPlan, GraphFile, OnShare, RealInputs
-from elit_export.errors import BackendUnavailable, BuildError, summary
+from elit_export.errors import BackendUnavailable, BuildError, pip_install, summary
 from elit_export.spec import Precision, Profile
 
 NO_TELEMETRY = "NNCF_CI"
@@ -44,9 +44,7 @@ class OpenVinoBuilder:
                 "build a target with precision fp32",
             )
         if target.precision.quantized and find_spec("nncf") is None:
-            raise BackendUnavailable(
-                "precision int8: openvino needs nncf for it", "pip install 'elit-export[openvino]'"
-            )
+            raise BackendUnavailable("precision int8: openvino needs nncf for it", pip_install("openvino"))
 
     def fingerprint(self, target: OpenVinoTarget) -> dict[str, str]:
         return {**_versions(target.precision), "cpu_features": cpu_features()}
@@ -125,7 +123,7 @@ def _nncf() -> ModuleType:
     except Exception as error:  # a broken library can raise anything
         raise BackendUnavailable(
             f"precision int8: nncf is installed but broken, {summary(error)}",
-            "pip install --force-reinstall 'elit-export[openvino]'",
+            pip_install("openvino", "--force-reinstall"),
         ) from error
     finally:
         if before is None:
@@ -158,7 +156,7 @@ def _quantized(model: ov.Model, inputs: RealInputs, kept_exact: Sequence[str]) -
     except Exception as error:  # it can raise anything
         raise BuildError(
             f"nncf cannot quantize the graph: {summary(error, last=True)}",
-            "pip install -U 'elit-export[openvino]', or collect the samples again",
+            f"{pip_install('openvino', '-U')}, or collect the samples again",
         ) from error
     return quantized
 

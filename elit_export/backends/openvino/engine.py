@@ -24,7 +24,7 @@ from elit_export.backends.protocols import (
     PlanOrigin,
     to_host,
 )
-from elit_export.errors import BundleError, EngineError, summary
+from elit_export.errors import BundleError, EngineError, pip_install, summary
 from elit_export.spec import GraphSpec
 
 TYPES = {"f32": ov.Type.f32, "bf16": ov.Type.bf16}
@@ -58,7 +58,7 @@ class OpenVinoLoader:
         """Test whether the CPU plugin is installed."""
         if DEVICE in ov.Core().available_devices:
             return "", ""
-        return "this openvino has no CPU plugin", "pip install --force-reinstall 'elit-export[openvino]'"
+        return "this openvino has no CPU plugin", pip_install("openvino", "--force-reinstall")
 
 
 def _properties(plan: PlanFile, target: OpenVinoTarget) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from elit_export.cli.common import (
     JSON_OPTION,
     TRUST_OPTION,
     conclude,
+    limits_in,
     progress_bar,
     refuse_alone,
     say,
@@ -31,9 +32,12 @@ from elit_export.cli.common import (
 from elit_export.errors import BackendUnavailable
 
 if TYPE_CHECKING:
+    from elit_export.bench.backends import BackendsResult
     from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
     from elit_export.spec import Precision
+
+PYTORCHS = dict.fromkeys(("peaks", "share_of_peak"), "give --checkpoint FILE, they are measured beside PyTorch")
 
 
 @click.command()
@@ -60,15 +64,15 @@ def backends(
     json_to: str | None,
 ) -> None:
     """All plan sets that run here, side by side."""
-    from elit_export.bench.backends import compare_backends
-    from elit_export.bench.limits import load_limits
+    from elit_export.bench.backends import BackendsResult, compare_backends
     from elit_export.bundle.reading import Bundle
-    from elit_export.cli.plan_sets import able_plan_sets
+    from elit_export.cli.plan_sets import verified_plan_sets
     from elit_export.cli.tables.bench import backends_tables
 
     refuse_alone(interface, checkpoint)
-    limits, opened = load_limits(check) if check else [], Bundle.open(bundle, trust=trust)
-    plan_sets, skipped = able_plan_sets(opened, target, precision)
+    limits = limits_in(check, {"backends": BackendsResult}, {} if checkpoint else PYTORCHS)
+    opened = Bundle.open(bundle, trust=trust)
+    plan_sets, skipped = verified_plan_sets(opened, target, precision)
     baseline, peaks = _pytorch(opened, checkpoint, interface) if checkpoint else ({}, {})
     with ExitStack() as stack, progress_bar() as progress:
         competitors = [
@@ -83,8 +87,18 @@ def backends(
             skipped={**skipped, **_without_plans(opened)},
             on_budget=advancing(progress, progress.add_task("", total=None)),
         )
-    say(f"the fastest, in a recipe:\n{result.fastest_recipe}", json_to=json_to)
+    say(verdict(result), json_to=json_to)
     conclude(list(backends_tables(result)), {"backends": asdict(result)}, limits, json_to)
+
+
+def verdict(result: BackendsResult) -> str:
+    """Which is fastest, if one is beyond the noise."""
+    if result.fastest_recipe:
+        return f"the fastest, in a recipe:\n{result.fastest_recipe}"
+    return (
+        f"none is fastest beyond the noise: the 10-90 % ranges of {', '.join(result.fastest)} overlap; choose "
+        f"by memory, or measure again on a quiet machine with more --rounds"
+    )
 
 
 def _competitor(stack: ExitStack, bundle: Bundle, plan_set: PlanSet) -> Any:

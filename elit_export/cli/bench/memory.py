@@ -8,23 +8,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from elit_export.cli.bench.options import BUNDLE, chosen
+from elit_export.cli.bench.options import BUNDLE, measure_each, opened_pipeline
 from elit_export.cli.common import (
+    ALL_OPTION,
     CHECK_OPTION,
     JSON_OPTION,
     TARGET_OPTIONS,
     TRUST_OPTION,
     Count,
-    conclude,
+    limits_in,
     progress_bar,
-    say_accepted,
 )
 from elit_export.spec import limits
 
 if TYPE_CHECKING:
-    from elit_export.bench.memory import BankMemory
     from elit_export.bundle.manifest import PlanSet
-    from elit_export.bundle.reading import Bundle
+    from elit_export.cli.tables.layout import Table
+
+MEMORY_FACTS = {"plan_bytes": int, "whole_bytes": int, "one_bytes": int, "ratio": float}
 
 
 @click.command()
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
+@ALL_OPTION
 @JSON_OPTION
 def memory(
     bundle: Path,
@@ -39,27 +41,24 @@ def memory(
     target: str | None,
     precision: str | None,
     trust: bool,
+    every: bool,
     json_to: str | None,
 ) -> None:
     """What all engines hold, over what one of them does."""
-    from elit_export.bench.limits import load_limits
     from elit_export.bench.memory import bank_memory
-    from elit_export.bundle.reading import with_current
+    from elit_export.bundle.reading import Bundle
+    from elit_export.cli.opened import on_current
     from elit_export.cli.tables.bench import memory_table
-    from elit_export.runtime.opening import select_plan_set
 
-    limits = load_limits(check) if check else []
+    def measured(plan_set: PlanSet) -> tuple[list[Table], dict[str, object]]:
+        with progress_bar() as progress:
+            progress.add_task("opening engines", total=None)
+            held = on_current(opened, plan_set, bank_memory)
+        facts = {"plan_bytes": plan_set.model_bytes, **(asdict(held) | {"ratio": held.ratio} if held else {})}
+        return [memory_table(held, plan_set.model_bytes)], {"memory": facts}
 
-    def measured(opened: Bundle) -> tuple[PlanSet, BankMemory | None]:
-        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
-        say_accepted(opened, plan_set, json_to=json_to)
-        return plan_set, bank_memory(opened, plan_set)
-
-    with progress_bar() as progress:
-        progress.add_task("opening engines", total=None)
-        plan_set, held = with_current(bundle, measured, trust=trust)
-    facts = {"plan_bytes": plan_set.model_bytes, **(asdict(held) | {"ratio": held.ratio} if held else {})}
-    conclude([memory_table(held, plan_set.model_bytes)], {"memory": facts}, limits, json_to)
+    held_to, opened = limits_in(check, {"memory": MEMORY_FACTS}), Bundle.open(bundle, trust=trust)
+    measure_each(opened, target, precision, measured, held_to, json_to, every=every)
 
 
 @click.command()
@@ -74,6 +73,7 @@ def memory(
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
+@ALL_OPTION
 @JSON_OPTION
 def soak(
     bundle: Path,
@@ -82,15 +82,20 @@ def soak(
     target: str | None,
     precision: str | None,
     trust: bool,
+    every: bool,
     json_to: str | None,
 ) -> None:
     """Memory over many short samplings in one process."""
-    from elit_export.bench.limits import load_limits
+    from elit_export.bench.soak import SoakResult
     from elit_export.bench.soak import soak as soaked
+    from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.bench import soak_table
 
-    limits = load_limits(check) if check else []
-    with chosen(bundle, target, precision, json_to, trust=trust).pipeline as pipeline, progress_bar() as progress:
-        task = progress.add_task("sampling", total=samplings)
-        result = soaked(pipeline, samplings=samplings, on_sampling=lambda _: progress.advance(task))
-    conclude([soak_table(result)], {"soak": asdict(result)}, limits, json_to)
+    def measured(plan_set: PlanSet) -> tuple[list[Table], dict[str, object]]:
+        with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
+            task = progress.add_task("sampling", total=samplings)
+            result = soaked(pipeline, samplings=samplings, on_sampling=lambda _: progress.advance(task))
+        return [soak_table(result)], {"soak": asdict(result)}
+
+    held_to, opened = limits_in(check, {"soak": SoakResult}), Bundle.open(bundle, trust=trust)
+    measure_each(opened, target, precision, measured, held_to, json_to, every=every)

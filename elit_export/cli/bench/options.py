@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.progress import Progress, TaskID
 
-from elit_export.cli.common import FOLDER, NAME, Count, say_accepted
-from elit_export.cli.opened import Opened, opened_once
+from elit_export.cli.common import FOLDER, NAME, Count, finish, say, say_accepted, show
 from elit_export.spec import limits
 
 if TYPE_CHECKING:
+    from elit_export.bench.limits import Limit
+    from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
+    from elit_export.cli.tables.layout import Table
+    from elit_export.runtime.pipeline import Pipeline
 
 BUNDLE = click.argument("bundle", type=FOLDER)
 CHECKPOINT_OPTION = click.option(
@@ -38,11 +41,43 @@ def advancing(progress: Progress, task: TaskID) -> Callable[[str, int], None]:
     return lambda stage, total: progress.update(task, description=stage, advance=1, total=total)
 
 
-def chosen(bundle: Path, target: str | None, precision: str | None, json_to: str | None, *, trust: bool) -> Opened:
-    """A plan set with its engines open."""
-    opened = opened_once(bundle, target, precision, trust=trust)
-    say_accepted(opened.bundle, opened.plan_set, json_to=json_to)
-    return opened
+def measure_each(
+    bundle: Bundle,
+    target: str | None,
+    precision: str | None,
+    measure: Callable[[PlanSet], tuple[Iterable[Table], Any]],
+    held_to: Sequence[Limit],
+    json_to: str | None,
+    *,
+    every: bool,
+) -> None:
+    """Measure the plan set that is meant, or each: show tables, write facts, hold every one of them to the limits.
+
+    The facts of several stand by their names below `plan_sets`.
+    """
+    from elit_export.bench.limits import misses
+    from elit_export.cli.plan_sets import selected_plan_sets
+
+    plan_sets, skipped = selected_plan_sets(bundle, target, precision, every=every)
+    for name, reason in skipped.items():
+        say(f"{name} not measured: {reason}", json_to=json_to)
+    facts, missed = {}, list[str]()
+    for plan_set in plan_sets:
+        say_accepted(bundle, plan_set, json_to=json_to)
+        name = plan_set.name
+        if every:
+            say(name, json_to=json_to)
+        tables, facts[name] = measure(plan_set)
+        show(*tables, json_to=json_to)
+        missed += [f"{name}: {line}" if every else line for line in misses(held_to, facts[name])]
+    finish({"plan_sets": facts} if every else facts[name], missed, json_to)
+
+
+def opened_pipeline(bundle: Bundle, plan_set: PlanSet) -> Pipeline:
+    from elit_export.cli.opened import on_current
+    from elit_export.runtime.pipeline import Pipeline
+
+    return on_current(bundle, plan_set, Pipeline.of)
 
 
 def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Mapping[str, Any]:

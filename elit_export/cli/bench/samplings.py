@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,20 +14,27 @@ from elit_export.cli.bench.options import (
     IMAGES_OPTION,
     ROUNDS_OPTION,
     advancing,
-    chosen,
     drawer,
+    measure_each,
+    opened_pipeline,
 )
 from elit_export.cli.common import (
+    ALL_OPTION,
     CHECK_OPTION,
     JSON_OPTION,
     OUTPUT,
     TARGET_OPTIONS,
     TRUST_OPTION,
     Count,
-    conclude,
+    limits_in,
     progress_bar,
+    refuse_one_file,
 )
 from elit_export.spec import limits
+
+if TYPE_CHECKING:
+    from elit_export.bundle.manifest import PlanSet
+    from elit_export.cli.tables.layout import Table
 
 
 @click.command()
@@ -36,6 +44,7 @@ from elit_export.spec import limits
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
+@ALL_OPTION
 @JSON_OPTION
 def samplers(
     bundle: Path,
@@ -45,22 +54,26 @@ def samplers(
     target: str | None,
     precision: str | None,
     trust: bool,
+    every: bool,
     json_to: str | None,
 ) -> None:
     """The error of every sampler."""
-    from elit_export.bench.limits import load_limits
-    from elit_export.bench.samplers import COMPARED, EXACT_STEPS, solver_errors
+    from elit_export.bench.samplers import COMPARED, REFERENCE_STEPS, SamplerError, sampler_errors
+    from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.bench import samplers_table
     from elit_export.runtime.conditioning import numbered
 
-    limits = load_limits(check) if check else []
-    with chosen(bundle, target, precision, json_to, trust=trust).pipeline as pipeline, progress_bar() as progress:
-        conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
-        errors = solver_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
-        found = list(progress.track(errors, total=len(COMPARED), description="sampling"))
-    title = f"{images} samples, guidance {guidance}, against Heun at {EXACT_STEPS} steps"
-    facts = {"samplers": [asdict(error) for error in found]}
-    conclude([samplers_table(title, found)], facts, limits, json_to)
+    title = f"{images} samples, guidance {guidance}, against Heun at {REFERENCE_STEPS} steps"
+
+    def measured(plan_set: PlanSet) -> tuple[list[Table], dict[str, object]]:
+        with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
+            conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
+            compared = sampler_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
+            errors = list(progress.track(compared, total=len(COMPARED), description="sampling"))
+        return [samplers_table(title, errors)], {"samplers": [asdict(error) for error in errors]}
+
+    held_to, opened = limits_in(check, {"samplers": list[SamplerError]}), Bundle.open(bundle, trust=trust)
+    measure_each(opened, target, precision, measured, held_to, json_to, every=every)
 
 
 @click.command()
@@ -76,6 +89,7 @@ def samplers(
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
+@ALL_OPTION
 @JSON_OPTION
 def cache(
     bundle: Path,
@@ -89,23 +103,30 @@ def cache(
     target: str | None,
     precision: str | None,
     trust: bool,
+    every: bool,
     json_to: str | None,
 ) -> None:
     """What step caching is worth, beside what else the time could buy."""
-    from elit_export.bench.cache import sweep
-    from elit_export.bench.limits import load_limits
+    from elit_export.bench.cache import SweepResult, check_sweep, sweep
+    from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.bench import sweep_tables
+    from elit_export.runtime.opening import unopened
 
-    limits, draw = load_limits(check) if check else [], drawer("plot_sweep", plot)
-    with chosen(bundle, target, precision, json_to, trust=trust).pipeline as pipeline, progress_bar() as progress:
-        result = sweep(
-            pipeline,
-            schedule=schedule,
-            guidance=guidance,
-            images=images,
-            rounds=rounds,
-            fine_steps=fine_steps,
-            on_way=advancing(progress, progress.add_task("", total=None)),
-        )
-    draw(result)
-    conclude(list(sweep_tables(result)), {"cache_sweep": asdict(result)}, limits, json_to)
+    choices: dict[str, Any] = {"schedule": schedule, "guidance": guidance, "images": images, "fine_steps": fine_steps}
+
+    def measured(plan_set: PlanSet) -> tuple[list[Table], dict[str, object]]:
+        check_sweep(unopened(opened, plan_set), **choices)
+        with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
+            result = sweep(
+                pipeline,
+                **choices,
+                rounds=rounds,
+                on_way=advancing(progress, progress.add_task("", total=None)),
+            )
+        draw(result)
+        return list(sweep_tables(result)), {"cache_sweep": asdict(result)}
+
+    refuse_one_file("--plot", plot, every=every)
+    held_to, draw = limits_in(check, {"cache_sweep": SweepResult}), drawer("plot_sweep", plot)
+    opened = Bundle.open(bundle, trust=trust)
+    measure_each(opened, target, precision, measured, held_to, json_to, every=every)

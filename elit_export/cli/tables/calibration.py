@@ -6,40 +6,39 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from elit_export.calibrate.inputs import Taken
-from elit_export.cli.tables.inspect import Facts, table
+from elit_export.calibrate.inputs import SelectedSamples
+from elit_export.cli.tables.inspect import Facts
+from elit_export.cli.tables.layout import Table, table
 from elit_export.spec import TEXT
 
 if TYPE_CHECKING:
     from elit_export.calibrate.sensitivity import Sensitivity
 
 
-def samples_facts(taken: Taken) -> Facts:
+def samples_facts(selected: SelectedSamples) -> Facts:
     """Where the samples are from, and what each budget has of them, largest first."""
-    kept = taken.samples.kept
-    each = [_facts_of_budget(taken, budget) for budget in sorted(set(kept.tolist()), reverse=True)]
-    return {**taken.samples.facts.model_dump(mode="json"), "sha256": taken.samples.sha256, "budgets": each}
+    kept = selected.samples.kept
+    each = [_facts_of_budget(selected, budget) for budget in sorted(set(kept.tolist()), reverse=True)]
+    return {**selected.samples.facts.model_dump(mode="json"), "sha256": selected.samples.sha256, "budgets": each}
 
 
-def _facts_of_budget(taken: Taken, kept: int) -> Facts:
-    here = taken.samples.kept == kept
-    t, told = taken.samples.t[here], here & ~taken.null
-    subjects = next(iter(taken.samples.conditioning.values()))[told]
+def _facts_of_budget(selected: SelectedSamples, kept: int) -> Facts:
+    here = selected.samples.kept == kept
+    t, conditional = selected.samples.t[here], here & ~selected.null
+    conditioning = next(iter(selected.samples.conditioning.values()))[conditional]
     return {
         "kept": kept,
         "samples": int(here.sum()),
         "t": [float(t.min()), float(t.max())],
-        "guided": int((here & taken.guided).sum()),
-        "null": int((here & taken.null).sum()),
-        "subjects": len({subject.tobytes() for subject in subjects}),
+        "guided": int((here & selected.guided).sum()),
+        "null": int((here & selected.null).sum()),
+        "subjects": len({row.tobytes() for row in conditioning}),
     }
 
 
-def samples_table(taken: Taken) -> Table:
-    """What was taken, by budget."""
-    facts = samples_facts(taken)
+def samples_table(selected: SelectedSamples) -> Table:
+    """What was selected, by budget."""
+    facts = samples_facts(selected)
     rows = [
         (
             str(budget["kept"]),
@@ -52,15 +51,16 @@ def samples_table(taken: Taken) -> Table:
         )
         for budget in facts["budgets"]
     ]
-    told = ("of these negative", "prompts") if TEXT in taken.samples.conditioning else ("of these no class", "classes")
-    made = table(
+    unconditional = (
+        ("of these negative", "prompts") if TEXT in selected.samples.conditioning else ("of these no class", "classes")
+    )
+    return table(
         f"{facts['samples']} samples of {facts['images']} images at {facts['steps']} steps of {facts['sampler']}, "
         f"guidance {', '.join(facts['guidance'])}",
-        ("latents kept", "samples", "t", "unguided", "guided", *told),
+        ("latents kept", "samples", "t", "unguided", "guided", *unconditional),
         rows,
+        [f"checkpoint {facts['checkpoint_sha256'][:12]}, samples {facts['sha256'][:12]}"],
     )
-    made.caption = f"checkpoint {facts['checkpoint_sha256'][:12]}, samples {facts['sha256'][:12]}"
-    return made
 
 
 def sensitivity_facts(rows: Sequence[Sensitivity], precision: str, samples_sha256: str) -> Facts:
@@ -81,13 +81,12 @@ def sensitivity_table(rows: Sequence[Sensitivity], precision: str) -> Table:
     every = list(rows[0].velocity)
     shown = sorted({every[0], every[len(every) // 3], every[2 * len(every) // 3], every[-1]})
     columns = ("in 8 bits", *(f"FLOPs at {kept}" for kept in (every[0], every[-1])))
-    made = table(
+    return table(
         f"{precision} against float32, SQNR of velocity / residual in dB by latents kept",
         (*columns, *(f"at {kept}" for kept in shown), "worst"),
         [_sensitivity_cells(row, every, shown) for row in rows],
+        ["one kind of layer at a time", "FLOPs are shares of a whole step", "– : no product was quantized"],
     )
-    made.caption = "one kind of layer at a time; FLOPs are shares of a whole step; – : no product was quantized"
-    return made
 
 
 def _sensitivity_cells(row: Sensitivity, every: Sequence[int], shown: Sequence[int]) -> tuple[str, ...]:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
+from elit_export.cli.tables.layout import Table, size, table
 from elit_export.spec import by_channel_text
 
 if TYPE_CHECKING:
@@ -15,46 +13,47 @@ if TYPE_CHECKING:
     from elit_export.verify.compare import Comparison
 
 Facts = dict[str, Any]
-UNITS = ("B", "kB", "MB", "GB")
-
-
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """First column to the left, the others to the right."""
-    made = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
-    for row in rows:
-        made.add_row(*(Text(cell) for cell in row))
-    return made
-
-
-def size(size_bytes: float) -> str:
-    for unit in UNITS[:-1]:
-        if size_bytes < 1000:
-            return f"{size_bytes:.3g} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.3g} {UNITS[-1]}"
 
 
 def inspection_tables(facts: Facts) -> Iterator[Table]:
     """All tables of `inspect`."""
+    if "spec" not in facts:
+        yield from file_tables(facts)
+        return
     yield table("model", ("fact", "value"), list(_model_rows(facts)))
     text = f" and {facts['text_tokens']} text tokens" if facts["text_tokens"] else ""
-    budgets = table(
+    yield table(
         f"budgets (one forward pass of one image{text})",
         ("name", "budget", "GFLOP", "of full"),
         [_budget_row(budget) for budget in facts["budgets"]],
+        [f"without Read and Write: {facts['flops_without_interface'] / 1e9:.4g} GFLOP"],
     )
-    budgets.caption = f"without Read and Write: {facts['flops_without_interface'] / 1e9:.4g} GFLOP"
-    yield budgets
     for plan_set in facts.get("plan_sets", ()):
-        yield _plan_set_table(plan_set)
-        if decoder := plan_set["decoder"]:
-            yield _decoder_table(plan_set["target"], decoder)
+        yield from plan_set_tables(plan_set)
     if calibration := facts.get("cache_calibration"):
         from elit_export.bundle.manifest import CacheCalibration
 
         yield calibration_table(CacheCalibration.model_validate(calibration))
+
+
+def file_tables(facts: Facts) -> Iterator[Table]:
+    """Of what is no model: its facts, a table for each list of rows among them, and a model that lies beside it."""
+    lists = {name: value for name, value in facts.items() if isinstance(value, list) and value}
+    plain = {name: value for name, value in facts.items() if not isinstance(value, list | dict)}
+    told = [(name, size(value) if name == "size_bytes" else str(value)) for name, value in plain.items() if value]
+    yield table(facts["kind"], ("fact", "value"), told)
+    for name, rows in lists.items():
+        columns = list(rows[0]) if isinstance(rows[0], dict) else [name]
+        cells = [[str(row[column]) for column in columns] if isinstance(row, dict) else [str(row)] for row in rows]
+        yield table(name.replace("_", " "), columns, cells)
+    if model := facts.get("model"):
+        yield from inspection_tables(model)
+
+
+def plan_set_tables(plan_set: Facts) -> Iterator[Table]:
+    yield _plan_set_table(plan_set)
+    if decoder := plan_set["decoder"]:
+        yield _decoder_table(plan_set["target"], decoder)
 
 
 def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -68,7 +67,8 @@ def _model_rows(facts: Facts) -> Iterator[tuple[str, str]]:
         yield f"graph {name}", f"{size(graph['size_bytes'])}{error}"
     for group in ("spec", "shapes"):
         for name, value in facts[group].items():
-            yield name, str(value)
+            if value:  # what a model has none of needs no row
+                yield name, str(value)
     data = facts["data"]
     yield "data", f"pixels {data['low']:g}..{data['high']:g}" if data["kind"] == "pixels" else f"VAE {data['vae']}"
 
@@ -81,8 +81,13 @@ def _plan_set_table(plan_set: Facts) -> Table:
     built = plan_set["plans"].values()
     libraries = sorted({f"{name} {version}" for plan in built for name, version in plan["versions"].items()})
     plans = ", ".join(f"{name} {size(plan['size_bytes'])}" for name, plan in plan_set["plans"].items())
+    notes = [f"built with {', '.join(libraries)}", f"plans: {plans}"]
+    if plan_set["samples"]:
+        notes.append(f"calibrated on {plan_set['samples']['samples']} real inputs")
+    if plan_set["accepted_miss"]:
+        notes.append(f"below tolerance, accepted: {plan_set['accepted_miss']}")
     ranges = ("latents", "rows", *(["text"] if any(profile["text"] for profile in plan_set["profiles"]) else []))
-    made = table(
+    return table(
         f"target {plan_set['target']}: {plan_set['backend']} on {plan_set['device']}, {plan_set['precision']}, "
         f"budgets {plan_set['covered']}",
         ("profile", *ranges, "parity with PyTorch"),
@@ -90,11 +95,8 @@ def _plan_set_table(plan_set: Facts) -> Table:
             (profile["name"], *(profile[name] for name in ranges), parity_text(profile["parity"]))
             for profile in plan_set["profiles"]
         ],
+        notes,
     )
-    calibrated = f"; calibrated on {plan_set['samples']['samples']} real inputs" if plan_set["samples"] else ""
-    accepted = f"; below tolerance, accepted: {plan_set['accepted_miss']}" if plan_set["accepted_miss"] else ""
-    made.caption = Text(f"built with {', '.join(libraries)}; plans: {plans}{calibrated}{accepted}")
-    return made
 
 
 def _decoder_table(target: str, decoder: Facts) -> Table:
@@ -126,7 +128,7 @@ def parity_text(parity: Facts) -> str:
 def calibration_table(calibration: CacheCalibration) -> Table:
     """Each fit, with what it explains on images that it was not fitted to."""
     steps = ", ".join(str(count) for count in calibration.steps)
-    made = table(
+    return table(
         f"change of the residual by distance of the signal, {calibration.images} images at {steps} steps, "
         f"guidance {', '.join(calibration.guidance)}",
         (
@@ -152,12 +154,11 @@ def calibration_table(calibration: CacheCalibration) -> Table:
             )
             for fit in calibration.fits
         ],
+        [
+            "error, R² and rank are of held-out images; at equal steps: what the distance tells beyond the steps' size",
+            "rank: how change and distance rise together at equal steps, from -1 to 1",
+        ],
     )
-    made.caption = (
-        "error, R² and rank are of held-out images; at equal steps: what the distance tells beyond the steps' size; "
-        "rank: how change and distance rise together at equal steps, from -1 to 1"
-    )
-    return made
 
 
 # ---------------------------------------------------------------- parity
@@ -168,7 +169,7 @@ def parity_tables(found: Sequence[Comparison]) -> Iterator[Table]:
     steps = [comparison for comparison in found if not comparison.part.startswith("trajectory")]
     states = [comparison for comparison in found if comparison.part.startswith("trajectory")]
     for title, rows in (("one step against PyTorch", steps), ("trajectories against PyTorch", states)):
-        columns = ("part", "point", "max abs", "relative", "cosine", "SQNR dB", "needed", "margin")
+        columns = ("part", "point", "max abs", "relative", "SQNR dB", "needed", "margin")
         yield table(title, columns, [_parity_row(comparison) for comparison in rows])
 
 
@@ -179,7 +180,6 @@ def _parity_row(comparison: Comparison) -> tuple[str, ...]:
         comparison.point,
         f"{found.max_abs:.1e}",
         f"{found.max_relative:.1e}",
-        f"{found.cosine:.9f}",
         f"{found.sqnr_db:.1f}",
         f"{comparison.least_db:g}",
         _margin(comparison),

@@ -1,0 +1,109 @@
+"""A table for people as a value, and how it is laid out at any width.
+
+At every width all of it is there. Where a table is too wide, its headers and long texts break between words; where it
+still is, the columns that do not fit follow in a block of their own below, beside the first column again. A number is
+never broken and never shortened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.padding import Padding
+from rich.table import Table as Drawn
+from rich.text import Text
+
+UNITS = ("B", "kB", "MB", "GB")
+WHOLE = 28  # characters: a cell that is no longer stays on one line
+BORDER, FRAME = 1, 3  # characters of the right border, and around each column
+
+
+@dataclass(frozen=True)
+class Table:
+    """The first column says what a row is about. `notes` stand below, each on a line of its own."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> Table:
+    return Table(title, tuple(columns), tuple(tuple(row) for row in rows), tuple(notes))
+
+
+def size(size_bytes: float) -> str:
+    for unit in UNITS[:-1]:
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.3g} {UNITS[-1]}"
+
+
+def digits(value: float, count: int = 3) -> str:
+    """So many significant digits and no exponent; digits before the point are never rounded away."""
+    if not math.isfinite(value) or value == 0:
+        return f"{value:.0f}"
+    return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
+
+
+# ---------------------------------------------------------------- layout
+
+
+def laid_out(shown: Table, width: int) -> RenderableType:
+    """Title, blocks of columns and notes, none wider than so many characters."""
+    blocks = [_drawn(shown, block, _widths(shown, block, width)) for block in blocks_of(shown, width)]
+    notes = [Padding(Text(note, overflow="fold"), (0, 0, 0, 2)) for note in shown.notes]
+    return Group(Text(shown.title, style="italic", overflow="fold"), *blocks, *notes)
+
+
+def blocks_of(shown: Table, width: int) -> Iterator[tuple[int, ...]]:
+    """The columns of each block; the first one is in all of them."""
+    block = [0]
+    for column in range(1, len(shown.columns)):
+        if len(block) > 1 and _taken([_least(shown, each) for each in (*block, column)]) > width:
+            yield tuple(block)
+            block = [0]
+        block.append(column)
+    yield tuple(block)
+
+
+def _widths(shown: Table, block: Sequence[int], width: int) -> list[int]:
+    """The least that each column needs, and what is left to those that lack the largest share of what they can use."""
+    widths, most = [_least(shown, column) for column in block], [_most(shown, column) for column in block]
+    widths[-1] = max(1, widths[-1] - max(0, _taken(widths) - width))  # a single word that is wider than all there is
+    while _taken(widths) < width and widths != most:
+        neediest = max(range(len(block)), key=lambda place: most[place] / widths[place])
+        widths[neediest] += 1
+    return widths
+
+
+def _taken(widths: Sequence[int]) -> int:
+    return BORDER + sum(each + FRAME for each in widths)
+
+
+def _least(shown: Table, column: int) -> int:
+    """The longest of what must not be broken: words of the header, of the first column and of long cells."""
+    cells = [row[column] for row in shown.rows]
+    words = [word for cell in cells if column == 0 or cell_len(cell) > WHOLE for word in cell.split()]
+    short = [cell for cell in cells if column > 0 and cell_len(cell) <= WHOLE]
+    return max(map(cell_len, (*shown.columns[column].split(), *words, *short)), default=1)
+
+
+def _most(shown: Table, column: int) -> int:
+    return max(map(cell_len, (shown.columns[column], *(row[column] for row in shown.rows))), default=1)
+
+
+def _drawn(shown: Table, block: Sequence[int], widths: Sequence[int]) -> Drawn:
+    """First column to the left, the others to the right."""
+    drawn = Drawn()
+    for column, width in zip(block, widths, strict=True):
+        justify: JustifyMethod = "left" if column == 0 else "right"
+        drawn.add_column(Text(shown.columns[column]), justify=justify, width=width, overflow="fold")
+    for row in shown.rows:
+        drawn.add_row(*(Text(row[column], overflow="fold") for column in block))
+    return drawn

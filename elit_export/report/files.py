@@ -1,0 +1,124 @@
+"""What a file or folder is that is neither a bundle nor a checkpoint: a recipe, arrays, a graph, a training folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from elit_export.bundle.calibration_inputs import FACTS
+from elit_export.bundle.readers import (
+    TEXT_BYTES,
+    PlainArraysError,
+    array_headers,
+    check_regular,
+    plain_arrays,
+    read_text,
+    read_toml,
+)
+from elit_export.bundle.recipe import load_recipe
+from elit_export.calibrate.inputs import load_sample_recipe
+from elit_export.errors import InputError, summary
+
+Facts = dict[str, Any]
+ARCHIVE = "an archive of arrays"
+LOG_BYTES = 64 << 20  # a line of some hundred bytes for each time that a training is saved
+TRAINING = ("train.jsonl", "state.pt")
+# What entries of a .npz make it, asked in this order.
+ARRAYS = {
+    "calibration inputs": {"x", "t", "kept", "facts"},
+    "embedded prompts": {"text", "mask"},
+    "samples": {"latents"},
+}
+
+
+def file_facts(path: Path) -> Facts | None:
+    """None for what is none of these; raises the package's errors for one that is damaged."""
+    if path.is_dir():
+        return training_facts(path) if any((path / name).is_file() for name in TRAINING) else None
+    facts = READERS.get(path.suffix)
+    return {**facts(path), "size_bytes": path.stat().st_size} if facts and path.is_file() else None
+
+
+def recipe_facts(path: Path) -> Facts:
+    """Of a recipe for `build`, or of one for `calibrate samples`."""
+    is_build = "targets" in read_toml(path, what="a recipe", error=InputError)
+    if not is_build:
+        return {"kind": "recipe of calibration inputs", "file": path.name, **load_sample_recipe(path).model_dump()}
+    recipe = load_recipe(path)
+    values = recipe.model_dump(mode="json", exclude={"targets", "profiles"})
+    targets = [
+        {"target": name, "backend": target.backend, "device": target.device, "precision": target.precision.value}
+        for name, target in recipe.targets.items()
+    ]
+    profiles = [{"profile": table.name, "latents": str(table.latents)} for table in recipe.profiles]
+    return {"kind": "recipe", "file": path.name, **_flat(values), "targets": targets, "profiles": profiles}
+
+
+def _flat(values: Facts, before: str = "") -> Facts:
+    """Tables within tables by their names in TOML: `decoder.folder`."""
+    flat: Facts = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return flat
+
+
+def arrays_facts(path: Path) -> Facts:
+    """By the headers of a .npz alone, whatever its arrays would take in memory."""
+    try:
+        headers = array_headers(path, what=ARCHIVE, error=InputError)
+        about = plain_arrays(path, {FACTS}, what=ARCHIVE, error=InputError, limit_bytes=TEXT_BYTES).get(FACTS)
+    except PlainArraysError as error:
+        raise InputError(str(error), "write it again") from error
+    entries = [
+        {"array": name, "type": dtype, "dims": " × ".join(map(str, shape)) or "one value"}
+        for name, (dtype, shape) in headers.items()
+    ]
+    kind = next((kind for kind, needed in ARRAYS.items() if needed <= set(headers)), "arrays")
+    return {"kind": kind, "file": path.name, **_about(about), "arrays": entries}
+
+
+def _about(text: Any) -> Facts:
+    """What calibration inputs say of where they come from."""
+    try:
+        facts = {} if text is None else json.loads(str(text))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def onnx_facts(path: Path) -> Facts:
+    from elit_export.graphs.reading import graph_facts  # needs onnx
+
+    check_regular(path, what="a graph", error=InputError)
+    return {"kind": "ONNX graph", "file": path.name, **graph_facts(path)}
+
+
+def training_facts(folder: Path) -> Facts:
+    """How far a training has come, by its log, and what it said of held-out images at its end."""
+    try:
+        lines = _text(folder / "train.jsonl").splitlines()
+        last = json.loads(lines[-1]) if lines else {}
+        errors = json.loads(_text(folder / "held_out.json") or "[]")
+    except ValueError as error:
+        raise InputError(f"{folder}: a damaged log: {summary(error)}", "delete it and train on") from error
+    return {
+        "kind": "training folder",
+        "file": folder.name,
+        **{name: last.get(name) for name in ("step", "mean_loss", "learning_rate")},
+        "files": ", ".join(sorted(_visible(folder.iterdir()))),
+        "held_out": errors,
+    }
+
+
+def _text(path: Path) -> str:
+    """Empty where there is no such file."""
+    return read_text(path, what="a log", error=InputError, limit_bytes=LOG_BYTES) if path.exists() else ""
+
+
+def _visible(paths: Iterable[Path]) -> list[str]:
+    return [path.name for path in paths if not path.name.startswith(".")]
+
+
+READERS: dict[str, Callable[[Path], Facts]] = {".toml": recipe_facts, ".npz": arrays_facts, ".onnx": onnx_facts}
