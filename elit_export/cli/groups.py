@@ -50,7 +50,7 @@ class Commands(click.Group):
             with naming_the_extra("this command"):
                 return super().invoke(ctx)
         except ElitExportError as error:
-            click.echo(printable(f"error: {typed_text(str(error), self.invoked(ctx))}"), err=True)
+            click.echo(printable(f"error: {typed_text(error, self.invoked(ctx))}"), err=True)
             ctx.exit(2)
         except BrokenPipeError as error:  # of a pipe that the command was to write into
             click.echo(printable(f"error: {error.filename or 'a pipe'}: {error.strerror}"), err=True)

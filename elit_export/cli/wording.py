@@ -8,18 +8,21 @@ from collections.abc import Iterator, Mapping
 
 import click
 
+from elit_export.errors import ElitExportError, InputError
+
 ARGUMENT = re.compile(r"\b([a-z_]+)=('[^']*'|\"[^\"]*\"|True\b|-?\d[\d.e+-]*\d|\d)")
 NAME = re.compile(r"(?<![\w/.`'\"-])[a-z]+(?:_[a-z]+)+(?![\w/.(=-])")
 
 
-def typed_text(text: str, command: click.Command) -> str:
-    """The text of an error with `target='cpu'` as `--target cpu` and `batch_size` as `--batch-size`.
+def typed_text(error: ElitExportError, command: click.Command) -> str:
+    """The text of an error with `target='cpu'` as `--target cpu`, and where an argument is wrong, `batch_size` as
+    `--batch-size`.
 
-    Only names of the command's own options are translated, so that fields of files and of Python stay what they are.
+    Only names of the command's own options are translated: fields of files and what only Python has stay as they are.
     """
     options = options_of(command)
-    text = ARGUMENT.sub(lambda match: _typed(match, options), text)
-    return NAME.sub(lambda match: options.get(match[0], match[0]), text)
+    text = ARGUMENT.sub(lambda match: _typed(match, options), str(error))
+    return NAME.sub(lambda match: options.get(match[0], match[0]), text) if isinstance(error, InputError) else text
 
 
 def _typed(match: re.Match[str], options: Mapping[str, str]) -> str:

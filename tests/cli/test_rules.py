@@ -19,7 +19,7 @@ from elit_export.cli import main
 from elit_export.cli.common import progress_bar
 from elit_export.cli.groups import Deferred
 from elit_export.cli.wording import leaves, typed_text
-from elit_export.errors import InputError, did_you_mean, pip_install
+from elit_export.errors import BundleError, InputError, did_you_mean, pip_install
 
 SHOWS = {"show", "conclude", "finish", "measure_each"}  # what prints tables
 
@@ -111,7 +111,11 @@ def example(**_: object) -> None:
     ],
 )
 def test_errors_are_told_in_words_that_can_be_typed(text: str, typed: str) -> None:
-    assert typed_text(text, example) == typed
+    assert typed_text(InputError(text), example) == typed
+
+
+def test_a_field_of_a_file_keeps_its_name() -> None:
+    assert typed_text(BundleError("manifest.json: batch_size is 0"), example) == "manifest.json: batch_size is 0"
 
 
 def refused(*arguments: str | Path) -> str:
