@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Self
+from functools import cache
+from typing import Any, Self, get_type_hints
 
 from elit_export.errors import InputError
 from elit_export.spec import limits
@@ -91,11 +92,10 @@ class ModelSpec:
         self._check_conditioning()
 
     def _check_types(self) -> None:
-        others: dict[str, tuple[type, ...]] = {"float": (int, float), "bool": (bool,), "str": (str,)}
-        for field in fields(self):
-            value, kinds = getattr(self, field.name), others.get(str(field.type), (int,))
-            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
-                raise InputError(f"model spec: {field.name} is {value!r}, must be of type {kinds[-1].__name__}")
+        for name, kind in _field_types().items():
+            value, accepted = getattr(self, name), (int, float) if kind is float else kind
+            if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+                raise InputError(f"model spec: {name} is {value!r}, must be of type {kind.__name__}")
 
     def _check_merging(self) -> None:
         self._check_divides("latents per group", self.latents, "merge", self.merge)
@@ -233,3 +233,8 @@ class ModelSpec:
         if problems:
             raise InputError(f"model spec: {', '.join(problems)}")
         return cls(**values)
+
+
+@cache
+def _field_types() -> dict[str, type]:
+    return get_type_hints(ModelSpec)
