@@ -152,7 +152,7 @@ def test_class_names_serve_as_labels(fashion_bundle: Bundle, tmp_path: Path) -> 
         (["--guidance", "cfg:nan"], "guidance scale nan"),
         (["--guidance", "magic:2"], "guidance 'magic:2' is none of"),
         (["--sampler", "rk4"], "unknown sampler 'rk4'"),
-        (["--first-image", "-1"], "first_image -1 is out of range"),
+        (["--first-image", "-1"], "--first-image -1 is out of range"),
         (["--target", "gpu"], "no plan set for --target gpu"),
     ],
 )

@@ -73,12 +73,14 @@ def blocks_of(shown: Table, width: int) -> Iterator[tuple[int, ...]]:
 
 
 def _widths(shown: Table, block: Sequence[int], width: int) -> list[int]:
-    """The least that each column needs, and what is left to those that lack the largest share of what they can use."""
-    widths, most = [_least(shown, column) for column in block], [_most(shown, column) for column in block]
+    """The least that each column needs; what is left goes to cells that are broken, and then to headers that are."""
+    widths = [_least(shown, column) for column in block]
     widths[-1] = max(1, widths[-1] - max(0, _taken(widths) - width))  # a single word that is wider than all there is
-    while _taken(widths) < width and widths != most:
-        neediest = max(range(len(block)), key=lambda place: most[place] / widths[place])
-        widths[neediest] += 1
+    for longest in (_longest_cell, _longest):
+        wanted = [max(longest(shown, column), each) for column, each in zip(block, widths, strict=True)]
+        while _taken(widths) < width and widths != wanted:
+            neediest = max(range(len(block)), key=lambda place: wanted[place] / widths[place])
+            widths[neediest] += 1
     return widths
 
 
@@ -94,8 +96,12 @@ def _least(shown: Table, column: int) -> int:
     return max(map(cell_len, (*shown.columns[column].split(), *words, *short)), default=1)
 
 
-def _most(shown: Table, column: int) -> int:
-    return max(map(cell_len, (shown.columns[column], *(row[column] for row in shown.rows))), default=1)
+def _longest_cell(shown: Table, column: int) -> int:
+    return max((cell_len(row[column]) for row in shown.rows), default=1)
+
+
+def _longest(shown: Table, column: int) -> int:
+    return max(cell_len(shown.columns[column]), _longest_cell(shown, column))
 
 
 def _drawn(shown: Table, block: Sequence[int], widths: Sequence[int]) -> Drawn:
