@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -50,15 +51,20 @@ def test_nothing_changed_does_nothing(copied: Path, tiny_checkpoint: Path) -> No
 
 def reads_of_a_build_that_does_nothing(folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How often it reads each file whole, when it is the first build of its process."""
-    real, reads, heard = Path.read_bytes, Counter[Path](), []
+    read_source, open_file, reads, heard = Path.read_bytes, os.open, Counter[Path](), []
 
     def counted(path: Path) -> bytes:
         reads[path] += 1
-        return real(path)
+        return read_source(path)
+
+    def counted_at_the_door(path: Any, flags: int, *mode: Any, **at: Any) -> int:
+        reads[Path(path)] += 1
+        return open_file(path, flags, *mode, **at)
 
     keys.code.cache_clear()
     keys._source_sha256.cache_clear()
     monkeypatch.setattr(Path, "read_bytes", counted)
+    monkeypatch.setattr(os, "open", counted_at_the_door)
     compile_bundle(recipe, "cpu", out=folder, progress=lambda stage, _: heard.append(stage))
     assert heard == [NOTHING_CHANGED]
     return reads
