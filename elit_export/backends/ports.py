@@ -38,8 +38,13 @@ class Port:
 
 
 def check_ports(plan: Path, graph: GraphSpec, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
-    """Raise BundleError if a plan takes or gives other tensors than its graph; their order does not matter."""
-    for what, found, wanted in (("takes", inputs, graph.inputs), ("gives", outputs, graph.outputs)):
+    """Raise BundleError if a plan takes other tensors than its graph, or does not give those of the graph.
+
+    Their order does not matter, and a plan may give more: one that is bisected shows what every node gives.
+    """
+    names = {tensor.name for tensor in graph.outputs}
+    given = [port for port in outputs if port.name in names]
+    for what, found, wanted in (("takes", inputs, graph.inputs), ("gives", given, graph.outputs)):
         ports = sorted(found, key=lambda port: port.name)
         tensors = sorted(wanted, key=lambda tensor: tensor.name)
         if len(ports) != len(tensors) or not all(map(Port.fits, ports, tensors)):
