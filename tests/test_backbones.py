@@ -322,7 +322,7 @@ def test_a_least_number_of_latents_that_the_backbone_cannot_keep_is_refused(tmp_
     options += ["--heads", "2", "--batch-size", "8", "--min-kept", "6"]
     done = CliRunner().invoke(main, ["train", str(FASHION), "--out", str(tmp_path), *options])
     assert done.exit_code == 2
-    assert "min_kept 6: this model runs 4of16, 8of16" in " ".join(done.output.split())
+    assert "--min-kept 6: this model runs 4of16, 8of16" in " ".join(done.output.split())
 
 
 def test_the_command_trains_any_backbone(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ OPTIONS: list[tuple[str, str]] = [
     (f"sample bundle --labels 0-{BILLION}", "label 0-1000000000 is out of range: classes are 0 to "),
     (f"sample bundle --labels {HUGE}", "is out of range: classes are 0 to "),
     (f"sample bundle --labels 0,{HUGE}-{HUGE}", "is out of range: classes are 0 to "),
-    (f"sample bundle --images {BILLION}", "at most 1,000,000 images in a call: their noise and samples are held in memory"),
+    (f"sample bundle --images {BILLION}", "at most 1,000,000 images in a call: their noise and samples are held"),
     ("sample bundle --images 1000000 --labels 0,1", "is 2,000,000, at most 1,000,000 images in a call"),
     (f"sample bundle --cache static:every@{BILLION}", "N is 1,000,000,000, at most 10,000 steps"),
     (f"sample bundle --cache static:every@{HUGE}", "N has 5000 digits, at most 10,000 steps"),
