@@ -412,7 +412,7 @@ def test_a_model_of_classes_takes_no_prompts(tiny_bundle: Bundle) -> None:
     ("text", "told"),
     [
         (None, "this model takes text; say how many tokens, e.g. text = "),
-        ({"min": 1, "opt": 2, "max": 1025}, r"text\.max is 1025, but the model has positions for 1024"),
+        ({"min": 1, "opt": 2, "max": 1025}, r"text\.max is 1,025, at most 1,024 tokens of text"),
     ],
 )
 def test_a_recipe_must_say_how_long_text_is(checkpoint: Path, tmp_path: Path, text: Any, told: str) -> None:

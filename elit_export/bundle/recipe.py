@@ -160,10 +160,6 @@ class Recipe(_Table):
                 f"recipe {self.name}: this model takes text",
                 f"say how many tokens, e.g. text = {{ min = 1, opt = 128, max = {MAX_TEXT_TOKENS} }}",
             )
-        if self.text.max > MAX_TEXT_TOKENS:
-            raise RecipeError(
-                f"recipe {self.name}: text.max is {self.text.max}, but the model has positions for {MAX_TEXT_TOKENS}"
-            )
         return self.text
 
 

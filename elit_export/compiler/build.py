@@ -78,8 +78,8 @@ class BuildRequest:
     def check(self, out: Path) -> DecoderFolder | None:
         """Check all that needs no checkpoint; returns the configuration of the recipe's decoder."""
         options = self.options
-        self._check_inputs(command_for(self.inputs_file or "samples.npz", out, text=self.recipe.text is not None))
         BACKENDS[options.backend].builder().check(options)
+        self._check_inputs(command_for(self.inputs_file or "samples.npz", out, text=self.recipe.text is not None))
         if options.precision.quantized and not options.facts.casts_weights:
             check_tools()
         if self.recipe.decoder is None:

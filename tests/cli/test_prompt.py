@@ -202,7 +202,7 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, drawing: type[
         (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cgf:4"], "guidance 'cgf:4'"),
         (["--prompt", "x", "--encoder", "nowhere", "--schedule", "0-3:full"], "schedule"),
         (["--prompt", "x", "--encoder", "nowhere", "--cache", "teacake:1"], "cache"),
-        (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "a negative prompt; give --negative TEXT"),
+        (["--prompt", "x", "--encoder", "nowhere", "--guidance", "cfg:4"], "has a negative branch; give --negative"),
         (["--prompt", "x", "--encoder", "nowhere", "--negative", ""], "guidance none uses no --negative"),
         (["--prompt", "x", "--encoder", "nowhere", "--seed", "-1"], "seed -1 must lie in 0 to 2**64 - 1"),
     ],

@@ -329,7 +329,7 @@ def test_pixels_that_are_not_finite_are_an_error() -> None:
 
 def test_samples_say_how_to_get_pictures_with_and_without_a_decoder() -> None:
     for pipeline in (pipeline_of(), pipeline_of(decodes=False)):
-        told = r"has one, pipeline\.decode\(sample\.latents\); where it has none, name its folder in the recipe"
+        told = r"has one, pipeline\.decode\(sample\.latents\); if it has none, name its folder in the recipe"
         with pytest.raises(InputError, match=told):
             _ = pipeline.sample([0], steps=3).images
 
