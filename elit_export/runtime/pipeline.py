@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import numpy.typing as npt
 
-from elit_export.arrays import Pixels
+from elit_export.arrays import Float64, Pixels
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle, with_current
 from elit_export.callbacks import noop
@@ -23,7 +24,7 @@ from elit_export.runtime.opening import check_verified, coverage_of, open_bank, 
 from elit_export.runtime.options import SamplingOptions, about, takes_each
 from elit_export.runtime.request import Request, finite_array, prepared
 from elit_export.runtime.sample import Sample, Timings
-from elit_export.runtime.sampling import StepRecord, sampling_steps, whole_steps
+from elit_export.runtime.sampling import StepRecord, StepSummary, sampling_steps
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
 
@@ -174,15 +175,20 @@ class Pipeline:
         return self._run(request, on_step, time.perf_counter())
 
     def _run(self, request: Request, on_step: Callable[[StepRecord], None], started: float) -> Sample:
-        def heard() -> Iterator[StepRecord]:
-            for record in sampling_steps(self.bank, request):
-                on_step(record)
-                yield record
-
-        records = tuple(whole_steps(request, heard()))
-        engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
+        summaries: dict[int, StepSummary] = {}  # of all parts; states of earlier steps would fill the memory
+        parts: list[Float64] = []
+        for record in sampling_steps(self.bank, request):
+            on_step(record)
+            earlier = summaries[record.index].calls if record.index in summaries else ()
+            summaries[record.index] = replace(record.summary(), calls=(*earlier, *record.calls))
+            if record.index == len(request.schedule) - 1:
+                parts.append(record.x)
+        latents = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        latents.flags.writeable = False
+        steps = tuple(summaries.values())
+        engines_s = sum(call.engine_ms for step in steps for call in step.calls) / 1e3
         timings = Timings(time.perf_counter() - started, engines_s)
-        return Sample(records[-1].x, request.labels, records, timings, self.data, request.part_sizes)
+        return Sample(latents, request.labels, steps, timings, self.data, request.part_sizes)
 
     def close(self) -> None:
         self.bank.close()

@@ -12,7 +12,7 @@ from elit_export.arrays import Arrays, Float64, Pixels
 from elit_export.bundle.atomic import atomic_write
 from elit_export.errors import InputError
 from elit_export.runtime.images import grid, to_images, zoom_of
-from elit_export.runtime.sampling import Call, StepRecord
+from elit_export.runtime.sampling import Call, StepSummary
 from elit_export.spec import DataFacts
 
 
@@ -33,7 +33,7 @@ class Sample:
 
     latents: Float64
     labels: tuple[int, ...]
-    records: tuple[StepRecord, ...]
+    records: tuple[StepSummary, ...]
     timings: Timings
     data: DataFacts
     part_sizes: tuple[int, ...]

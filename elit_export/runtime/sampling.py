@@ -63,19 +63,29 @@ class Call:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """A finished step from `t` to `t_next`; `x` (B, C, H, W) float64 is the state after it, read-only.
-
-    `images` are the places in the sampling of the images that `x` holds: all, or those of one part.
-    """
+class StepSummary:
+    """How a step from `t` to `t_next` went: its budget, and its engine calls."""
 
     index: int
     t: float
     t_next: float
     budget: Budget
     calls: tuple[Call, ...]
+
+
+@dataclass(frozen=True)
+class StepRecord(StepSummary):
+    """A finished step; `x` (B, C, H, W) float64 is the state after it, read-only.
+
+    `images` are the places in the sampling of the images that `x` holds: all, or those of one part.
+    """
+
     x: Float64
     images: range
+
+    def summary(self) -> StepSummary:
+        """Return the record without its state, which takes memory."""
+        return StepSummary(self.index, self.t, self.t_next, self.budget, self.calls)
 
 
 def sampling_steps(bank: EngineBank, request: Request) -> Generator[StepRecord, None, None]:

@@ -209,11 +209,10 @@ def test_steps_tell_whose_they_are_and_a_sample_has_whole_ones(toy: Toy) -> None
     assert toy.pipeline.request(LABELS, steps=3, sampler="euler").records == len(heard)
     assert [record.index for record in sample.records] == [0, 1, 2]
     for record in sample.records:
-        assert record.images == range(11)
         assert [call.rows for call in record.calls] == [6, 5]
-        assert len(record.x) == 11
-        assert not record.x.flags.writeable
-    assert np.array_equal(sample.records[-1].x, sample.latents)
+        assert not hasattr(record, "x")  # states of all steps would fill the memory
+    assert len(sample.latents) == 11
+    assert not sample.latents.flags.writeable
     assert sample.timings.engines_s == pytest.approx(sum(call.engine_ms for call in sample.calls) / 1e3)
     assert "11 images in 3 steps, in 2 parts of at most 6, engine calls 6×16of16" in repr(sample)
 
