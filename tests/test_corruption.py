@@ -433,7 +433,7 @@ def test_threads_that_no_machine_has_are_refused_by_name(copied: Path, threads: 
     del manifest[OWN_HASH]
     manifest["plan_sets"][0]["options"]["threads"] = threads
     (copied / MANIFEST).write_text(manifest_text(manifest))
-    with pytest.raises(BundleError, match=rf"threads: input should be .* is {threads}: .*recipe.*elit-export build"):
+    with pytest.raises(BundleError, match=rf"threads: input should be .* is {threads}; .*recipe.*elit-export build"):
         Pipeline.load(copied)
 
 
