@@ -10,7 +10,6 @@ from elit_export.cli.common import (
     INTERFACE_OPTION,
     JSON_OPTION,
     NAME,
-    TARGET_OPTIONS,
     Count,
     architecture_options,
     say_lines,
@@ -35,7 +34,8 @@ from elit_export.spec.limits import SIDE_PIXELS, TEXT
     "--text", type=Count(TEXT), help="Tokens of a prompt, for FLOPs.  [default: a bundle's usual ones, else 128]"
 )
 @architecture_options
-@TARGET_OPTIONS
+@click.option("--target", help="Of a bundle, only this one.  [default: all]")
+@click.option("--precision", help="Of a bundle, only this one.  [default: all]")
 @JSON_OPTION
 def inspect(
     path: str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -159,15 +159,15 @@ def bundle_facts(
         },
         "plan_sets": [plan_set_facts(plan_set, manifest) for plan_set in plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
-        "trtexec": trtexec_lines(bundle),
+        "trtexec": trtexec_lines(bundle, plan_sets),
     }
 
 
-def trtexec_lines(bundle: Bundle) -> list[str]:
-    """For each profile of each plan set, from the graph `step` in ONNX; none where the bundle lies without graphs."""
+def trtexec_lines(bundle: Bundle, plan_sets: Iterable[PlanSet]) -> list[str]:
+    """For each profile of these plan sets, from the graph `step` in ONNX; none where the bundle lies without graphs."""
     manifest, lines = bundle.manifest, dict[str, None]()
     spec = manifest.model.spec.graph(STEP)
-    for plan_set in manifest.plan_sets:
+    for plan_set in plan_sets:
         graph = manifest.graphs.get(plan_set.graph)
         path = bundle.folder / graph.artifact.kind / graph.artifact.name / graph.file if graph else None
         if path and path.suffix == ONNX_SUFFIX and path.is_file():
