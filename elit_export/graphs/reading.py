@@ -23,12 +23,12 @@ def graph_facts(path: Path) -> dict[str, Any]:
     weights = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
     return {
         "name": model.graph.name,
-        "about": model.doc_string,
+        "description": model.doc_string,
         "opset": max((entry.version for entry in model.opset_import if not entry.domain), default=0),
         "producer": f"{model.producer_name} {model.producer_version}".strip(),
         "nodes": len(model.graph.node),
         "parameters": weights,
-        **{entry.key: entry.value for entry in model.metadata_props},
+        "about": {entry.key: entry.value for entry in model.metadata_props},
         "tensors": [
             {"name": value.name, "role": role, "type": _dtype(value), "dims": _dims(value)}
             for role, values in (("input", model.graph.input), ("output", model.graph.output))
@@ -38,7 +38,15 @@ def graph_facts(path: Path) -> dict[str, Any]:
 
 
 def _dtype(value: onnx.ValueInfoProto) -> str:
-    return helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+    """As NumPy calls it; for what is no array, or of a type that this version of onnx has not, as onnx does."""
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return str(kind or "undefined").removesuffix("_type")
+    number = value.type.tensor_type.elem_type
+    try:
+        return str(helper.tensor_dtype_to_np_dtype(number).name)
+    except KeyError:
+        return f"type {number} of ONNX"
 
 
 def _dims(value: onnx.ValueInfoProto) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from elit_export.bundle.readers import (
     PlainArraysError,
     array_headers,
     check_regular,
+    parsed_json,
     plain_arrays,
     read_text,
     read_toml,
@@ -24,17 +24,23 @@ from elit_export.errors import InputError, summary
 Facts = dict[str, Any]
 ARCHIVE = "an archive of arrays"
 LOG_BYTES = 64 << 20  # a line of some hundred bytes for each time that a training is saved
-TRAINING = ("train.jsonl", "state.pt")
-# What entries of a .npz make it, asked in this order.
-ARRAYS = {
-    "calibration inputs": {"x", "t", "kept", "facts"},
-    "embedded prompts": {"text", "mask"},
-    "samples": {"latents"},
-}
+LOG, ERRORS = "train.jsonl", "held_out.json"
+TRAINING = (LOG, "state.pt")
+PROGRESS = ("step", "mean_loss", "learning_rate")
+# What a .npz is that has all of these entries, asked in this order.
+ARRAYS: Sequence[tuple[set[str], str]] = (
+    ({"x", "t", "kept", "facts"}, "calibration inputs"),
+    ({"text", "mask"}, "embedded prompts"),
+    ({"latents"}, "samples"),
+    ({"images"}, "samples"),  # of a model of pixels
+)
 
 
 def file_facts(path: Path) -> Facts | None:
-    """None for what is none of these; raises the package's errors for one that is damaged."""
+    """None for what is none of these; raises the package's errors for one that is damaged.
+
+    What a file says of itself, in words of its own, stands under the key `about`: it can fake no other fact.
+    """
     if path.is_dir():
         return training_facts(path) if any((path / name).is_file() for name in TRAINING) else None
     facts = READERS.get(path.suffix)
@@ -75,14 +81,14 @@ def arrays_facts(path: Path) -> Facts:
         {"array": name, "type": dtype, "dims": " × ".join(map(str, shape)) or "one value"}
         for name, (dtype, shape) in headers.items()
     ]
-    kind = next((kind for kind, needed in ARRAYS.items() if needed <= set(headers)), "arrays")
-    return {"kind": kind, "file": path.name, **_about(about), "arrays": entries}
+    kind = next((kind for needed, kind in ARRAYS if needed <= set(headers)), "arrays")
+    return {"kind": kind, "file": path.name, "about": _about(about), "arrays": entries}
 
 
 def _about(text: Any) -> Facts:
     """What calibration inputs say of where they come from."""
     try:
-        facts = {} if text is None else json.loads(str(text))
+        facts = {} if text is None else parsed_json(str(text))
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -97,19 +103,48 @@ def onnx_facts(path: Path) -> Facts:
 
 def training_facts(folder: Path) -> Facts:
     """How far a training has come, by its log, and what it said of held-out images at its end."""
-    try:
-        lines = _text(folder / "train.jsonl").splitlines()
-        last = json.loads(lines[-1]) if lines else {}
-        errors = json.loads(_text(folder / "held_out.json") or "[]")
-    except ValueError as error:
-        raise InputError(f"{folder}: a damaged log: {summary(error)}", "delete it and train on") from error
+    last, errors = _last_line(folder / LOG), _rows(folder / ERRORS)
     return {
         "kind": "training folder",
         "file": folder.name,
-        **{name: last.get(name) for name in ("step", "mean_loss", "learning_rate")},
+        **{name: last.get(name) for name in PROGRESS},
         "files": ", ".join(sorted(_visible(folder.iterdir()))),
         "held_out": errors,
     }
+
+
+def _last_line(log: Path) -> Facts:
+    """The last whole line of a log, empty where there is none; a line that is still being written has no end."""
+    whole, _, _ = _text(log).rpartition("\n")
+    lines = whole.splitlines()
+    last = _parsed(lines[-1], log) if lines else {}
+    if not _is_row(last):
+        raise _damaged(log, "its last line is not one table of numbers and texts")
+    return dict(last)
+
+
+def _rows(path: Path) -> list[Facts]:
+    """The rows of a table in a file; none where there is no such file."""
+    rows = _parsed(_text(path) or "[]", path)
+    if not isinstance(rows, list) or not all(map(_is_row, rows)) or len({tuple(row) for row in rows}) > 1:
+        raise _damaged(path, "it is not a list of rows with the same columns")
+    return rows
+
+
+def _is_row(value: Any) -> bool:
+    """Is it a table in which each value is one number, one text or nothing?"""
+    return isinstance(value, dict) and not any(isinstance(cell, list | dict) for cell in value.values())
+
+
+def _parsed(text: str, path: Path) -> Any:
+    try:
+        return parsed_json(text)
+    except ValueError as error:
+        raise _damaged(path, summary(error)) from error
+
+
+def _damaged(path: Path, problem: str) -> InputError:
+    return InputError(f"{path}: damaged: {problem}", f"delete {path.name}; `train` writes it again")
 
 
 def _text(path: Path) -> str:

