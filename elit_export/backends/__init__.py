@@ -19,7 +19,7 @@ from elit_export.backends.protocols import Builder, EngineLoader
 from elit_export.backends.target import Target, TargetFacts
 from elit_export.backends.tensorrt.options import TensorRTTarget
 from elit_export.backends.torch_tensorrt.options import TorchTensorRTTarget
-from elit_export.errors import BackendUnavailable, InputError, pip_install, summary
+from elit_export.errors import BackendUnavailable, InputError, did_you_mean, pip_install, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +138,11 @@ def usual_targets() -> dict[str, dict[str, Any]]:
 
 
 def usual_target(name: str) -> dict[str, Any]:
-    """One of them; raises InputError naming all."""
+    """One of them; raises InputError naming all, and the one that is probably meant."""
     known = usual_targets()
     if name not in known:
-        raise InputError(f"--target {name}: not among the usual targets", f"choose of {', '.join(known)}")
+        raise InputError(
+            f"no target {name!r} among the usual ones, {', '.join(known)}",
+            did_you_mean(name, known) or "choose one of these, or write a recipe",
+        )
     return known[name]

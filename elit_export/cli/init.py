@@ -41,11 +41,13 @@ def usual_recipe(
 ) -> Any:
     """A UsualRecipe of what a checkpoint holds; its paths are relative to `beside`, or as they were given."""
     from elit_export.backends import usual_target
-    from elit_export.checkpoints.native import SHIPPED_PREFIX, stored_checkpoint
+
+    for name in targets:  # before torch is imported and a checkpoint read
+        usual_target(name)
+    from elit_export.checkpoints.native import stored_checkpoint
+    from elit_export.checkpoints.stored import SHIPPED_PREFIX
     from elit_export.compiler.usual_recipe import UsualRecipe, usual_name
 
-    for name in targets:  # before a checkpoint is read
-        usual_target(name)
     model = stored_checkpoint(checkpoint, interface=interface, **numbers)
 
     def path(given: str) -> str:

@@ -94,9 +94,11 @@ def test_two_checkpoints_are_refused() -> None:
 
 @pytest.mark.parametrize("command", ["init", "build"])
 def test_an_unknown_target_is_refused_before_the_checkpoint_is_read(command: str) -> None:
-    status, said = run(command, "missing.pt", "--target", "gpu")
+    status, said = run(command, "missing.pt", "--target", "quantum")
     assert status == 2
-    assert "--target gpu: not among the usual targets; choose of cpu, cuda" in said
+    assert "no target 'quantum' among the usual ones, cpu, cuda" in said
+    assert said.endswith("; choose one of these, or write a recipe")
+    assert run(command, "missing.pt", "--target", "h100")[1].endswith("; did you mean 'h100-tensorrt'?")
 
 
 @pytest.mark.parametrize("command", ["init", "build"])

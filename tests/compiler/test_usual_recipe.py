@@ -48,8 +48,12 @@ def test_several_targets_lie_in_one_recipe() -> None:
 
 
 def test_an_unknown_target_names_the_usual_ones() -> None:
-    with pytest.raises(InputError, match="--target gpu: not among the usual targets; choose of cpu, cuda, openvino"):
-        usual(targets=["cpu", "gpu"]).text()
+    with pytest.raises(InputError, match="no target 'quantum' among the usual ones, cpu, cuda, openvino") as raised:
+        usual(targets=["cpu", "quantum"]).text()
+    assert raised.value.remedy == "choose one of these, or write a recipe"
+    with pytest.raises(InputError) as raised:
+        usual(targets=["h100"]).text()
+    assert raised.value.remedy == "did you mean 'h100-tensorrt'?"
 
 
 def test_comments_hold_what_is_used_without_them() -> None:
