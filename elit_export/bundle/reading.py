@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from elit_export.bundle.migrate import STEPS, migrated
 from elit_export.bundle.readers import CONFIG_BYTES, parsed_json, read_bytes
 from elit_export.errors import BundleError, ElitExportError, InputError
 
+log = logging.getLogger(__name__)
 OWN_HASH = "sha256"
 MANIFEST = "manifest.json"
 REOPENINGS = 100  # more commits than this during one load are not met
@@ -58,6 +60,12 @@ class Bundle:
             )
         manifest = read_manifest(folder / MANIFEST, content)
         refuse_linked_folders(folder, manifest.artifacts())
+        log.info(
+            "bundle %s: model %s, plan sets %s",
+            folder,
+            manifest.model.name,
+            ", ".join(plan_set.name for plan_set in manifest.plan_sets),
+        )
         return cls(folder, manifest, trust=trust, content=content)
 
     def verified(self, artifact: Artifact) -> Path:
@@ -112,6 +120,7 @@ def verified_folder(bundle: Path, artifact: Artifact) -> Path:
             _check_file(folder / name, facts, bundle)
         except OSError as error:
             raise BundleError(_unreadable(folder / name, error, bundle)) from error
+    log.info("%s: sha256 of every file as it was built: %s", folder, ", ".join(artifact.files))
     return folder
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,7 @@ from elit_export.runtime.request import Unopened
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import FUSED, STEP, Budget, Fit, GraphSpec
 
+log = logging.getLogger(__name__)
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
 
 
@@ -118,8 +121,12 @@ def _plan_file(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpec) 
 
 
 def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, Engine]:
+    began = time.perf_counter()
     with _naming(plan_set):
-        return _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
+        engines = _backend_of(plan_set).loader().open_engines(plans, plan_set_target(plan_set))
+    where = f"plan set {plan_set.name}, {plan_set.backend} on {plan_set.device}"
+    log.info("%s: opened %s in %.2f s", where, ", ".join(plans), time.perf_counter() - began)
+    return engines
 
 
 @contextmanager

@@ -6,6 +6,7 @@ it cancels a request between two steps.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from elit_export.spec import Budget
 
 Inputs = Mapping[str, HostArray]
 
+log = logging.getLogger(__name__)
 NOT_CACHED = Decision(reused=False)
 
 
@@ -100,6 +102,7 @@ def _records(bank: EngineBank, request: Request, cache: StepCache | None) -> Gen
     done = 0
     for part in request.parts():
         images = range(done, done + len(part.start))
+        log.info("sampling images %d to %d of %d", images.start + 1, images.stop, sum(request.part_sizes))
         velocity = GuidedVelocity(bank, part, cache)
         states = part.sampler.run(velocity, part.start, part.times, step_noise_of(part))
         for index, x in enumerate(states):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import logging
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,6 +177,28 @@ def test_verbosity_is_the_level_of_the_log(
     CliRunner().invoke(main, [*options, "inspect", str(tmp_path)])
     assert own.getEffectiveLevel() == level
     own.manager._clear_cache()  # type: ignore[attr-defined]
+
+
+def test_verbose_tells_what_is_opened_compared_and_sampled(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    arguments = ["sample", tiny_bundle.folder, "--labels", "0", "--images", "12", "--steps", "1", "--out", "s.png"]
+    loud, plain = (
+        subprocess.run(
+            [sys.executable, "-m", "elit_export", *options, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+            env={**os.environ, "COLUMNS": "500"},
+        )
+        for options in (["-v"], [])
+    )
+    said, plan_set = loud.stderr, tiny_bundle.manifest.plan_sets[0]
+    assert f"bundle {tiny_bundle.folder}: model test, plan sets {plan_set.name}" in said
+    assert f"{plan_set.profiles[0].plan.artifact.name}: sha256 of every file as it was built: " in said
+    assert f"plan set {plan_set.name}, onnxruntime on cpu: opened {plan_set.profiles[0].name}" in said
+    assert "sampling images 1 to 6 of 12" in said
+    assert "sampling images 7 to 12 of 12" in said
+    assert "sha256" not in plain.stderr
 
 
 def test_quiet_and_verbose_exclude_each_other() -> None:
