@@ -116,7 +116,7 @@ OPENS_ITSELF: dict[tuple[str, str], str] = {
     ("backends/tensorrt/build.py", "path.read_bytes"): "timings that the build keeps in a folder of its own",
     ("backends/torch_tensorrt/build.py", "torch.export.load"): "a graph that the build made or verified",
     ("checkpoints/diffusers.py", "safetensors.safe_open"): "of a file that `check_regular` passed",
-    ("checkpoints/weights.py", "safetensors.safe_open"): "of a file that `check_regular` passed",
+    ("checkpoints/stored.py", "safetensors.safe_open"): "of a file that `check_regular` passed",
     ("checkpoints/weights.py", "load_file"): "of a file that `check_regular` passed",
     ("checkpoints/released.py", "torch.load"): "of a file that `check_saved_by_torch` passed",
     ("training/state.py", "torch.load"): "of a file that `check_saved_by_torch` passed",

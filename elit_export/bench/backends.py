@@ -20,6 +20,7 @@ from elit_export.bundle.manifest import PlanSet
 from elit_export.cost.flops import flops
 from elit_export.errors import InputError
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import Samplable
 from elit_export.spec import ModelSpec, Precision
 
 EAGER = "PyTorch eager"
@@ -109,9 +110,7 @@ def compare_backends(
     if they share no budget or a profile does not take the rows.
     """
     spec = competitors[0].pipeline.spec
-    budgets = common_budgets(competitors)
-    for competitor in competitors:
-        check_rows(competitor.pipeline, budgets, rows)
+    budgets = compared_budgets([competitor.pipeline for competitor in competitors], rows)
     timings = {}
     for name in budgets:
         on_budget(name, len(budgets))
@@ -137,15 +136,20 @@ def not_slower(rows: Sequence[BackendRow], budget: str) -> list[BackendRow]:
     return [row for row in in_order if row is in_order[0] or row.times[budget].timing.low_ms <= limit_ms]
 
 
-def common_budgets(competitors: Sequence[Competitor]) -> Budgets:
-    """The budgets measured for the first plan set, as far as all plan sets cover them."""
+def compared_budgets(plan_sets: Sequence[Samplable], rows: int) -> Budgets:
+    """The budgets measured for the first plan set, as far as all of them cover these; needs no engines.
+
+    Raises InputError if there is none, or if a profile does not take the rows.
+    """
     common = {
         name: budget
-        for name, budget in measured_budgets(competitors[0].pipeline).items()
-        if all(budget in competitor.pipeline.coverage.covered for competitor in competitors)
+        for name, budget in measured_budgets(plan_sets[0]).items()
+        if all(budget in plan_set.coverage.covered for plan_set in plan_sets)
     }
     if not common:
         raise InputError("these plan sets cover no budget in common", "choose one with --target")
+    for plan_set in plan_sets:
+        check_rows(plan_set, common, rows)
     return common
 
 

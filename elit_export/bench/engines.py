@@ -215,10 +215,11 @@ def measured_budgets(on: Samplable) -> Budgets:
     return named if covered[-1] in named.values() else {str(covered[-1]): covered[-1], **named}
 
 
-def check_rows(pipeline: Pipeline, budgets: Budgets, rows: int) -> None:
+def check_rows(on: Samplable, budgets: Budgets, rows: int) -> None:
+    """Raise InputError for rows that no profile takes at one of the budgets; needs no engines."""
     try:
         for budget in budgets.values():
-            pipeline.coverage.profile_for(budget, rows, pipeline.coverage.tokens)
+            on.coverage.profile_for(budget, rows, on.coverage.tokens)
     except InputError as error:
         raise InputError(f"a bench of {rows} rows a call does not fit: {error}", "choose other --rows") from error
 

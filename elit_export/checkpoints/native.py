@@ -9,15 +9,14 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from elit_export.bundle.atomic import sha256_of
-from elit_export.bundle.readers import check_regular
 from elit_export.checkpoints.diffusers import diffusers_files, interface_file, load_diffusers, transformer_folder
 from elit_export.checkpoints.released import load_released
+from elit_export.checkpoints.stored import checkpoint_path
 from elit_export.checkpoints.weights import (
     check_overrides,
     check_tensors,
@@ -33,7 +32,6 @@ from elit_export.models.elit import Elit
 log = logging.getLogger(__name__)
 
 FORMAT = "elit_export/1"
-SHIPPED_PREFIX = "shipped:"
 
 
 # ---------------------------------------------------------------- reading
@@ -94,20 +92,6 @@ def checkpoint_sha256(path: str | Path, interface: str | Path | None = None) -> 
         return sha256_of(last)
     hashes = [*((file.name, sha256_of(file)) for file in folder), sha256_of(last)]
     return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
-
-
-def checkpoint_path(path: str | Path) -> Path:
-    """Return the file of a path or of `shipped:NAME`; raises CheckpointError if it does not exist or is a folder."""
-    name = str(path)
-    if name.startswith(SHIPPED_PREFIX):
-        file = Path(str(files("elit_export"))) / "assets" / f"{name.removeprefix(SHIPPED_PREFIX)}.safetensors"
-    else:
-        file = Path(path)
-    try:
-        check_regular(file, what="the checkpoint", error=CheckpointError)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise CheckpointError(f"no checkpoint at {name}") from error
-    return file
 
 
 # ---------------------------------------------------------------- our own format

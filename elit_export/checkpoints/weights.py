@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from elit_export.bundle.atomic import atomic_write
-from elit_export.bundle.readers import check_regular, parsed_json
+from elit_export.bundle.readers import parsed_json
+from elit_export.checkpoints.stored import reading_safetensors, stored_metadata
 from elit_export.errors import CheckpointError, InputError, summary
 from elit_export.models.elit import Elit
 from elit_export.models.registry import new_model
@@ -39,18 +40,9 @@ def write_safetensors(path: Path, weights: Weights, metadata: dict[str, str]) ->
 
 def read_safetensors(path: Path, expected_format: str) -> tuple[Weights, dict[str, str]]:
     """Read tensors and metadata; raises CheckpointError if the file is damaged or has another format."""
-    try:
-        check_regular(path, what="the weights", error=CheckpointError)
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        weights = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a whole safetensors file: {summary(error)}") from error
-    if metadata.get("format") != expected_format:
-        raise CheckpointError(
-            f"{path}: its format is {metadata.get('format')!r}, this version reads {expected_format!r}"
-        )
-    return weights, metadata
+    metadata = stored_metadata(path, expected_format)
+    with reading_safetensors(path):
+        return load_file(path), metadata
 
 
 # ---------------------------------------------------------------- models

@@ -55,15 +55,16 @@ def build(
     `init` would write for it.
     """
     from elit_export.bundle.recipe import load_recipe
+    from elit_export.compiler.asked import check_asked
 
     is_checkpoint = names_checkpoint(recipe)
     loaded = recipe_of(recipe, target, checkpoint, interface) if is_checkpoint else load_recipe(Path(recipe))
-    name = target or loaded.only_target()
+    name, folder = target or loaded.only_target(), out or DEFAULT_BUILD_FOLDER / loaded.name
+    check_asked(loaded, name, samples, folder)
     from elit_export.cli.advice import after_build
     from elit_export.compiler.build import NOTHING_CHANGED, compile_bundle  # torch, when the recipe is right
     from elit_export.report.inspection import plan_set_facts
 
-    folder = out or DEFAULT_BUILD_FOLDER / loaded.name
     stages: list[str] = []
     with progress_bar() as progress:
         bar = build_progress(progress)

@@ -60,21 +60,21 @@ def evaluate(
     from elit_export.bundle.reading import Bundle
     from elit_export.cli.plan_sets import verified_plan_sets
     from elit_export.cli.tables.bench import quality_table
+    from elit_export.evaluate.facts import SHIPPED, load_facts
     from elit_export.evaluate.quality import DEFAULT_CONFIGS, QualityResult, SamplerConfig, check_quality, quality
     from elit_export.runtime.opening import unopened
 
     limits = limits_in(check, {"quality": QualityResult})
     configs = tuple(SamplerConfig.parse(way) for way in dict.fromkeys(ways)) or DEFAULT_CONFIGS
-    from elit_export.evaluate.evaluator import SHIPPED, load_evaluator  # torch, when the options are right
-
-    evaluator = load_evaluator(classifier or SHIPPED)
+    facts = load_facts(classifier or SHIPPED)
     opened = Bundle.open(bundle, trust=trust)
     measured, skipped = verified_plan_sets(opened, target, precision)
     for plan_set in measured:  # before any of them is opened
-        check_quality(
-            unopened(opened, plan_set), evaluator.facts, images=images, guidance=guidance, sampler_configs=configs
-        )
+        check_quality(unopened(opened, plan_set), facts, images=images, guidance=guidance, sampler_configs=configs)
         say_accepted(opened, plan_set, json_to=json_to)
+    from elit_export.evaluate.evaluator import load_evaluator  # torch, when all of that is right
+
+    evaluator = load_evaluator(classifier or SHIPPED)
     with progress_bar() as progress:
         result = quality(
             opened_in_turn(opened, measured, progress),

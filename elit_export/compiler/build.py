@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from elit_export.backends import BACKENDS
 from elit_export.backends.target import Target
-from elit_export.bundle.calibration_inputs import CalibrationInputs, check_covered, command_for, load_inputs
+from elit_export.bundle.calibration_inputs import CalibrationInputs, check_covered, load_inputs
 from elit_export.bundle.keys import Keys, model_key
 from elit_export.bundle.manifest import SCHEMA, Graph, Manifest, ModelFacts, PlanSet
 from elit_export.bundle.reading import Bundle
@@ -20,10 +19,11 @@ from elit_export.bundle.store import Progress, Store, writing
 from elit_export.callbacks import noop
 from elit_export.checkpoints.vae import DecoderFolder, read_decoder
 from elit_export.checkpoints.vae_decoder import check_installed
+from elit_export.compiler.asked import check_asked
 from elit_export.compiler.decoder import make_decoder
 from elit_export.compiler.job import Job, Source
 from elit_export.compiler.stages import make_graphs, make_plan_set, make_reference, verified
-from elit_export.errors import CalibrationError, RecipeError
+from elit_export.errors import RecipeError
 from elit_export.graphs.quantize import check_tools
 from elit_export.spec import DECODE
 
@@ -78,29 +78,13 @@ class BuildRequest:
     def check(self, out: Path) -> DecoderFolder | None:
         """Check all that needs no checkpoint; returns the configuration of the recipe's decoder."""
         options = self.options
-        BACKENDS[options.backend].builder().check(options)
-        self._check_inputs(command_for(self.inputs_file or "samples.npz", out, text=self.recipe.text is not None))
+        check_asked(self.recipe, self.target, self.inputs_file, out)
         if options.precision.quantized and not options.facts.casts_weights:
             check_tools()
         if self.recipe.decoder is None:
             return None
         check_installed()
         return read_decoder(self.recipe.decoder.folder)
-
-    def _check_inputs(self, remedy: str) -> None:
-        precision = self.options.precision
-        if precision.quantized and self.inputs_file is None:
-            raise CalibrationError(
-                f"target {self.target} is {precision.value}, which is calibrated on real inputs",
-                f"{remedy} (from a bundle with any other target), then build with --samples samples.npz",
-            )
-        if precision.quantized and self.inputs_file and not self.inputs_file.exists():
-            raise CalibrationError(
-                f"target {self.target} is {precision.value}: no calibration samples at {self.inputs_file}",
-                f"{remedy} (from a bundle with any other target)",
-            )
-        if not precision.quantized and self.inputs_file is not None:
-            raise CalibrationError(f"target {self.target} is {precision.value} and takes no samples", "leave them out")
 
 
 def _build(store: Store, request: BuildRequest, folder: DecoderFolder | None) -> Bundle:

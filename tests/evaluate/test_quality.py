@@ -21,7 +21,8 @@ from elit_export.bundle.reading import Bundle
 from elit_export.cli import main, plan_sets
 from elit_export.cli.plan_sets import verified_plan_sets
 from elit_export.errors import BundleError, InputError, pip_install
-from elit_export.evaluate.evaluator import SHIPPED, load_evaluator
+from elit_export.evaluate.evaluator import load_evaluator
+from elit_export.evaluate.facts import SHIPPED
 from elit_export.evaluate.quality import (
     DEFAULT_CONFIGS,
     QualityResult,

@@ -64,15 +64,17 @@ def backends(
     json_to: str | None,
 ) -> None:
     """All plan sets that run here, side by side."""
-    from elit_export.bench.backends import BackendsResult, compare_backends
+    from elit_export.bench.backends import BackendsResult, compare_backends, compared_budgets
     from elit_export.bundle.reading import Bundle
     from elit_export.cli.plan_sets import verified_plan_sets
     from elit_export.cli.tables.bench import backends_tables
+    from elit_export.runtime.opening import unopened
 
     refuse_alone(interface, checkpoint)
     limits = limits_in(check, {"backends": BackendsResult}, {} if checkpoint else PYTORCHS)
     opened = Bundle.open(bundle, trust=trust)
     plan_sets, skipped = verified_plan_sets(opened, target, precision)
+    compared_budgets([unopened(opened, plan_set) for plan_set in plan_sets], rows)  # before any of them is opened
     baseline, peaks = _pytorch(opened, checkpoint, interface) if checkpoint else ({}, {})
     with ExitStack() as stack, progress_bar() as progress:
         competitors = [

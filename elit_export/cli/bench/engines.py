@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,9 +75,10 @@ def engines(
     json_to: str | None,
 ) -> None:
     """Time and error per budget, cost of switching, ways to sample."""
-    from elit_export.bench.engines import BenchResult
+    from elit_export.bench.engines import BenchResult, check_rows, measured_budgets
     from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.bench import bench_tables
+    from elit_export.runtime.opening import unopened
 
     refuse_alone(interface, checkpoint)
     refuse_one_file("--plot", plot, every=every)
@@ -86,10 +87,17 @@ def engines(
     unmeasured = unmeasured_by(checkpoint, compiled=not no_compile, sampling=not no_sampling)
     limits, draw = limits_in(check, BenchResult, unmeasured), drawer("plot_bench", plot)
     opened = Bundle.open(bundle, trust=trust)
-    others = torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
+
+    @cache
+    def others() -> Mapping[str, Any]:
+        return torch_runners(opened, checkpoint, interface, compiled=not no_compile) if checkpoint else {}
 
     def measured(plan_set: PlanSet) -> tuple[list[Table], dict[str, Any]]:
-        result = benched(opened, plan_set, others, rows=rows, rounds=rounds, sampling=not no_sampling, json_to=json_to)
+        before = unopened(opened, plan_set)
+        check_rows(before, measured_budgets(before), rows)  # nor is torch imported yet
+        result = benched(
+            opened, plan_set, others(), rows=rows, rounds=rounds, sampling=not no_sampling, json_to=json_to
+        )
         draw(result)
         return list(bench_tables(result)), asdict(result)
 
