@@ -33,6 +33,7 @@ from elit_export.spec import LATENTS, Budget
 from elit_export.spec.limits import ROWS, SAMPLES, STEPS, TRAJECTORIES
 
 T_PARTS = 8  # of [0, 1], balanced in the selection
+BLOCK = 5  # images that follow each other in the order to select from: a new number would select other samples
 CONDITIONING_SEED, SELECTION_SEED = 1, 2  # added to the seed, for independent draws
 
 
@@ -91,11 +92,14 @@ class RecordedRow:
     """The inputs of one row of an engine call.
 
     `guided` is whether its trajectory was guided, `null` whether it belongs to the unconditional or negative branch.
+    `image` is the number of its image among those of all samplings, and `turn` its place among the rows of that image.
     """
 
     inputs: Arrays
     guided: bool
     null: bool
+    image: int
+    turn: int
 
     @property
     def kept(self) -> int:
@@ -193,16 +197,20 @@ def _record(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> li
     slots = [Slot(slot.profile, RecordingEngine(slot.engine, recorded)) for slot in bank.slots]
     records = list(sampling_steps(EngineBank(slots, budgets, bank.precision), request))
     calls = [call for record in records for call in record.calls]
-    return [
-        RecordedRow(_row(inputs, row), request.guidance.guides, null)
-        for inputs, call in zip(recorded, calls, strict=True)
-        for row, null in enumerate(_null_rows(call))
-    ]
+    turns: Counter[int] = Counter()
+    rows = []
+    for inputs, call in zip(recorded, calls, strict=True):
+        for row, (null, image) in enumerate(_rows_of(call, request)):
+            rows.append(RecordedRow(_row(inputs, row), request.guidance.guides, null, image, turns[image]))
+            turns[image] += 1
+    return rows
 
 
-def _null_rows(call: Call) -> list[bool]:
-    """Give for each row of a call whether it belongs to the unconditional or negative branch."""
-    return [branch.null_class for branch in call.branches for _ in range(call.rows // len(call.branches))]
+def _rows_of(call: Call, part: Request) -> Iterator[tuple[bool, int]]:
+    """Give for each row of a call whether it is of the unconditional or negative branch, and the number of its image."""
+    images = range(part.first_image, part.first_image + len(part.start))
+    for branch in call.branches:
+        yield from ((branch.null_class, image) for image in images)
 
 
 def _row(inputs: Arrays, row: int) -> Arrays:
@@ -224,9 +232,9 @@ class SelectedSamples:
 def select_samples(
     parts: Sequence[Sequence[RecordedRow]], pipeline: Pipeline, recipe: SampleRecipe, checkpoint_sha256: str
 ) -> SelectedSamples:
-    """Select as many rows as the recipe asks for, in the order in which they were recorded."""
+    """Select as many rows as the recipe asks for, the same ones however the samplings were split into parts."""
     names = [tensor.name for tensor in pipeline.spec.conditioning]
-    candidates = [row for part in parts for row in part]
+    candidates = _in_order([row for part in parts for row in part], recipe.images)
     kinds = [(row.guided, row.null) for row in candidates]
     indices = _balanced_indices(candidates, kinds, recipe)
     rows = [candidates[index].inputs for index in indices]
@@ -250,6 +258,18 @@ def select_samples(
     )
     guided, null = (np.array([kinds[index][column] for index in indices]) for column in (0, 1))
     return SelectedSamples(samples, guided, null)
+
+
+def _in_order(rows: Sequence[RecordedRow], images: int) -> list[RecordedRow]:
+    """Order the rows by block of images, turn and image. A sampling of `images` has even blocks of at most `BLOCK`."""
+    blocks = np.array_split(np.arange(images), -(-images // BLOCK))
+    block_of = [number for number, block in enumerate(blocks) for _ in block]
+
+    def place(row: RecordedRow) -> tuple[int, int, int, int]:
+        sampling, image = divmod(row.image, images)
+        return sampling, block_of[image], row.turn, image
+
+    return sorted(rows, key=place)
 
 
 def _balanced_indices(

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from elit_export import Pipeline
 from elit_export.arrays import HostArray
 from elit_export.backends.protocols import Array, FunctionEngine, to_host
-from elit_export.bundle.calibration_inputs import load_inputs
+from elit_export.bundle.calibration_inputs import CalibrationInputs, load_inputs
 from elit_export.bundle.reading import Bundle
 from elit_export.calibrate.inputs import (
     DEFAULT_RECIPE,
@@ -23,6 +23,7 @@ from elit_export.calibrate.inputs import (
     RecordedRow,
     SampleRecipe,
     SelectedSamples,
+    _in_order,
     batch_count,
     load_sample_recipe,
     recorded_rows,
@@ -83,8 +84,31 @@ def test_every_sample_is_what_an_engine_was_given(pipeline: Pipeline, small: Sel
 def test_the_seed_alone_decides(pipeline: Pipeline, small: SelectedSamples) -> None:
     assert sampled(pipeline).samples.sha256 == small.samples.sha256
     assert sampled(pipeline, seed=5).samples.sha256 != small.samples.sha256
-    one_by_one = sampled(pipeline, rows=1).samples  # other batches: the same rows up to the order of sums
-    assert np.array_equal(np.sort(one_by_one.kept), np.sort(small.samples.kept))
+
+
+def assert_same_rows(found: CalibrationInputs, expected: CalibrationInputs) -> None:
+    """The same up to the order of sums, and in the same order."""
+    np.testing.assert_allclose(found.x, expected.x, atol=1e-5)
+    for name in ("t", "kept"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    np.testing.assert_array_equal(found.conditioning["y"], expected.conditioning["y"])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 50])
+def test_rows_at_once_select_the_same_samples(pipeline: Pipeline, small: SelectedSamples, rows: int) -> None:
+    found = sampled(pipeline, rows=rows)
+    assert_same_rows(found.samples, small.samples)
+    np.testing.assert_array_equal(found.guided, small.guided)
+    np.testing.assert_array_equal(found.null, small.null)
+
+
+def test_rows_are_ordered_as_the_default_recipe_records_them(pipeline: Pipeline) -> None:
+    """Parts of 5 of its 10 images: the samples that were stored so far are selected again."""
+    recipe = SMALL.model_copy(update={"images": 10, "rows": 5, "guidance": ("none", "none"), "budgets": ("full",)})
+    parts = list(recorded_rows(pipeline, recipe))
+    assert len(parts) == 4
+    recorded = [row for part in parts for row in part]
+    assert _in_order(list(reversed(recorded)), recipe.images) == recorded
 
 
 def test_no_two_samples_are_the_same(small: SelectedSamples) -> None:
@@ -279,6 +303,7 @@ def test_the_command_takes_rows(tiny_bundle: Bundle, recipe: Path, tmp_path: Pat
         model = tiny_bundle.manifest.model
         found.append(load_inputs(out, model.spec, model.checkpoint_sha256))
     assert len(found[0]) == len(found[1]) == 96
+    assert_same_rows(*found)
 
 
 def test_the_command_refuses_with_status_2_and_writes_nothing(
