@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,12 +82,14 @@ def sample(
             shown: LabelsLike = described.prompts(model.spec, coverage, resolved, images)
         else:
             described.refuse_for_classes()
-            first = options.first_image // images
-            shown = parse_labels(labels, model.spec, model.data) if labels else classes_from(first, model.spec)
+            shown = parse_labels(labels, model.spec, model.data) if labels else first_classes(model.spec)
         once = as_conditioning(shown, model.spec, model.data)
-        IMAGES.check(len(once) * images, "the number of images, --images of each label or prompt,")
-        check_calls(coverage, resolved, len(once) * images, once.tokens, once.null_tokens)  # before it is repeated
-        request = prepare(model.spec, coverage, once.repeated(images), resolved)
+        numbers = range(options.first_image, options.first_image + len(once) * images)
+        IMAGES.check(len(numbers), "the number of images, --images of each label or prompt,")
+        check_calls(coverage, resolved, len(numbers), once.tokens, once.null_tokens)  # before it is repeated
+        goes_on = isinstance(once, Labels) and not labels
+        repeated = classes_of(numbers, images, model.spec) if goes_on else once.repeated(images)
+        request = prepare(model.spec, coverage, repeated, resolved)
         return Opened(opened, plan_set, Pipeline.of(opened, plan_set)), request
 
     opened, request = with_current(bundle, ready, trust=trust)
@@ -143,9 +146,14 @@ def files_of(out: Path) -> SampleFiles:
     return files
 
 
-def classes_from(first: int, spec: ModelSpec) -> Labels:
-    """Ten classes in their order, from the one that has this number; after the last comes the first."""
-    return Labels.numbered(spec, range(first, first + min(DEFAULT_CLASSES, spec.num_classes)), None)
+def first_classes(spec: ModelSpec) -> Labels:
+    """The first ten classes, or all if there are fewer."""
+    return Labels(tuple(range(min(DEFAULT_CLASSES, spec.num_classes))))
+
+
+def classes_of(numbers: Sequence[int], images: int, spec: ModelSpec) -> Labels:
+    """The class of each image by its number: `images` of each class in turn; after the last comes the first."""
+    return Labels.numbered(spec, [number // images for number in numbers], None)
 
 
 def refuse_labels(labels: str) -> None:

@@ -97,6 +97,11 @@ def test_sample_splits_any_number_of_images_and_goes_on_with_a_numbering(tiny_bu
     np.testing.assert_allclose(rest, whole[4:], atol=1e-5)
     _, onward, _ = sampled("onward.png", "--images", "2", "--first-image", "4")  # classes go on as the numbers do
     assert onward == [2, 2, 0, 0, 1, 1]
+    together, in_order, _ = sampled("together.png", "--images", "3")
+    later, within, _ = sampled("later.png", "--images", "3", "--first-image", "4")  # within the images of class 1
+    assert in_order[4:] == within[:5] == [1, 1, 2, 2, 2]
+    assert within[5:] == [0, 0, 0, 1]
+    np.testing.assert_allclose(later[:5], together[4:], atol=1e-5)
 
 
 def test_the_arrays_are_named_by_what_they_are_in_the_precision_that_is_asked_for(
