@@ -70,11 +70,12 @@ class Sample:
         return arrays, image
 
     def cache_summary(self) -> str:
-        """One line: calls that were reused or probed, why the others computed, and how many parts decided."""
+        """One line: calls that were reused or probed, why the others computed, and how many parts measured."""
         because = Counter(call.cached.because for call in self.calls if not call.reused)
         reasons = ", ".join(f"{count} {reason or 'not cached'}" for reason, count in because.items())
         reused, probes = sum(call.reused for call in self.calls), sum(call.cached.probed for call in self.calls)
-        alone = f"; each of {len(self.part_sizes)} parts decided by itself" if len(self.part_sizes) > 1 else ""
+        parts = len(self.part_sizes)
+        alone = f"; each of {parts} parts decided by itself" if probes and parts > 1 else ""
         return f"{reused} of {len(self.calls)} calls reused after {probes} probes; computed: {reasons}{alone}"
 
     def summary(self) -> str:

@@ -176,6 +176,13 @@ def test_the_cache_decides_for_each_part_and_says_so() -> None:
     assert "parts" not in parts[0].cache_summary()
 
 
+@pytest.mark.parametrize("rule", ["static:every@2", "static:mask@101011010101"])
+def test_a_cache_that_measures_nothing_decides_for_all_parts_alike(rule: str) -> None:
+    sample = carrying_rows(Range(1, 4, 8)).sample([0] * 16, steps=12, sampler="euler", cache=rule)
+    assert sample.part_sizes == (8, 8)
+    assert "parts" not in sample.cache_summary()
+
+
 def test_what_the_cache_keeps_is_of_one_part() -> None:
     """No call reuses the residual of another part: the engines here refuse those of other labels and other rows."""
     labels = [image % CARRYING_SPEC.num_classes for image in range(20)]
