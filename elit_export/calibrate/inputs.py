@@ -207,7 +207,7 @@ def _record(bank: EngineBank, budgets: Sequence[Budget], request: Request) -> li
 
 
 def _rows_of(call: Call, part: Request) -> Iterator[tuple[bool, int]]:
-    """Give for each row of a call whether it is of the unconditional or negative branch, and the number of its image."""
+    """Give for each row of a call whether it is of the unconditional or negative branch, and its image."""
     images = range(part.first_image, part.first_image + len(part.start))
     for branch in call.branches:
         yield from ((branch.null_class, image) for image in images)

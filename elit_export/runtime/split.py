@@ -7,12 +7,16 @@ would hold it for all images, on a GPU in its memory.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from itertools import count, product
 
 from elit_export.errors import InputError
 from elit_export.runtime.coverage import CallSize, Coverage, row_limits
 from elit_export.spec.limits import IMAGES
+
+NONE = float("inf")  # parts, where there is no split
 
 
 def split(coverage: Coverage, calls: Sequence[CallSize], images: int, at_once: int | None = None) -> tuple[int, ...]:
@@ -37,8 +41,11 @@ def split(coverage: Coverage, calls: Sequence[CallSize], images: int, at_once: i
 def _remedy(images: int, fitting: Sequence[range]) -> str:
     if not fitting:
         return "choose guidance of fewer rows an image, more images at once, or build with other `rows`"
-    enough = next(number for number in count(images + 1) if _divided(number, fitting))
-    return f"sample {enough} images, or build with other `rows`"
+    largest = _largest(fitting)
+    whole = _whole(images, largest)
+    fewest = _fewest_parts(images - whole * largest + largest, fitting)  # as far as the next multiple of the largest
+    enough = next(total for total in count(images - whole * largest + 1) if fewest[total] < NONE)
+    return f"sample {whole * largest + enough} images, or build with other `rows`"
 
 
 def _fitting(coverage: Coverage, calls: Sequence[CallSize], most: int) -> list[range]:
@@ -53,15 +60,62 @@ def _fitting(coverage: Coverage, calls: Sequence[CallSize], most: int) -> list[r
 
 
 def _divided(images: int, fitting: Sequence[range]) -> tuple[int, ...]:
-    """Even parts; else, where the sizes have gaps, parts of the largest size and the rest in even ones; else none."""
+    """Even parts; else, where the sizes have gaps, the fewest parts that there are; else none."""
+    if not fitting:
+        return ()
     if sizes := _even(images, fitting):
         return sizes
-    largest = max((sizes[-1] for sizes in fitting), default=images + 1)
-    whole = images // largest
-    for number in range(whole, max(0, whole - largest), -1):  # with more in the rest, some of it were the largest again
-        if rest := _even(images - number * largest, fitting):
-            return (largest,) * number + rest
-    return ()
+    largest = _largest(fitting)
+    parts = [largest] * _whole(images, largest)
+    return _of_fewest(images - sum(parts), fitting, parts)
+
+
+def _of_fewest(left: int, fitting: Sequence[range], parts: list[int]) -> tuple[int, ...]:
+    """`parts`, and what is left in the fewest, each as near the mean of the rest as it can be; else none."""
+    fewest = _fewest_parts(left, fitting)
+    if fewest[left] == NONE:
+        return ()
+    while left:
+        number = fewest[left]
+        sizes = [size for fits in fitting for size in fits if size <= left and fewest[left - size] == number - 1]
+        parts.append(min(sizes, key=partial(_from_mean, left, number)))
+        left -= parts[-1]
+    return tuple(sorted(parts, reverse=True))
+
+
+def _from_mean(images: int, parts: float, size: int) -> float:
+    return abs(size * parts - images)
+
+
+def _largest(fitting: Sequence[range]) -> int:
+    return max(sizes[-1] for sizes in fitting)
+
+
+def _whole(images: int, largest: int) -> int:
+    """How many parts of the largest size some split into the fewest parts has, whatever the other sizes are.
+
+    Among `largest` other parts, some add up to a multiple of it, and parts of the largest size are not more.
+    """
+    return max(0, images // largest - largest)
+
+
+def _fewest_parts(most: int, fitting: Sequence[range]) -> list[float]:
+    """For each number of images up to `most` the fewest parts, NONE where it cannot be divided.
+
+    Each range has a window that slides over what its parts leave; only what may yet be the least is kept in it.
+    """
+    fewest: list[float] = [0]
+    windows: list[deque[int]] = [deque() for _ in fitting]
+    for images in range(1, most + 1):
+        for sizes, window in zip(fitting, windows, strict=True):
+            if (left := images - sizes.start) >= 0:
+                while window and fewest[window[-1]] >= fewest[left]:
+                    window.pop()
+                window.append(left)
+            if window and window[0] < images - sizes[-1]:
+                window.popleft()
+        fewest.append(min((fewest[window[0]] + 1 for window in windows if window), default=NONE))
+    return fewest
 
 
 def _even(images: int, fitting: Sequence[range]) -> tuple[int, ...]:

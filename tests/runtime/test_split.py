@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -63,16 +65,55 @@ def carrying_rows(rows: Range) -> Pipeline:
         ([(2, 2), (5, 5)], 1, 7, (5, 2)),
         ([(1, 3), (5, 8)], 1, 12, (6, 6)),
         ([(1, 3), (5, 8)], 1, 4, (2, 2)),
+        ([(6, 6), (8, 10)], 1, 31, (9, 8, 8, 6)),  # not even, and no 10 among them
     ],
 )
 def test_a_batch_is_split_into_few_even_parts(
     rows: list[tuple[int, int]], branches: int, images: int, expected: tuple[int, ...]
 ) -> None:
+    assert split(profiles_of(rows), [CallSize(FULL, branches, 0)], images) == expected
+    assert sum(expected) == images
+
+
+def profiles_of(rows: Iterable[tuple[int, int]]) -> Coverage:
     ranges = [Range(low, low, high) for low, high in rows]
     profiles = tuple(Profile(str(number), Range(1, 16, 16), each) for number, each in enumerate(ranges))
-    coverage = Coverage(profiles, SPEC.budgets)
-    assert split(coverage, [CallSize(FULL, branches, 0)], images) == expected
-    assert sum(expected) == images
+    return Coverage(profiles, SPEC.budgets)
+
+
+def test_every_split_that_exists_is_found() -> None:
+    """Against all sums of sizes, made one part after another; where none has the images, the next that some have."""
+    generator = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        starts = generator.integers(1, 20, generator.integers(1, 4)).tolist()
+        rows = [(low, low + int(generator.integers(0, 3))) for low in starts]
+        sizes = {size for low, high in rows for size in range(low, high + 1)}
+        sums = {0}
+        for total in range(1, 120):
+            if any(total - size in sums for size in sizes):
+                sums.add(total)
+        images = int(generator.integers(1, 90))
+        coverage, calls = profiles_of(rows), [CallSize(FULL, 1, 0)]
+        if images in sums:
+            parts = split(coverage, calls, images)
+            assert sum(parts) == images
+            assert set(parts) <= sizes
+            assert parts == tuple(sorted(parts, reverse=True))
+        else:
+            refused += 1
+            enough = min(total for total in sums if total > images)
+            with pytest.raises(InputError, match=f"sample {enough} images, or build"):
+                split(coverage, calls, images)
+    assert 30 < refused < 270
+
+
+def test_a_million_images_of_uneven_sizes_are_split_at_once() -> None:
+    started = time.perf_counter()
+    parts = split(profiles_of([(7, 7), (64, 64)]), [CallSize(FULL, 1, 0)], 999_999)
+    assert time.perf_counter() - started < 2
+    assert (sum(parts), {*parts}) == (999_999, {7, 64})
+    assert parts.count(7) == 9  # the least with which the rest is a multiple of 64
 
 
 def test_a_part_fits_every_call_of_a_sampling() -> None:
