@@ -7,6 +7,7 @@ spinning for a moment after one. Times are comparable within one result only.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from elit_export.spec import ModelSpec, Precision
 
 EAGER = "PyTorch eager"
 PAUSE_S = 0.02  # before each call
+MIN_ROUNDS = 5  # with fewer, the spread of times says nothing about the noise
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,13 @@ class BackendsResult:
 
     `baseline` names the runner that speedups are relative to. `peaks` are matrix-product rates by precision, in
     GFLOP/s. `fastest` names the row with the lowest time at the largest budget, and with it all that are not slower
-    beyond the noise: their 10th percentile is not above its 90th. `fastest_recipe` is empty where these are several.
+    beyond the noise: their 10th percentile is not above its 90th, or `rounds` are fewer than MIN_ROUNDS.
+    `fastest_recipe` is empty where these are several.
     `skipped` holds, for the plan sets that did not run, the reason.
     """
 
     rows: int
+    rounds: int
     baseline: str
     peaks: dict[str, float]
     backends: list[BackendRow]
@@ -120,6 +124,7 @@ def compare_backends(
     fastest = not_slower(backend_rows, next(iter(budgets)))
     return BackendsResult(
         rows=rows,
+        rounds=rounds,
         baseline=baseline_name,
         peaks={precision.value: peak for precision, peak in peaks.items()},
         backends=backend_rows,
@@ -130,9 +135,10 @@ def compare_backends(
 
 
 def not_slower(rows: Sequence[BackendRow], budget: str) -> list[BackendRow]:
-    """The row with the least time, then those whose spread of times meets its own."""
+    """The row with the least time, then those whose spread of times meets its own: all, if the rounds were few."""
     in_order = sorted(rows, key=lambda row: row.times[budget].timing.median_ms)
-    limit_ms = in_order[0].times[budget].timing.high_ms
+    least = in_order[0].times[budget].timing
+    limit_ms = least.high_ms if least.runs >= MIN_ROUNDS else math.inf
     return [row for row in in_order if row is in_order[0] or row.times[budget].timing.low_ms <= limit_ms]
 
 

@@ -49,7 +49,7 @@ def competitor(plan_set: PlanSet, bundle: Bundle, *, passes: int, latents: Range
 
 
 def compared(*competitors: Competitor, rows: int = 2, **changes: Any) -> BackendsResult:
-    choices: dict[str, Any] = {"rounds": 3, "peaks": {Precision.FP32: 10.0}, "skipped": {"other": "why"}}
+    choices: dict[str, Any] = {"rounds": 5, "peaks": {Precision.FP32: 10.0}, "skipped": {"other": "why"}}
     return compare_backends(
         competitors, changes.pop("baseline", {}), rows=rows, on_budget=lambda _name, _total: None, **choices | changes
     )
@@ -91,6 +91,16 @@ def test_none_is_called_fastest_within_the_noise(tiny_bundle: Bundle) -> None:
     said = verdict(replace(tie, fastest=["one", "meeting"]))
     assert "none is fastest beyond the noise: the 10-90 % ranges of one, meeting overlap" in said
     assert "measure again on a quiet machine with more --rounds" in said
+
+
+def test_of_few_rounds_none_is_called_the_fastest(tiny_bundle: Bundle) -> None:
+    (plan_set,) = tiny_bundle.manifest.plan_sets
+    every = Range(1, 4, 4)
+    slow, fast = (competitor(plan_set, tiny_bundle, passes=passes, latents=every) for passes in (200, 2))
+    result = compared(slow, fast, rounds=1)
+    assert (result.rounds, result.fastest, result.fastest_recipe) == (1, [fast.name, slow.name], "")
+    assert verdict(result).endswith("--rounds 5 or more do")
+    assert compared(fast, rounds=1).fastest_recipe  # it is the only one
 
 
 def test_budgets_are_those_that_all_cover(tiny_bundle: Bundle) -> None:
@@ -140,5 +150,5 @@ def test_the_command_compares_all_that_run_here(tiny_checkpoint: Path, tmp_path:
     assert set(facts["peaks"]) == {"fp32", "bf16"}
     assert all(row["parity_db"] > 115 and row["plan_bytes"] > 0 and row["held_bytes"] > 0 for row in facts["backends"])
     assert facts["fastest"]
-    told = f"in a recipe:\n{facts['fastest_recipe']}" if facts["fastest_recipe"] else "none is fastest beyond the noise"
+    told = f"in a recipe:\n{facts['fastest_recipe']}" if facts["fastest_recipe"] else "none is called the fastest"
     assert told in done.output

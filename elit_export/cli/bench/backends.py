@@ -95,8 +95,12 @@ def backends(
 
 def verdict(result: BackendsResult) -> str:
     """Which is fastest, if one is beyond the noise."""
+    from elit_export.bench.backends import MIN_ROUNDS
+
     if result.fastest_recipe:
         return f"the fastest, in a recipe:\n{result.fastest_recipe}"
+    if result.rounds < MIN_ROUNDS:
+        return f"none is called the fastest: so few rounds do not show the noise; --rounds {MIN_ROUNDS} or more do"
     return (
         f"none is fastest beyond the noise: the 10-90 % ranges of {', '.join(result.fastest)} overlap; choose "
         f"by memory, or measure again on a quiet machine with more --rounds"
