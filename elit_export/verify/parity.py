@@ -64,10 +64,13 @@ def _with_acceptance(comparison: Comparison, reason: str | None, recorded: Parit
     """Let steps and trajectories miss down to the recorded SQNR, but not graphs that are fp32 in every plan set."""
     if not reason or comparison.is_graph:
         return comparison
+    return replace(comparison, accepted=reason, accepted_from_db=accepted_from_db(recorded))
+
+
+def accepted_from_db(recorded: Parity | None) -> float:
+    """The least SQNR of an accepted miss in a part of which this is recorded."""
     recorded_db = recorded.sqnr_db if recorded else None
-    return replace(
-        comparison, accepted=reason, accepted_from_db=MIN_ACCEPTED_DB if recorded_db is None else recorded_db - SLACK_DB
-    )
+    return MIN_ACCEPTED_DB if recorded_db is None else recorded_db - SLACK_DB
 
 
 def _compared(bundle: Bundle, plan_set: PlanSet, bank: EngineBank, arrays: Arrays) -> Iterator[Comparison]:

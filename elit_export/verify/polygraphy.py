@@ -22,6 +22,7 @@ from elit_export.spec import DECODE, FUSED, STEP, ModelSpec, Precision
 from elit_export.verify.cases import cache_inputs, decoder_inputs
 from elit_export.verify.parity import (
     Case,
+    accepted_from_db,
     case_of,
     fused_computing,
     fused_reusing,
@@ -96,10 +97,11 @@ def reference_parts(bundle: Bundle, plan_set: PlanSet) -> Iterator[Part]:
 
 
 def _step_parts(plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Part]:
-    reference, least_db = plan_set.reference, TOLERANCES[plan_set.precision].step_db
+    reference, step_db = plan_set.reference, TOLERANCES[plan_set.precision].step_db
     for number, facts in enumerate(plan_set.profiles):
         indices = [index for index, case in enumerate(reference.cases) if case.profile == facts.name]
         cases = tuple(Case(str(index), *case_of(reference, index, arrays, spec)) for index in indices)
+        least_db = min(step_db, accepted_from_db(facts.parity)) if plan_set.accepted else step_db
         place = [one.plan for one in plan_set.profiles[:number]].count(facts.plan)  # among the profiles of its plan
         yield Part(f"{STEP}-{facts.name}", STEP, facts.plan, cases, least_db, place)
 
@@ -166,10 +168,15 @@ def _line(model: Path, runner: PolygraphyRunner, part: Part, folder: Path) -> st
 
 
 def tolerance_options(part: Part) -> tuple[str, ...]:
-    """The part's tolerance as Polygraphy takes it: a mean error of each output, and the SNR, which is the tighter."""
+    """The part's tolerance as Polygraphy takes it: a mean error of each output, and the SNR, which is the tighter.
+
+    An accepted miss of 0 dB or less has no SNR: an error so large may leave no signal.
+    """
     named = (f"{name}:{SLACK * atol:.3g}" for name, atol in _mean_errors(part).items())
-    simple = ("--compare", "simple", "snr", "--check-error-stat", "mean", "--rtol", "0", "--atol", *named)
-    return (*simple, "--snr-threshold", f"{_snr_db(part.least_db):.2f}")
+    mean = ("--check-error-stat", "mean", "--rtol", "0", "--atol", *named)
+    if part.least_db <= 0:
+        return ("--compare", "simple", *mean)
+    return ("--compare", "simple", "snr", *mean, "--snr-threshold", f"{_snr_db(part.least_db):.2f}")
 
 
 def _mean_errors(part: Part) -> Mapping[str, float]:

@@ -74,6 +74,24 @@ def test_inputs_and_outputs_are_those_of_the_reference(written: tuple[Path, list
                 np.testing.assert_array_equal(expected[name], arrays[f"{index}/{name}"])
 
 
+@pytest.mark.parametrize(("share", "status"), [(0.5, 0), (0.25, 1)])
+def test_an_accepted_miss_that_leaves_no_signal_is_held_to_its_mean_error(
+    written: tuple[Path, list[str]], tiny_bundle: Bundle, tmp_path: Path, share: float, status: int
+) -> None:
+    """An engine that gives twice what PyTorch did is at 0 dB; one that gives four times as much is below."""
+    folder, said = written
+    (plan_set,) = tiny_bundle.manifest.plan_sets
+    part = next(one for one in polygraphy.reference_parts(tiny_bundle, plan_set) if one.name == "time")
+    cases = tuple(Case(one.point, one.inputs, {"embedding": one.expected["embedding"] * share}) for one in part.cases)
+    moved = replace(part, cases=cases, least_db=-0.5)
+    polygraphy.write_cases(moved, tmp_path)
+    line = with_outputs(
+        next(line for line in lines_in(said) if "/time/" in line), folder / "time", tmp_path / "outputs.json"
+    )
+    options = shlex.join(polygraphy.tolerance_options(moved))
+    assert polygraphy_run(f"{line.partition(' --compare ')[0]} {options}") == status
+
+
 def polygraphy_run(line: str, *more: str) -> int:
     """What the command of Polygraphy makes of a line, in this process, which spares two seconds a line."""
     words = [word for word in shlex.split(line) if not word.startswith("POLYGRAPHY_")]
@@ -130,7 +148,26 @@ def test_an_output_beyond_its_tolerance_fails(written: tuple[Path, list[str]], t
     ]
 
 
-@pytest.mark.parametrize("least_db", [18.0, 36.0, 55.0])
+@pytest.mark.parametrize(("recorded_db", "least_db"), [(20.0, 19.0), (0.5, -0.5), (None, 0.0), (130.0, None)])
+def test_steps_of_an_accepted_plan_set_are_held_to_what_was_recorded(
+    tiny_bundle: Bundle, recorded_db: float | None, least_db: float | None
+) -> None:
+    """As `verify` holds them; a profile within its tolerance keeps that, and so do graphs that are fp32 always."""
+    (plan_set,) = tiny_bundle.manifest.plan_sets
+    profiles = [
+        facts.model_copy(update={"parity": facts.parity.model_copy(update={"sqnr_db": recorded_db})})
+        for facts in plan_set.profiles
+    ]
+    accepted = plan_set.model_copy(update={"accepted": "why", "profiles": profiles})
+    usual = {part.name: part.least_db for part in polygraphy.reference_parts(tiny_bundle, plan_set)}
+    parts = {part.name: part for part in polygraphy.reference_parts(tiny_bundle, accepted)}
+    for name, part in parts.items():
+        expected = least_db if name.startswith("step-") and least_db is not None else usual[name]
+        assert part.least_db == expected
+        assert ("--snr-threshold" in polygraphy.tolerance_options(part)) == (expected > 0)
+
+
+@pytest.mark.parametrize("least_db", [0.3, 18.0, 36.0, 55.0])
 def test_what_verify_passes_polygraphy_passes(
     written: tuple[Path, list[str]], tiny_bundle: Bundle, tmp_path: Path, least_db: float
 ) -> None:
