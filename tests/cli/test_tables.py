@@ -130,7 +130,7 @@ def whole(shown: Table, width: int) -> None:
     assert "…" not in said
     for row in shown.rows:
         for column, cell in enumerate(row):
-            parts = cell.split() if column == 0 or len(cell) > WHOLE else [cell]
+            parts = cell.split() if column < shown.keys or len(cell) > WHOLE else [cell]
             lost = [part for part in parts if len(part) < width / 3 and part not in said]
             assert not lost, f"{shown.title}: {lost} of {cell!r} at {width}"
     told = (shown.title, *shown.columns, *shown.notes)
@@ -162,6 +162,38 @@ def test_columns_that_do_not_fit_follow_beside_the_first_one() -> None:
     assert list(blocks_of(shown, 200)) == [(0, 1, 2, 3, 4, 5, 6)]
     assert list(blocks_of(shown, 60)) == [(0, 1, 2), (0, 3, 4), (0, 5, 6)]
     assert sum("all" in line for line in lines_at(60, shown)) == 3
+
+
+def test_columns_that_name_a_row_together_stand_in_each_block() -> None:
+    rows = [("profile full", point, "1" * 20, "2" * 20) for point in ("t 0.25", "t 0.5")]
+    shown = table("t", ("part", "point", "max abs", "margin"), rows)
+    assert shown.keys == 2
+    assert list(blocks_of(shown, 140)) == [(0, 1, 2, 3)]
+    assert list(blocks_of(shown, 60)) == [(0, 1, 2), (0, 1, 3)]
+    assert list(blocks_of(shown, 30)) == [(0, 1), (0, 2), (0, 3)]  # where there is no room for both, numbers go first
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys"),
+    [
+        ([("a", "x", "1")], 1),
+        ([("a", "x", "1"), ("b", "x", "1")], 1),
+        ([("a", "x", "1"), ("a", "y", "1")], 2),
+        ([("a", "x", "1"), ("a", "x", "2")], 1),
+        ([("a", "x", "1"), ("a", "x", "1")], 1),
+        ([], 1),
+    ],
+)
+def test_the_leading_columns_that_differ_are_the_keys(rows: list[tuple[str, ...]], keys: int) -> None:
+    assert table("t", ("one", "two", "value"), rows).keys == keys
+
+
+def test_quality_can_be_read_across_at_80_columns() -> None:
+    shown = quality_table(quality_of())
+    assert len(set(shown.columns)) == len(shown.columns)
+    blocks = list(blocks_of(shown, 80))
+    assert len(blocks) > 1
+    assert all(block[:4] == (0, 1, 2, 3) for block in blocks)  # target, precision, sampling and budget
 
 
 def test_a_word_that_is_wider_than_the_line_is_folded_and_not_cut() -> None:

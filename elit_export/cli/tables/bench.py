@@ -235,7 +235,17 @@ def soak_table(result: SoakResult) -> Table:
 def quality_table(result: QualityResult) -> Table:
     """A row per plan set, sampler config and budget; what real images reach is in the notes."""
     first = result.rows[0]
-    columns = ("target", "precision", "sampling", "budget", "agreement", "change", "Fréchet", "change", "dB")
+    columns = (
+        "target",
+        "precision",
+        "sampling",
+        "budget",
+        "agreement",
+        "change of agreement",
+        "Fréchet",
+        "change of Fréchet",
+        "dB",
+    )
     return table(
         f"{result.images} images, guidance {result.guidance}, as a classifier sees them",
         columns,

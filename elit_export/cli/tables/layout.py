@@ -1,8 +1,8 @@
 """A table for people as a value, and how it is laid out at any width.
 
 At every width all of it is there. Where a table is too wide, its headers and long texts break between words; where it
-still is, the columns that do not fit follow in a block of their own below, beside the first column again. A number is
-never broken and never shortened.
+still is, the columns that do not fit follow in a block of their own below, beside the columns that name a row again. A
+number is never broken and never shortened.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rich.cells import cell_len
 from rich.console import Group, JustifyMethod, RenderableType
@@ -24,12 +25,20 @@ BORDER, FRAME = 1, 3  # characters of the right border, and around each column
 
 @dataclass(frozen=True)
 class Table:
-    """The first column says what a row is about. `notes` stand below, each on a line of its own."""
+    """The leading columns say what a row is about. `notes` stand below, each on a line of its own."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def keys(self) -> int:
+        """The number of leading columns that tell each row from the others; 1 where no such number does."""
+        for count in range(1, len(self.columns)):
+            if len({row[:count] for row in self.rows}) == len(self.rows):
+                return count
+        return 1
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> Table:
@@ -62,24 +71,34 @@ def laid_out(shown: Table, width: int) -> RenderableType:
 
 
 def blocks_of(shown: Table, width: int) -> Iterator[tuple[int, ...]]:
-    """The columns of each block; the first one is in all of them."""
-    block = [0]
-    for column in range(1, len(shown.columns)):
-        if len(block) > 1 and _taken([_least(shown, each) for each in (*block, column)]) > width:
+    """The columns of each block; those that name a row are in all of them."""
+    keys = _repeated(shown, width)
+    block = [*keys]
+    for column in range(len(keys), len(shown.columns)):
+        if len(block) > len(keys) and _taken([_min_width(shown, each) for each in (*block, column)]) > width:
             yield tuple(block)
-            block = [0]
+            block = [*keys]
         block.append(column)
     yield tuple(block)
 
 
+def _repeated(shown: Table, width: int) -> range:
+    """As many of the columns that name a row as leave room for each other column, and the first one in any case."""
+    min_widths = [_min_width(shown, column) for column in range(len(shown.columns))]
+    for count in range(shown.keys, 1, -1):
+        if _taken([*min_widths[:count], max(min_widths[count:])]) <= width:
+            return range(count)
+    return range(1)
+
+
 def _widths(shown: Table, block: Sequence[int], width: int) -> list[int]:
-    """The least that each column needs; what is left goes to cells that are broken, and then to headers that are."""
-    widths = [_least(shown, column) for column in block]
+    """The minimum that each column needs; what is left goes to cells that are broken, and then to headers that are."""
+    widths = [_min_width(shown, column) for column in block]
     widths[-1] = max(1, widths[-1] - max(0, _taken(widths) - width))  # a single word that is wider than all there is
-    for longest in (_longest_cell, _longest):
-        wanted = [max(longest(shown, column), each) for column, each in zip(block, widths, strict=True)]
-        while _taken(widths) < width and widths != wanted:
-            neediest = max(range(len(block)), key=lambda place: wanted[place] / widths[place])
+    for text_width in (_max_cell, _max_text):
+        targets = [max(text_width(shown, column), each) for column, each in zip(block, widths, strict=True)]
+        while _taken(widths) < width and widths != targets:
+            neediest = max(range(len(block)), key=lambda place: targets[place] / widths[place])
             widths[neediest] += 1
     return widths
 
@@ -88,20 +107,21 @@ def _taken(widths: Sequence[int]) -> int:
     return BORDER + sum(each + FRAME for each in widths)
 
 
-def _least(shown: Table, column: int) -> int:
-    """The longest of what must not be broken: words of the header, of the first column and of long cells."""
+def _min_width(shown: Table, column: int) -> int:
+    """The longest of what must not be broken: words of the header, of what names a row and of long cells."""
     cells = [row[column] for row in shown.rows]
-    words = [word for cell in cells if column == 0 or cell_len(cell) > WHOLE for word in cell.split()]
-    short = [cell for cell in cells if column > 0 and cell_len(cell) <= WHOLE]
+    names = column < shown.keys
+    words = [word for cell in cells if names or cell_len(cell) > WHOLE for word in cell.split()]
+    short = [cell for cell in cells if not names and cell_len(cell) <= WHOLE]
     return max(map(cell_len, (*shown.columns[column].split(), *words, *short)), default=1)
 
 
-def _longest_cell(shown: Table, column: int) -> int:
+def _max_cell(shown: Table, column: int) -> int:
     return max((cell_len(row[column]) for row in shown.rows), default=1)
 
 
-def _longest(shown: Table, column: int) -> int:
-    return max(cell_len(shown.columns[column]), _longest_cell(shown, column))
+def _max_text(shown: Table, column: int) -> int:
+    return max(cell_len(shown.columns[column]), _max_cell(shown, column))
 
 
 def _drawn(shown: Table, block: Sequence[int], widths: Sequence[int]) -> Drawn:
