@@ -82,7 +82,7 @@ def train_classifier(
             config,
             on_step=lambda step, loss: progress.update(task, completed=step, description=f"loss {loss:.3f}"),
         )
-    facts = classifier.judge_facts(trained, images, held_out, command=command_line(click.get_current_context()))
+    facts = classifier.evaluator_facts(trained, images, held_out, command=command_line(click.get_current_context()))
     save_evaluator(out, trained, facts)
     show(baselines_table(facts), json_to=json_to)
     say(f"wrote {out}", json_to=json_to)

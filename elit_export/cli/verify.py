@@ -105,10 +105,10 @@ def verified(
     from elit_export.cli.tables.inspect import parity_tables
     from elit_export.verify.check import record_success, verify_plan_set
     from elit_export.verify.compare import verdict_of
-    from elit_export.verify.parity import comparisons_of
+    from elit_export.verify.parity import comparison_count
 
     def compared(bundle: Bundle, plan_set: PlanSet) -> tuple[Bundle, PlanSet, list[Comparison]]:
-        progress.reset(task, total=comparisons_of(plan_set))
+        progress.reset(task, total=comparison_count(plan_set))
         comparisons = verify_plan_set(
             bundle,
             plan_set,

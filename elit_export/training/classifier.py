@@ -115,6 +115,3 @@ def evaluator_facts(
         test_sha256=test.sha256,
         command=command,
     )
-
-
-judge_facts = evaluator_facts  # the earlier name, which the command line calls

@@ -110,9 +110,6 @@ def comparison_count(plan_set: PlanSet) -> int:
     return steps + cached + fused + decoded + sum(trajectory.steps for trajectory in reference.trajectories)
 
 
-comparisons_of = comparison_count  # the earlier name, which the command line imports
-
-
 def met_db(sqnr_db: float | None, precision: Precision) -> bool:
     """Whether the SQNR of a single step is within the tolerance of the precision."""
     return sqnr_db is not None and sqnr_db >= TOLERANCES[precision].step_db
