@@ -221,7 +221,9 @@ def check_rows(on: Samplable, budgets: Budgets, rows: int) -> None:
         for budget in budgets.values():
             on.coverage.profile_for(budget, rows, on.coverage.tokens)
     except InputError as error:
-        raise InputError(f"a bench of {rows} rows a call does not fit: {error}", "choose other --rows") from error
+        raise InputError(
+            f"a bench of {rows} rows a call does not fit: {error.problem}", "choose other --rows"
+        ) from error
 
 
 # ---------------------------------------------------------------- one budget

@@ -62,8 +62,8 @@ def _measure_in_own_process(bundle: Bundle, plan_set: PlanSet, profiles: Sequenc
         return in_own_process(held_bytes, bundle.folder, part, trust=bundle.trust)
     except BrokenProcessPool as error:
         raise EngineError(
-            f"a process that opened the engines of {bundle.folder} to measure their memory died; "
-            f"is there memory for a second copy of them?"
+            f"a process that opened the engines of {bundle.folder} to measure their memory died",
+            "free memory for a second copy of them",
         ) from error
 
 

@@ -51,7 +51,7 @@ def check_samplings(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLi
         for options in (reference_options(budgets), *map(fast_options, budgets), *configs):
             pipeline.prepared(conditioning, options)
     except InputError as error:
-        raise InputError(f"whole samplings do not fit: {error}", "leave them out with --no-sampling") from error
+        raise InputError(f"whole samplings do not fit: {error.problem}", "leave them out with --no-sampling") from error
 
 
 def reference_solution(pipeline: Pipeline, budgets: Budgets, conditioning: LabelsLike) -> HostArray:

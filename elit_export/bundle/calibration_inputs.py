@@ -123,7 +123,9 @@ def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Calibrat
         _check_shapes(samples, spec)
         _check_values(samples, spec)
     except CalibrationError as error:
-        raise CalibrationError(f"{path}: {error}", command_for(path, text=spec.takes_text)) from error
+        command = command_for(path, text=spec.takes_text)
+        remedy = f"{error.remedy}: {command}" if error.remedy else command
+        raise CalibrationError(f"{path}: {error.problem}", remedy) from error
     return samples
 
 

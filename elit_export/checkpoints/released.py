@@ -44,6 +44,36 @@ REMEDY = (
     "save it again where it was made, torch.save({'ema': …}, FILE), and give what args would tell: --num-heads N, "
     "--head-depth N, --tail-depth N"
 )
+NOT_ELIT_SIT = "its shapes and args do not describe an ELIT-SiT model"
+
+READ = "input_token_editor.adapters.0."
+WRITE = "output_token_editor.adapters.0."
+LATENT_POSITIONS = f"{READ}latent_pos_embed"
+LEARNED_QUERIES = f"{READ}learned_query_embed"
+QK_NORM = "blocks.0.attn.q_norm.weight"
+# Tensors whose shapes determine the spec, and how many axes each has.
+TELLING_AXES = {
+    "pos_embed": 3,
+    "x_embedder.proj.weight": 4,
+    "y_embedder.embedding_table.weight": 2,
+    "blocks.0.mlp.fc1.weight": 2,
+    LEARNED_QUERIES: 2,
+}
+# Own prefix → released prefix; the first that fits counts.
+RELEASED_PREFIXES = {
+    "patch_embed.": "x_embedder.",
+    "y_embedder.": "y_embedder.embedding_table.",
+    "read.query": LEARNED_QUERIES,
+    "read.pos_embed": f"{READ}pos_embed",
+    "read.latent_pos_embed": LATENT_POSITIONS,
+    "read.attn.": f"{READ}fit_layer.latents_attend_to_patches.0.",
+    "read.mlp.": f"{READ}fit_layer.read_ff.0.",
+    "read.modulation.": f"{READ}fit_layer.modulation.",
+    "write.pos_embed": f"{WRITE}pos_embed",
+    "write.attn.": f"{WRITE}patches_attend_to_latents.0.",
+    "write.mlp.": f"{WRITE}write_ff.0.",
+    "final.": "final_layer.",
+}
 
 
 def load_released(path: Path, overrides: Mapping[str, int | None]) -> Elit:
@@ -166,8 +196,10 @@ def _released_spec(
             num_classes=args.get("num_classes", from_shapes.num_classes),
             group_size=args.get("elit_group_size", from_shapes.group_size),
         )
-    except (InputError, TypeError) as error:
-        raise CheckpointError(f"{path}: its shapes and args do not describe an ELIT-SiT model: {error}") from error
+    except InputError as error:
+        raise CheckpointError(f"{path}: {NOT_ELIT_SIT}: {error.problem}", error.remedy) from error
+    except TypeError as error:
+        raise CheckpointError(f"{path}: {NOT_ELIT_SIT}: {error}") from error
 
 
 def _check_telling_shapes(path: Path, shapes: Mapping[str, Shape]) -> None:
@@ -240,35 +272,6 @@ def _spec_from_shapes(shapes: Mapping[str, Shape], hidden: _Hidden) -> ModelSpec
 
 
 # ---------------------------------------------------------------- released names
-
-READ = "input_token_editor.adapters.0."
-WRITE = "output_token_editor.adapters.0."
-LATENT_POSITIONS = f"{READ}latent_pos_embed"
-LEARNED_QUERIES = f"{READ}learned_query_embed"
-QK_NORM = "blocks.0.attn.q_norm.weight"
-# Tensors whose shapes determine the spec, and how many axes each has.
-TELLING_AXES = {
-    "pos_embed": 3,
-    "x_embedder.proj.weight": 4,
-    "y_embedder.embedding_table.weight": 2,
-    "blocks.0.mlp.fc1.weight": 2,
-    LEARNED_QUERIES: 2,
-}
-# Own prefix → released prefix; the first that fits counts.
-RELEASED_PREFIXES = {
-    "patch_embed.": "x_embedder.",
-    "y_embedder.": "y_embedder.embedding_table.",
-    "read.query": LEARNED_QUERIES,
-    "read.pos_embed": f"{READ}pos_embed",
-    "read.latent_pos_embed": LATENT_POSITIONS,
-    "read.attn.": f"{READ}fit_layer.latents_attend_to_patches.0.",
-    "read.mlp.": f"{READ}fit_layer.read_ff.0.",
-    "read.modulation.": f"{READ}fit_layer.modulation.",
-    "write.pos_embed": f"{WRITE}pos_embed",
-    "write.attn.": f"{WRITE}patches_attend_to_latents.0.",
-    "write.mlp.": f"{WRITE}write_ff.0.",
-    "final.": "final_layer.",
-}
 
 
 def released_name(name: str, spec: ModelSpec) -> str:

@@ -214,7 +214,8 @@ def _shared(config: _Config, channels: int) -> tuple[Numbers, Numbers]:
     scale = config.number("scaling_factor")
     if scale <= 0:
         raise CheckpointError(
-            f"{config.path}: scaling_factor is {scale:g}, must be positive; latents are divided by it"
+            f"{config.path}: scaling_factor is {scale:g}, must be positive",
+            "correct it: latents are divided by it",
         )
     shift = 0.0 if config.values["shift_factor"] is None else config.number("shift_factor")
     return (scale,) * channels, (shift,) * channels

@@ -34,6 +34,8 @@ WEIGHTS = click.option(
     help="stored: as in its files, half the memory for bfloat16 ones.  [default: float32]",
 )
 
+HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions:
@@ -96,9 +98,6 @@ def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
     if file is None:
         raise InputError("--prompts is missing, this model takes text", "write some with elit-export embed FOLDER")
     return load_prompts(file).checked(spec)
-
-
-HOW = "say what to show with --prompt TEXT --encoder FOLDER, or give embeddings with --prompts FILE.npz"
 
 
 def embedded(

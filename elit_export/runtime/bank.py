@@ -122,7 +122,7 @@ class EngineBank(ProcessBound):
         self.check_process()
         with self._lock:
             if self._closed:
-                raise EngineError("this engine bank is closed; load the pipeline again")
+                raise EngineError("this engine bank is closed", "load the pipeline again")
             return engine(inputs)
 
     def close(self) -> None:

@@ -32,6 +32,14 @@ class Kind(StrEnum):
     AUTOGUIDANCE = "autoguidance"
 
 
+USAGE = {
+    Kind.NONE: "none",
+    Kind.CFG: "cfg:SCALE[,norm]",
+    Kind.CCFG: "ccfg:SCALE@WEAK_BUDGET[,norm]",
+    Kind.AUTOGUIDANCE: "autoguidance:SCALE@WEAK_BUDGET[,norm]",
+}
+
+
 STRONG, WEAK = "strong", "weak"  # roles
 
 
@@ -156,11 +164,3 @@ def _lengths(velocity: npt.NDArray[Any], patch: int) -> Float64:
     tokens = squares.reshape(rows, height // patch, patch, width // patch, patch).sum(axis=(2, 4))
     lengths: Float64 = np.sqrt(tokens).repeat(patch, axis=1).repeat(patch, axis=2)[:, None]
     return lengths
-
-
-USAGE = {
-    Kind.NONE: "none",
-    Kind.CFG: "cfg:SCALE[,norm]",
-    Kind.CCFG: "ccfg:SCALE@WEAK_BUDGET[,norm]",
-    Kind.AUTOGUIDANCE: "autoguidance:SCALE@WEAK_BUDGET[,norm]",
-}

@@ -35,7 +35,7 @@ class DataFacts:
             raise InputError(f"data kind {self.kind!r} is neither 'pixels' nor 'vae'")
         for name, bound in (("low", self.low), ("high", self.high)):
             if not _is_finite(bound):
-                raise InputError(f"data {name} {bound!r} is no finite number")
+                raise InputError(f"data {name} {bound!r} is not a finite number")
         if self.low >= self.high:
             raise InputError(f"data low {self.low!r} is not below high {self.high!r}")
         self._check_words()
@@ -43,13 +43,17 @@ class DataFacts:
             if not all(map(_is_finite, _numbers(value))):
                 raise InputError(f"data {name} {value!r} is not a finite number, nor one for each channel")
         if min(_numbers(self.scale), default=0.0) <= 0:
-            raise InputError(f"data scale {self.scale!r} is not positive; latents are divided by it")
+            raise InputError(
+                f"data scale {self.scale!r} is not positive", "give positive numbers, by which latents are divided"
+            )
 
     def _check_words(self) -> None:
         if not isinstance(self.vae, str):
-            raise InputError(f"data vae {self.vae!r} is no text")
+            raise InputError(f"data vae {self.vae!r} is not text", "write it in quotes")
         if not isinstance(self.class_names, tuple) or not all(isinstance(name, str) for name in self.class_names):
-            raise InputError(f"data class_names {self.class_names!r} are not a list of texts; write numbers in quotes")
+            raise InputError(
+                f"data class_names {self.class_names!r} are not a list of texts", "write numbers in quotes"
+            )
 
     def of_channels(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return scale and shift of each channel; raises InputError if they have another number of channels."""

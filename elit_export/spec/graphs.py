@@ -113,6 +113,17 @@ class GraphSpec:
 
 # ---------------------------------------------------------------- graphs of a model
 
+# Whether to compute in any case, when to compute, and how residuals are forecast.
+FUSED_SETTINGS = (
+    TensorSpec("force", "bool", (), Role.SETTING),
+    TensorSpec("threshold", "float32", (), Role.SETTING),
+    TensorSpec("coefficients", "float32", (COEFFICIENTS,), Role.SETTING),
+    TensorSpec("low", "float32", (), Role.SETTING),
+    TensorSpec("high", "float32", (), Role.SETTING),
+    TensorSpec("most", "int64", (), Role.SETTING),
+    TensorSpec("order", "int64", (), Role.SETTING),
+)
+
 
 def conditioning_tensors(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     """Return the inputs of `step` beside x, t and latents."""
@@ -200,17 +211,6 @@ def fused_state(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     ]
     return (*on_tokens, *on_rows, TensorSpec("reused", "int64", (), Role.STATE))
 
-
-# Whether to compute in any case, when to compute, and how residuals are forecast.
-FUSED_SETTINGS = (
-    TensorSpec("force", "bool", (), Role.SETTING),
-    TensorSpec("threshold", "float32", (), Role.SETTING),
-    TensorSpec("coefficients", "float32", (COEFFICIENTS,), Role.SETTING),
-    TensorSpec("low", "float32", (), Role.SETTING),
-    TensorSpec("high", "float32", (), Role.SETTING),
-    TensorSpec("most", "int64", (), Role.SETTING),
-    TensorSpec("order", "int64", (), Role.SETTING),
-)
 
 MODEL_GRAPHS = {STEP: _step, PROBE: _probe, REUSE: _reuse, TIME: _time_graph, FUSED: _fused}
 

@@ -92,7 +92,7 @@ class Comparison:
 
 
 def verdict_of(found: Sequence[Comparison]) -> str:
-    """Of all together: how many passed, how many of these by the recipe's leave, and the worst margin."""
+    """Say how many passed, how many of these are misses that the recipe accepts, and the worst margin."""
     passed = [comparison for comparison in found if comparison.passed]
     below = sum(not comparison.met for comparison in passed)
     accepted = f", {below} of these below tolerance and accepted" if below else ""
@@ -105,5 +105,5 @@ def require(comparison: Comparison, remedy: str = "") -> Comparison:
     if not comparison.passed:
         may_be_accepted = not comparison.problem and not comparison.is_graph
         acceptance = 'accept_below_tolerance = "why" keeps it' if may_be_accepted else ""
-        raise ParityError("; ".join(part for part in (comparison.verdict, remedy, acceptance) if part))
+        raise ParityError(comparison.verdict, "; ".join(part for part in (remedy, acceptance) if part))
     return comparison

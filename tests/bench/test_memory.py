@@ -55,7 +55,7 @@ def test_a_system_that_does_not_tell_starts_no_process(tiny_bundle: Bundle, monk
 def test_a_process_that_dies_is_a_clear_error(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "resident_bytes", lambda: 1)
     monkeypatch.setattr(module, "held_bytes", kill_own_process)
-    with pytest.raises(EngineError, match="measure their memory died"):
+    with pytest.raises(EngineError, match="measure their memory died; free memory for a second copy"):
         bank_memory(tiny_bundle, tiny_bundle.manifest.plan_sets[0])
 
 

@@ -662,7 +662,7 @@ def spec_with(model: ElitSiT, **changes: object) -> str:
         ({"spec": '{"num_heads": 2}'}, "missing core_depth"),
         ({"data": "[1]"}, "unreadable metadata"),
         ({"data": '{"kind": "pixels", "colour": 1}'}, "colour"),
-        ({"data": '{"kind": "pixels", "low": "0"}'}, "data low '0' is no finite number"),
+        ({"data": '{"kind": "pixels", "low": "0"}'}, "data low '0' is not a finite number"),
         ({"data": '{"kind": "pixels", "class_names": [1, 2]}'}, "class_names .* are not a list of texts"),
     ],
 )

@@ -444,7 +444,7 @@ def test_numbers_of_other_channels_are_refused(channels: int) -> None:
 
 
 NO_SCALES: list[tuple[dict[str, Any], str]] = [
-    ({"scale": 0.0}, r"data scale 0\.0 is not positive; latents are divided by it"),
+    ({"scale": 0.0}, r"data scale 0\.0 is not positive; give positive numbers"),
     ({"scale": (1.0, -1.0)}, r"data scale \(1\.0, -1\.0\) is not positive"),
     ({"scale": ()}, r"data scale \(\) is not positive"),
     ({"scale": math.nan}, "data scale nan is not a finite number, nor one for each channel"),
@@ -460,14 +460,14 @@ def test_numbers_that_scale_nothing_are_refused() -> None:
 
 
 NO_FACTS: list[tuple[dict[str, Any], str]] = [
-    ({"low": "-1"}, "data low '-1' is no finite number"),
-    ({"high": None}, "data high None is no finite number"),
-    ({"high": math.nan}, "data high nan is no finite number"),
+    ({"low": "-1"}, "data low '-1' is not a finite number"),
+    ({"high": None}, "data high None is not a finite number"),
+    ({"high": math.nan}, "data high nan is not a finite number"),
     ({"low": 1.0, "high": 1.0}, r"data low 1\.0 is not below high 1\.0"),
     ({"class_names": (1, 2)}, r"class_names \(1, 2\) are not a list of texts; write numbers in quotes"),
     ({"class_names": "cat"}, "class_names 'cat' are not a list of texts"),
     ({"class_names": None}, "class_names None are not a list of texts"),
-    ({"vae": 3}, "data vae 3 is no text"),
+    ({"vae": 3}, "data vae 3 is not text; write it in quotes"),
 ]
 
 
