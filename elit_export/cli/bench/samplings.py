@@ -80,7 +80,12 @@ def samplers(
 @BUNDLE
 @IMAGES_OPTION
 @ROUNDS_OPTION
-@click.option("--schedule", default="full", show_default=True, help="t ranges fit every step count.")
+@click.option(
+    "--schedule",
+    default="full",
+    show_default=True,
+    help="t ranges (from 1, noise, to 0) and shares of the steps (from 0%) fit every step count.",
+)
 @GUIDANCE_OPTION
 @click.option(
     "--fine-steps", type=Count(limits.STEPS), default=100, show_default=True, help="Heun's, of the reference solution."
