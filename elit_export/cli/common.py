@@ -107,9 +107,9 @@ def progress_bar() -> Iterator[Progress]:
         for task in progress.task_ids:
             progress.remove_task(task)
         progress.live.transient = True
+        progress.live.stop()  # the progress's own stop would add an empty line where no terminal is
         raise
-    finally:
-        progress.stop()
+    progress.stop()
 
 
 def is_quiet() -> bool:

@@ -196,6 +196,13 @@ def test_quality_can_be_read_across_at_80_columns() -> None:
     assert all(block[:4] == (0, 1, 2, 3) for block in blocks)  # target, precision, sampling and budget
 
 
+def test_notes_are_indented_and_end_where_their_text_does() -> None:
+    notes = [line for line in lines_at(60, table("t", ("one",), [("1",)], ["word " * 20, "short"])) if "word" in line]
+    assert len(notes) == 2
+    assert lines_at(60, table("t", ("one",), [("1",)], ["short"]))[-1] == "  short"
+    assert all(line.startswith("  word") and line == line.rstrip() for line in notes)
+
+
 def test_a_word_that_is_wider_than_the_line_is_folded_and_not_cut() -> None:
     shown = table("t", ("fact", "value"), [("checkpoint_sha256", "0123456789abcdef" * 4)])
     said = "".join(part for line in lines_at(60, shown) for part in line.split("│")[2:3])

@@ -92,6 +92,7 @@ def test_a_sample_and_the_package_show_themselves() -> None:
     assert repr(sample) == f"<Sample: {sample.summary()}>"
     assert "\n" not in repr(sample)
     assert set(elit_export.__all__) <= set(dir(elit_export))
+    assert {name for name in dir(elit_export) if not name.startswith("__")} == set(elit_export.__all__)
     assert {"Labels", "Prompts", "Sample", "StepRecord", "InputError"} <= set(dir(elit_export))
 
 

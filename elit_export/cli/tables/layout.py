@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rich.cells import cell_len
-from rich.console import Group, JustifyMethod, RenderableType
-from rich.padding import Padding
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table as Drawn
 from rich.text import Text
 
 UNITS = ("B", "kB", "MB", "GB")
 WHOLE = 28  # characters: a cell that is no longer stays on one line
+INDENT = 2  # characters before a note
 BORDER, FRAME = 1, 3  # characters of the right border, and around each column
 
 
@@ -66,8 +66,20 @@ def digits(value: float, count: int = 3) -> str:
 def laid_out(shown: Table, width: int) -> RenderableType:
     """Title, blocks of columns and notes, none wider than so many characters."""
     blocks = [_drawn(shown, block, _widths(shown, block, width)) for block in blocks_of(shown, width)]
-    notes = [Padding(Text(note, overflow="fold"), (0, 0, 0, 2)) for note in shown.notes]
-    return Group(Text(shown.title, style="italic", overflow="fold"), *blocks, *notes)
+    title = Text(shown.title, style="italic", overflow="fold")
+    return Group(title, *blocks, *(_Note(note) for note in shown.notes))
+
+
+@dataclass(frozen=True)
+class _Note:
+    """An indented line that breaks between words and, other than rich's own padding, ends where its text does."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in Text(self.text).wrap(console, options.max_width - INDENT, overflow="fold"):
+            line.rstrip()
+            yield Text(" " * INDENT).append_text(line)
 
 
 def blocks_of(shown: Table, width: int) -> Iterator[tuple[int, ...]]:
