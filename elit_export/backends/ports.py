@@ -33,7 +33,7 @@ class Port:
         if self.dims is None:
             return True
         return len(self.dims) == len(dims) and all(
-            size is None or size == wanted for size, wanted in zip(self.dims, dims, strict=True)
+            size is None or size == dim for size, dim in zip(self.dims, dims, strict=True)
         )
 
 
@@ -43,14 +43,14 @@ def check_ports(plan: Path, graph: GraphSpec, inputs: Sequence[Port], outputs: S
     Their order does not matter, and a plan may give more: one that is bisected shows what every node gives.
     """
     names = {tensor.name for tensor in graph.outputs}
-    given = [port for port in outputs if port.name in names]
-    for what, found, wanted in (("takes", inputs, graph.inputs), ("gives", given, graph.outputs)):
-        ports = sorted(found, key=lambda port: port.name)
-        tensors = sorted(wanted, key=lambda tensor: tensor.name)
+    own_outputs = [port for port in outputs if port.name in names]
+    for what, plan_ports, graph_tensors in (("takes", inputs, graph.inputs), ("gives", own_outputs, graph.outputs)):
+        ports = sorted(plan_ports, key=lambda port: port.name)
+        tensors = sorted(graph_tensors, key=lambda tensor: tensor.name)
         if len(ports) != len(tensors) or not all(map(Port.fits, ports, tensors)):
             raise BundleError(
-                f"{plan}: is not a plan of the graph `{graph.name}`: it {what} {', '.join(map(str, found))}; "
-                f"the graph {what} {', '.join(map(_said, wanted))}",
+                f"{plan}: is not a plan of the graph `{graph.name}`: it {what} {', '.join(map(str, plan_ports))}; "
+                f"the graph {what} {', '.join(map(_said, graph_tensors))}",
                 "copy the bundle again, or build it again: elit-export build RECIPE --target TARGET --out BUNDLE",
             )
 

@@ -36,8 +36,8 @@ class Artifact(Facts):
         return sum(file.size_bytes for file in self.files.values())
 
 
-def hashed(made: Any) -> Any:
+def hashed(entry: Any) -> Any:
     """Check that what is opened of an artifact is among the files whose hashes are kept."""
-    if made.file not in made.artifact.files:
-        raise ValueError(f"{made.file} is not among the files of {made.artifact.name} whose hashes are kept")
-    return made
+    if entry.file not in entry.artifact.files:
+        raise ValueError(f"{entry.file} is not among the files of {entry.artifact.name} whose hashes are kept")
+    return entry

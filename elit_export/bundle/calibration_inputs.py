@@ -79,12 +79,12 @@ class CalibrationInputs:
 
 
 def _arrays(inputs: CalibrationInputs) -> Arrays:
-    """By the names of their tensors."""
+    """Return the arrays by the names of their tensors."""
     return {"x": inputs.x, "t": inputs.t, "kept": inputs.kept, **dict(sorted(inputs.conditioning.items()))}
 
 
 def _entries(inputs: CalibrationInputs) -> Arrays:
-    """By their names in the file."""
+    """Return the arrays by their names in the file."""
     names = {name: f"{CONDITIONING}{name}" for name in inputs.conditioning}
     return {names.get(name, name): values for name, values in _arrays(inputs).items()}
 
@@ -133,7 +133,7 @@ def _read(path: Path, spec: ModelSpec) -> CalibrationInputs:
     if not path.exists():
         raise CalibrationError("no calibration samples there", "collect some")
     try:
-        arrays = _wanted_arrays(path, spec)
+        arrays = _model_arrays(path, spec)
     except OSError as error:
         raise CalibrationError(f"cannot be read ({error.strerror or error})", "collect the samples again") from error
     except PlainArraysError as error:
@@ -141,27 +141,27 @@ def _read(path: Path, spec: ModelSpec) -> CalibrationInputs:
     return _samples_of(arrays)
 
 
-def _wanted_arrays(path: Path, spec: ModelSpec) -> Arrays:
-    """What samples of this model have, no more bytes than so many of its rows can have; nothing else is read."""
+def _model_arrays(path: Path, spec: ModelSpec) -> Arrays:
+    """Read the arrays that samples of this model have, and no more bytes than so many of its rows can have."""
     facts = plain_arrays(path, (FACTS,), what=WHAT, error=CalibrationError, limit_bytes=FACTS_BYTES)
     rows = _facts_of(facts).samples
     if problem := SAMPLES.problem(rows, "their number"):
         raise CalibrationError(problem, "collect the samples again")
     names = [name for name in array_names(path, what=WHAT, error=CalibrationError) if name.startswith(CONDITIONING)]
     _check_conditioned([name.removeprefix(CONDITIONING) for name in names], spec)
-    wanted, limit = {"x", "t", "kept", *names}, max(rows, FEWEST) * _row_bytes(spec) + FACTS_BYTES
-    return facts | plain_arrays(path, wanted, what=WHAT, error=CalibrationError, limit_bytes=limit)
+    inputs, limit = {"x", "t", "kept", *names}, max(rows, FEWEST) * _row_bytes(spec) + FACTS_BYTES
+    return facts | plain_arrays(path, inputs, what=WHAT, error=CalibrationError, limit_bytes=limit)
 
 
 def _check_conditioned(names: Sequence[str], spec: ModelSpec) -> None:
     conditioning = {tensor.name for tensor in spec.conditioning}
     if set(names) != conditioning:
-        wanted, found = ", ".join(sorted(conditioning)), ", ".join(names) or "nothing"
-        raise CalibrationError(f"conditioned by {found}, this model by {wanted}", "collect samples of this model")
+        theirs, ours = ", ".join(names) or "nothing", ", ".join(sorted(conditioning))
+        raise CalibrationError(f"conditioned by {theirs}, this model by {ours}", "collect samples of this model")
 
 
 def _row_bytes(spec: ModelSpec) -> int:
-    """The most that one row has."""
+    """The maximum size of one row."""
     sizes = {ROWS: 1, TEXT: MAX_TEXT_TOKENS}
     return sum(
         math.prod(sizes.get(size, 1) if isinstance(size, str) else size for size in tensor.dims) * ITEM_BYTES
@@ -214,12 +214,12 @@ def _check_shapes(inputs: CalibrationInputs, spec: ModelSpec) -> None:
 
 def _check_shape(tensor: TensorSpec, values: HostArray, sizes: dict[str, int]) -> None:
     """`sizes` are those of dynamic dimensions; what is not in it may be any, and is noted there."""
-    found = values.shape if values.ndim == len(tensor.dims) else (0,) * len(tensor.dims)
-    pairs = zip(tensor.dims, found, strict=True)
-    wanted = tuple(sizes.setdefault(size, here) if isinstance(size, str) else size for size, here in pairs)
-    if values.dtype != tensor.dtype or values.shape != wanted:
+    sizes_here = values.shape if values.ndim == len(tensor.dims) else (0,) * len(tensor.dims)
+    pairs = zip(tensor.dims, sizes_here, strict=True)
+    expected = tuple(sizes.setdefault(size, here) if isinstance(size, str) else size for size, here in pairs)
+    if values.dtype != tensor.dtype or values.shape != expected:
         raise CalibrationError(
-            f"{tensor.name} is {values.dtype} {values.shape}, this model takes {tensor.dtype} {wanted}",
+            f"{tensor.name} is {values.dtype} {values.shape}, this model takes {tensor.dtype} {expected}",
             "collect samples of this model",
         )
 

@@ -176,14 +176,14 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    found: dict[str, Any] = {}
+    absolute: dict[str, Any] = {}
     if recipe.checkpoint and not recipe.checkpoint.startswith("shipped:"):
-        found["checkpoint"] = str(folder / recipe.checkpoint)
+        absolute["checkpoint"] = str(folder / recipe.checkpoint)
     if recipe.interface:
-        found["interface"] = str(folder / recipe.interface)
+        absolute["interface"] = str(folder / recipe.interface)
     if recipe.decoder:
-        found["decoder"] = recipe.decoder.model_copy(update={"folder": str(folder / recipe.decoder.folder)})
-    return recipe.model_copy(update=found)
+        absolute["decoder"] = recipe.decoder.model_copy(update={"folder": str(folder / recipe.decoder.folder)})
+    return recipe.model_copy(update=absolute)
 
 
 def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:

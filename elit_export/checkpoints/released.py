@@ -136,8 +136,8 @@ def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
 def _unwrapped(path: Path, weights: Mapping[str, Tensor]) -> Weights:
     """Without what wrappers of a model put before every name; raises CheckpointError if names become one."""
     names = {name: _without_wrappers(name) for name in weights}
-    if found := sorted({prefix for name in names for prefix in WRAPPERS if name.startswith(prefix)}):
-        log.warning("left out %s before the names of tensors (a wrapped model was saved)", " and ".join(found))
+    if prefixes := sorted({prefix for name in names for prefix in WRAPPERS if name.startswith(prefix)}):
+        log.warning("left out %s before the names of tensors (a wrapped model was saved)", " and ".join(prefixes))
     if len(set(names.values())) < len(names):
         raise CheckpointError(
             f"{path}: holds tensors twice, with and without {' or '.join(WRAPPERS)}", "save one of the two models"

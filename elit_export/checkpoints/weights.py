@@ -80,9 +80,9 @@ def check_dense(path: Path, weights: Mapping[str, Tensor]) -> None:
             "quantized": tensor.is_quantized,
             "sparse": tensor.layout is not torch.strided,
         }
-        if found := [kind for kind, is_it in kinds.items() if is_it]:
+        if matches := [kind for kind, is_it in kinds.items() if is_it]:
             raise CheckpointError(
-                f"{path}: {name} is a {found[0]} tensor", "save dense ones: tensor.dequantize(), tensor.to_dense()"
+                f"{path}: {name} is a {matches[0]} tensor", "save dense ones: tensor.dequantize(), tensor.to_dense()"
             )
 
 

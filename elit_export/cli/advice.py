@@ -8,7 +8,7 @@ from pathlib import Path
 from elit_export.bundle.manifest import Manifest, PlanSet
 from elit_export.spec import ModelSpec
 
-MOST_LABELS = 10
+MAX_LABELS = 10
 
 
 def after_build(folder: Path, manifest: Manifest, plan_set: PlanSet) -> str:
@@ -36,5 +36,5 @@ def choosing(manifest: Manifest, plan_set: PlanSet) -> list[str]:
 
 def _labels(spec: ModelSpec, plan_set: PlanSet) -> str:
     """The first classes, as many as one call takes at every budget."""
-    count = min(MOST_LABELS, spec.num_classes, *(facts.profile.rows.max for facts in plan_set.profiles))
+    count = min(MAX_LABELS, spec.num_classes, *(facts.profile.rows.max for facts in plan_set.profiles))
     return "0" if count == 1 else f"0-{count - 1}"

@@ -90,8 +90,8 @@ def calibrate_cache(
     opened = opened_once(bundle, target, precision, trust=trust)
     with opened.pipeline as pipeline, progress_bar() as progress:
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
-        chosen = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
-        trajectories = Trajectories(images, steps, chosen, guidance, seed, rows)
+        selected = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
+        trajectories = Trajectories(images, steps, selected, guidance, seed, rows)
         total = batch_count(pipeline, trajectories)
         parts = progress.track(sample_pairs(pipeline, trajectories), total=total, description="trajectories")
         pairs = joined(list(parts))

@@ -41,8 +41,8 @@ IMAGES = 10  # in a row, if the model has as many classes
 
 
 @dataclass(frozen=True)
-class DemoWay:
-    """How one row is sampled."""
+class DemoConfig:
+    """The sampling config of one row."""
 
     name: str
     schedule: str
@@ -95,8 +95,8 @@ def open_demo(bundle: Path, *, target: str | None, precision: str | None, trust:
     return pipeline
 
 
-def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
-    """Every named budget that the engines cover, with CFG, then a mixed schedule with cheap CFG."""
+def demo_configs(pipeline: Pipeline) -> list[DemoConfig]:
+    """List every named budget that the engines cover, with CFG, then a mixed schedule with cheap CFG."""
     names = [name for name, budget in pipeline.spec.named_budgets.items() if budget in pipeline.coverage.covered]
     if not names:
         raise InputError(
@@ -104,26 +104,26 @@ def demo_ways(pipeline: Pipeline) -> list[DemoWay]:
             f"the engines cover {listed(pipeline.coverage.covered)}",
             "elit-export sample BUNDLE --schedule BUDGET",
         )
-    ways = [DemoWay(name, name, f"cfg:{SCALE}") for name in names]
+    configs = [DemoConfig(name, name, f"cfg:{SCALE}") for name in names]
     if len(names) > 1:
         middle, half = "quarter" if "quarter" in names else names[-1], STEPS // 2
         mixed = f"0-{half - 1}:{middle},{half}-{STEPS - 1}:{names[0]}"
-        ways.append(DemoWay(f"{middle}, then {names[0]}", mixed, f"ccfg:{SCALE}@{names[-1]}"))
-    return ways
+        configs.append(DemoConfig(f"{middle}, then {names[0]}", mixed, f"ccfg:{SCALE}@{names[-1]}"))
+    return configs
 
 
-def demo_rows(pipeline: Pipeline, ways: list[DemoWay]) -> Iterator[DemoRow]:
-    """The first classes once each way; the same seeds."""
+def demo_rows(pipeline: Pipeline, configs: list[DemoConfig]) -> Iterator[DemoRow]:
+    """Sample the first classes once by each config, from the same seeds."""
     from elit_export.cost.flops import flops_per_image
 
     labels = list(range(min(IMAGES, pipeline.spec.num_classes)))
-    pipeline.sample(labels, steps=2, schedule=ways[0].name, guidance=ways[0].guidance)  # warm up
-    for way in ways:
+    pipeline.sample(labels, steps=2, schedule=configs[0].name, guidance=configs[0].guidance)  # warm up
+    for config in configs:
         sample = pipeline.sample(
-            labels, steps=STEPS, sampler=SAMPLER, schedule=way.schedule, guidance=way.guidance, seed=SEED
+            labels, steps=STEPS, sampler=SAMPLER, schedule=config.schedule, guidance=config.guidance, seed=SEED
         )
         images = pipeline.decode(sample.latents)
-        yield DemoRow(way.name, way.guidance, sample, images, flops_per_image(sample, pipeline.spec))
+        yield DemoRow(config.name, config.guidance, sample, images, flops_per_image(sample, pipeline.spec))
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:
@@ -154,8 +154,8 @@ def demo(
     check_writable(picture)
     pipeline = open_demo(bundle, target=target, precision=precision, trust=trust) if bundle else built_demo(out)
     with pipeline, progress_bar() as progress:
-        ways = demo_ways(pipeline)
-        rows = list(progress.track(demo_rows(pipeline, ways), total=len(ways), description="sampling"))
+        configs = demo_configs(pipeline)
+        rows = list(progress.track(demo_rows(pipeline, configs), total=len(configs), description="sampling"))
     save_picture(rows, picture)
     show_demo(rows, json_to)
     engines = bundle or out / "bundle"

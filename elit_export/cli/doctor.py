@@ -75,10 +75,10 @@ def _backend_findings(backend: Backend) -> Iterator[Finding]:
 
 
 def _tool_finding(library: str, tool: Tool) -> Finding:
-    found = _installed(library, (library,), tool.used_for, tool.extra)
-    if not found.problem and (problem := _import_problem(library)):
-        return replace(found, problem=problem, remedy=pip_install(tool.extra, "--force-reinstall"))
-    return found
+    finding = _installed(library, (library,), tool.used_for, tool.extra)
+    if not finding.problem and (problem := _import_problem(library)):
+        return replace(finding, problem=problem, remedy=pip_install(tool.extra, "--force-reinstall"))
+    return finding
 
 
 def _import_problem(library: str) -> str:

@@ -50,8 +50,8 @@ def usual_recipe(
 
     model = stored_checkpoint(checkpoint, interface=interface, **numbers)
 
-    def path(given: str) -> str:
-        return os.path.relpath(given, beside) if beside and not given.startswith(SHIPPED_PREFIX) else given
+    def path(location: str) -> str:
+        return os.path.relpath(location, beside) if beside and not location.startswith(SHIPPED_PREFIX) else location
 
     return UsualRecipe(
         name=usual_name(checkpoint),

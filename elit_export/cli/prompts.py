@@ -48,8 +48,8 @@ class PromptOptions:
     weights: str | None
 
     @property
-    def given(self) -> list[str]:
-        """The names of those that were."""
+    def typed(self) -> list[str]:
+        """The names of the options that were typed."""
         options = {"--prompts": self.file, "--prompt": self.texts or None, "--negative": self.negative}
         options |= {"--encoder": self.encoder, "--encoder-weights": self.weights}
         return [name for name, value in options.items() if value is not None]
@@ -60,10 +60,10 @@ class PromptOptions:
             raise InputError(f"--out {out} would overwrite {self.file} with latents", "choose another name")
 
     def refuse_for_classes(self) -> None:
-        """Raise InputError if any was given to a model of classes."""
-        if self.given:
+        """Raise InputError if any was typed for a model of classes."""
+        if self.typed:
             raise InputError(
-                f"{self.given[0]}: this model takes no text, it draws classes", "choose them with --labels"
+                f"{self.typed[0]}: this model takes no text, it draws classes", "choose them with --labels"
             )
 
     def prompts(self, spec: ModelSpec, coverage: Coverage, options: ResolvedOptions, images: int) -> Prompts:
@@ -73,12 +73,12 @@ class PromptOptions:
         memory.
         """
         if self.file is not None:
-            if len(self.given) > 1:
-                raise InputError("--prompts holds the embeddings", f"leave {self.given[1]} out")
+            if len(self.typed) > 1:
+                raise InputError("--prompts holds the embeddings", f"leave {self.typed[1]} out")
             return load_prompts(self.file)
         if not self.texts or self.encoder is None:
-            wanted = "--encoder is missing" if self.texts else "--prompt is missing"
-            raise InputError(f"{wanted}, this model takes text", HOW)
+            missing = "--encoder is missing" if self.texts else "--prompt is missing"
+            raise InputError(f"{missing}, this model takes text", HOW)
         if options.needs_null and self.negative is None:
             raise InputError(f"guidance {options.guidance} has a negative branch", "give --negative TEXT, or ''")
         if self.negative is not None and not options.needs_null:
@@ -105,11 +105,11 @@ def embedded(
     texts: Sequence[str],
     negative: str | None,
     weights: str | None,
-    longest: int = MAX_TEXT_TOKENS,
+    max_tokens: int = MAX_TEXT_TOKENS,
 ) -> Prompts:
-    """As the options say it; raises InputError, CheckpointError or BackendUnavailable."""
+    """Embed prompts as the options say; raises InputError, CheckpointError or BackendUnavailable."""
     how = Weights(weights) if weights else Weights.FLOAT32
-    return embed_prompts(folder, texts, negatives_of(negative), weights=how, max_tokens=longest)
+    return embed_prompts(folder, texts, negatives_of(negative), weights=how, max_tokens=max_tokens)
 
 
 def negatives_of(negative: str | None) -> tuple[str, ...]:

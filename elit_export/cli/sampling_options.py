@@ -16,9 +16,9 @@ def sampling_options(command: Callable[..., Any]) -> Callable[..., Any]:
     typed = {name: about for name, about in abouts(SamplingOptions).items() if about.is_typed}
 
     @wraps(command)
-    def with_options(**given: Any) -> Any:
-        options = SamplingOptions(**{name: given.pop(name) for name in typed})
-        return command(options=options, **given)
+    def with_options(**values: Any) -> Any:
+        options = SamplingOptions(**{name: values.pop(name) for name in typed})
+        return command(options=options, **values)
 
     for name, about in reversed(typed.items()):
         with_options = click.option(

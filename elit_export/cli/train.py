@@ -133,11 +133,11 @@ def train(
     run_training(trainer, state, save_every)
     save_checkpoint(weights, trainer.ema, dtype=torch.float16 if half else torch.float32)
     say(f"wrote {weights}", json_to=json_to)
-    found = None
+    held_out_facts = None
     if has_split(data, "test"):
         held_out = load_images(data, split="test", size=size, class_names=images.class_names)
-        found = report_held_out(load_checkpoint(weights), held_out, errors, json_to)
-    write_json({"weights": str(weights), "step": trainer.step, "held_out": found}, json_to)
+        held_out_facts = report_held_out(load_checkpoint(weights), held_out, errors, json_to)
+    write_json({"weights": str(weights), "step": trainer.step, "held_out": held_out_facts}, json_to)
 
 
 def spec_for(

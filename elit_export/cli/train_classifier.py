@@ -94,6 +94,6 @@ def train_classifier(
 def command_line(context: click.Context) -> str:
     """The command as it was typed, with every option that decides the result."""
     options = [param for param in context.command.params if isinstance(param, click.Option) and param.name != "json_to"]
-    given = {option.opts[0]: context.params[str(option.name)] for option in options}
-    words = [word for name, value in given.items() if value != "" for word in (name, str(value))]
+    values = {option.opts[0]: context.params[str(option.name)] for option in options}
+    words = [word for name, value in values.items() if value != "" for word in (name, str(value))]
     return shlex.join(["elit-export", "train-classifier", str(context.params["data"]), *words])

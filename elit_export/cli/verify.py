@@ -146,11 +146,11 @@ def say_first_departure(bundle: Bundle, plan_set: PlanSet, missed: Comparison) -
         complain(f"cannot bisect: {error}")
 
 
-def refuse_beside_polygraphy(given: Mapping[str, object]) -> None:
+def refuse_beside_polygraphy(options: Mapping[str, object]) -> None:
     """Raise InputError for options of a comparison that is not made."""
-    if meant := [name for name, value in given.items() if value is not None]:
+    if meant := [name for name, value in options.items() if value is not None]:
         raise InputError(
-            f"{meant[0]}: --polygraphy writes stored answers and compares nothing", "leave one of them out"
+            f"{meant[0]}: --polygraphy writes the reference outputs and compares nothing", "leave one of them out"
         )
 
 

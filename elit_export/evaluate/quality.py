@@ -54,11 +54,11 @@ class SamplerConfig:
         """Read `euler:50`; raises InputError."""
         name, _, steps = text.partition(":")
         if not steps.isdecimal():
-            raise InputError(f"way {text!r} is not SAMPLER:STEPS, e.g. euler:50")
+            raise InputError(f"sampling {text!r} is not SAMPLER:STEPS, e.g. euler:50")
         sampler = sampler_named(name)
         if sampler.uses_noise:
-            raise InputError(f"way {text!r}: {name} draws noise at every step, so rows could not be compared")
-        return cls(sampler.name, STEPS.whole(steps, f"way {name}: steps"))
+            raise InputError(f"sampling {text!r}: {name} draws noise at every step, so rows could not be compared")
+        return cls(sampler.name, STEPS.whole(steps, f"sampling {name}: steps"))
 
     @property
     def calls(self) -> int:

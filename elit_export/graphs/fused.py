@@ -21,30 +21,30 @@ def fused(model: Elit, *inputs: Tensor) -> tuple[Tensor, ...]:
     `reused` counts consecutive reuses, −1 before the first computed step. Until two steps are computed the two
     `t_computed` are equal, and the residual is reused unchanged.
     """
-    given = {tensor.name: value for tensor, value in zip(model.spec.graph(FUSED).inputs, inputs, strict=True)}
+    values = {tensor.name: value for tensor, value in zip(model.spec.graph(FUSED).inputs, inputs, strict=True)}
 
     def run(graph: str, **more: Tensor) -> Any:
-        named = given | more
+        named = values | more
         return getattr(model, graph)(*(named[tensor.name] for tensor in model.spec.graph(graph).inputs))
 
-    t, t_computed, t_computed_prev = (given[name] for name in ("t", "t_computed", "t_computed_prev"))
-    residual, residual_prev, reused = (given[name] for name in ("residual", "residual_prev", "reused"))
-    signal_next, distance = run(PROBE, signal_prev=given["signal"])
-    accumulated = given["accumulated"] + polynomial(given["coefficients"], distance).clamp_min(0)
-    is_covered = (distance >= given["low"]) & (distance <= given["high"])  # not so for NaN
-    over = (~is_covered | ~(accumulated < given["threshold"])).any()  # also computes where the threshold is NaN
-    compute = given["force"] | (reused < 0) | (reused >= given["most"]) | over
+    t, t_computed, t_computed_prev = (values[name] for name in ("t", "t_computed", "t_computed_prev"))
+    residual, residual_prev, reused = (values[name] for name in ("residual", "residual_prev", "reused"))
+    signal_next, distance = run(PROBE, signal_prev=values["signal"])
+    accumulated = values["accumulated"] + polynomial(values["coefficients"], distance).clamp_min(0)
+    is_covered = (distance >= values["low"]) & (distance <= values["high"])  # not so for NaN
+    over = (~is_covered | ~(accumulated < values["threshold"])).any()  # also computes where the threshold is NaN
+    compute = values["force"] | (reused < 0) | (reused >= values["most"]) | over
 
     span = t_computed - t_computed_prev
-    is_level = (span == 0) | (given["order"] == 0)
+    is_level = (span == 0) | (values["order"] == 0)
     weight = torch.where(is_level, 0.0, (t - t_computed) / torch.where(span == 0, 1.0, span))
 
     is_first = reused < 0
 
     def computed() -> tuple[Tensor, Tensor, Tensor]:
-        velocity, found = run(STEP)
-        found = found.contiguous()  # as in the other branch: torch requires equal strides of both
-        return velocity, found, torch.where(is_first, found, residual)
+        velocity, latest = run(STEP)
+        latest = latest.contiguous()  # as in the other branch: torch requires equal strides of both
+        return velocity, latest, torch.where(is_first, latest, residual)
 
     def forecast() -> tuple[Tensor, Tensor, Tensor]:
         return run(REUSE, forecast=weight), residual.clone(), residual_prev.clone()

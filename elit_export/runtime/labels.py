@@ -19,16 +19,16 @@ def label_named(name: str, data: DataFacts, known_forms: str = "a number") -> in
     """
     if name in data.class_names and data.class_names.count(name) == 1:
         return data.class_names.index(name)
-    found = [label for label, known in enumerate(data.class_names) if known.lower() == name.lower()]
-    if len(found) > 1:
+    matches = [label for label, known in enumerate(data.class_names) if known.lower() == name.lower()]
+    if len(matches) > 1:
         raise InputError(
-            f"label {name!r} is the name of {len(found)} classes, those of labels {', '.join(map(str, found))}",
+            f"label {name!r} is the name of {len(matches)} classes, those of labels {', '.join(map(str, matches))}",
             "give the number of the one you mean",
         )
-    if not found:
+    if not matches:
         known = f"; class names: {', '.join(data.class_names)}" if data.class_names else ""
         raise InputError(f"label {name!r} is neither {known_forms} nor a class name{known}")
-    return found[0]
+    return matches[0]
 
 
 def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:

@@ -118,15 +118,15 @@ def _load_class_folders(folder: Path, size: int, class_names: Sequence[str]) -> 
     """Classes are the folders in order of name, or those of `class_names`, which then must hold them all."""
     if not folder.is_dir():
         raise InputError(f"no images at {folder}")
-    found = {path.name: _image_files(path) for path in _class_folders(folder)}
-    names = list(class_names) or list(found)
-    if unknown := sorted(set(found) - set(names)):
+    files_by_class = {path.name: _image_files(path) for path in _class_folders(folder)}
+    names = list(class_names) or list(files_by_class)
+    if unknown := sorted(set(files_by_class) - set(names)):
         raise InputError(f"{folder}: class {unknown[0]!r} is none of {', '.join(names)}")
-    if empty := sorted(name for name, files in found.items() if not files):
+    if empty := sorted(name for name, files in files_by_class.items() if not files):
         raise InputError(f"{folder / empty[0]}: a class without images")
-    if not found:
+    if not files_by_class:
         raise InputError(f"{folder}: neither IDX files nor folders of images, one per class")
-    files = [(path, label) for label, name in enumerate(names) for path in found.get(name, ())]
+    files = [(path, label) for label, name in enumerate(names) for path in files_by_class.get(name, ())]
     mode = "L" if all(_mode(path) == "L" for path, _ in files) else "RGB"
     _check_memory(folder, len(files), len(mode), size)
     images = np.stack([_fitted(_shown(_opened(path)).convert(mode), size) for path, _ in files])

@@ -77,10 +77,10 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_run(path: Path, told: object, mine: Mapping[str, Any]) -> None:
-    if not isinstance(told, dict):
+def _check_run(path: Path, stored: object, mine: Mapping[str, Any]) -> None:
+    if not isinstance(stored, dict):
         raise _damaged(path, "it does not say of which run it is")
-    theirs = UNSAID | told
+    theirs = UNSAID | stored
     other = [
         f"{name} (was {theirs.get(name)}, now {value})"
         for name, value in mine.items()
@@ -92,41 +92,41 @@ def _check_run(path: Path, told: object, mine: Mapping[str, Any]) -> None:
 
 def _differ(value: object, theirs: Mapping[str, Any], name: str) -> bool:
     """A tensor in the place of a number is another value, whatever comparing with it would give."""
-    found = theirs.get(name)
-    return isinstance(found, Tensor) or found != value
+    previous = theirs.get(name)
+    return isinstance(previous, Tensor) or previous != value
 
 
-def _weights(path: Path, part: str, found: object, expected: Mapping[str, Tensor]) -> Weights:
-    if not isinstance(found, Mapping) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+def _weights(path: Path, part: str, tensors: object, expected: Mapping[str, Tensor]) -> Weights:
+    if not isinstance(tensors, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):
         raise _damaged(path, f"its {part} is not a table of tensors by name")
-    weights = dict(found)
+    weights = dict(tensors)
     check_tensors(path, weights, {name: tuple(value.shape) for name, value in expected.items()}, REMEDY)
     return weights
 
 
 def _optimizer(
-    path: Path, found: object, parameters: Mapping[str, Tensor], step: int
+    path: Path, state: object, parameters: Mapping[str, Tensor], step: int
 ) -> tuple[float, dict[int, dict[str, Tensor]]]:
     """The learning rate of the last step, and the moments of every parameter, none before the first step."""
-    groups, moments = (found.get("param_groups"), found.get("state")) if isinstance(found, dict) else (None, None)
+    groups, moments = (state.get("param_groups"), state.get("state")) if isinstance(state, dict) else (None, None)
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
         raise _damaged(path, "its optimizer has no group of parameters, or several")
     rate = groups[0].get("lr")
     if not isinstance(rate, float) or not math.isfinite(rate):
         raise _damaged(path, f"the learning rate of its optimizer is {rate!r}")
-    wanted = set(range(len(parameters))) if step else set()
-    if not isinstance(moments, dict) or set(moments) != wanted:
-        raise _damaged(path, f"its optimizer does not hold the {len(wanted)} parameters that it should")
+    numbers = set(range(len(parameters))) if step else set()
+    if not isinstance(moments, dict) or set(moments) != numbers:
+        raise _damaged(path, f"its optimizer does not hold the {len(numbers)} parameters that it should")
     named = enumerate(parameters.items())
     return rate, {number: _moments(path, moments[number], name, value, step) for number, (name, value) in named if step}
 
 
-def _moments(path: Path, found: object, name: str, parameter: Tensor, step: int) -> dict[str, Tensor]:
-    if not isinstance(found, dict) or not all(isinstance(found.get(key), Tensor) for key in ("step", *MOMENTS)):
+def _moments(path: Path, tensors: object, name: str, parameter: Tensor, step: int) -> dict[str, Tensor]:
+    if not isinstance(tensors, dict) or not all(isinstance(tensors.get(key), Tensor) for key in ("step", *MOMENTS)):
         raise _damaged(path, f"its optimizer has no step and moments of {name}")
-    kept = {key: found[key] for key in ("step", *MOMENTS)}
+    kept = {key: tensors[key] for key in ("step", *MOMENTS)}
     check_tensors(path, kept, {"step": (), **dict.fromkeys(MOMENTS, tuple(parameter.shape))}, REMEDY)
     if kept["step"].item() != step:
         raise _damaged(path, f"its optimizer is at step {kept['step'].item():g} of {name}, the run at step {step}")

@@ -91,13 +91,13 @@ class Comparison:
         return f"max error {self.found.max_abs:.1e} where PyTorch has zeros only"
 
 
-def verdict_of(found: Sequence[Comparison]) -> str:
+def verdict_of(comparisons: Sequence[Comparison]) -> str:
     """Say how many passed, how many of these are misses that the recipe accepts, and the worst margin."""
-    passed = [comparison for comparison in found if comparison.passed]
+    passed = [comparison for comparison in comparisons if comparison.passed]
     below = sum(not comparison.met for comparison in passed)
     accepted = f", {below} of these below tolerance and accepted" if below else ""
-    worst_db = min(comparison.margin_db for comparison in found)
-    return f"{len(passed)} of {len(found)} pass{accepted}, worst margin {worst_db:+.1f} dB"
+    worst_db = min(comparison.margin_db for comparison in comparisons)
+    return f"{len(passed)} of {len(comparisons)} pass{accepted}, worst margin {worst_db:+.1f} dB"
 
 
 def require(comparison: Comparison, remedy: str = "") -> Comparison:

@@ -34,7 +34,7 @@ from elit_export.checkpoints.native import save_checkpoint
 from elit_export.checkpoints.vae import read_decoder
 from elit_export.checkpoints.vae_decoder import VaeDecoder, load_decoder
 from elit_export.cli import main
-from elit_export.cli.demo import demo_rows, demo_ways
+from elit_export.cli.demo import demo_configs, demo_rows
 from elit_export.cli.tables.inspect import _parity_row
 from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.errors import BundleError, CheckpointError, ParityError, RecipeError
@@ -316,7 +316,7 @@ def test_the_demo_draws_with_it(kl4: Bundle, tmp_path: Path) -> None:
     done = elit("demo", "--bundle", kl4.folder, "--out", tmp_path)
     assert done.exit_code == 0, done.output
     with Pipeline.load(kl4.folder) as pipeline:
-        rows = list(demo_rows(pipeline, demo_ways(pipeline)))
+        rows = list(demo_rows(pipeline, demo_configs(pipeline)))
         assert np.array_equal(rows[0].images, pipeline.decode(rows[0].sample.latents))
     with Image.open(tmp_path / "demo.png") as found:
         assert np.array_equal(np.asarray(found), np.asarray(grid([row.images for row in rows], zoom=3)))

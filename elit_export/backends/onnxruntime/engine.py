@@ -151,13 +151,13 @@ class OnnxRuntimeEngine(OpenedEngine):
 TYPES = {"float": "float32", "double": "float64"}  # in its words, where NumPy has others
 
 
-def _ports(found: Sequence[Any]) -> list[Port]:
-    return [Port(each.name, _dtype(each.type), tuple(map(open_dim, each.shape))) for each in found]
+def _ports(nodes: Sequence[Any]) -> list[Port]:
+    return [Port(each.name, _dtype(each.type), tuple(map(open_dim, each.shape))) for each in nodes]
 
 
-def _dtype(told: str) -> str:
+def _dtype(type_name: str) -> str:
     """NumPy's name of `tensor(float)`."""
-    name = told.removeprefix("tensor(").removesuffix(")")
+    name = type_name.removeprefix("tensor(").removesuffix(")")
     return TYPES.get(name, name)
 
 

@@ -131,8 +131,8 @@ class OpenVinoEngine(OpenedEngine):
         del self._request
 
 
-def _ports(found: Sequence[Any]) -> list[Port]:
-    return [Port(each.any_name, each.element_type.to_dtype().name, _dims(each.partial_shape)) for each in found]
+def _ports(nodes: Sequence[Any]) -> list[Port]:
+    return [Port(each.any_name, each.element_type.to_dtype().name, _dims(each.partial_shape)) for each in nodes]
 
 
 def _dims(shape: Any) -> tuple[int | None, ...] | None:

@@ -74,7 +74,7 @@ def engines(
     every: bool,
     json_to: str | None,
 ) -> None:
-    """Time and error per budget, cost of switching, ways to sample."""
+    """Time and error per budget, cost of switching, and whole samplings."""
     from elit_export.bench.engines import BenchResult, check_rows, measured_budgets
     from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.bench import bench_tables

@@ -256,7 +256,7 @@ def quality_table(result: QualityResult) -> Table:
             f"these to the other {result.halves_floor.distance:.3g}, {result.floor.images} of them to the rest "
             f"{result.floor.distance:.3g} ± {result.floor.spread:.2g})",
             f"changes are to {first.way} at {first.name} in {first.precision} and paired, ± is one standard error",
-            f"dB: samples against those of the same way at {first.name} in {first.precision}",
+            f"dB: samples against those of the same sampling at {first.name} in {first.precision}",
             *(f"not measured: {name}: {reason}" for name, reason in result.skipped.items()),
         ],
     )

@@ -68,8 +68,8 @@ def sensitivity_facts(rows: Sequence[Sensitivity], precision: str, samples_sha25
         {
             "layers": row.layers,
             "flops_share": row.flops_share,
-            "velocity_db": {kept: found.sqnr_db for kept, found in row.velocity.items()},
-            "residual_db": {kept: found.sqnr_db for kept, found in row.residual.items()},
+            "velocity_db": {kept: difference.sqnr_db for kept, difference in row.velocity.items()},
+            "residual_db": {kept: difference.sqnr_db for kept, difference in row.residual.items()},
         }
         for row in rows
     ]

@@ -32,13 +32,13 @@ def _weights(facts: Facts) -> Table:
         [
             (
                 name,
-                size(found["weight_bytes"]),
-                size(found["activation_bytes"]),
-                _smallest(facts["gpus"], found["fits_one_plan"]),
-                size(found["per_profile_bytes"]),
-                _smallest(facts["gpus"], found["fits_per_profile"]),
+                size(cost["weight_bytes"]),
+                size(cost["activation_bytes"]),
+                _smallest(facts["gpus"], cost["fits_one_plan"]),
+                size(cost["per_profile_bytes"]),
+                _smallest(facts["gpus"], cost["fits_per_profile"]),
             )
-            for name, found in facts["precisions"].items()
+            for name, cost in facts["precisions"].items()
         ],
         [
             f"{facts['rounded_parameters'] / 1e9:.2f} B parameters are rounded, "
@@ -53,7 +53,10 @@ def _times(facts: Facts) -> Table:
     return table(
         f"expected time of a step ({facts['rows']} rows)",
         ("budget", "ms", f"FLOPs guided by {facts['weak']} / base model's"),
-        [(name, digits(found, 2), f"{facts['guided_share'][name]:.3f}") for name, found in facts["step_ms"].items()],
+        [
+            (name, digits(step_ms, 2), f"{facts['guided_share'][name]:.3f}")
+            for name, step_ms in facts["step_ms"].items()
+        ],
         [
             f"FLOPs at {facts['assumed_share']:.0%}, an assumption, of {facts['peak_flops'] / 1e12:.0f} TFLOP/s, the "
             "dense bf16 peak of an H100 SXM",
