@@ -77,7 +77,7 @@ class InputError(ElitExportError, ValueError):
 
 
 def pip_install(extra: str, *options: str) -> str:
-    """What to type for an extra of this package: from the checkout that it runs from, else from the registry."""
+    """Return the command that installs an extra of this package, from its checkout or else from the registry."""
     package = "elit-export"
     if (CHECKOUT / "pyproject.toml").is_file():
         package = "." if Path().samefile(CHECKOUT) else str(CHECKOUT)

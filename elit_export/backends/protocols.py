@@ -200,7 +200,7 @@ class OpenedEngine(ProcessBound, Engine):
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """What a call gives."""
+        """Return the outputs of a call."""
 
     @abstractmethod
     def _release(self) -> None:

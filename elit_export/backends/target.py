@@ -33,7 +33,7 @@ PROGRAM = InputFormat("program", suffix="-program", bounds_rows=True, is_program
 
 @dataclass(frozen=True, kw_only=True)
 class PolygraphyRunner:
-    """How `polygraphy run` opens a plan. `environment` goes before the command.
+    """The options by which `polygraphy run` opens a plan. `environment` goes before the command.
 
     `by_profile`: a plan has optimization profiles, and a run is of one of them.
     """
@@ -115,7 +115,7 @@ class Target(BaseModel):
 
     @property
     def polygraphy(self) -> PolygraphyRunner | None:
-        """What opens plans of this target in Polygraphy; None where it has nothing that does."""
+        """The runner that opens plans of this target in Polygraphy; None where it has none."""
         return None
 
     def options(self) -> dict[str, Any]:

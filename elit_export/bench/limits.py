@@ -56,7 +56,7 @@ def check_metrics(limits: Sequence[Limit], facts: Any, unmeasured: Mapping[str, 
 
 
 def _below(facts: Any, key: str, metric: str) -> Any:
-    """What stands below a key of facts that are described by types; Any where the types do not say."""
+    """Return the type below a key of facts that are described by types; Any where the types do not say."""
     inner = [part for part in get_args(facts) if part is not NoneType]
     if get_origin(facts) in (Union, UnionType):
         return _below(inner[0], key, metric)

@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 def in_own_process(function: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
-    """What a function gives in a new process; raises BrokenProcessPool if that dies.
+    """Run a function in a new process; raises BrokenProcessPool if that dies.
 
     The process is spawned, so a script that calls this needs `if __name__ == "__main__":`.
     """

@@ -29,7 +29,7 @@ CONDITIONING = "conditioning/"  # before the names of those inputs in the file
 
 
 class CalibrationFacts(BaseModel):
-    """Where samples come from. `images` is the number of trajectories for each schedule with each guidance."""
+    """The origin of samples. `images` is the number of trajectories for each schedule with each guidance."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -70,7 +70,7 @@ class CalibrationInputs:
 
     @property
     def sha256(self) -> str:
-        """Of all that a calibration sees: the arrays, with their names and shapes."""
+        """The hash of all that a calibration sees: the arrays, with their names and shapes."""
         digest = hashlib.sha256()
         for name, values in _entries(self).items():
             digest.update(f"{name} {values.dtype.str} {values.shape};".encode())
@@ -97,7 +97,7 @@ def save_inputs(samples: CalibrationInputs, path: Path) -> None:
 
 
 def command_for(out: Path | str, bundle: Path | str = "BUNDLE", *, text: bool) -> str:
-    """What to type for samples of a model, one that takes text or one of classes."""
+    """Return the command that collects samples of a model, one that takes text or one of classes."""
     return f"elit-export calibrate samples {bundle}{' --prompts FILE.npz' if text else ''} --out {out}"
 
 

@@ -24,14 +24,14 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def model_key(recipe: Recipe, checkpoint_sha256: str) -> str:
-    """Of the facts that a checkpoint tells."""
+    """Make the key of the facts that a checkpoint holds."""
     architecture = recipe.architecture.model_dump()
     return key_of(checkpoint_sha256, architecture, recipe.name, code("checkpoints", "spec", "models"))
 
 
 @dataclass(frozen=True)
 class Keys:
-    """Of one build; an equal key means that nothing has to be made again.
+    """The keys of one build; an equal key means that nothing has to be made again.
 
     `inputs_sha256` is of the inputs that a quantized target is calibrated on, empty for others.
     """
@@ -43,7 +43,7 @@ class Keys:
     # names
 
     def graph_precision(self, graph: GraphSpec) -> Precision:
-        """Of the stored graph that plans are built from."""
+        """Return the precision of the stored graph that plans are built from."""
         return self.target.facts.graph_precision(self.target.precision, exact=graph.exact)
 
     def stored_name(self, graph: GraphSpec, precision: Precision | None = None) -> str:
@@ -58,7 +58,7 @@ class Keys:
         return key_of(self.model, name, code("graphs", "cost"), versions_of(GRAPH_LIBRARIES))
 
     def quantized(self, exact: Graph, reference: Reference) -> str:
-        """Of a graph, and of the comparison that let it pass."""
+        """Make the key of a quantized graph, and of the comparison that it passed."""
         libraries = version(QUANTIZING_LIBRARY), BACKENDS["onnxruntime"].loader().library_version()
         source = code("graphs/quantize.py", "bundle/calibration_inputs.py", "backends/onnxruntime", "cost", "verify")
         return key_of(exact.key, reference.key, self.target.precision, self.inputs_sha256, libraries, source)
@@ -77,7 +77,7 @@ class Keys:
         return key_of(graph.artifact.name, str(profiles), options, fingerprint, inputs, source)
 
     def decoder_graph(self, sha256: str, spec: DecoderSpec, max_rows: int) -> str:
-        """It holds nothing of the model but the side of its latents."""
+        """Make the key of the decoder's graph, which depends on nothing of the model but the side of its latents."""
         rows = max_rows if self.target.facts.input_format.bounds_rows else None
         libraries = versions_of((*GRAPH_LIBRARIES, DECODER_LIBRARY))
         name = self.stored_name(spec.graph)

@@ -41,7 +41,7 @@ StoredFit = Annotated[Fit, AfterValidator(_usable)]
 
 
 class Parity(Facts):
-    """How a profile compared with PyTorch: the worst of its reference cases, or why it was not run.
+    """The parity of a profile with PyTorch: the worst of its reference cases, or why it was not run.
 
     One that missed its tolerance is here only if the recipe accepts that; `reason` says why.
     """
@@ -140,7 +140,7 @@ class ProfileFacts(Facts):
 
 
 class DecoderAnswers(Facts):
-    """What diffusers makes of latents: arrays `ROWS/pixels` for each of `rows`. `key` as of a graph."""
+    """Pixels that diffusers decodes: arrays `ROWS/pixels` for each of `rows`. `key` is like that of a Graph."""
 
     KIND: ClassVar = "reference"
     file: ClassVar[str] = REFERENCE_FILE
@@ -193,7 +193,7 @@ class PlanSet(Facts):
 
     @property
     def plans(self) -> tuple[Plan, ...]:
-        """Each plan once, however many profiles share it; those of the cache and the decoder last."""
+        """Return each plan once, however many profiles share it; those of the cache and the decoder last."""
         every = [*(facts.plan for facts in self.profiles), *self.cache.values()]
         every += [self.fused] if self.fused else []
         every += [self.decoder.plan] if self.decoder else []
@@ -201,23 +201,23 @@ class PlanSet(Facts):
 
     @property
     def model_bytes(self) -> int:
-        """What the plans take on disk, without that of the decoder, which is no part of the model."""
+        """The size of the plans on disk, without that of the decoder, which is not a part of the model."""
         of_decoder = self.decoder.plan.artifact.size_bytes if self.decoder else 0
         return sum(plan.artifact.size_bytes for plan in self.plans) - of_decoder
 
     @property
     def parities(self) -> tuple[Parity, ...]:
-        """How every profile, and the decoder if there is one, compared with PyTorch."""
+        """The parity with PyTorch of every profile, and of the decoder if there is one."""
         return (*(facts.parity for facts in self.profiles), *((self.decoder.parity,) if self.decoder else ()))
 
     def with_parity(self, profiles: Mapping[str, Parity], decoder: Parity) -> Self:
-        """The same plans with what each profile, by its name, and the decoder showed."""
+        """Return the plan set with the parity of each profile, by its name, and of the decoder."""
         facts = tuple(one.model_copy(update={"parity": profiles[one.name]}) for one in self.profiles)
         with_decoder = self.decoder and self.decoder.model_copy(update={"parity": decoder})
         return self.model_copy(update={"profiles": facts, "decoder": with_decoder})
 
     def without_parity(self) -> dict[str, Any]:
-        """All but how the plans compared with PyTorch: where this is equal, they need not be compared again."""
+        """Return all fields except the parities: where these are equal, plans need not be compared again."""
         return self.model_dump(exclude={"profiles": {"__all__": {"parity"}}, "decoder": {"parity"}})
 
 
@@ -293,7 +293,7 @@ class Manifest(Facts):
         return next(each for each in self.plan_sets if (each.target, each.precision) == (target, precision))
 
     def records(self) -> Iterator[Record]:
-        """All that was made; what plan sets share comes several times."""
+        """Yield every record of the build; what plan sets share comes several times."""
         yield from self.graphs.values()
         for plan_set in self.plan_sets:
             yield from plan_set.plans

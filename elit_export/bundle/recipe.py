@@ -150,7 +150,7 @@ class Recipe(_Table):
         return tuple(Profile(table.name, table.latents, table.rows or rows, text) for table in self.profiles)
 
     def _text_for(self, spec: ModelSpec) -> Range | None:
-        """How many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
+        """Return how many tokens of text engines take; raises RecipeError if the model takes none, or other ones."""
         if not spec.takes_text:
             if self.text:
                 raise RecipeError(f"recipe {self.name}: this model takes classes", "leave `text` out")
@@ -194,7 +194,7 @@ def recipe_from_values(values: dict[str, Any], source: str) -> Recipe:
 
 
 def _refused(value: object) -> object:
-    """What TOML has beyond JSON."""
+    """Raise RecipeError for a type of TOML that JSON does not have."""
     raise RecipeError(f"{value} is a date or a time, which no key of a recipe takes", "write it as text, in quotes")
 
 

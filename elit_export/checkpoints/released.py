@@ -125,7 +125,7 @@ def _forbidden(error: UnpicklingError) -> str:
 
 
 def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
-    """By name, whether they were kept as argparse gives them or as a table; numbers of NumPy as those of Python."""
+    """Return args by name, from argparse or a table; numbers of NumPy become those of Python."""
     args = content.get("args")
     values = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(values, Mapping):
@@ -134,7 +134,7 @@ def _args_of(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unwrapped(path: Path, weights: Mapping[str, Tensor]) -> Weights:
-    """Without what wrappers of a model put before every name; raises CheckpointError if names become one."""
+    """Remove what wrappers of a model put before every name; raises CheckpointError if names become one."""
     names = {name: _without_wrappers(name) for name in weights}
     if prefixes := sorted({prefix for name in names for prefix in WRAPPERS if name.startswith(prefix)}):
         log.warning("left out %s before the names of tensors (a wrapped model was saved)", " and ".join(prefixes))

@@ -167,7 +167,7 @@ def _is_finite(value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How the configuration of one class of diffusers is read.
+    """The rules by which the configuration of one class of diffusers is read.
 
     `defaults` are those of its constructor: files of old versions leave many values out. `channels` and
     `image_channels` are names of values. `factor` computes the pixels along a latent; `normalisation` the scale and

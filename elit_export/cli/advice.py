@@ -12,7 +12,7 @@ MAX_LABELS = 10
 
 
 def after_build(folder: Path, manifest: Manifest, plan_set: PlanSet) -> str:
-    """What to do with a plan set: sample, or verify it first where it was never run."""
+    """Say what to do with a plan set: sample, or verify it first where it was never run."""
     if all(parity.ran for parity in plan_set.parities):
         return sample_command(folder, manifest, plan_set)
     return shlex.join(["elit-export", "verify", str(folder), *choosing(manifest, plan_set)])

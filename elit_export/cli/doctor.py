@@ -98,7 +98,7 @@ def _import_problem(library: str) -> str:
 
 
 def installed() -> Iterator[Finding]:
-    """The same with versions alone. Nothing is loaded, so what is broken is not found."""
+    """Yield a finding for each backend and tool from its version alone; no library is loaded, broken ones pass."""
     from elit_export.backends import BACKENDS
 
     for backend in BACKENDS.values():

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Opened:
-    """What one reading of a manifest names. Close the pipeline, or use it in `with`."""
+    """The bundle and plan set that one reading of a manifest names. Close the pipeline, or use it in `with`."""
 
     bundle: Bundle
     plan_set: PlanSet
@@ -40,7 +40,7 @@ def opened_once(folder: Path, target: str | None, precision: str | None, *, trus
 
 
 def on_current(bundle: Bundle, plan_set: PlanSet, work: Callable[[Bundle, PlanSet], T]) -> T:
-    """What `work` makes of a plan set; asked again, as `with_current`, where another process replaced it meanwhile."""
+    """Return what `work` makes of a plan set; `with_current` calls it again where another process replaced it."""
     from elit_export.bundle.reading import with_current
     from elit_export.runtime.opening import select_plan_set
 

@@ -13,7 +13,7 @@ from elit_export.spec import Precision
 def runnable_plan_sets(
     bundle: Bundle, target: str | None, precision: str | None
 ) -> tuple[list[PlanSet], dict[str, str]]:
-    """Those asked for that can run here, the most precise first, and why the others cannot; raises if none can."""
+    """Return the requested plan sets that can run here, the most precise first, and why others cannot."""
     reasons = [
         (plan_set, incompatibility(plan_set)) for plan_set in matching(bundle.manifest.plan_sets, target, precision)
     ]
@@ -28,7 +28,7 @@ def runnable_plan_sets(
 def verified_plan_sets(
     bundle: Bundle, target: str | None, precision: str | None
 ) -> tuple[list[PlanSet], dict[str, str]]:
-    """The same; raises also if one was never compared with PyTorch."""
+    """Return what `runnable_plan_sets` does; raises BundleError if one was never compared with PyTorch."""
     runnable, skipped = runnable_plan_sets(bundle, target, precision)
     for plan_set in runnable:
         check_verified(plan_set, bundle.folder)
@@ -38,7 +38,7 @@ def verified_plan_sets(
 def selected_plan_sets(
     bundle: Bundle, target: str | None, precision: str | None, *, every: bool
 ) -> tuple[Sequence[PlanSet], dict[str, str]]:
-    """The one that is meant, or with `every` all that can run here, and why others are not among these."""
+    """Return the plan set that is meant, or with `every` all that can run here, and why others cannot."""
     if every:
         return runnable_plan_sets(bundle, target, precision)
     return [select_plan_set(bundle.manifest.plan_sets, target, precision)], {}

@@ -19,7 +19,7 @@ def printable(text: str) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """For messages of the log, which name files and what stands in them."""
+    """Formats messages of the log, which name files and quote them."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

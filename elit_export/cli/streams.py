@@ -45,7 +45,7 @@ def readers_may_leave() -> Iterator[None]:
 
 @contextmanager
 def _replaced(name: str) -> Iterator[_Descriptor | None]:
-    """The same output, of the same descriptor; None where it has none, as in tests."""
+    """Replace an output by one of the same descriptor; yields None where it has none, as in tests."""
     stream: TextIO = getattr(sys, name)
     try:
         number = stream.fileno()

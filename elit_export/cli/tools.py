@@ -11,7 +11,7 @@ from elit_export.errors import BackendUnavailable, pip_install
 
 @dataclass(frozen=True)
 class Tool:
-    """What a library is for, and the extra that brings it."""
+    """The use of a library, and the extra that brings it."""
 
     used_for: str
     extra: str

@@ -162,7 +162,7 @@ def spec_for(
 
 
 def files_in(out: Path) -> list[Path]:
-    """What a training writes at last; raises OSError before it begins."""
+    """Return the files that a training writes; raises OSError before it begins."""
     files = [out / name for name in ("state.pt", "model.safetensors", "held_out.json")]
     for path in files:
         check_writable(path)

@@ -60,7 +60,7 @@ class Job:
 
     @property
     def origin(self) -> Origin:
-        """What graphs say that they were exported from."""
+        """The model and checkpoint that graphs name as their origin."""
         return Origin(self.facts.name, self.facts.checkpoint_sha256)
 
     @property

@@ -47,7 +47,7 @@ class UsualRecipe:
     given: Mapping[str, int] = field(default_factory=dict)
 
     def recipe(self) -> Recipe:
-        """What load_recipe makes of the text, but for paths, which stay as they are."""
+        """Return the recipe that load_recipe reads from the text, but with paths as they are."""
         return recipe_from_values(tomllib.loads(self.text()), f"the usual recipe of {self.checkpoint}")
 
     def text(self) -> str:
@@ -89,7 +89,7 @@ class UsualRecipe:
             yield '# folder = "vae"'
 
     def _profiles(self) -> Iterator[str]:
-        """As they are without any."""
+        """Write the profiles that a recipe without any gets, as comments."""
         yield "# One engine for each range of K latents kept, of the J per group; these are used where none is given."
         for profile in usual_profiles(self.spec):
             yield "# [[profiles]]"
@@ -97,7 +97,7 @@ class UsualRecipe:
             yield f"# latents = {_range(profile.latents)}"
 
     def _targets(self) -> Iterator[str]:
-        """Each with `elit-export build RECIPE --target NAME`."""
+        """Write the table of each target, which `elit-export build RECIPE --target NAME` builds."""
         for name in self.targets:
             yield f"[targets.{name}]"
             for key, value in usual_target(name).items():
@@ -107,7 +107,7 @@ class UsualRecipe:
 
 
 def usual_rows(spec: ModelSpec) -> Range:
-    """As many as CALL_FLOPS lets one call have, a power of two; tuned for a quarter of them."""
+    """Return the rows that CALL_FLOPS allows in one call, a power of two; plans are tuned for a quarter of them."""
     cost = flops(spec, spec.full, text=USUAL_TEXT if spec.takes_text else 0).total
     fitting = min(max(int(CALL_FLOPS / cost), FEWEST_ROWS), MOST_ROWS)
     most = 1 << (fitting.bit_length() - 1)
@@ -115,7 +115,7 @@ def usual_rows(spec: ModelSpec) -> Range:
 
 
 def usual_profiles(spec: ModelSpec) -> tuple[Profile, ...]:
-    """Those of the usual recipe."""
+    """Return the profiles of the usual recipe."""
     text = TEXT if spec.takes_text else None
     return default_profiles(spec.latents, usual_rows(spec), step=spec.budget_step, text=text)
 

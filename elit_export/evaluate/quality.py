@@ -103,7 +103,7 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class QualityResult:
-    """All rows, and the values of real images.
+    """Holds all rows, and the values of real images.
 
     These are `real_agreement` and two real-vs-real baselines: `halves_floor`, and `floor` at about as many images.
     """

@@ -50,14 +50,14 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What a graph was exported from: the name of a model, and the SHA-256 of its checkpoint."""
+    """The origin of a graph: the name of a model, and the SHA-256 of its checkpoint."""
 
     model: str
     checkpoint_sha256: str
 
 
 def meaning_of(tensor: str) -> str:
-    """In a few words; the next value of a state means what the state does."""
+    """Describe a tensor in a few words; the next value of a state means what the state does."""
     if tensor.endswith(NEXT):
         return f"{tensor.removesuffix(NEXT)} of the next step"
     return MEANINGS[tensor]
@@ -80,7 +80,7 @@ def describe(path: Path, graph: GraphSpec, origin: Origin, precision: Precision)
 
 
 def metadata(graph: GraphSpec, origin: Origin, precision: Precision) -> Iterator[tuple[str, str]]:
-    """What runtimes show that do not show doc strings."""
+    """Yield the metadata, which some runtimes show in place of doc strings."""
     yield "version", version("elit-export")
     yield "model", origin.model
     yield "checkpoint_sha256", origin.checkpoint_sha256

@@ -86,5 +86,5 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _format(path: Path) -> str:
-    """What the suffix names, PNG for a name without one."""
+    """Return the format that the suffix names, PNG for a name without one."""
     return path.suffix[1:].lower() or "png"

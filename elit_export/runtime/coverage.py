@@ -16,7 +16,7 @@ UNCALIBRATED = "there is none: elit-export calibrate cache BUNDLE"
 
 
 class CallSize(NamedTuple):
-    """What an engine is given in a call: K, rows, tokens of text (0 in models without) before they are padded."""
+    """The size of one engine call: K, rows, tokens of text (0 in models without) before they are padded."""
 
     budget: Budget
     rows: int
@@ -117,5 +117,5 @@ class Coverage:
 
 
 def row_limits(profiles: Sequence[Profile]) -> str:
-    """How many rows each profile takes, in words."""
+    """Say how many rows each profile takes."""
     return ", ".join(f"{profile.name} takes {profile.rows} rows" for profile in profiles) + " (min..opt..max)"

@@ -90,7 +90,7 @@ def _name(part: str, data: DataFacts) -> int:
 
 
 def _range_of_names(first: str, last: str, data: DataFacts) -> list[int]:
-    """Every name from the first to the last by their numbers, written as wide as the first; raises InputError."""
+    """List every name from the first to the last by number, written as wide as the first; raises InputError."""
     ends = [_name(end, data) for end in (first, last)]
     assert len(ends) == 2
     if int(first) > int(last):

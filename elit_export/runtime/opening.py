@@ -112,7 +112,7 @@ def open_bank(bundle: Bundle, plan_set: PlanSet) -> EngineBank:
 
 
 def _plan_file(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpec) -> PlanFile:
-    """After every byte of it was verified, and if it can run code, after it is known to be trusted."""
+    """Return the file after its hash was verified, and if it can run code, after it is known to be trusted."""
     folder = bundle.verified(plan.artifact)
     with _naming(plan_set):
         if plan_set_target(plan_set).plans_are_programs:
@@ -131,7 +131,7 @@ def _opened(plans: Mapping[str, PlanFile], plan_set: PlanSet) -> Mapping[str, En
 
 @contextmanager
 def _naming(plan_set: PlanSet) -> Iterator[None]:
-    """What is wrong with a plan set, under the name of its target."""
+    """Put the name of the target before the errors of a plan set."""
     try:
         yield
     except (BackendUnavailable, BundleError) as error:
@@ -181,7 +181,7 @@ def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
 
 
 def unopened(bundle: Bundle, plan_set: PlanSet) -> Unopened:
-    """What can be asked of a plan set before its engines are open."""
+    """Return what can be asked of a plan set before its engines are open."""
     model = bundle.manifest.model
     return Unopened(model.spec, model.data, coverage_of(bundle, plan_set))
 

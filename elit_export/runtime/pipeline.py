@@ -160,7 +160,7 @@ class Pipeline:
         return self.prepared(labels, options)
 
     def prepared(self, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
-        """As `request`, with the options as one value; a part has at most `at_once` images."""
+        """Do what `request` does, with the options as one value; a part has at most `at_once` images."""
         return prepared(self, labels, options, at_once)
 
     def sampled(

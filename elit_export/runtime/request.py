@@ -67,7 +67,7 @@ class Request(ResolvedOptions):
 
 
 class Samplable(Protocol):
-    """What samplings are checked against: a model, and what its plans cover. An opened pipeline is one too."""
+    """A model and what its plans cover, against which samplings are checked. An opened pipeline is one too."""
 
     @property
     def spec(self) -> ModelSpec: ...
@@ -144,7 +144,7 @@ def check_calls(
     null_tokens: int,
     at_once: int | None = None,
 ) -> tuple[int, ...]:
-    """How many images each part has, so that some profile takes every call; raises InputError or CalibrationError.
+    """Return the images of each part, so that some profile takes every call; raises InputError or CalibrationError.
 
     It needs no conditioning, only the length of its texts: it can be called before a text encoder runs.
     """

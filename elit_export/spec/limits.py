@@ -30,7 +30,7 @@ class Bound:
             raise InputError(problem, f"give {name} a smaller number")
 
     def problem(self, value: float, name: str) -> str:
-        """What is wrong with a value, empty if nothing is."""
+        """Say what is wrong with a value; empty if nothing is."""
         return f"{name} is {shown(value)}, {self}" if value > self.most else ""
 
     def whole(self, digits: str, name: str) -> int:

@@ -43,7 +43,7 @@ class LabelledImages:
 
     @property
     def sha256(self) -> str:
-        """Of pixels and labels: tells one data set from another."""
+        """The hash of pixels and labels, which tells one data set from another."""
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -188,7 +188,7 @@ def _parsed(path: Path) -> Image.Image:
 
 
 def _shown(image: Image.Image) -> Image.Image:
-    """As a viewer shows it on black: upright by its orientation tag, without the colours of transparent pixels."""
+    """Render the image upright by its orientation tag, on black, without the colours of transparent pixels."""
     upright = ImageOps.exif_transpose(image)
     if not upright.has_transparency_data:
         return upright

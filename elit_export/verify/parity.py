@@ -43,7 +43,7 @@ COPY_AGAIN = "copy the bundle again, or build it again: elit-export build RECIPE
 
 
 class Case(NamedTuple):
-    """What an engine is given at one point, and PyTorch's outputs there."""
+    """The inputs of an engine at one point, and PyTorch's outputs there."""
 
     point: str
     inputs: Arrays

@@ -55,7 +55,7 @@ class OpenedPlan:
         return config
 
     def ports(self) -> tuple[list[Port], list[Port]]:
-        """What the plan takes, and what it gives."""
+        """Return the inputs and outputs of the plan."""
         names = [self.engine.get_tensor_name(number) for number in range(self.engine.num_io_tensors)]
         fed = [name for name in names if self.engine.get_tensor_mode(name) == self.trt.TensorIOMode.INPUT]
         return [self._port(name) for name in fed], [self._port(name) for name in names if name not in fed]

@@ -23,7 +23,7 @@ def trtexec_line(graph: Path, spec: GraphSpec, profiles: Sequence[Profile]) -> s
 
 
 def _shapes(spec: GraphSpec, profile: Profile) -> Iterator[str]:
-    """Of the inputs that have a dynamic dimension; the graph itself says what the others have."""
+    """Yield the shapes of inputs that have a dynamic dimension; the graph holds those of the others."""
     corners = spec.corner_shapes(profile)
     dynamic = [tensor.name for tensor in spec.inputs if any(isinstance(size, str) for size in tensor.dims)]
     for corner, option in enumerate(("minShapes", "optShapes", "maxShapes")):

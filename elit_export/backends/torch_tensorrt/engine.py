@@ -77,7 +77,7 @@ class TorchTensorRTEngine(OpenedEngine):
 
 
 def _ports(program: Any, graph: GraphSpec) -> tuple[list[Port], list[Port]]:
-    """By order: a program's own names are others. What it does not keep of a tensor is not told."""
+    """Match tensors by order, as a program names them otherwise. A type or shape that it lacks stays unknown."""
     values = {node.name: node.meta.get("val") for node in program.graph.nodes}
     signature = program.graph_signature
 

@@ -37,7 +37,7 @@ GUIDANCE_OPTION = click.option("--guidance", default="none", show_default=True)
 
 
 def advancing(progress: Progress, task: TaskID) -> Callable[[str, int], None]:
-    """What hears the stages of some work, and how many there are."""
+    """Return a listener for the stages of some work, and how many there are."""
     return lambda stage, total: progress.update(task, description=stage, advance=1, total=total)
 
 
@@ -91,7 +91,7 @@ def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, co
 
 
 def drawer(function: str, plot: Path | None) -> Callable[[Any], None]:
-    """What draws into a file, if one is named; refuses before anything is measured if matplotlib is not there."""
+    """Return the function that draws into a file, if one is named; raises at once if matplotlib is not there."""
     if plot is None:
         return lambda _result: None
     from elit_export.report import plots

@@ -24,7 +24,7 @@ NOT_QUALITY = "more dB is closer to the reference, not a better picture: for qua
 
 
 def cost_table(spec: ModelSpec, text: int) -> Table:
-    """Before anything runs: where the FLOPs of one image's forward pass go; `text` tokens are 0 without any."""
+    """Show how FLOPs of one image's forward pass divide into parts; `text` tokens are 0 without any."""
     parts = ("head", "read", "core", "write", "tail", "other", "total")
     rows = []
     for name, budget in spec.named_budgets.items():
@@ -297,7 +297,7 @@ def samplers_table(title: str, errors: Sequence[SamplerError]) -> Table:
 
 
 def memory_table(held: BankMemory | None, plan_bytes: int) -> Table:
-    """What all engines hold, in one row."""
+    """Show the memory of all engines in one row."""
     cells = (size(held.whole_bytes), size(held.one_bytes), f"{held.ratio:.2f}") if held else ("unknown",) * 3
     columns = ("plans on disk", "all engines", "that of the largest budgets", "ratio")
     return table("resident memory of the engines", columns, [(size(plan_bytes), *cells)])

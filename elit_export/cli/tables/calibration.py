@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def samples_facts(selected: SelectedSamples) -> Facts:
-    """Where the samples are from, and what each budget has of them, largest first."""
+    """Return the origin of samples and the share of each budget, largest first."""
     kept = selected.samples.kept
     each = [_facts_of_budget(selected, budget) for budget in sorted(set(kept.tolist()), reverse=True)]
     return {**selected.samples.facts.model_dump(mode="json"), "sha256": selected.samples.sha256, "budgets": each}
@@ -37,7 +37,7 @@ def _facts_of_budget(selected: SelectedSamples, kept: int) -> Facts:
 
 
 def samples_table(selected: SelectedSamples) -> Table:
-    """What was selected, by budget."""
+    """Show the selected samples by budget."""
     facts = samples_facts(selected)
     rows = [
         (

@@ -11,7 +11,7 @@ Facts = dict[str, Any]
 
 
 def deployment_tables(inspected: Facts) -> Iterator[Table]:
-    """None for what has weights of its own."""
+    """Yield the tables of a named model; a file with weights of its own has none."""
     if facts := inspected.get("deployment"):
         yield _weights(facts)
         yield _times(facts)

@@ -54,7 +54,7 @@ def size(size_bytes: float) -> str:
 
 
 def digits(value: float, count: int = 3) -> str:
-    """So many significant digits and no exponent; digits before the point are never rounded away."""
+    """Write so many significant digits and no exponent; digits before the point are never rounded away."""
     if not math.isfinite(value) or value == 0:
         return f"{value:.0f}"
     return f"{value:.{max(0, count - 1 - math.floor(math.log10(abs(value))))}f}"
@@ -95,7 +95,7 @@ def blocks_of(shown: Table, width: int) -> Iterator[tuple[int, ...]]:
 
 
 def _repeated(shown: Table, width: int) -> range:
-    """As many of the columns that name a row as leave room for each other column, and the first one in any case."""
+    """Return as many of the columns that name a row as leave room for each other column, at least the first."""
     min_widths = [_min_width(shown, column) for column in range(len(shown.columns))]
     for count in range(shown.keys, 1, -1):
         if _taken([*min_widths[:count], max(min_widths[count:])]) <= width:
