@@ -98,7 +98,7 @@ def too_few(samples: CalibrationInputs) -> CalibrationInputs:
         (of_another_checkpoint, "samples of another checkpoint"),
         (with_nan, "x of sample 5 holds values that are not finite"),
         (too_few, "9 samples are too few, 64 are the least"),
-        (None, "no calibration samples there"),
+        (None, "no calibration samples at .*bad.npz"),
     ],
 )
 def test_unfit_samples_leave_what_was_there(
@@ -109,7 +109,7 @@ def test_unfit_samples_leave_what_was_there(
         save_inputs(change(samples), path)
     recipe = openvino_recipe(tiny_checkpoint)
     for out in (copied, tmp_path / "fresh"):
-        with pytest.raises(CalibrationError, match=f"{problem}.*elit-export calibrate samples BUNDLE --out {path}"):
+        with pytest.raises(CalibrationError, match=f"{problem}.*elit-export calibrate samples (BUNDLE|{out}) --out {path}"):
             compile_bundle(recipe, "ov-int8", out=out, samples=path)
     assert_untouched(copied, before)
     assert {path.name for path in (tmp_path / "fresh").iterdir()} <= {LOCK}

@@ -362,7 +362,7 @@ def test_sensitivity_tells_what_each_kind_of_layer_costs(
     pytest.importorskip("modelopt.onnx.quantization", reason="needs the extra quantize")
     facts, spec = tmp_path / "facts.json", bundle.manifest.model.spec
     assert sensitivity_count(spec) == 10
-    monkeypatch.setattr(sensitivity, "_layers_of", lambda _: ["core attention", "Write"])
+    monkeypatch.setattr(sensitivity, "_layer_kinds", lambda _: ["core attention", "Write"])
     command = ("calibrate", "sensitivity", bundle.folder, "--samples", samples_file, "--precision", "int8")
     assert "--prompts is missing, this model takes text" in refused(*command)
     done = run(*command, "--prompts", prompts_file, "--json", facts)

@@ -105,7 +105,7 @@ def progress_bar() -> Iterator[Progress]:
         yield progress
     except BaseException:
         for task in progress.task_ids:
-            progress.remove_task(task)
+            progress.update(task, visible=False)  # one that is removed, a thread of `track` may still look for
         progress.live.transient = True
         progress.live.stop()  # the progress's own stop would add an empty line where no terminal is
         raise
