@@ -118,8 +118,8 @@ def check_covered(samples: CalibrationInputs, profiles: Sequence[Profile]) -> No
 def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> CalibrationInputs:
     """Read samples for a model; raises CalibrationError with what is wrong and the command that makes new ones."""
     try:
-        samples = _read(path, spec)
-        _check_origin(samples, checkpoint_sha256)
+        samples = _read(path, spec, checkpoint_sha256)
+        _check_count(samples)
         _check_shapes(samples, spec)
         _check_values(samples, spec)
     except CalibrationError as error:
@@ -129,11 +129,11 @@ def load_inputs(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Calibrat
     return samples
 
 
-def _read(path: Path, spec: ModelSpec) -> CalibrationInputs:
+def _read(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> CalibrationInputs:
     if not path.exists():
         raise CalibrationError("no calibration samples there", "collect some")
     try:
-        arrays = _model_arrays(path, spec)
+        arrays = _model_arrays(path, spec, checkpoint_sha256)
     except OSError as error:
         raise CalibrationError(f"cannot be read ({error.strerror or error})", "collect the samples again") from error
     except PlainArraysError as error:
@@ -141,15 +141,18 @@ def _read(path: Path, spec: ModelSpec) -> CalibrationInputs:
     return _samples_of(arrays)
 
 
-def _model_arrays(path: Path, spec: ModelSpec) -> Arrays:
-    """Read the arrays that samples of this model have, and no more bytes than so many of its rows can have."""
+def _model_arrays(path: Path, spec: ModelSpec, checkpoint_sha256: str) -> Arrays:
+    """Read the arrays that samples of this checkpoint have, and nothing else.
+
+    They may have as many bytes as so many rows of the model, and no more than the file: `save_inputs` compresses none.
+    """
     facts = plain_arrays(path, (FACTS,), what=WHAT, error=CalibrationError, limit_bytes=FACTS_BYTES)
-    rows = _facts_of(facts).samples
-    if problem := SAMPLES.problem(rows, "their number"):
-        raise CalibrationError(problem, "collect the samples again")
+    origin = _facts_of(facts)
+    _check_origin(origin, checkpoint_sha256)
     names = [name for name in array_names(path, what=WHAT, error=CalibrationError) if name.startswith(CONDITIONING)]
     _check_conditioned([name.removeprefix(CONDITIONING) for name in names], spec)
-    inputs, limit = {"x", "t", "kept", *names}, max(rows, FEWEST) * _row_bytes(spec) + FACTS_BYTES
+    inputs = {"x", "t", "kept", *names}
+    limit = min(origin.samples * _row_bytes(spec) + FACTS_BYTES, path.stat().st_size)
     return facts | plain_arrays(path, inputs, what=WHAT, error=CalibrationError, limit_bytes=limit)
 
 
@@ -188,12 +191,17 @@ def _samples_of(arrays: Arrays) -> CalibrationInputs:
     return CalibrationInputs(facts, x, t, kept, conditioning)
 
 
-def _check_origin(samples: CalibrationInputs, checkpoint_sha256: str) -> None:
-    count, facts = len(np.atleast_1d(samples.x)), samples.facts
-    if count != facts.samples:
-        raise CalibrationError(f"holds {count} samples and says {facts.samples}", "collect the samples again")
-    if count < FEWEST:
-        raise CalibrationError(f"{count} samples are too few, {FEWEST} are the least", "collect more")
+def _check_count(samples: CalibrationInputs) -> None:
+    if (count := len(np.atleast_1d(samples.x))) != samples.facts.samples:
+        raise CalibrationError(f"holds {count} samples and says {samples.facts.samples}", "collect the samples again")
+
+
+def _check_origin(facts: CalibrationFacts, checkpoint_sha256: str) -> None:
+    """What a file says of its samples, before they are read."""
+    if problem := SAMPLES.problem(facts.samples, "their number"):
+        raise CalibrationError(problem, "collect the samples again")
+    if facts.samples < FEWEST:
+        raise CalibrationError(f"{facts.samples} samples are too few, {FEWEST} are the least", "collect more")
     if facts.checkpoint_sha256 != checkpoint_sha256:
         theirs, ours = facts.checkpoint_sha256[:12], checkpoint_sha256[:12]
         raise CalibrationError(f"samples of another checkpoint ({theirs}, not {ours})", "collect samples of this one")

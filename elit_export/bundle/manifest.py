@@ -19,7 +19,7 @@ from pydantic import (
 from elit_export.bundle.artifacts import REFERENCE_FILE, Artifact, Facts, Name, hashed
 from elit_export.bundle.calibration_inputs import CalibrationFacts
 from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, Fit, ModelSpec, Precision, Profile, Range
-from elit_export.spec.limits import ROWS
+from elit_export.spec.limits import BUDGETS, ROWS, STEPS, TEXT
 
 SCHEMA = 8
 
@@ -38,6 +38,7 @@ def _usable(fit: Fit) -> Fit:
 
 StoredRange = Annotated[Range, BeforeValidator(_range_from_corners), PlainSerializer(Range.corners)]  # [min, opt, max]
 StoredFit = Annotated[Fit, AfterValidator(_usable)]
+Rows = Annotated[int, Field(ge=1, le=int(ROWS.most))]
 
 
 class Parity(Facts):
@@ -60,9 +61,9 @@ class ReferenceCase(Facts):
     """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
 
     profile: str
-    kept: int
-    rows: int = Field(le=int(ROWS.most))
-    text: int = 0  # tokens, in models with text
+    kept: int = Field(ge=1, le=int(BUDGETS.most))
+    rows: Rows
+    text: int = Field(default=0, ge=0, le=int(TEXT.most))  # tokens, in models with text
 
 
 class ReferenceTrajectory(Facts):
@@ -74,7 +75,7 @@ class ReferenceTrajectory(Facts):
     name: Name
     labels: tuple[int, ...]
     text: StoredRange | None = None
-    steps: int
+    steps: int = Field(ge=1, le=int(STEPS.most))
     schedule: str
     guidance: str
     sampler: str
@@ -107,7 +108,7 @@ class Reference(Facts):
 
     artifact: Artifact
     key: str
-    cache_rows: tuple[int, ...]
+    cache_rows: tuple[Rows, ...]
     cases: tuple[ReferenceCase, ...]
     trajectories: tuple[ReferenceTrajectory, ...]
     _check_hashed = model_validator(mode="after")(hashed)
@@ -147,7 +148,7 @@ class DecoderAnswers(Facts):
 
     artifact: Artifact
     key: str
-    rows: tuple[int, ...]
+    rows: tuple[Rows, ...]
     _check_hashed = model_validator(mode="after")(hashed)
 
 

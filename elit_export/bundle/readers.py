@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import math
 import os
+import re
 import stat
 import struct
 import tokenize
@@ -38,7 +40,8 @@ CONFIG_BYTES = 64 * MIB  # of configurations, indexes and manifests, which progr
 CHUNK_BYTES = MIB
 MAX_NESTING = 64  # tables and lists inside one another
 MAX_INT_BITS = 128  # of whole numbers; a seed has 64
-MAX_DOTS = 64  # in a line of TOML: the time to read a dotted key grows with the square of its parts
+MAX_KEY_PARTS = 64  # of a dotted key of TOML: the time to read it grows with the square of their number
+HEADER_BYTES = 64 * KIB  # of an array in a `.npz`; NumPy reads 10,000 characters
 SPECIAL = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -132,11 +135,27 @@ def read_toml(path: Path, *, what: str, error: ErrorClass, limit_bytes: int = TE
     """The tables of a TOML file; raises `error`, or OSError."""
     text = read_text(path, what=what, error=error, limit_bytes=limit_bytes)
     try:
-        if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
-            raise ValueError(f"a line with more than {MAX_DOTS} dots")
+        _check_dotted_keys(text)
         return _bounded(tomllib.loads(text))
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not TOML: {_parse_problem(problem)}", f"mend {what} there") from problem
+
+
+# Every alternative matches whatever it began with, whole or not, so that a text is gone through once.
+KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"?|'[^'\n]*+'?)"""
+TOML_TOKEN = re.compile(
+    r'''#[^\n]*+|"""(?:[^"\\]|\\.|"(?!""))*+(?:""")?|'''
+    r"""'{3}(?:[^']|'(?!''))*+(?:'{3})?|"""
+    rf"(?P<key>{KEY_PART}(?:[ \t]*+\.[ \t]*+{KEY_PART})*+)",
+    re.DOTALL,
+)
+
+
+def _check_dotted_keys(text: str) -> None:
+    """Raise ValueError for a long key. Dots in comments and strings do not count; a number is a key of two parts."""
+    for token in TOML_TOKEN.finditer(text):
+        if (key := token["key"]) and key.count(".") >= MAX_KEY_PARTS and len(re.findall(KEY_PART, key)) > MAX_KEY_PARTS:
+            raise ValueError(f"a dotted key of more than {MAX_KEY_PARTS} parts")
 
 
 def read_json(path: Path, *, what: str, error: ErrorClass, limit_bytes: int = CONFIG_BYTES) -> Any:
@@ -221,7 +240,7 @@ class PlainArraysError(ValueError):
 # What NumPy and the libraries below it raise of files that are damaged, encrypted, pickled or of another kind.
 DAMAGED = (
     *(ValueError, TypeError, EOFError, KeyError, IndexError, AttributeError, SyntaxError, OverflowError),
-    *(RuntimeError, MemoryError, NotImplementedError, struct.error, tokenize.TokenError),
+    *(RuntimeError, NotImplementedError, struct.error, tokenize.TokenError),
     *(zipfile.BadZipFile, zlib.error),
 )
 METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # NumPy writes no other
@@ -254,8 +273,8 @@ def array_headers(path: Path, *, what: str, error: ErrorClass) -> dict[str, tupl
     with _archive(path, what, error) as archive:
         headers = {}
         for name, info in _members(archive).items():
-            with archive.open(info) as member:
-                shape, dtype = _header(member)
+            with _opened(archive, info) as member:
+                shape, dtype, _ = _header(member)
             headers[name] = (str(dtype), shape)
         return headers
 
@@ -287,23 +306,28 @@ def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
     """One member, whose header has to agree with the archive on its size; raises one of DAMAGED."""
     from numpy.lib import format as npy
 
-    if info.compress_type not in METHODS:
-        raise ValueError("compressed by a method that NumPy does not write")
-    with archive.open(info) as member:
-        shape, dtype = _header(member)
-        if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - member.tell():
+    with _opened(archive, info) as member:
+        shape, dtype, start = _header(member)
+        if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - start:
             raise ValueError(f"an array of {dtype} {shape} in {info.file_size} bytes")
-    with archive.open(info) as member:
+    with _opened(archive, info) as member:
         return npy.read_array(member, allow_pickle=False)
 
 
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], Any]:
-    """Shape and type of the array that follows."""
+def _opened(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> IO[bytes]:
+    if info.compress_type not in METHODS:
+        raise ValueError("compressed by a method that NumPy does not write")
+    return archive.open(info)
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], Any, int]:
+    """Shape and type of the array that follows, and where it begins. No more is read than a header may have."""
     from numpy.lib import format as npy
 
-    header = npy.read_array_header_1_0 if npy.read_magic(member) == (1, 0) else npy.read_array_header_2_0
-    shape, _, dtype = header(member)
-    return shape, dtype
+    start = io.BytesIO(member.read(HEADER_BYTES))
+    header = npy.read_array_header_1_0 if npy.read_magic(start) == (1, 0) else npy.read_array_header_2_0
+    shape, _, dtype = header(start)
+    return shape, dtype, start.tell()
 
 
 def check_saved_by_torch(path: Path, *, error: ErrorClass) -> None:

@@ -1,10 +1,11 @@
 """Folders in the layout of Hugging Face: a part alone or inside a pipeline, and an index of weight files.
 
-This file needs no torch.
+Only `is_of_memory` needs torch.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,3 +64,16 @@ def check_numbers(
 
 def _are_whole(values: list[Any]) -> bool:
     return all(isinstance(value, int) for value in values)
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out: in Python, in the system, or in torch, whose CPU allocator raises RuntimeError."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM or f"(os error {errno.ENOMEM})" in str(
+            error
+        )  # the form in which safetensors reports it
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -32,12 +32,27 @@ log = logging.getLogger(__name__)
 # A released file does not say what its numbers mean; the number of channels mostly tells.
 DATA_BY_CHANNELS = {1: PIXELS, 3: PIXELS, 4: SD_VAE}
 UNKNOWN_VAE = DataFacts(kind="vae", vae="unknown")
-NUMPY_SCALAR = np.float64(0).__reduce__()[0]  # a number from its type and its bytes
+NUMPY_SCALAR: Any = np.float64(0).__reduce__()[0]  # a number from its type and its bytes
 WRAPPERS = ("module.", "_orig_mod.")  # what data-parallel and compiled models put before the names of their tensors
+NUMBER_KINDS, NUMBER_BYTES = "biufcSU", 4096  # of NumPy, with short text; a file may ask for one value many times
+
+
+def _numpy_number(dtype: Any = None, content: object = None) -> Any:
+    """Make a number of NumPy from its bytes, all of which the file has to hold; raises UnpicklingError.
+
+    Without them NumPy makes zeros of any type, in as many bytes as the type says.
+    """
+    is_number = isinstance(dtype, np.dtype) and dtype.kind in NUMBER_KINDS
+    if is_number and isinstance(content, bytes) and len(content) == dtype.itemsize <= NUMBER_BYTES:
+        return NUMPY_SCALAR(dtype, content)
+    raise UnpicklingError("a value of NumPy that is not a number or a short text")
+
+
 # In `args`: what argparse makes of a command line, paths, and numbers of NumPy, also as its older versions name them.
 SAFE: list[Any] = [
-    *(argparse.Namespace, PosixPath, np.dtype),
-    *((NUMPY_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(argparse.Namespace, np.dtype),
+    *((PosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),  # the latter in Python 3.13
+    *((_numpy_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *sorted({type(np.dtype(code)) for code in "?bBhHiIlLqQefdgFDSU"}, key=str),
 ]
 REMEDY = (

@@ -6,21 +6,25 @@ diffusers builds the module and is imported only then. Weights are never unpickl
 from __future__ import annotations
 
 import logging
+import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from elit_export.checkpoints.hf_folder import CONFIG
+from elit_export.checkpoints.hf_folder import CONFIG, is_of_memory
 from elit_export.checkpoints.vae import WEIGHTS, DecoderFolder
 from elit_export.errors import BackendUnavailable, CheckpointError, pip_install, summary
 
 OWN_KEYS = ("decoder.", "post_quant_conv.")  # a folder also holds the encoder, which is not needed here
+MAX_MISSING = 4  # times as many numbers as the weights have: what is missing of fewer is told by name
 # What diffusers raises for files that it cannot read or that do not fit, and for values that no model has.
-FILE_ERRORS = (OSError, RuntimeError, ValueError)
+FILE_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError)
 VALUE_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 
 
@@ -52,8 +56,8 @@ def check_installed() -> None:
 def load_decoder(folder: DecoderFolder) -> VaeDecoder:
     """Load the module with its weights; raises CheckpointError if they are damaged or do not fit the configuration."""
     decoder = VaeDecoder(_autoencoder(folder), has_frames=folder.kind.has_frames)
-    decoder.float().eval().requires_grad_(requires_grad=False)
     with _as_checkpoint_errors(folder), torch.inference_mode():
+        decoder.float().eval().requires_grad_(requires_grad=False)
         pixels = decoder(torch.zeros(1, folder.vae.channels, 2, 2))
     expected = (1, folder.vae.image_channels, 2 * folder.vae.factor, 2 * folder.vae.factor)
     if pixels.shape != expected:
@@ -71,6 +75,7 @@ def _autoencoder(folder: DecoderFolder) -> Any:
     import diffusers  # seconds
 
     with _as_checkpoint_errors(folder), _quiet():
+        _check_size(folder, getattr(diffusers, folder.class_name))
         autoencoder, report = getattr(diffusers, folder.class_name).from_pretrained(
             folder.path,
             local_files_only=True,
@@ -89,12 +94,35 @@ def _autoencoder(folder: DecoderFolder) -> Any:
     return autoencoder
 
 
+def _check_size(folder: DecoderFolder, model_class: Any) -> None:
+    """Raise CheckpointError if the weights have far fewer numbers than the decoder, before memory is taken for it."""
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        state = model_class.from_config(model_class.load_config(folder.path, local_files_only=True)).state_dict()
+    needed = sum(tensor.numel() for name, tensor in state.items() if name.startswith(OWN_KEYS))
+    with safe_open(folder.path / WEIGHTS, framework="pt") as file:
+        stored = sum(math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys())
+    if stored * MAX_MISSING < needed:
+        raise CheckpointError(
+            f"{folder.path}: {WEIGHTS} has {stored:,} numbers, the decoder of {CONFIG} {needed:,}",
+            "copy the folder again",
+        )
+
+
 @contextmanager
 def _as_checkpoint_errors(folder: DecoderFolder) -> Iterator[None]:
-    """Turn what diffusers raises for unreadable files and impossible values into CheckpointError."""
+    """Turn what diffusers raises for unreadable files and impossible values into CheckpointError.
+
+    Raises BackendUnavailable if memory runs out.
+    """
     try:
         yield
-    except FILE_ERRORS as error:
+    except CheckpointError:
+        raise
+    except (MemoryError, *FILE_ERRORS) as error:
+        if is_of_memory(error):
+            raise BackendUnavailable(
+                f"{folder.path}: not enough memory ({summary(error, lines=2)})", "build on a machine with more memory"
+            ) from error
         raise CheckpointError(
             f"{folder.path}: diffusers cannot read it: {summary(error, lines=2)}", "copy the folder again"
         ) from error

@@ -75,7 +75,7 @@ class PromptOptions:
         if self.file is not None:
             if len(self.typed) > 1:
                 raise InputError("--prompts holds the embeddings", f"leave {self.typed[1]} out")
-            return load_prompts(self.file)
+            return load_prompts(self.file, spec)
         if not self.texts or self.encoder is None:
             missing = "--encoder is missing" if self.texts else "--prompt is missing"
             raise InputError(f"{missing}, this model takes text", HOW)
@@ -97,7 +97,7 @@ def prompts_in(file: Path | None, spec: ModelSpec) -> Prompts | None:
         return None
     if file is None:
         raise InputError("--prompts is missing, this model takes text", "write some with elit-export embed FOLDER")
-    return load_prompts(file).checked(spec)
+    return load_prompts(file, spec).checked(spec)
 
 
 def embedded(

@@ -6,7 +6,6 @@ folder runs, and the network is not used. Each prompt runs alone, so that its em
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from elit_export.arrays import Float32
-from elit_export.checkpoints.hf_folder import CONFIG
+from elit_export.checkpoints.hf_folder import CONFIG, is_of_memory
 from elit_export.errors import BackendUnavailable, CheckpointError, InputError, pip_install, summary
 from elit_export.runtime.prompts import Embedded, Prompts
 from elit_export.spec import MAX_TEXT_TOKENS
@@ -255,7 +254,7 @@ def _as_package_errors(path: Path, to: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _is_of_memory(error):
+        if is_of_memory(error):
             raise BackendUnavailable(
                 f"{path}: not enough memory ({summary(error, lines=2)})",
                 "take half with --encoder-weights stored, or run elit-export embed on a larger machine and give its "
@@ -264,16 +263,3 @@ def _as_package_errors(path: Path, to: str) -> Iterator[None]:
         raise CheckpointError(
             f"{path}: transformers cannot {to} it: {summary(error, lines=2)}", "copy the folder again"
         ) from error
-
-
-def _is_of_memory(error: BaseException) -> bool:
-    """Return whether memory ran out: in Python, in the system, or in torch, whose CPU allocator raises RuntimeError."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM or f"(os error {errno.ENOMEM})" in str(
-            error
-        )  # the form in which safetensors reports it
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

@@ -189,7 +189,16 @@ def case_of(reference: Reference, index: int, arrays: Arrays, spec: ModelSpec) -
         tensor.name: latents if tensor.role is Role.LATENTS else arrays[f"{index}/{tensor.name}"]
         for tensor in step.inputs
     }
-    return inputs, {tensor.name: arrays[f"{index}/{tensor.name}"] for tensor in step.outputs}
+    rows = reference.cases[index].rows
+    return inputs, {tensor.name: _of_rows(arrays, f"{index}/{tensor.name}", rows) for tensor in step.outputs}
+
+
+def _of_rows(arrays: Arrays, name: str, rows: int) -> HostArray:
+    """PyTorch's output for so many rows; raises BundleError where the file has others, before inputs are made."""
+    values = arrays[name]
+    if values.shape[:1] != (rows,):
+        raise BundleError(f"the reference output {name} has shape {values.shape}, not {rows} rows", COPY_AGAIN)
+    return values
 
 
 def _compared_case(
@@ -207,10 +216,12 @@ def _compared_case(
 
 def _compared_cache(bank: EngineBank, graph: str, rows: int, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
     """Compare a graph of the step cache, which is fp32 in every plan set."""
+    names = [tensor.name for tensor in spec.graph(graph).outputs]
+    expected = {name: _of_rows(arrays, f"{graph}/{rows}/{name}", rows) for name in names}
     outputs, problem = _run(bank.cache[graph], cache_inputs(graph, rows, spec))
-    for tensor in spec.graph(graph).outputs:
-        deviation = _difference(outputs, tensor.name, arrays[f"{graph}/{rows}/{tensor.name}"])
-        yield Comparison(f"graph {graph}", f"rows={rows} {tensor.name}", deviation, CACHE_DB, problem=problem)
+    for name, values in expected.items():
+        deviation = _difference(outputs, name, values)
+        yield Comparison(f"graph {graph}", f"rows={rows} {name}", deviation, CACHE_DB, problem=problem)
 
 
 def _compared_fused(engine: Engine, plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterator[Comparison]:
@@ -240,8 +251,9 @@ def fused_reusing(plan_set: PlanSet, arrays: Arrays, spec: ModelSpec) -> Iterato
     """The cases in which `fused` reuses and gives what `reuse` and `probe` give."""
     first = plan_set.profiles[0]
     for rows in plan_set.reference.cache_rows:
+        places = {"velocity": f"reuse/{rows}/velocity", "signal_next": f"probe/{rows}/signal"}
+        reference = {name: _of_rows(arrays, place, rows) for name, place in places.items()}
         inputs = {LATENTS: np.arange(first.latents.opt), **_reused(rows, spec), **_any_text(first.profile, rows, spec)}
-        reference = {"velocity": arrays[f"reuse/{rows}/velocity"], "signal_next": arrays[f"probe/{rows}/signal"]}
         yield Case(f"rows={rows} reused", fused_inputs(inputs, force=False, rows=rows, spec=spec), reference)
 
 
@@ -250,8 +262,9 @@ def _compared_decoder(bundle: Bundle, bank: EngineBank, facts: DecoderFacts) -> 
     assert bank.decoder
     arrays = load_reference_file(bundle.verified(facts.answers.artifact))
     for rows in facts.answers.rows:
+        expected = _of_rows(arrays, f"{rows}/pixels", rows)
         outputs, problem = _run(bank.decoder, decoder_inputs(rows, facts.spec))
-        deviation = _difference(outputs, "pixels", arrays[f"{rows}/pixels"])
+        deviation = _difference(outputs, "pixels", expected)
         yield Comparison(
             f"graph {DECODE}",
             f"rows={rows} pixels",

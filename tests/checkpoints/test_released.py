@@ -14,7 +14,7 @@ import types
 import zipfile
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -493,6 +493,53 @@ def test_an_object_of_another_class_is_refused_by_name(
     told = rf"refused, because .*{named}.*only tensors, plain values and argparse.*torch\.save\(.*--num-heads N, --head"
     with pytest.raises(CheckpointError, match=told):
         load_checkpoint(path, tail_depth=2)
+
+
+class Calls:
+    """Pickles as a call of a function."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+SCALAR = np.float64(0).__reduce__()[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (np.dtype("S2000000000"),),
+        (np.dtype("f8"),),
+        (np.dtype("S2000000"), b"x"),
+        (np.dtype("S5000"), bytes(5000)),
+        (np.dtype("V8"), bytes(8)),
+        (8, bytes(8)),
+        (),
+    ],
+    ids=str,
+)
+def test_values_of_numpy_that_are_no_numbers_are_refused(
+    qknorm: Golden, tmp_path: Path, arguments: tuple[object, ...]
+) -> None:
+    """NumPy makes as many zeros as the type says where the file has none."""
+    path = qknorm.save_pt(tmp_path / "a.pt", args={"encoder_depth": 1, "rate": Calls(SCALAR, *arguments)})
+    with pytest.raises(CheckpointError, match=r"refused, because it holds something else.*; save it again where"):
+        load_checkpoint(path, tail_depth=2)
+
+
+def test_a_path_as_python_3_13_names_it_is_read(
+    qknorm: Golden, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = types.ModuleType("pathlib._local")
+    module.PosixPath = PosixPath  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pathlib._local", module)
+    monkeypatch.setattr(PosixPath, "__module__", "pathlib._local")
+    path = qknorm.save_pt(tmp_path / "a.pt", args=namespace(encoder_depth=1, data=PosixPath("data")))
+    assert b"pathlib._local" in path.read_bytes()
+    assert load_checkpoint(path, tail_depth=2).spec
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def test_embed_writes_what_sample_takes(folder: Path, loaded: TextEncoder, tmp_p
     out = tmp_path / "made" / "fox.npz"
     said = ok("embed", folder, *TOLD, "--out", out)
     expected = prompts_of(loaded, [FOX, "an owl, at night"], [""])
-    assert_same(load_prompts(out), expected)
+    assert_same(load_prompts(out, text_spec()), expected)
     tokens = expected.positive.text.shape[1]
     assert (
         f"wrote {out}: 2 prompts of up to {tokens} tokens and a negative one of 5, {WIDTH} numbers each; draw" in said
@@ -132,7 +132,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_embed_takes_weights_as_stored(half: Path, tmp_path: Path) -> None:
     ok("embed", half, "--prompt", FOX, "--encoder-weights", "stored", "--out", tmp_path / "p.npz")
     ok("embed", half, "--prompt", FOX, "--out", tmp_path / "wide.npz")
-    found, wide = (load_prompts(tmp_path / name).positive.text for name in ("p.npz", "wide.npz"))
+    found, wide = (load_prompts(tmp_path / name, text_spec()).positive.text for name in ("p.npz", "wide.npz"))
     assert np.array_equal(found, load_encoder(half, weights=Weights.STORED).embed([FOX]).text)
     assert 0 < np.abs(found - wide).max() < 0.2
 
@@ -183,7 +183,7 @@ def test_sample_takes_embeddings(text_bundle: Path, folder: Path, drawing: type[
     file = tmp_path / "fox.npz"
     ok("embed", folder, *TOLD, "--out", file)
     ok("sample", text_bundle, "--prompts", file, "--out", tmp_path / "s.png")
-    assert_asked(drawing.asked, load_prompts(file), guided=False)
+    assert_asked(drawing.asked, load_prompts(file, text_spec()), guided=False)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_sample_refuses_the_encoder_of_another_model(text_bundle: Path, tmp_path
 def test_sample_refuses_embeddings_of_another_width(text_bundle: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "p.npz", text=np.zeros((1, 3, 32), np.float32), mask=np.ones((1, 3), int))
     said = refused("sample", text_bundle, "--prompts", tmp_path / "p.npz")
-    assert "prompts: text has shape (1, 3, 32), must be (images, tokens, 24)" in said
+    assert "p.npz: text has shape (1, 3, 32), must be (images, tokens, 24) for this model; embed" in said
 
 
 @pytest.mark.parametrize("out", ["fox.png", "fox", "fox.npz", "here/../fox.png"])

@@ -73,6 +73,10 @@ SPECS: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 10**5, "input_size": 4 * 10**5}, "is 400,000, at most 16,384 pixels or latents a side"),
     ({"group_size": 10**5}, "group_size is 100,000, at most 64 tokens along a group"),
     ({"core_depth": 10**6}, "core_depth is 1,000,000, at most 1,024 blocks: every block is written"),
+    (
+        dict.fromkeys(("head_depth", "core_depth", "tail_depth"), 1024),
+        "the sum of head_depth, core_depth and tail_depth is 3,072, at most 1,024 blocks",
+    ),
     ({"in_channels": BILLION}, "in_channels is 1,000,000,000, at most 4,096 channels"),
     ({"hidden_size": 4 * BILLION}, "hidden_size is 4,000,000,000, at most 65,536 numbers a token"),
     ({"num_heads": 10**30}, "num_heads is about 2**99, at most 1,024 heads"),
