@@ -278,6 +278,29 @@ def test_damaged_weights_are_refused(kl4: Path, content: bytes) -> None:
         load_decoder(read_decoder(kl4))
 
 
+def test_a_configuration_far_larger_than_its_weights_is_refused_unbuilt(kl4: Path) -> None:
+    change_config(kl4, lambda config: config.update({"block_out_channels": [16384] * 2, "layers_per_block": 8}))
+    told = r"kl4: diffusion_pytorch_model\.safetensors has [\d,]+ numbers, the decoder of config\.json [\d,]{14,}; copy the"
+    with pytest.raises(CheckpointError, match=told):
+        load_decoder(read_decoder(kl4))
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")], ids=["Python", "torch"]
+)
+def test_too_little_memory_is_told_apart_from_damage(
+    kl4: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    import diffusers
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", fail)
+    with pytest.raises(BackendUnavailable, match=r"kl4: not enough memory \(.*\); build on a machine with more memory"):
+        load_decoder(read_decoder(kl4))
+
+
 def test_cut_weights_are_refused(kl4: Path) -> None:
     (kl4 / WEIGHTS).write_bytes((kl4 / WEIGHTS).read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"kl4: diffusers cannot read it: .*; copy the folder again"):

@@ -83,7 +83,7 @@ def test_prompts_that_inflate_to_gigabytes_are_refused(
 ) -> None:
     takes_text(bundle)
     message = refused("sample", bundle, "--prompts", five_gigabytes)
-    assert "the embeddings may have 4,294,967,296; check that it is the file" in message
+    assert "the embeddings may have 301,989,888; check that it is the file" in message
 
 
 FACTS = CalibrationFacts(
@@ -104,13 +104,38 @@ def test_samples_that_inflate_to_more_than_they_say_are_refused(
     refused: Callable[..., str], bundle: Path, tmp_path: Path, samples: int
 ) -> None:
     """And a number of samples that nobody collects."""
-    facts = FACTS.model_copy(update={"samples": samples}).model_dump_json()
+    own = Bundle.load(bundle).manifest.model.checkpoint_sha256
+    facts = FACTS.model_copy(update={"samples": samples, "checkpoint_sha256": own}).model_dump_json()
     real = {"facts": np.array(facts), "kept": np.zeros(64, np.int64)}
     write_npz(tmp_path / "s.npz", {"x": ((64, MB), "<f4", 256 * MB), "conditioning/y": ((64,), "<i8", 512)}, real)
     message = refused("calibrate", "sensitivity", bundle, "--samples", tmp_path / "s.npz", "--precision", "int8")
     told = "its arrays say that they have 26" if samples == 64 else "their number is 1,000,000,000,000,000, at most"
     assert told in message
     assert "elit-export calibrate samples BUNDLE" in message
+
+
+@pytest.mark.parametrize(("is_own", "told"), [(False, "samples of another checkpoint (0, not "), (True, "may have ")])
+def test_samples_are_not_read_for_what_they_say_of_their_number(
+    refused: Callable[..., str], bundle: Path, tmp_path: Path, is_own: bool, told: str
+) -> None:
+    """A million, as may be; nor are more bytes than the file has, which a collection does not compress."""
+    own = Bundle.load(bundle).manifest.model.checkpoint_sha256
+    facts = FACTS.model_copy(update={"samples": 10**6, **({"checkpoint_sha256": own} if is_own else {})})
+    real = {"facts": np.array(facts.model_dump_json()), "kept": np.zeros(64, np.int64)}
+    write_npz(tmp_path / "s.npz", {"x": ((10**6, 64), "<f4", 256 * MB), "conditioning/y": ((64,), "<i8", 512)}, real)
+    message = refused("calibrate", "sensitivity", bundle, "--samples", tmp_path / "s.npz", "--precision", "int8")
+    assert told in message
+    assert "elit-export calibrate samples BUNDLE" in message
+
+
+def test_too_little_memory_for_arrays_is_not_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    monkeypatch.setattr(np.lib.format, "read_array", fail)
+    with pytest.raises(MemoryError):
+        plain_arrays(tmp_path / "a.npz", ("a",), what="it", error=InputError, limit_bytes=GB)
 
 
 def test_members_that_nobody_asked_for_are_not_read(tmp_path: Path) -> None:

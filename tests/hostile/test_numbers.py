@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from elit_export.bundle.manifest import DecoderAnswers
+from elit_export.bundle.readers import read_toml
 from elit_export.bundle.recipe import load_recipe
 from elit_export.checkpoints.vae import read_decoder
 from elit_export.errors import CheckpointError, InputError, RecipeError
@@ -96,6 +100,30 @@ def test_numbers_of_specs_in_a_manifest_are_refused(
     assert "build it again: elit-export build RECIPE" in message
 
 
+@pytest.mark.parametrize(("rows", "told"), [(10**12, "or equal to 1048576; build it again"), (300_000, "has no array")])
+def test_rows_that_the_reference_does_not_have_are_refused(
+    refused: Callable[..., str], bundle: Path, rows: int, told: str
+) -> None:
+    forge(bundle, lambda values: values["plan_sets"][0]["reference"].update({"cache_rows": [rows]}))
+    assert told in refused("verify", bundle)
+
+
+@pytest.mark.parametrize(("name", "value"), [("kept", 10**12), ("text", 10**12), ("rows", 0)])
+def test_numbers_of_reference_cases_are_refused(
+    refused: Callable[..., str], bundle: Path, name: str, value: int
+) -> None:
+    forge(bundle, lambda values: values["plan_sets"][0]["reference"]["cases"][0].update({name: value}))
+    message = refused("inspect", bundle)
+    assert f"plan_sets.0.reference.cases.0.{name}: Input should be" in message
+    assert "build it again" in message
+
+
+@pytest.mark.parametrize("rows", [0, (1 << 20) + 1])
+def test_rows_of_a_decoder_are_bounded(rows: int) -> None:
+    with pytest.raises(ValidationError, match=r"rows\.0\n.*should be"):
+        DecoderAnswers.model_validate({"artifact": {}, "key": "k", "rows": [rows]})
+
+
 def test_numbers_of_profiles_in_a_manifest_are_refused(refused: Callable[..., str], bundle: Path) -> None:
     def change(values: Any) -> None:
         values["plan_sets"][0]["profiles"][0]["rows"] = {"min": 1, "opt": 1, "max": 10**12}
@@ -129,7 +157,10 @@ tile = {tile}
         ({"rows": "0x" + "f" * 100_000}, "not TOML: a whole number of more than 128 bits; mend the recipe there"),
         ({"rows": "[" * 100_000}, "not TOML: nested more than 64 deep; mend the recipe there"),
         ({"rows": "[" * 100 + "]" * 100}, "not TOML: nested more than 64 deep; mend the recipe there"),
-        ({"rows": "{" + "a." * 100_000 + "a = 1}"}, "not TOML: a line with more than 64 dots; mend the recipe there"),
+        (
+            {"rows": "{" + "a." * 100_000 + "a = 1}"},
+            "not TOML: a dotted key of more than 64 parts; mend the recipe there",
+        ),
     ],
     ids=["rows", "text", "tile", "digits", "bits", "brackets", "lists", "dots"],
 )
@@ -149,6 +180,34 @@ def test_a_recipe_within_the_limits_is_read(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(text.replace("1048576", "1048577"))
     with pytest.raises(RecipeError, match=r"rows\.max is 1,048,577, at most 1,048,576"):
         load_recipe(tmp_path / "r.toml")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [".".join(["'\u2028'"] * 20_000) + " = 1", "[" + " . ".join(['"a.\\"."'] * 20_000) + "]"],
+    ids=["quoted", "a header"],
+)
+def test_dotted_keys_without_end_are_refused(refused: Callable[..., str], tmp_path: Path, line: str) -> None:
+    (tmp_path / "r.toml").write_text(f'# it\'s a "comment"\n{line}\n', encoding="utf-8")
+    assert "not TOML: a dotted key of more than 64 parts; mend the recipe there" in refused("build", "r.toml")
+
+
+def test_dots_in_comments_strings_and_numbers_are_read(tmp_path: Path) -> None:
+    dots, quotes = "." * 1000, '"' * 3
+    lines = [f"# {dots}", f"a = '{dots}'", f"{'b.' * 63}b = 1", f"c = [{'0.5, ' * 1000}]", f'"{dots}" = 1 # {dots}']
+    lines += [f'd = {quotes}\n"{dots}\n{quotes} # {dots}']
+    (tmp_path / "r.toml").write_text("\n".join(lines), encoding="utf-8")
+    found = read_toml(tmp_path / "r.toml", what="it", error=RecipeError)
+    assert (found["a"], len(found["c"]), found["d"]) == (dots, 1000, f'"{dots}\n')
+
+
+@pytest.mark.parametrize("text", ['"""\\' * 250_000, '"' * 10**6, "a." * 20 + " " * 900_000], ids=["\\", '"', " "])
+def test_toml_is_gone_through_once(tmp_path: Path, text: str) -> None:
+    start = time.monotonic()
+    (tmp_path / "r.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match="not TOML"):
+        read_toml(tmp_path / "r.toml", what="it", error=RecipeError)
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
