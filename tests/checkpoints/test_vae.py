@@ -280,7 +280,7 @@ def test_damaged_weights_are_refused(kl4: Path, content: bytes) -> None:
 
 def test_a_configuration_far_larger_than_its_weights_is_refused_unbuilt(kl4: Path) -> None:
     change_config(kl4, lambda config: config.update({"block_out_channels": [16384] * 2, "layers_per_block": 8}))
-    told = r"kl4: diffusion_pytorch_model\.safetensors has [\d,]+ numbers, the decoder of config\.json [\d,]{14,}; copy the"
+    told = r"diffusion_pytorch_model\.safetensors has [\d,]+ numbers, the decoder of config\.json [\d,]{14,}; copy the"
     with pytest.raises(CheckpointError, match=told):
         load_decoder(read_decoder(kl4))
 
