@@ -70,6 +70,29 @@ def test_an_error_keeps_its_status_though_nobody_reads(tmp_path: Path) -> None:
     assert with_no_reader(["inspect", str(tmp_path)], both=True)[0] == 2
 
 
+def closed(words: list[str], redirection: str) -> tuple[int, str]:
+    """Exit status and standard error of a command whose outputs a shell sends somewhere."""
+    command = ["bash", "-c", f'"$@" {redirection}', "bash", *PROGRAM, *words]
+    done = subprocess.run(command, stderr=subprocess.PIPE, check=False, timeout=120)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["--help", "inspect BUNDLE", "sample BUNDLE --steps 1 --labels 0 --out OUT/s.png"])
+@pytest.mark.parametrize("redirection", [">&-", ">&- 2>&-"])
+def test_outputs_that_are_closed_are_silent(
+    tiny_bundle: Bundle, tmp_path: Path, command: str, redirection: str
+) -> None:
+    status, said = closed(words_of(command, tiny_bundle, tmp_path), redirection)
+    assert (status, "Traceback" in said) == (0, False), said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("command", ["inspect BUNDLE", "--help"])
+def test_an_output_without_space_is_named(tiny_bundle: Bundle, tmp_path: Path, command: str) -> None:
+    status, said = closed(words_of(command, tiny_bundle, tmp_path), ">/dev/full")
+    assert (status, said) == (2, "error: standard output: No space left on device\n")
+
+
 def test_a_reader_that_stays_sees_all_and_the_status_is_0(tiny_bundle: Bundle, tmp_path: Path) -> None:
     words = words_of("inspect BUNDLE --json -", tiny_bundle, tmp_path)
     done = subprocess.run([*PROGRAM, *words], capture_output=True, check=True, timeout=120)
