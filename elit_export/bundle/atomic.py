@@ -67,9 +67,10 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def append_text(path: Path, text: str) -> None:
-    """Add to the end of a log."""
-    with naming_file(path), path.open("a", encoding="utf-8") as file:
+def append_text(path: Path, text: str, *, through_link: bool = True) -> None:
+    """Add to the end of a log; without `through_link` a log that is a link is an OSError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY | (0 if through_link else NO_FOLLOW)
+    with naming_file(path), os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -177,6 +178,8 @@ def _check_stream(path: Path) -> None:
     own = _own_descriptor(path)
     if own is not None:
         os.fstat(own)  # raises if it is not open
+        if sys.platform != "win32" and fcntl.fcntl(own, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise PermissionError(errno.EACCES, "open for reading only")
     elif not os.access(path, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 

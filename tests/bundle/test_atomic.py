@@ -274,6 +274,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
             check_writable(path)
     with pytest.raises(OSError, match="/dev/fd/999"):
         check_writable(Path("/dev/fd/999"))
+    with (tmp_path / "file").open() as file, pytest.raises(PermissionError, match="open for reading only: '/dev/fd/"):
+        check_writable(Path(f"/dev/fd/{file.fileno()}"))
     if Path("/proc/version").exists():  # where not even the superuser makes files
         with pytest.raises(OSError, match="/proc/new"):
             check_writable(Path("/proc/new"))

@@ -106,6 +106,20 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_is_not_emptied(co
     assert (copied.parent / "letter").read_text() == "dear"
 
 
+def test_a_list_of_artifacts_that_is_a_link_is_refused_and_nothing_is_added_to_what_it_leads_to(copied: Path) -> None:
+    (copied.parent / "letter").write_text("dear")
+    (copied / STAGING).mkdir()
+    (copied / STAGING / WRITTEN).symlink_to(copied.parent / "letter")
+    with pytest.raises(BundleError, match=r"written: a link; remove it \(rm\) and build again"), writing(copied):
+        pass
+    (copied / STAGING / WRITTEN).unlink()
+    with writing(copied) as store:
+        (copied / STAGING / WRITTEN).symlink_to(copied.parent / "letter")
+        with pytest.raises(OSError, match=f"{STAGING}/{WRITTEN}"):
+            store.commit(Bundle.open(copied).manifest)
+    assert (copied.parent / "letter").read_text() == "dear"
+
+
 # ---------------------------------------------------------------- linked files: a content store
 
 
