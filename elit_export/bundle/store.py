@@ -158,7 +158,7 @@ class Store:
         """Remember, beyond a kill, what is to go unless a manifest names it."""
         self._written.update(names)
         (self.folder / STAGING).mkdir(exist_ok=True)
-        append_text(self.folder / STAGING / WRITTEN, "".join(f"{name}\n" for name in names))
+        append_text(self.folder / STAGING / WRITTEN, "".join(f"{name}\n" for name in names), through_link=False)
 
     def commit(self, manifest: Manifest) -> Bundle:
         """Write the manifest, the moment from which the bundle exists.
@@ -225,9 +225,10 @@ def writing(folder: Path, progress: Progress = noop) -> Iterator[Store]:
     try:
         is_new_lock = not (folder / LOCK).exists()
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / LOCK).is_symlink():  # taking the lock would empty what it leads to
-            raise BundleError(f"{folder / LOCK}: a link", "remove it (rm) and build again")
         refuse_linked_folders(folder)
+        for own in (folder / LOCK, folder / STAGING / WRITTEN):  # the one would be emptied, the other written into
+            if own.is_symlink():
+                raise BundleError(f"{own}: a link", "remove it (rm) and build again")
         lock.acquire()
     except Timeout as error:
         raise BundleError(f"another build is writing into {folder}", "wait for it or choose another --out") from error
@@ -245,6 +246,17 @@ def writing(folder: Path, progress: Progress = noop) -> Iterator[Store]:
     finally:
         store.clean()
         lock.release()
+
+
+def check_recordable(folder: Path) -> None:
+    """Raise the BundleError that writing into a bundle would now, before the work whose result it is to hold."""
+    with writing(folder):
+        try:
+            tempfile.TemporaryDirectory(dir=folder, prefix=f".{MARK}").cleanup()
+        except OSError as error:
+            raise BundleError(
+                f"cannot write into {folder}: {error.strerror}", "let it be written, or take a copy of the bundle"
+            ) from error
 
 
 def _opened(folder: Path, progress: Progress) -> Store:

@@ -72,6 +72,7 @@ def calibrate_cache(
     json_to: str | None,
 ) -> None:
     """Fit how far the change of the input tells the change of the residual, for the cache policy teacache."""
+    from elit_export.bundle.store import check_recordable
     from elit_export.calibrate.step_cache import (
         Trajectories,
         batch_count,
@@ -89,6 +90,7 @@ def calibrate_cache(
         check_format(plot)
     opened = opened_once(bundle, target, precision, trust=trust)
     with opened.pipeline as pipeline, progress_bar() as progress:
+        check_recordable(opened.bundle.folder)
         covered = [budget for budget in pipeline.spec.named_budgets.values() if budget in pipeline.coverage.covered]
         selected = tuple(pipeline.spec.budget(budget) for budget in budgets) or tuple(covered)
         trajectories = Trajectories(images, steps, selected, guidance, seed, rows)
@@ -96,9 +98,9 @@ def calibrate_cache(
         parts = progress.track(sample_pairs(pipeline, trajectories), total=total, description="trajectories")
         pairs = joined(list(parts))
     calibration = make_calibration(pairs, trajectories, opened.bundle.manifest.model.checkpoint_sha256)
+    record(opened.bundle, calibration)
     if plot is not None:
         plot_calibration(pairs, calibration, plot)
-    record(opened.bundle, calibration)
     show(calibration_table(calibration), json_to=json_to)
     write_json(calibration.model_dump(mode="json"), json_to)
     policy, reason = advised(calibration)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from elit_export.arrays import Arrays
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
-from elit_export.bundle.store import writing
+from elit_export.bundle.store import check_recordable, writing
 from elit_export.errors import BundleError
 from elit_export.runtime.opening import open_bank
 from elit_export.spec import covered_text
@@ -83,10 +83,20 @@ def _checkpoint_name(checkpoint: str | Path, interface: str | Path | None) -> st
     return f"{checkpoint} with {interface}" if interface else str(checkpoint)
 
 
+def check_success_recordable(bundle: Bundle, plan_set: PlanSet) -> None:
+    """Raise BundleError, before anything is compared, if a success is to be recorded and could not be."""
+    if not _has_run(plan_set):
+        check_recordable(bundle.folder)
+
+
+def _has_run(plan_set: PlanSet) -> bool:
+    return all(parity.ran for parity in plan_set.parities)
+
+
 def record_success(bundle: Bundle, plan_set: PlanSet, comparisons: Sequence[Comparison]) -> bool:
     """Record profiles that were never run as passed; returns True if the manifest changed."""
     assert all(comparison.passed for comparison in comparisons)
-    if all(parity.ran for parity in plan_set.parities):
+    if _has_run(plan_set):
         return False
     parities = {facts.name: parity_of(facts.name, comparisons) for facts in plan_set.profiles}
     verified = plan_set.with_parity(parities, decoder_parity_of(comparisons))

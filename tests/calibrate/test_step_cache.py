@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -289,8 +291,36 @@ def test_bad_input_leaves_the_bundle_as_it_was(copied: Path, arguments: tuple[st
     assert Bundle.open(copied).manifest == before
 
 
-def test_a_build_in_progress_is_not_disturbed(copied: Path) -> None:
+def worked(*_: object, **__: object) -> None:
+    raise AssertionError("the work began")
+
+
+def test_a_build_in_progress_is_not_disturbed(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is told before trajectories that could not be recorded."""
+    monkeypatch.setattr("elit_export.calibrate.step_cache.sample_pairs", worked)
     with writing(copied):
         done = run("calibrate", "cache", copied, *SMALL)
     assert done.exit_code == 2
     assert "another build is writing" in done.output
+
+
+def test_a_bundle_that_cannot_be_written_is_told_before_the_work(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its folder is immutable, for the superuser too: nothing can be made in it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr("elit_export.calibrate.step_cache.sample_pairs", worked)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    done = run("calibrate", "cache", copied, *SMALL)
+    assert done.exit_code == 2
+    problem = f"cannot write into {copied}: Operation not permitted; let it be written, or take a copy of the bundle"
+    assert problem in done.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_plot_that_fails_does_not_cost_the_calibration(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "fit.png").symlink_to("/dev/full")
+    done = run("calibrate", "cache", copied, *SMALL, "--plot", tmp_path / "fit.png")
+    assert (done.exit_code, "No space left on device" in done.output) == (2, True), done.output
+    assert Bundle.open(copied).manifest.cache_calibration

@@ -7,10 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from elit_export import Pipeline
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
+from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import save_checkpoint
+from elit_export.cli import main
 from elit_export.errors import BundleError
 from elit_export.verify.check import record_success, verify_plan_set
 from elit_export.verify.compare import Comparison
@@ -46,6 +49,9 @@ def test_success_opens_a_plan_that_was_never_run(tiny_bundle: Bundle, tmp_path: 
     bundle = Bundle.open(folder)
     with pytest.raises(BundleError, match="built elsewhere"):
         Pipeline.load(folder)
+    with writing(folder):  # before anything is compared
+        refused = CliRunner().invoke(main, ["verify", str(folder)])
+    assert (refused.exit_code, "another build is writing" in refused.stderr, refused.stdout) == (2, True, "")
     assert record_success(bundle, bundle.manifest.plan_sets[0], check(bundle))
     Pipeline.load(folder).close()
     assert not record_success(Bundle.open(folder), Bundle.open(folder).manifest.plan_sets[0], check(bundle))
