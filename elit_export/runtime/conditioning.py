@@ -115,7 +115,7 @@ def as_conditioning(labels: LabelsLike, spec: ModelSpec, data: DataFacts) -> Con
 def _checked_labels(labels: Sequence[int | str], spec: ModelSpec, data: DataFacts) -> tuple[int, ...]:
     refuse_masked(labels, "labels")
     if hasattr(labels, "__len__"):
-        IMAGES.check(len(labels), "the number of labels")
+        IMAGES.check(len(labels), "the number of labels", "give fewer")
     if isinstance(labels, list | tuple):
         labels = [label_named(label, data) if isinstance(label, str) else label for label in labels]
     try:

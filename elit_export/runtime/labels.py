@@ -9,6 +9,7 @@ from elit_export.spec import DataFacts, ModelSpec
 from elit_export.spec.limits import IMAGES
 
 NUMBER = re.compile(r"\d+", re.ASCII)
+ALONE = re.compile(r"label:(\d+)", re.ASCII)  # means a label, whatever classes are named
 RANGE = re.compile(r"(\d+)-(\d+)", re.ASCII)
 
 
@@ -23,7 +24,7 @@ def label_named(name: str, data: DataFacts, known_forms: str = "a number") -> in
     if len(matches) > 1:
         raise InputError(
             f"label {name!r} is the name of {len(matches)} classes, those of labels {', '.join(map(str, matches))}",
-            "give the number of the one you mean",
+            f"give the number of the one you mean (in --labels: label:{matches[0]})",
         )
     if not matches:
         known = f"; class names: {', '.join(data.class_names)}" if data.class_names else ""
@@ -35,14 +36,14 @@ def parse_labels(text: str, spec: ModelSpec, data: DataFacts) -> list[int]:
     """`3,3,7`, `0-9`, class names, or nothing for the first ten classes; raises InputError.
 
     Where classes are named by numbers that are not their labels, numbers and ranges are of names, as a number that
-    may mean two classes means neither.
+    may mean two classes means neither. `label:3` is always the label 3.
     """
     if not text:
         return list(range(min(10, spec.num_classes)))
     labels: list[int] = []
     for part in (part.strip() for part in text.split(",")):
         labels += _labels_of(part, spec, data)
-        IMAGES.check(len(labels), "the number of labels")
+        IMAGES.check(len(labels), "the number of labels", "give fewer")
     return labels
 
 
@@ -53,10 +54,12 @@ def named_by_numbers(data: DataFacts) -> bool:
 
 
 def _labels_of(part: str, spec: ModelSpec, data: DataFacts) -> list[int] | range:
+    if alone := ALONE.fullmatch(part):
+        return [_label(alone[1], part, spec)]
     ends = RANGE.fullmatch(part)
     if ends and part.lower() in (name.lower() for name in data.class_names):
         label = label_named(part, data)
-        raise InputError(f"label {part!r} is a range and the name of class {label}", f"give its number, {label}")
+        raise InputError(f"label {part!r} is a range and the name of class {label}", f"give its number, label:{label}")
     if named_by_numbers(data):
         return _range_of_names(ends[1], ends[2], data) if ends else [_name(part, data)]
     if ends:
@@ -84,7 +87,7 @@ def _name(part: str, data: DataFacts) -> int:
         raise InputError(
             f"label {part[:40]!r} is not the name of a class, and where classes are named by numbers these are not "
             f"taken for labels",
-            f"give one of the names {', '.join(data.class_names)}",
+            f"give one of the names {', '.join(data.class_names)}, or label:NUMBER for a label",
         )
     return label_named(part, data, "a range like 1-3")
 
@@ -95,5 +98,5 @@ def _range_of_names(first: str, last: str, data: DataFacts) -> list[int]:
     assert len(ends) == 2
     if int(first) > int(last):
         raise InputError(f"label range {first}-{last} runs backwards", f"write {last}-{first}")
-    IMAGES.check(int(last) - int(first), "the number of labels")
+    IMAGES.check(int(last) - int(first), "the number of labels", "give fewer")
     return [_name(f"{number:0{len(first)}}", data) for number in range(int(first), int(last) + 1)]

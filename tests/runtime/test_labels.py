@@ -56,7 +56,7 @@ def test_numbers_that_are_names_and_labels_alike_agree() -> None:
         ("9-11", NUMBERED, "label '11' is not the name of a class"),
         ("3-1", NUMBERED, "label range 3-1 runs backwards; write 1-3"),
         ("3-1", (), "label range 3-1 runs backwards; write 1-3"),
-        ("1-3", WORDS[:5], "label '1-3' is a range and the name of class 3; give its number, 3"),
+        ("1-3", WORDS[:5], "label '1-3' is a range and the name of class 3; give its number, label:3"),
         ("CAT", WORDS[:5], "label 'CAT' is the name of 2 classes, those of labels 0, 4; give the number of the one"),
         ("5", WORDS, ""),
         ("11", (), "label 11 is out of range: classes are 0 to 9"),
@@ -71,6 +71,23 @@ def test_what_may_mean_two_classes_is_refused(text: str, names: Sequence[str], t
         return
     with pytest.raises(InputError, match=told):
         as_conditioning(parse_labels(text, SPEC, data), SPEC, data)
+
+
+@pytest.mark.parametrize("names", [(), WORDS, NUMBERED, ("1-3", *NUMBERED[:9])])
+def test_every_label_and_that_of_no_class_can_be_given_whatever_classes_are_named(names: Sequence[str]) -> None:
+    assert labels_of(",".join(f"label:{label}" for label in range(11)), names) == list(range(11))
+    with pytest.raises(InputError, match=r"label label:123 is out of range.*give one of them, or 10 for no class"):
+        labels_of("label:123", names)
+
+
+def test_what_the_remedies_of_labels_say_is_taken() -> None:
+    """Where classes are named by numbers too."""
+    names = ("1-3", "Cat", "cat", *NUMBERED[:7])
+    for text in ("1-3", "CAT", "9999"):
+        with pytest.raises(InputError) as refused:
+            labels_of(text, names)
+        given = refused.value.remedy[refused.value.remedy.index("label:") :].split()[0].rstrip("),")
+        assert labels_of(given.replace("NUMBER", "4"), names) == [{"1-3": 0, "CAT": 1}.get(text, 4)]
 
 
 def test_names_are_found_in_any_case_and_first_in_their_own() -> None:
