@@ -126,7 +126,9 @@ def train(
 
     shape = {"input_size": size, "patch_size": patch, "group_size": group, "hidden_size": width, "num_heads": heads}
     spec = spec_for(images, split, qk_norm, backbone, rope=rope, **shape)
-    limits.TRAINED_PARAMETERS.check(parameters(spec).total, "the size of this model")
+    limits.TRAINED_PARAMETERS.check(
+        parameters(spec).total, "the size of this model", "train a narrower or a shallower one"
+    )
     facts = DataFacts(kind="pixels", class_names=images.class_names)
     trainer = Trainer(spec, facts, images, TrainConfig(**choices))
     resume(trainer, state, json_to)

@@ -114,10 +114,10 @@ class Profile:
     text: Range | None = None
 
     def __post_init__(self) -> None:
-        limits.ROWS.check(self.rows.max, f"profile {self.name}: rows.max")
-        limits.BUDGETS.check(self.latents.max, f"profile {self.name}: latents.max")
+        limits.ROWS.check(self.rows.max, f"profile {self.name}: rows.max", limits.OF_FILES)
+        limits.BUDGETS.check(self.latents.max, f"profile {self.name}: latents.max", limits.OF_FILES)
         if self.text:
-            limits.TEXT.check(self.text.max, f"profile {self.name}: text.max")
+            limits.TEXT.check(self.text.max, f"profile {self.name}: text.max", limits.OF_FILES)
 
     def tokens(self, text: int) -> int:
         """Return the number of tokens that an engine runs on for a text of so many: shorter text is padded."""

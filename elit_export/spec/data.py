@@ -109,8 +109,8 @@ class VaeSpec:
     def __post_init__(self) -> None:
         if min(self.channels, self.image_channels, self.factor) < 1:
             raise InputError(f"decoder: channels and factor must be at least 1, not {self}")
-        limits.CHANNELS.check(self.channels, "decoder: channels")
-        limits.FACTOR.check(self.factor, "decoder: factor")
+        limits.CHANNELS.check(self.channels, "decoder: channels", limits.OF_FILES)
+        limits.FACTOR.check(self.factor, "decoder: factor", limits.OF_FILES)
         if not len(self.scale) == len(self.shift) == self.channels:
             raise InputError(
                 f"{len(self.scale)} scales and {len(self.shift)} shifts of a decoder of {self.channels} channels"
@@ -129,7 +129,7 @@ class DecoderSpec(VaeSpec):
         super().__post_init__()
         if self.side < 1:
             raise InputError(f"decoder: side is {self.side}, must be at least 1")
-        limits.TILE.check(self.side, "decoder: side")
+        limits.TILE.check(self.side, "decoder: side", limits.OF_FILES)
 
     @property
     def graph(self) -> GraphSpec:

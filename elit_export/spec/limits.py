@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from elit_export.errors import InputError
 
+SMALLER = "give a smaller number"
+OF_FILES = f"{SMALLER}, or copy the file again where a file says so"
 DIGITS = 20  # of a number that is read at all: text of thousands of digits is none
 
 
@@ -24,10 +26,10 @@ class Bound:
     def __str__(self) -> str:
         return f"at most {self.most:,} {self.thing}: {self.reason}"
 
-    def check(self, value: float, name: str) -> None:
+    def check(self, value: float, name: str, remedy: str = SMALLER) -> None:
         """Raise InputError if a value, which messages call `name`, is larger."""
         if problem := self.problem(value, name):
-            raise InputError(problem, f"give {name} a smaller number")
+            raise InputError(problem, remedy)
 
     def problem(self, value: float, name: str) -> str:
         """Say what is wrong with a value; empty if nothing is."""
@@ -37,7 +39,7 @@ class Bound:
         """Read a number of decimal digits; raises InputError."""
         short = digits.lstrip("0") or "0"
         if len(short) > DIGITS:
-            raise InputError(f"{name} has {len(short)} digits, {self}", f"give {name} a smaller number")
+            raise InputError(f"{name} has {len(short)} digits, {self}", SMALLER)
         self.check(int(short), name)
         return int(short)
 

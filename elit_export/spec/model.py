@@ -76,10 +76,10 @@ class ModelSpec:
         if not 0 < self.mlp_ratio < math.inf:
             raise InputError(f"model spec: mlp_ratio is {self.mlp_ratio}, must be positive and finite")
         for name, limit in FIELD_LIMITS.items():
-            limit.check(getattr(self, name), f"model spec: {name}")
+            limit.check(getattr(self, name), f"model spec: {name}", limits.OF_FILES)
         blocks = self.head_depth + self.core_depth + self.tail_depth
-        limits.BLOCKS.check(blocks, "model spec: the sum of head_depth, core_depth and tail_depth")
-        limits.TOKENS.check(self.tokens, "model spec: the square of input_size over patch_size")
+        limits.BLOCKS.check(blocks, "model spec: the sum of head_depth, core_depth and tail_depth", limits.OF_FILES)
+        limits.TOKENS.check(self.tokens, "model spec: the square of input_size over patch_size", limits.OF_FILES)
         if self.qk_norm_kind != QK_NORM_KINDS[0] and not self.qk_norm:
             raise InputError(f"model spec: qk_norm_kind is {self.qk_norm_kind!r}, but qk_norm is off")
         if self.qk_norm_kind not in QK_NORM_KINDS:

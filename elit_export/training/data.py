@@ -149,7 +149,8 @@ def _image_files(folder: Path) -> list[Path]:
 
 def _check_memory(folder: Path, count: int, channels: int, size: int) -> None:
     """Raise InputError for more bytes than are held in memory."""
-    DATA_BYTES.check(count * channels * size * size, f"{folder}: {count} images of {size}x{size}")
+    name, remedy = f"{folder}: {count} images of {size}x{size}", "take fewer images or smaller ones"
+    DATA_BYTES.check(count * channels * size * size, name, remedy)
 
 
 def _mode(path: Path) -> str:
