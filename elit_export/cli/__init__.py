@@ -13,7 +13,7 @@ import warnings
 import click
 
 from elit_export.cli.groups import Commands, Deferred
-from elit_export.cli.printable import PrintableFormatter, printable
+from elit_export.cli.printable import PrintableFormatter, printable_line
 
 # command → the first sentence of its help
 COMMANDS = {
@@ -36,7 +36,7 @@ COMMANDS = {
 
 def _plain_warning(message: Warning | str, *_: object, **__: object) -> str:
     """Leave out the file and the line, which are of this package."""
-    return f"warning: {printable(str(message))}\n"
+    return f"warning: {printable_line(str(message))}\n"
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -20,8 +20,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from elit_export.bundle.atomic import check_writable, write_text
-from elit_export.cli.printable import printable
-from elit_export.cli.tables.layout import Table, laid_out
+from elit_export.cli.printable import printable, printable_line
+from elit_export.cli.tables.layout import Table, laid_out, table
 from elit_export.errors import InputError
 from elit_export.spec.limits import Bound
 
@@ -163,23 +163,31 @@ def show(*tables: Table, json_to: str | None = None) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPED_WIDTH
     for each in tables:
-        console.print(laid_out(each, console.width))
+        console.print(laid_out(_on_lines(each), console.width))
+
+
+def _on_lines(shown: Table) -> Table:
+    """No text of a table ends a line by itself."""
+    title, *columns = map(printable_line, (shown.title, *shown.columns))
+    rows = [list(map(printable_line, row)) for row in shown.rows]
+    return table(title, columns, rows, list(map(printable_line, shown.notes)))
 
 
 def say(text: str, *, json_to: str | None = None) -> None:
     """One plain line for people: no markup, no wrapping."""
-    click.echo(printable(text), err=json_to == "-")
+    click.echo(printable_line(text), err=json_to == "-")
 
 
 def complain(text: str) -> None:
     """One plain line on standard error."""
-    click.echo(printable(text), err=True)
+    click.echo(printable_line(text), err=True)
 
 
 def say_lines(title: str, lines: Sequence[str], *, json_to: str | None = None) -> None:
     """Lines to be copied, each whole; nothing where there are none."""
     if lines:
-        say("\n".join([f"{title}:", *lines]), json_to=json_to)
+        for line in (f"{title}:", *lines):
+            say(line, json_to=json_to)
 
 
 def say_accepted(bundle: Bundle, plan_set: PlanSet, *, json_to: str | None = None) -> None:

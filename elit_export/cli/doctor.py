@@ -42,11 +42,11 @@ class Finding:
     def works(self) -> bool:
         return not self.problem
 
-    def text(self, good: str) -> str:
+    def lines(self, good: str) -> list[str]:
         """A line that begins with `good` or `no`, and the remedy whole on a line of its own."""
         state, problem = ("no", f": {self.problem}") if self.problem else (good, "")
-        remedy = f"\n{'':<7}{self.remedy}" if self.remedy else ""
-        return f"{state:<7}{self.what:<24}{self.detail}{problem}{remedy}"
+        remedy = [f"{'':<7}{self.remedy}"] if self.remedy else []
+        return [f"{state:<7}{self.what:<24}{self.detail}{problem}", *remedy]
 
 
 # ---------------------------------------------------------------- what works
@@ -138,6 +138,7 @@ def doctor(quick: bool, json_to: str | None) -> None:
     """Show which backends and tools work on this machine, which do not, why, and what to type."""
     facts = []
     for finding in installed() if quick else working():
-        say(finding.text(good="found" if quick else "works"), json_to=json_to)
+        for line in finding.lines(good="found" if quick else "works"):
+            say(line, json_to=json_to)
         facts.append(asdict(finding) | ({} if quick else {"works": finding.works}))
     write_json(facts, json_to)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from elit_export.cli.printable import printable
+from elit_export.cli.printable import printable_line
 from elit_export.cli.streams import READER_LEFT, readers_may_leave
 from elit_export.cli.tools import naming_the_extra
 from elit_export.cli.wording import typed_text
@@ -42,22 +42,23 @@ class Commands(click.Group):
     """
 
     def main(self, *args: Any, **extra: Any) -> Any:
-        with readers_may_leave():
-            return super().main(*args, **extra)
+        try:
+            with readers_may_leave():
+                return super().main(*args, **extra)
+        except OSError as error:  # of help, and of what is still in buffers at the end, too
+            click.echo(printable_line(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
+            raise SystemExit(2) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with naming_the_extra("this command"):
                 return super().invoke(ctx)
         except ElitExportError as error:
-            click.echo(printable(f"error: {typed_text(error, self.invoked(ctx))}"), err=True)
+            click.echo(printable_line(f"error: {typed_text(error, self.invoked(ctx))}"), err=True)
             ctx.exit(2)
         except BrokenPipeError as error:  # of a pipe that the command was to write into
-            click.echo(printable(f"error: {error.filename or 'a pipe'}: {error.strerror}"), err=True)
+            click.echo(printable_line(f"error: {error.filename or 'a pipe'}: {error.strerror}"), err=True)
             ctx.exit(READER_LEFT)
-        except OSError as error:
-            click.echo(printable(f"error: {error.filename or 'a file'}: {error.strerror or error}"), err=True)
-            ctx.exit(2)
         except MemoryError:
             click.echo("error: not enough memory; ask for less at once, or take a larger machine", err=True)
             ctx.exit(2)

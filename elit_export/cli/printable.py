@@ -18,8 +18,16 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
+def printable_line(text: str) -> str:
+    """Return the same for one line: a name that has the end of a line in it cannot say what we did not."""
+    return printable(text).replace("\n", r"\n")
+
+
 class PrintableFormatter(logging.Formatter):
-    """Formats messages of the log, which name files and quote them."""
+    """Formats messages of the log, which name files and quote them; Python's own lines about errors stay lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (of logging)
+        return printable_line(super().formatMessage(record))
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))

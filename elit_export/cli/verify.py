@@ -103,12 +103,13 @@ def verified(
     """Compare one plan set, and show and say what came of it; a first success is recorded in the bundle."""
     from elit_export.cli.opened import on_current
     from elit_export.cli.tables.inspect import parity_tables
-    from elit_export.verify.check import record_success, verify_plan_set
+    from elit_export.verify.check import check_success_recordable, record_success, verify_plan_set
     from elit_export.verify.compare import verdict_of
     from elit_export.verify.parity import comparison_count
 
     def compared(bundle: Bundle, plan_set: PlanSet) -> tuple[Bundle, PlanSet, list[Comparison]]:
         progress.reset(task, total=comparison_count(plan_set))
+        check_success_recordable(bundle, plan_set)
         comparisons = verify_plan_set(
             bundle,
             plan_set,
@@ -160,6 +161,7 @@ def write_for_polygraphy(bundle: Bundle, plan_set: PlanSet, folder: Path, json_t
 
     commands = write_polygraphy(bundle, plan_set, folder)
     for command in commands:
-        say(f"# {command.about}\n{command.line}", json_to=json_to)
+        say(f"# {command.about}", json_to=json_to)
+        say(command.line, json_to=json_to)
     write_json([asdict(command) for command in commands], json_to)
     say(f"wrote {folder}; next: sh {shlex.quote(str(folder / COMMANDS))}", json_to=json_to)

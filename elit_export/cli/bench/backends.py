@@ -89,7 +89,8 @@ def backends(
             skipped={**skipped, **_without_plans(opened)},
             on_budget=advancing(progress, progress.add_task("", total=None)),
         )
-    say(verdict(result), json_to=json_to)
+    for line in verdict(result).split("\n"):
+        say(line, json_to=json_to)
     conclude(list(backends_tables(result)), {"backends": asdict(result)}, limits, json_to)
 
 
