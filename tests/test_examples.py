@@ -73,7 +73,7 @@ def test_large_pictures_are_not_made_larger(
 def test_ctrl_c_stops_it_and_keeps_the_last_preview(tiny_bundle: Bundle, tmp_path: Path) -> None:
     log = tmp_path / "said"
     with log.open("w") as stderr:  # a pipe would fill up
-        process = start(tiny_bundle.folder, tmp_path / "a.png", "--steps", "200000", stderr=stderr)
+        process = start(tiny_bundle.folder, tmp_path / "a.png", "--steps", "10000", stderr=stderr)
     wait_for(tmp_path / "a.preview.png", process, log)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
