@@ -97,7 +97,7 @@ def too_few(samples: CalibrationInputs) -> CalibrationInputs:
     [
         (of_another_checkpoint, "samples of another checkpoint"),
         (with_nan, "x of sample 5 holds values that are not finite"),
-        (too_few, "9 samples are too few, 64 are the least"),
+        (too_few, "9 samples are too few, the minimum is 64"),
         (None, "no calibration samples at .*bad.npz"),
     ],
 )

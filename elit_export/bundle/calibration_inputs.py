@@ -19,7 +19,7 @@ from elit_export.errors import CalibrationError
 from elit_export.spec import LATENTS, MAX_TEXT_TOKENS, ROWS, STEP, TEXT, ModelSpec, Profile, Role, TensorSpec, listed
 from elit_export.spec.limits import SAMPLES
 
-FEWEST = 64  # samples that a calibration may rest on
+MIN_SAMPLES = 64  # samples that a calibration may rest on
 FACTS = "facts"  # the entry of the file that holds JSON
 FACTS_BYTES = 1 << 20  # of that JSON, and of what headers of arrays add
 ITEM_BYTES = 8  # of a number, of which most have 4
@@ -200,8 +200,8 @@ def _check_origin(facts: CalibrationFacts, checkpoint_sha256: str) -> None:
     """What a file says of its samples, before they are read."""
     if problem := SAMPLES.problem(facts.samples, "their number"):
         raise CalibrationError(problem, "collect the samples again")
-    if facts.samples < FEWEST:
-        raise CalibrationError(f"{facts.samples} samples are too few, {FEWEST} are the least", "collect more")
+    if facts.samples < MIN_SAMPLES:
+        raise CalibrationError(f"{facts.samples} samples are too few, the minimum is {MIN_SAMPLES}", "collect more")
     if facts.checkpoint_sha256 != checkpoint_sha256:
         theirs, ours = facts.checkpoint_sha256[:12], checkpoint_sha256[:12]
         raise CalibrationError(f"samples of another checkpoint ({theirs}, not {ours})", "collect samples of this one")

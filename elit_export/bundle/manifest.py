@@ -38,7 +38,7 @@ def _usable(fit: Fit) -> Fit:
 
 StoredRange = Annotated[Range, BeforeValidator(_range_from_corners), PlainSerializer(Range.corners)]  # [min, opt, max]
 StoredFit = Annotated[Fit, AfterValidator(_usable)]
-Rows = Annotated[int, Field(ge=1, le=int(ROWS.most))]
+Rows = Annotated[int, Field(ge=1, le=int(ROWS.maximum))]
 
 
 class Parity(Facts):
@@ -61,9 +61,9 @@ class ReferenceCase(Facts):
     """Arrays `INDEX/x`, `INDEX/t`, …, `INDEX/velocity`, `INDEX/residual` of the reference file."""
 
     profile: str
-    kept: int = Field(ge=1, le=int(BUDGETS.most))
+    kept: int = Field(ge=1, le=int(BUDGETS.maximum))
     rows: Rows
-    text: int = Field(default=0, ge=0, le=int(TEXT.most))  # tokens, in models with text
+    text: int = Field(default=0, ge=0, le=int(TEXT.maximum))  # tokens, in models with text
 
 
 class ReferenceTrajectory(Facts):
@@ -75,7 +75,7 @@ class ReferenceTrajectory(Facts):
     name: Name
     labels: tuple[int, ...]
     text: StoredRange | None = None
-    steps: int = Field(ge=1, le=int(STEPS.most))
+    steps: int = Field(ge=1, le=int(STEPS.maximum))
     schedule: str
     guidance: str
     sampler: str

@@ -76,7 +76,7 @@ class DecoderTable(_Table):
     """
 
     folder: str = Field(min_length=1)
-    tile: int = Field(default=64, ge=4, le=int(TILE.most), multiple_of=4)
+    tile: int = Field(default=64, ge=4, le=int(TILE.maximum), multiple_of=4)
     rows: Range = Range(min=1, opt=1, max=4)
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from elit_export.arrays import Arrays, Bools
 from elit_export.backends.protocols import Array, Engine, to_host
-from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs
+from elit_export.bundle.calibration_inputs import MIN_SAMPLES, CalibrationFacts, CalibrationInputs
 from elit_export.bundle.readers import read_toml
 from elit_export.errors import CalibrationError, InputError, did_you_mean
 from elit_export.runtime.bank import EngineBank, Slot
@@ -51,7 +51,7 @@ class SampleRecipe(BaseModel):
     sampler: str = "euler"
     guidance: tuple[str, ...] = Field(default=("none", "cfg:2"), min_length=1, strict=False)
     budgets: tuple[int | str, ...] = Field(default=(), strict=False)
-    samples: int = Field(default=256, ge=FEWEST)
+    samples: int = Field(default=256, ge=MIN_SAMPLES)
     seed: int = Field(default=0, ge=0)
     rows: int = Field(default=5, ge=1)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from elit_export.arrays import Arrays, HostArray
 from elit_export.backends.protocols import Engine, to_host
-from elit_export.bundle.calibration_inputs import FEWEST, CalibrationInputs
+from elit_export.bundle.calibration_inputs import MIN_SAMPLES, CalibrationInputs
 from elit_export.calibrate.inputs import RecordedRow, SampleRecipe, recorded_rows
 from elit_export.cost.flops import flops, layer_flops
 from elit_export.graphs.quantize import LAYERS_IN, quantized_graph
@@ -101,7 +101,7 @@ def held_out_rows(
         sampler=facts.sampler,
         guidance=facts.guidance,
         budgets=tuple(kept),
-        samples=FEWEST,
+        samples=MIN_SAMPLES,
         seed=facts.seed + 1,
         rows=2,
     )

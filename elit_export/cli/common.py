@@ -55,7 +55,7 @@ class Count(click.IntRange):
     """A whole number of one and more, up to a Bound, whose reason is told where it is passed."""
 
     def __init__(self, limit: Bound) -> None:
-        super().__init__(min=1, max=int(limit.most))
+        super().__init__(min=1, max=int(limit.maximum))
         self.limit = limit
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -231,7 +231,7 @@ def refuse_alone(interface: Path | None, checkpoint: str | None) -> None:
 
 
 def refuse_one_file(option: str, path: object, *, every: bool) -> None:
-    """Raise InputError for a file that each plan set would write anew."""
+    """Raise InputError for a file that each plan set would overwrite."""
     if every and path is not None:
         raise InputError(f"{option} {path} is of one plan set", "choose it with --target in place of --all")
 

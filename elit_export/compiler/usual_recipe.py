@@ -23,11 +23,11 @@ from elit_export.spec import (
     listed,
 )
 
-# One call at the full budget: XL/2 at 256 pixels gets 8 rows, models of up to 30 GFLOP MOST_ROWS.
+# One call at the full budget: XL/2 at 256 pixels gets 8 rows, models of up to 30 GFLOP MAX_ROWS.
 CALL_FLOPS = 2e12
-FEWEST_ROWS, MOST_ROWS = 4, 64
+MIN_ROWS, MAX_ROWS = 4, 64
 TEXT = Range(1, USUAL_TEXT, MAX_TEXT_TOKENS)
-MOST_NAMES = 12  # of classes, in a comment
+MAX_NAMES = 12  # of classes, in a comment
 USUAL_TARGETS = ("cpu",)
 
 
@@ -71,7 +71,7 @@ class UsualRecipe:
         yield "# Rows of one engine call. Classifier-free guidance on B images needs 2B rows."
         yield f"rows = {_range(usual_rows(self.spec))}"
         if self.spec.takes_text:
-            yield "# Tokens of a prompt, and of what guidance leads away from."
+            yield "# Tokens of a prompt, and of a negative prompt."
             yield f"text = {_range(TEXT)}"
 
     def _architecture(self) -> Iterator[str]:
@@ -109,7 +109,7 @@ class UsualRecipe:
 def usual_rows(spec: ModelSpec) -> Range:
     """Return the rows that CALL_FLOPS allows in one call, a power of two; plans are tuned for a quarter of them."""
     cost = flops(spec, spec.full, text=USUAL_TEXT if spec.takes_text else 0).total
-    fitting = min(max(int(CALL_FLOPS / cost), FEWEST_ROWS), MOST_ROWS)
+    fitting = min(max(int(CALL_FLOPS / cost), MIN_ROWS), MAX_ROWS)
     most = 1 << (fitting.bit_length() - 1)
     return Range(1, most // 4, most)
 
@@ -135,8 +135,8 @@ def _data_text(data: DataFacts) -> str:
 
 def _names_text(data: DataFacts) -> str:
     """Quoted, because names in a checkpoint may hold anything."""
-    named = [_string(name) for name in data.class_names[:MOST_NAMES]]
-    more = ", …" if len(data.class_names) > MOST_NAMES else ""
+    named = [_string(name) for name in data.class_names[:MAX_NAMES]]
+    more = ", …" if len(data.class_names) > MAX_NAMES else ""
     return f": {', '.join(named)}{more}" if named else ""
 
 

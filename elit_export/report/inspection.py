@@ -54,7 +54,7 @@ def inspect_path(
     tokens = USUAL_TEXT if text is None else text
     if interface is None and _is_bundle(Path(path)):
         return bundle_facts(Bundle.open(path), text, target, precision)
-    _refuse_for({"target": target, "precision": precision}, f"{path} is no bundle")
+    _refuse_for({"target": target, "precision": precision}, f"{path} is not a bundle")
     if facts := file_facts(Path(path)) if interface is None else None:
         weights = Path(path) / "model.safetensors"
         return {**facts, "model": checkpoint_facts(str(weights))} if weights.is_file() else facts

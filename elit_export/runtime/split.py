@@ -27,7 +27,7 @@ def split(coverage: Coverage, calls: Sequence[CallSize], images: int, at_once: i
     """
     if problem := IMAGES.problem(images, "the number of images"):
         raise InputError(problem, "sample them in several runs, each with its own first_image")
-    fitting = _fitting(coverage, calls, at_once or int(IMAGES.most))
+    fitting = _fitting(coverage, calls, at_once or int(IMAGES.maximum))
     if sizes := _divided(images, fitting):
         return sizes
     limits = "; ".join(

@@ -22,7 +22,7 @@ ROWS = "rows"
 LATENTS = "latents"
 TEXT = "text"
 TEXT_MASK = "text_mask"
-MAX_TEXT_TOKENS = int(TEXT_LIMIT.most)  # tokens
+MAX_TEXT_TOKENS = int(TEXT_LIMIT.maximum)  # tokens
 
 # Graphs, by name.
 STEP = "step"

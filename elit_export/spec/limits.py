@@ -19,12 +19,12 @@ DIGITS = 20  # of a number that is read at all: text of thousands of digits is n
 class Bound:
     """The largest value of one sort of number, and why no larger one is taken; `thing` is what it counts."""
 
-    most: float
+    maximum: float
     thing: str
     reason: str
 
     def __str__(self) -> str:
-        return f"at most {self.most:,} {self.thing}: {self.reason}"
+        return f"at most {self.maximum:,} {self.thing}: {self.reason}"
 
     def check(self, value: float, name: str, remedy: str = SMALLER) -> None:
         """Raise InputError if a value, which messages call `name`, is larger."""
@@ -33,7 +33,7 @@ class Bound:
 
     def problem(self, value: float, name: str) -> str:
         """Say what is wrong with a value; empty if nothing is."""
-        return f"{name} is {shown(value)}, {self}" if value > self.most else ""
+        return f"{name} is {shown(value)}, {self}" if value > self.maximum else ""
 
     def whole(self, digits: str, name: str) -> int:
         """Read a number of decimal digits; raises InputError."""
@@ -56,13 +56,13 @@ def shown(value: float) -> str:
 CHANNELS = Bound(4096, "channels", "images have 3, latents of known VAEs 4 to 128")
 SIDE = Bound(16384, "pixels or latents a side", "the attention of one image would not fit any memory")
 FACTOR = Bound(64, "pixels along a latent", "those of known VAEs have 8 to 32")
-SIDE_PIXELS = Bound(SIDE.most * FACTOR.most, "pixels a side", "latents would have more than a model takes")
+SIDE_PIXELS = Bound(SIDE.maximum * FACTOR.maximum, "pixels a side", "latents would have more than a model takes")
 TOKENS = Bound(1 << 18, "spatial tokens", "a table of their positions is held in memory")
 WIDTH = Bound(65536, "numbers a token", "the widest transformers published have 18,432")
 HEADS = Bound(1024, "heads", "the largest transformers published have 128")
 BLOCKS = Bound(1024, "blocks", "every block is written into the graph")
 GROUP_SIDE = Bound(64, "tokens along a group", "its square is the number of budgets, each of which is listed")
-BUDGETS = Bound(GROUP_SIDE.most**2, "latents kept", "no group has more")
+BUDGETS = Bound(GROUP_SIDE.maximum**2, "latents kept", "no group has more")
 TEXT = Bound(1024, "tokens of text", "models with text have positions for no more")
 MLP_RATIO = Bound(64, "times the width", "transformers have 4 to 8")
 CLASSES = Bound(1_000_000, "classes", "every one has a row of its own in a table")

@@ -46,8 +46,10 @@ def read_state(path: Path, run: Mapping[str, Any], model: nn.Module, steps: int)
     _check_run(path, state["run"], run)
     step, planned = state["step"], state["run"].get("steps")
     for name, number in (("step", step), ("number of steps", planned)):
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= TRAINING_STEPS.most:
-            raise _damaged(path, f"its {name} is {number!r}, must be a whole number from 0 to {TRAINING_STEPS.most:g}")
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= TRAINING_STEPS.maximum:
+            raise _damaged(
+                path, f"its {name} is {number!r}, must be a whole number from 0 to {TRAINING_STEPS.maximum:g}"
+            )
     if step > steps:
         raise InputError(
             f"{path}: already at step {step}, past the last of steps={steps}",

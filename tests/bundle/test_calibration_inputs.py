@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from elit_export.bundle.calibration_inputs import FEWEST, CalibrationFacts, CalibrationInputs, load_inputs, save_inputs
+from elit_export.bundle.calibration_inputs import (
+    MIN_SAMPLES,
+    CalibrationFacts,
+    CalibrationInputs,
+    load_inputs,
+    save_inputs,
+)
 from elit_export.errors import CalibrationError
 from tests.helpers import tiny_spec
 
@@ -17,7 +23,7 @@ SPEC = tiny_spec()
 CHECKPOINT = "a" * 64
 
 
-def samples_of(count: int = FEWEST, **changes: Any) -> CalibrationInputs:
+def samples_of(count: int = MIN_SAMPLES, **changes: Any) -> CalibrationInputs:
     """Numbers of the tiny model's shapes; no engine has seen them."""
     generator = np.random.default_rng(0)
     facts = CalibrationFacts(
@@ -76,7 +82,7 @@ def test_the_hash_is_of_every_array() -> None:
 def test_inputs_are_those_of_the_graph() -> None:
     samples = samples_of()
     rows = list(samples.inputs())
-    assert len(rows) == len(samples) == FEWEST
+    assert len(rows) == len(samples) == MIN_SAMPLES
     for row, inputs in enumerate(rows):
         assert list(inputs) == [tensor.name for tensor in SPEC.graph("step").inputs]
         for tensor in SPEC.graph("step").inputs:
@@ -98,7 +104,7 @@ def with_value(name: str, value: float) -> CalibrationInputs:
 
 SAMPLES = samples_of()
 BAD: list[tuple[CalibrationInputs, str]] = [
-    (samples_of(FEWEST - 1), f"63 samples are too few, {FEWEST} are the least"),
+    (samples_of(MIN_SAMPLES - 1), f"63 samples are too few, the minimum is {MIN_SAMPLES}"),
     (samples_of(facts=samples_of(100).facts), "holds 64 samples and says 100"),
     (with_value("x", np.nan), "x of sample 0 holds values that are not finite; .*elit-export verify BUNDLE"),
     (with_value("t", np.inf), "t of sample 7 holds values that are not finite"),

@@ -142,7 +142,7 @@ def test_a_part_fits_every_call_of_a_sampling() -> None:
         (
             (1, 8),
             1,
-            int(IMAGES.most) + 1,
+            int(IMAGES.maximum) + 1,
             "at most 1,000,000 images in a call: .*; sample them in several runs",
         ),
         ((1, 8), 1, 10**18, "at most 1,000,000 images in a call: .*; sample them in several runs"),
