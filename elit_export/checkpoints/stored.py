@@ -15,6 +15,7 @@ from elit_export.bundle.readers import check_regular
 from elit_export.errors import CheckpointError, summary
 
 SHIPPED_PREFIX = "shipped:"
+SUFFIXES = (".pt", ".pth", ".safetensors")  # of checkpoints
 
 
 def checkpoint_path(path: str | Path) -> Path:

@@ -26,7 +26,6 @@ from elit_export.errors import InputError
 if TYPE_CHECKING:
     from elit_export.bundle.recipe import Recipe
 
-CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
 DEFAULT_BUILD_FOLDER = Path("engines/build")
 
 
@@ -95,7 +94,9 @@ def build(
 
 def names_checkpoint(text: str) -> bool:
     """Is it a checkpoint, not a recipe?"""
-    return text.startswith("shipped:") or Path(text).suffix in CHECKPOINT_SUFFIXES or Path(text).is_dir()
+    from elit_export.checkpoints.stored import SHIPPED_PREFIX, SUFFIXES
+
+    return text.startswith(SHIPPED_PREFIX) or Path(text).suffix in SUFFIXES or Path(text).is_dir()
 
 
 def recipe_of(path: str, target: str | None, checkpoint: str | None, interface: Path | None) -> Recipe:

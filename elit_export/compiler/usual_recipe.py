@@ -11,6 +11,7 @@ from pathlib import Path
 
 from elit_export.backends import usual_target
 from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.checkpoints.stored import SUFFIXES
 from elit_export.cost.flops import USUAL_TEXT, flops
 from elit_export.spec import (
     MAX_TEXT_TOKENS,
@@ -122,7 +123,8 @@ def usual_profiles(spec: ModelSpec) -> tuple[Profile, ...]:
 
 def usual_name(checkpoint: str) -> str:
     """The name of a file or folder, or of a shipped model, as far as it can be that of a bundle's folder."""
-    stem = Path(checkpoint.rpartition(":")[2]).resolve().name.removesuffix(".pt").removesuffix(".safetensors")
+    path = Path(checkpoint.rpartition(":")[2]).resolve()
+    stem = path.stem if path.suffix in SUFFIXES else path.name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).lstrip(".-") or "model"
 
 
