@@ -460,7 +460,7 @@ def test_tensorrt_builds_only_for_the_gpu_that_is_here(monkeypatch: pytest.Monke
         with pytest.raises(BuildError, match=r"this machine, compute capability 9\.0, and the target names .*8\.9"):
             BUILDER.check(target(backend="tensorrt", compute_capabilities=others))
     monkeypatch.setattr(cuda_layer, "device_problem", lambda: ("no NVIDIA GPU is visible", "see nvidia-smi"))
-    with pytest.raises(BackendUnavailable, match="builds for; no NVIDIA GPU is visible: see nvidia-smi"):
+    with pytest.raises(BackendUnavailable, match="builds for; no NVIDIA GPU is visible; see nvidia-smi"):
         BUILDER.check(target(backend="tensorrt", compute_capabilities=["9.0"]))
 
 
