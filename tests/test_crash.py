@@ -34,6 +34,7 @@ from elit_export.bundle import atomic as files
 from elit_export.bundle import store as bundle
 from elit_export.bundle.artifacts import KINDS
 from elit_export.bundle.atomic import atomic_write
+from elit_export.bundle.manifest import Manifest
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
 from elit_export.bundle.store import LOCK, STAGING, Progress, Store
@@ -428,6 +429,18 @@ def test_a_kill_right_after_the_commit_leaves_the_new_bundle(
 
 # ---------------------------------------------------------------- killed calibration
 
+
+def die_after_commit() -> None:
+    """Before what the manifest no longer names is gone."""
+    commit = Store.commit
+
+    def last(store: Store, manifest: Manifest) -> NoReturn:
+        commit(store, manifest)
+        die()
+
+    Store.commit = last  # type: ignore[method-assign]
+
+
 CALIBRATION = ("--images", "4", "--steps", "3", "--budget", "full", "--guidance", "none")
 
 
@@ -441,7 +454,7 @@ def test_a_killed_calibration_leaves_the_old_manifest_or_the_new(copied: Path, t
         if moment == "before its name":
             die_at_flush(0, of=f".{Path(MANIFEST).stem}.")
         elif moment == "after the commit":
-            Store.clean = die  # type: ignore[assignment,method-assign]
+            die_after_commit()
         else:
             ProbingEngine.__call__ = die  # type: ignore[assignment,method-assign]
         CliRunner().invoke(main, command)

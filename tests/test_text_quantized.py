@@ -99,7 +99,7 @@ def sampled(pipeline: Pipeline, prompts: Prompts, sha256: str = "a" * 64, **chan
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 def refused(*arguments: str | Path) -> str:

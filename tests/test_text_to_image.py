@@ -138,7 +138,7 @@ def test_guidance_and_time_grid_of_large_models_draw(bundle: Path, encoder: Path
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--images", "9999999"], "9999999 images in one sampling"),
+        (["--images", "9999999"], "at most 1,000,000 images in a call"),
         (["--cache", "teacache:0.1"], "cache teacache:0.1 needs a calibration"),
         (["--cache", "static:mask@11", "--steps", "3"], "mask"),
         (["--seed", "-1"], "seed -1 must lie in"),

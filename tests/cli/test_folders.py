@@ -122,7 +122,7 @@ def test_read_and_write_of_another_training_are_not_those_of_the_bundle(
 ) -> None:
     other = tmp_path / "other.safetensors"
     save_interface(other, ElitMMDiT(text_spec(input_size=8, group_size=2, core_depth=1, tail_depth=0)))
-    for command in (("verify",), ("bench", "engines")):
+    for command in (("verify",), ("bench", "engines", "--rows", "1")):
         said = refused(*command, bundle, "--checkpoint", here / "base", "--interface", other)
         assert f"was not built from {here / 'base'} with {other} (sha256 differs)" in said
         assert REMEDY in refused(*command, bundle, "--checkpoint", here / "base")
@@ -160,7 +160,9 @@ def test_a_name_takes_a_head_and_nothing_else_of_a_checkpoint(tmp_path: Path) ->
     for option, value in (("--num-heads", 3), ("--tail-depth", 1), ("--interface", tmp_path / "i.safetensors")):
         said = refused("inspect", "ELIT-SiT-S/2", option, str(value))
         assert f"ELIT-SiT-S/2 is the name of a size, for which there is no {option}; leave it out" in said
-    assert "must be 1 to 1024" in refused("inspect", "ELIT-Qwen-Image", "--resolution", "1024", "--text", "5000")
+    assert "at most 1,024 tokens of text" in refused(
+        "inspect", "ELIT-Qwen-Image", "--resolution", "1024", "--text", "5000"
+    )
 
 
 def test_a_name_needs_no_torch_and_a_wrong_one_is_no_checkpoint() -> None:

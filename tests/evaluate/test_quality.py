@@ -322,9 +322,9 @@ def test_the_command_refuses(options: tuple[str, ...], said: str, tiny_bundle: B
     assert said in done.output
 
 
-def test_without_torch_the_command_names_the_extra(tiny_bundle: Bundle) -> None:
+def test_without_torch_the_command_names_the_extra(fashion_bundle: Bundle) -> None:
     code = "import sys; sys.modules['torch'] = None; from elit_export.cli import main; main()"
-    words = [sys.executable, "-c", code, "evaluate", str(tiny_bundle.folder)]
+    words = [sys.executable, "-c", code, "evaluate", str(fashion_bundle.folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert pip_install("export") in done.stderr

@@ -110,7 +110,7 @@ class Pair:
         assert policy
         every = dict.fromkeys(self.host.spec.budgets, fits) if isinstance(fits, Fit) else fits
         runtime = Pipeline(self.runtime.bank, self.runtime.spec, self.runtime.data, fits=every)
-        records = runtime.sample(labels, steps=STEPS, sampler="euler", seed=0, schedule=schedule, cache=policy).records
+        records = list(runtime.steps(labels, steps=STEPS, sampler="euler", seed=0, schedule=schedule, cache=policy))
         found = list(self.host.sampled(labels, [record.budget for record in records], *asked_of_host(policy, every)))
         mask = "".join("01"[computed] for computed, _ in found)
         assert mask == "".join("10"[record.calls[0].reused] for record in records)

@@ -135,7 +135,7 @@ def closed_while_sampling(pipeline: Pipeline, close: Callable[[], None]) -> list
     begun = threading.Barrier(THREADS + 1, timeout=30)
 
     def sample(work: Work) -> None:
-        records = pipeline.steps(**{"steps": 20_000, **work, "schedule": "full"})
+        records = pipeline.steps(**{"steps": 10_000, **work, "schedule": "full"})
         next(records)
         begun.wait()
         for _ in records:
