@@ -160,9 +160,7 @@ def test_a_name_takes_a_head_and_nothing_else_of_a_checkpoint(tmp_path: Path) ->
     for option, value in (("--num-heads", 3), ("--tail-depth", 1), ("--interface", tmp_path / "i.safetensors")):
         said = refused("inspect", "ELIT-SiT-S/2", option, str(value))
         assert f"ELIT-SiT-S/2 is the name of a size, for which there is no {option}; leave it out" in said
-    assert "at most 1,024 tokens" in refused(
-        "inspect", "ELIT-Qwen-Image", "--resolution", "1024", "--text", "5000"
-    )
+    assert "at most 1,024 tokens" in refused("inspect", "ELIT-Qwen-Image", "--resolution", "1024", "--text", "5000")
 
 
 def test_a_name_needs_no_torch_and_a_wrong_one_is_no_checkpoint() -> None:
