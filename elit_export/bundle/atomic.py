@@ -142,7 +142,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _descriptors_of(path: Path) -> tuple[re.Match[str], str] | None:
-    """The folder of descriptors that links lead into, and the name in it."""
+    """Return the folder of descriptors that links lead into, and the name in it."""
     for _ in range(MAX_LINKS):
         folder = os.path.realpath(path.parent)
         if (match := DESCRIPTORS.fullmatch(folder)) and path.name.isdecimal():
@@ -154,7 +154,7 @@ def _descriptors_of(path: Path) -> tuple[re.Match[str], str] | None:
 
 
 def _own_descriptor(path: Path) -> int | None:
-    """The number, if it is a descriptor of this process."""
+    """Return the number if the path is a descriptor of this process."""
     found = _descriptors_of(path)
     if found is None or found[0]["process"] not in (None, str(os.getpid())):
         return None
@@ -174,7 +174,7 @@ def _refuse_folder(path: Path) -> None:
 
 
 def _check_stream(path: Path) -> None:
-    """Without opening it, as a pipe without a reader would wait."""
+    """Raise OSError if it cannot be written; it is not opened, as a pipe without a reader would wait."""
     own = _own_descriptor(path)
     if own is not None:
         os.fstat(own)  # raises if it is not open
@@ -267,7 +267,7 @@ def _short(text: str, size_bytes: int) -> str:
 
 
 def _held(make: Callable[[], tuple[Path, int | None]]) -> tuple[Path, int | None]:
-    """What was made under a temporary name, and the descriptor that holds it, None where nothing can be held."""
+    """Return what was made under a temporary name, and the descriptor that holds it, None where nothing can be held."""
     while True:
         temporary, descriptor = make()
         is_held = None if descriptor is None else _hold(descriptor)

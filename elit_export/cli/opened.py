@@ -27,7 +27,7 @@ class Opened:
 
 
 def opened_once(folder: Path, target: str | None, precision: str | None, *, trust: bool = False) -> Opened:
-    """Once more where another process writes the manifest meanwhile."""
+    """Open a plan set of a bundle; it is opened again where another process replaces the manifest meanwhile."""
     from elit_export.bundle.reading import with_current
     from elit_export.runtime.opening import select_plan_set
     from elit_export.runtime.pipeline import Pipeline

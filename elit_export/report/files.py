@@ -37,7 +37,7 @@ ARRAYS: Sequence[tuple[set[str], str]] = (
 
 
 def file_facts(path: Path) -> Facts | None:
-    """None for what is none of these; raises the package's errors for one that is damaged.
+    """Return what a file or folder is, None if it is none of these; raises the package's errors for one that is damaged.
 
     What a file says of itself, in words of its own, stands under the key `about`: it can fake no other fact.
     """
@@ -48,7 +48,7 @@ def file_facts(path: Path) -> Facts | None:
 
 
 def recipe_facts(path: Path) -> Facts:
-    """Of a recipe for `build`, or of one for `calibrate samples`."""
+    """Return the facts of a recipe for `build` or for `calibrate samples`."""
     is_build = "targets" in read_toml(path, what="a recipe", error=InputError)
     if not is_build:
         return {"kind": "recipe of calibration inputs", "file": path.name, **load_sample_recipe(path).model_dump()}
@@ -63,7 +63,7 @@ def recipe_facts(path: Path) -> Facts:
 
 
 def _flat(values: Facts, before: str = "") -> Facts:
-    """Tables within tables by their names in TOML: `decoder.folder`."""
+    """Flatten tables within tables to their names in TOML: `decoder.folder`."""
     flat: Facts = {}
     for name, value in values.items():
         flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
@@ -71,7 +71,7 @@ def _flat(values: Facts, before: str = "") -> Facts:
 
 
 def arrays_facts(path: Path) -> Facts:
-    """By the headers of a .npz alone, whatever its arrays would take in memory."""
+    """Return the facts of a .npz; only its headers are read, whatever its arrays would take in memory."""
     try:
         headers = array_headers(path, what=ARCHIVE, error=InputError)
         about = plain_arrays(path, {FACTS}, what=ARCHIVE, error=InputError, limit_bytes=TEXT_BYTES).get(FACTS)
@@ -148,7 +148,7 @@ def _damaged(path: Path, problem: str) -> InputError:
 
 
 def _text(path: Path) -> str:
-    """Empty where there is no such file."""
+    """Return the text of a file, empty where there is no such file."""
     return read_text(path, what="a log", error=InputError, limit_bytes=LOG_BYTES) if path.exists() else ""
 
 

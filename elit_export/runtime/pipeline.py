@@ -11,7 +11,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from elit_export.arrays import Float64, Pixels
+from elit_export.arrays import Pixels
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle, with_current
 from elit_export.callbacks import noop
@@ -24,7 +24,7 @@ from elit_export.runtime.opening import check_verified, coverage_of, open_bank, 
 from elit_export.runtime.options import SamplingOptions, about, takes_each
 from elit_export.runtime.request import Request, finite_array, prepared
 from elit_export.runtime.sample import Sample, Timings
-from elit_export.runtime.sampling import StepRecord, StepSummary, sampling_steps
+from elit_export.runtime.sampling import Call, StepRecord, StepSummary, sampling_steps
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
 
@@ -175,20 +175,19 @@ class Pipeline:
         return self._run(request, on_step, time.perf_counter())
 
     def _run(self, request: Request, on_step: Callable[[StepRecord], None], started: float) -> Sample:
-        summaries: dict[int, StepSummary] = {}  # of all parts; states of earlier steps would fill the memory
-        parts: list[Float64] = []
+        latents = np.empty_like(request.start)
+        steps: dict[int, StepSummary] = {}  # of the first part; states of earlier steps would fill the memory
+        calls: list[list[Call]] = [[] for _ in request.schedule]  # of each step, in all parts
         for record in sampling_steps(self.bank, request):
             on_step(record)
-            earlier = summaries[record.index].calls if record.index in summaries else ()
-            summaries[record.index] = replace(record.summary(), calls=(*earlier, *record.calls))
-            if record.index == len(request.schedule) - 1:
-                parts.append(record.x)
-        latents = np.concatenate(parts) if len(parts) > 1 else parts[0]
+            steps.setdefault(record.index, record.summary())
+            calls[record.index] += record.calls
+            latents[record.images.start : record.images.stop] = record.x  # at last the state after the last step
         latents.flags.writeable = False
-        steps = tuple(summaries.values())
-        engines_s = sum(call.engine_ms for step in steps for call in step.calls) / 1e3
+        records = tuple(replace(steps[index], calls=tuple(made)) for index, made in enumerate(calls))
+        engines_s = sum(call.engine_ms for record in records for call in record.calls) / 1e3
         timings = Timings(time.perf_counter() - started, engines_s)
-        return Sample(latents, request.labels, steps, timings, self.data, request.part_sizes)
+        return Sample(latents, request.labels, records, timings, self.data, request.part_sizes)
 
     def close(self) -> None:
         self.bank.close()
