@@ -284,7 +284,7 @@ def error_at(engine_ms: float, control: str, rows: Sequence[SweepRow]) -> float 
 
 
 def best_configs(rows: Sequence[SweepRow]) -> dict[str, str]:
-    """For each level, the config with the lowest engine time whose SQNR reaches it."""
+    """Return for each level the config with the lowest engine time whose SQNR reaches it."""
     reference = next(row for row in rows if row.family == REFERENCE)
     best = {}
     for level in LEVELS_DB:

@@ -112,7 +112,7 @@ def refuse_linked_folders(bundle: Path, artifacts: Iterable[Artifact] = ()) -> N
 
 
 def verified_folder(bundle: Path, artifact: Artifact) -> Path:
-    """As Bundle.verified."""
+    """Check and return the folder of an artifact as `Bundle.verified` does."""
     refuse_linked_folders(bundle, [artifact])
     folder = bundle / artifact.kind / artifact.name
     for name, facts in artifact.files.items():

@@ -181,7 +181,7 @@ class Store:
 
 
 def _remove_folder(path: Path) -> None:
-    """With what is in it, if neither it nor the folder that it lies in is a link."""
+    """Remove a folder with what is in it, if neither it nor the folder that it lies in is a link."""
     if not path.is_symlink() and not path.parent.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
 

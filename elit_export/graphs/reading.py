@@ -38,7 +38,7 @@ def graph_facts(path: Path) -> dict[str, Any]:
 
 
 def _dtype(value: onnx.ValueInfoProto) -> str:
-    """As NumPy calls it; for what is no array, or of a type that this version of onnx has not, as onnx does."""
+    """Return NumPy's name of a type; onnx's own where it is not an array, or its type is unknown to this onnx."""
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
         return str(kind or "undefined").removesuffix("_type")

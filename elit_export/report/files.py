@@ -37,7 +37,7 @@ ARRAYS: Sequence[tuple[set[str], str]] = (
 
 
 def file_facts(path: Path) -> Facts | None:
-    """Return what a file or folder is, None if it is none of these; raises the package's errors for one that is damaged.
+    """Return what a file or folder is, None for none of these; raises the package's errors if it is damaged.
 
     What a file says of itself, in words of its own, stands under the key `about`: it can fake no other fact.
     """

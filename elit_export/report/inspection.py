@@ -138,7 +138,7 @@ def checkpoint_facts(path: str, interface: str | Path | None = None, text: int =
 def bundle_facts(
     bundle: Bundle, text: int | None = None, target: str | None = None, precision: str | None = None
 ) -> Facts:
-    """Of the model, and of the plan sets that are asked for; raises InputError if there are none."""
+    """Return the facts of the model, and of the plan sets that are asked for; raises InputError if there are none."""
     manifest, calibration = bundle.manifest, bundle.manifest.cache_calibration
     plan_sets = matching(manifest.plan_sets, target, precision) or [
         select_plan_set(manifest.plan_sets, target, precision)
@@ -164,7 +164,7 @@ def bundle_facts(
 
 
 def trtexec_lines(bundle: Bundle, plan_sets: Iterable[PlanSet]) -> list[str]:
-    """For each profile of these plan sets, from the graph `step` in ONNX; none where the bundle lies without graphs."""
+    """Return a line for each profile of these plan sets, from `step` in ONNX; none if the bundle lacks graphs."""
     manifest, lines = bundle.manifest, dict[str, None]()
     spec = manifest.model.spec.graph(STEP)
     for plan_set in plan_sets:

@@ -119,7 +119,7 @@ def _fewest_parts(most: int, fitting: Sequence[range]) -> list[float]:
 
 
 def _even(images: int, fitting: Sequence[range]) -> tuple[int, ...]:
-    """As few parts as the largest size allows, which differ by one at most; none where these do not fit."""
+    """Return as few parts as the largest size allows, which differ by one at most; none where these do not fit."""
     largest = max((min(sizes[-1], images) for sizes in fitting if sizes.start <= images), default=0)
     if not largest:
         return ()

@@ -136,7 +136,7 @@ def write_cases(part: Part, folder: Path) -> None:
 
 
 def _commands(bundle: Bundle, plan_set: PlanSet, part: Part, folder: Path) -> Iterator[Command]:
-    """Of the plan, where Polygraphy has what opens it; of its graph, where ONNX Runtime runs that on any CPU."""
+    """Yield a line for the plan if Polygraphy can open it, and one for its graph if ONNX Runtime can run that."""
     if runner := plan_set_target(plan_set).polygraphy:
         plan = (bundle.folder / part.plan.artifact.kind / part.plan.artifact.name / part.plan.file).absolute()
         yield Command(f"{part.name} of target {plan_set.target}", _line(plan, runner, part, folder))

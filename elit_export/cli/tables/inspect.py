@@ -37,7 +37,7 @@ def inspection_tables(facts: Facts) -> Iterator[Table]:
 
 
 def file_tables(facts: Facts) -> Iterator[Table]:
-    """Of what is no model: its facts, a table for each list of rows among them, and a model that lies beside it."""
+    """Show what is not a model: its facts, a table for each list of rows in them, and a model that lies beside it."""
     lists = {name: value for name, value in facts.items() if isinstance(value, list) and value}
     plain = {name: value for name, value in facts.items() if not isinstance(value, list | dict)}
     yield table(facts["kind"], ("fact", "value"), list(_fact_rows(plain)))
@@ -52,7 +52,7 @@ def file_tables(facts: Facts) -> Iterator[Table]:
 
 
 def _fact_rows(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Without those that are not there: a zero is one, as of a seed."""
+    """Leave out facts that are not there; a zero is there, as that of a seed."""
     for name, value in facts.items():
         if value is not None and value != "":
             yield name, size(value) if name == "size_bytes" and isinstance(value, int) else str(value)
