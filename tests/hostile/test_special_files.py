@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -36,7 +37,8 @@ def special(request: pytest.FixtureRequest) -> Iterator[Special]:
                 file.truncate(8 * GB)
         else:
             sockets.append(socket.socket(socket.AF_UNIX))
-            sockets[0].bind(os.path.relpath(path))
+            with contextlib.chdir(path.parent):  # an address holds about 100 characters, a path any number
+                sockets[0].bind(path.name)
 
     yield make
     for each in sockets:
