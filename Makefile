@@ -47,7 +47,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "elit_export needs Python >= 3.11; name one: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$(ORT)$(NVIDIA),openvino,export,diffusers,text,train,report,polygraphy,dev]'
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable '.[$(ORT)$(NVIDIA),openvino,export,diffusers,text,train,report,tune,polygraphy,dev]'
 	touch $@
 
 clean:

@@ -18,6 +18,8 @@ from pydantic import (
 
 from elit_export.bundle.artifacts import REFERENCE_FILE, Artifact, Facts, Name, hashed
 from elit_export.bundle.calibration_inputs import CalibrationFacts
+from elit_export.bundle.presets import Preset
+from elit_export.bundle.solvers import SolverFacts
 from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, Fit, ModelSpec, Precision, Profile, Range
 from elit_export.spec.limits import BUDGETS, ROWS, STEPS, TEXT
 
@@ -288,6 +290,8 @@ class Manifest(Facts):
     graphs: dict[str, Graph]
     plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
     cache_calibration: CacheCalibration | None
+    solvers: tuple[SolverFacts, ...] = ()
+    presets: tuple[Preset, ...] = ()
 
     def plan_set(self, target: str, precision: Precision) -> PlanSet:
         """The one of a target in a precision, which must be there."""

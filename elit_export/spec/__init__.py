@@ -38,6 +38,7 @@ from elit_export.spec.graphs import (
 from elit_export.spec.layers import LayerKind
 from elit_export.spec.model import QK_NORM_KINDS, RELEASED_BACKBONE, ModelSpec
 from elit_export.spec.precision import QUANTIZED, Precision
+from elit_export.spec.solver import SolverTable
 
 __all__ = [
     "BUDGET_NAMES",
@@ -71,6 +72,7 @@ __all__ = [
     "Profile",
     "Range",
     "Role",
+    "SolverTable",
     "TensorSpec",
     "VaeSpec",
     "by_channel_text",
