@@ -17,7 +17,8 @@ from elit_export.verify.metrics import difference
 
 Budgets = Mapping[str, Budget]  # by the name that a schedule takes, largest first
 GUIDANCE = "cfg:2"
-FAST = SamplingOptions(steps=14, sampler="ab3", guidance=GUIDANCE)
+FAST_STEPS = 14
+FAST = SamplingOptions(steps=FAST_STEPS, sampler="ab3", guidance=GUIDANCE)
 REFERENCE_STEPS = 100  # of Heun: the solution that sampling configs are compared with
 
 
@@ -82,8 +83,8 @@ def sampling_configs(budgets: Budgets) -> Iterator[tuple[str, SamplingOptions]]:
         return
     lowest = smaller[-1]
     middle = "quarter" if "quarter" in smaller else lowest
-    half = FAST.steps // 2
-    mixed = f"0-{half - 1}:{middle},{half}-{FAST.steps - 1}:{largest}"
+    half = FAST_STEPS // 2
+    mixed = f"0-{half - 1}:{middle},{half}-{FAST_STEPS - 1}:{largest}"
     cheap = f"ccfg:2@{lowest}"
     yield f"ab3 14, weak at {lowest}", replace(fast_options(largest), guidance=cheap)
     yield f"ab3 14, {middle} then {largest}, weak at {lowest}", replace(fast_options(mixed), guidance=cheap)

@@ -19,8 +19,18 @@ from pydantic import (
 from elit_export.bundle.artifacts import REFERENCE_FILE, Artifact, Facts, Name, hashed
 from elit_export.bundle.calibration_inputs import CalibrationFacts
 from elit_export.bundle.presets import Preset
-from elit_export.bundle.solvers import SolverFacts
-from elit_export.spec import COEFFICIENTS, Budget, DataFacts, DecoderSpec, Fit, ModelSpec, Precision, Profile, Range
+from elit_export.spec import (
+    COEFFICIENTS,
+    Budget,
+    DataFacts,
+    DecoderSpec,
+    Fit,
+    ModelSpec,
+    Precision,
+    Profile,
+    Range,
+    SolverFacts,
+)
 from elit_export.spec.limits import BUDGETS, ROWS, STEPS, TEXT
 
 SCHEMA = 8

@@ -76,7 +76,7 @@ def sample(
         plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
         check_verified(plan_set, opened.folder)
         model, coverage = opened.manifest.model, coverage_of(opened, plan_set)
-        resolved = resolve(model.spec, options)
+        resolved = resolve(model.spec, options, coverage.solvers)
         if kind_of(model.spec) is Prompts:
             refuse_labels(labels)
             shown: LabelsLike = described.prompts(model.spec, coverage, resolved, images)

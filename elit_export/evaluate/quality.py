@@ -246,9 +246,10 @@ class _Rows:
     ) -> tuple[Float64, Pixels]:
         """Sample (n, C, H, W) and make pixels; `on_images` hears the evaluations of every step."""
         request, finished = pipeline.prepared(self._labels.tolist(), options), []
+        steps = len(request.schedule)
         for record in sampling_steps(pipeline.bank, request):  # a Sample would keep the states of every step
-            on_images(len(record.images) * len(request.sampler.nodes(record.index, options.steps)))
-            if record.index == options.steps - 1:
+            on_images(len(record.images) * len(request.sampler.nodes(record.index, steps)))
+            if record.index == steps - 1:
                 finished.append(record.x)
         samples = np.concatenate(finished)
         return samples, np.ascontiguousarray(to_images(samples, pipeline.data).transpose(0, 3, 1, 2))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.step_cache.base import Rule
 from elit_export.runtime.step_cache.fit import IDENTITY
-from elit_export.spec import Budget, Fit, Profile, Range, listed
+from elit_export.spec import Budget, Fit, Profile, Range, SolverFacts, listed
 
 UNCALIBRATED = "there is none: elit-export calibrate cache BUNDLE"
 
@@ -28,7 +28,7 @@ class Coverage:
     """The profiles of a plan set, the budgets that the model can run, and the graphs of the step cache.
 
     A calibrated rule of the step cache decides by `fits`; without them `uncalibrated` says why, and how to
-    make them.
+    make them. `solvers` are the tables that were calibrated for the model.
     """
 
     profiles: tuple[Profile, ...]
@@ -36,6 +36,7 @@ class Coverage:
     graphs: frozenset[str] = frozenset()
     fits: Mapping[Budget, Fit] | None = None
     uncalibrated: str = UNCALIBRATED
+    solvers: tuple[SolverFacts, ...] = ()
 
     @cached_property
     def _known(self) -> frozenset[Budget]:  # used at each call

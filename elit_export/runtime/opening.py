@@ -20,7 +20,7 @@ from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.coverage import Coverage
 from elit_export.runtime.request import Unopened
 from elit_export.runtime.vae import Decoder
-from elit_export.spec import FUSED, STEP, Budget, Fit, GraphSpec
+from elit_export.spec import FUSED, STEP, Budget, Fit, GraphSpec, Precision, SolverFacts
 
 log = logging.getLogger(__name__)
 CACHE = "cache/"  # before the names of the cache's engines, which no profile can have
@@ -177,6 +177,7 @@ def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
         frozenset(plan_set.cache),
         fits,
         problem,
+        solvers_of(bundle, plan_set.precision),
     )
 
 
@@ -184,6 +185,13 @@ def unopened(bundle: Bundle, plan_set: PlanSet) -> Unopened:
     """Return what can be asked of a plan set before its engines are open."""
     model = bundle.manifest.model
     return Unopened(model.spec, model.data, coverage_of(bundle, plan_set))
+
+
+def solvers_of(bundle: Bundle, precision: Precision) -> tuple[SolverFacts, ...]:
+    """Return the solver tables of the bundle's checkpoint; those of the precision first."""
+    model = bundle.manifest.model
+    own = [facts for facts in bundle.manifest.solvers if facts.checkpoint_sha256 == model.checkpoint_sha256]
+    return tuple(sorted(own, key=lambda facts: facts.precision is not precision))
 
 
 def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:

@@ -21,7 +21,8 @@ from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.noise import check_seed
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
 from elit_export.runtime.samplers.base import Sampler
-from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
+from elit_export.runtime.samplers.calibrated import Solvers, budgets_per_step, is_solver, selected_solver, solver_of
+from elit_export.runtime.schedule import ScheduleLike
 from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.runtime.timegrid import warp
 from elit_export.spec import Budget, ModelSpec
@@ -31,6 +32,7 @@ Accepts = tuple[str, tuple[type, ...]]  # what an option may be, in words and in
 INTEGER: Accepts = "a whole number", (int, np.integer)
 TEXT: Accepts = "text", (str,)
 PAIR: Accepts = "a pair of numbers", (tuple, list, type(None))
+DEFAULT_STEPS = 14
 UNTYPED: Accepts = "", ()  # arrays and functions, which are not checked and cannot be typed on a command line
 
 
@@ -60,9 +62,13 @@ def about(text: str, values: str, accepts: Accepts = UNTYPED) -> dict[str, About
 class SamplingOptions:
     """The options of a sampling. Raises InputError for a value of another type."""
 
-    steps: int = field(
-        default=14,
-        metadata=about("steps from noise to sample", "1 or more, 2 with a cache", INTEGER),
+    steps: int | None = field(
+        default=None,
+        metadata=about(
+            f"steps from noise to sample; without it {DEFAULT_STEPS}, or the calls of a solver table",
+            "1 or more, 2 with a cache",
+            ("a whole number", (int, np.integer, type(None))),
+        ),
     )
     schedule: ScheduleLike = field(
         default="full",
@@ -88,7 +94,14 @@ class SamplingOptions:
             PAIR,
         ),
     )
-    sampler: str = field(default="ab3", metadata=about("solver of the ODE, or of the SDE", ", ".join(SAMPLERS), TEXT))
+    sampler: str = field(
+        default="ab3",
+        metadata=about(
+            "solver of the ODE, or of the SDE; solver:CALLS is a table that was calibrated for the model",
+            f"{', '.join(SAMPLERS)}, solver, solver:8",
+            TEXT,
+        ),
+    )
     time_grid: str = field(
         default="linear", metadata=about("where the steps lie in t, from 1 (noise) to 0", "linear; shift:2.0", TEXT)
     )
@@ -124,7 +137,8 @@ class SamplingOptions:
             value, (words, types) = getattr(self, name), each.accepts
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 raise InputError(f"{name} must be {words}, not {value!r}")
-        STEPS.check(int(self.steps), "steps")
+        if self.steps is not None:
+            STEPS.check(int(self.steps), "steps")
         interval = self.guidance_interval
         if interval is None:
             return
@@ -208,7 +222,10 @@ def listed_options(options: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions:
-    """Options that fit a model and each other: `times` has steps + 1 values of t, `schedule` a budget per step."""
+    """Options that fit a model and each other: `times` has steps + 1 values of t, `schedule` a budget per step.
+
+    `weak` is the budget of the weak branch in each step, where a solver table names it; otherwise the guidance does.
+    """
 
     sampler: Sampler
     times: Float64
@@ -216,6 +233,7 @@ class ResolvedOptions:
     guidance: Guidance
     policy: CachePolicy | None
     seed: int
+    weak: tuple[Budget, ...] | None = None
     first_image: int = 0
     start_noise: npt.ArrayLike | None = None
     step_noise: npt.ArrayLike | None = None
@@ -225,38 +243,57 @@ class ResolvedOptions:
         """Whether any evaluation has an unconditional branch, or one of a negative prompt."""
         return any(branch.null_class for batch in self.batches() for branch in batch)
 
+    def guidance_at(self, step: int) -> Guidance:
+        """Return the guidance of a step, with the weak budget of that step."""
+        return self.guidance.with_weak(self.weak[step]) if self.weak else self.guidance
+
     def batches(self) -> Iterator[tuple[Branch, ...]]:
         """Yield the branches of guidance in each engine call, in order."""
         for t, step, _ in self.sampler.evaluations(self.times):
-            yield from self.guidance.batches(self.schedule[step], t)
+            yield from self.guidance_at(step).batches(self.schedule[step], t)
 
 
-def resolve(spec: ModelSpec, options: SamplingOptions) -> ResolvedOptions:
-    """Parse the options of one sampling, except for arrays; raises InputError."""
+def resolve(spec: ModelSpec, options: SamplingOptions, solvers: Solvers = ()) -> ResolvedOptions:
+    """Parse the options of one sampling, except for arrays; raises InputError.
+
+    `solvers` are the tables that were calibrated for the model. Warns where the one used was calibrated for other
+    guidance.
+    """
     check_seed(options.seed)
     if not 0 <= options.first_image < 1 << 63:
         raise InputError(f"first_image {options.first_image} is out of range", "choose one of 0 to 2**63 - 1")
-    sampler = sampler_named(options.sampler)
-    if options.steps < sampler.min_steps:
-        raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {options.steps}")
-    if options.step_noise is not None and not sampler.uses_noise:
-        raise InputError(f"sampler {sampler.name} adds no noise", "leave step_noise out")
-    times = warp(sampler.times(options.steps), options.time_grid)
+    guidance = _guidance(spec, options)
+    facts = selected_solver(solvers, options.sampler, options.steps, guidance) if is_solver(options.sampler) else None
+    sampler = solver_of(facts.table) if facts else sampler_named(options.sampler)
+    times = _times(sampler, options, facts.table.calls if facts else DEFAULT_STEPS)
     cache = options.cache
     policy = CachePolicy.parse(cache) if isinstance(cache, str) else cache
     if policy:
-        policy.check_steps(options.steps)
+        policy.check_steps(len(times) - 1)
+    schedule, weak = budgets_per_step(facts.table if facts else None, options.schedule, guidance, times, spec)
     return ResolvedOptions(
         sampler=sampler,
         times=times,
-        schedule=resolve_schedule(options.schedule, [float(t) for t in times], spec),
-        guidance=_guidance(spec, options),
+        schedule=schedule,
+        weak=weak,
+        guidance=guidance,
         policy=policy,
         seed=options.seed,
         first_image=options.first_image,
         start_noise=options.noise,
         step_noise=options.step_noise,
     )
+
+
+def _times(sampler: Sampler, options: SamplingOptions, usual_steps: int) -> Float64:
+    steps = usual_steps if options.steps is None else options.steps
+    if steps < sampler.min_steps:
+        raise InputError(f"sampler {sampler.name} needs at least {sampler.min_steps} steps, not {steps}")
+    if options.step_noise is not None and not sampler.uses_noise:
+        raise InputError(f"sampler {sampler.name} adds no noise", "leave step_noise out")
+    if is_solver(sampler.name) and options.time_grid != "linear":
+        raise InputError(f"sampler {sampler.name} has times of its own", "leave time_grid out")
+    return warp(sampler.times(steps), options.time_grid)
 
 
 def _guidance(spec: ModelSpec, options: SamplingOptions) -> Guidance:

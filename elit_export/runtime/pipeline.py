@@ -26,7 +26,7 @@ from elit_export.runtime.request import Request, finite_array, prepared
 from elit_export.runtime.sample import Sample, Timings
 from elit_export.runtime.sampling import Call, StepRecord, StepSummary, sampling_steps
 from elit_export.runtime.vae import Decoder
-from elit_export.spec import Budget, DataFacts, Fit, ModelSpec
+from elit_export.spec import Budget, DataFacts, Fit, ModelSpec, SolverFacts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +66,16 @@ class Pipeline:
         *,
         fits: Mapping[Budget, Fit] | None = None,
         uncalibrated: str = UNCALIBRATED,
+        solvers: tuple[SolverFacts, ...] = (),
         decoder: Decoder | None = None,
     ) -> None:
         """Take a bank. `fits` are the calibration of `teacache` for each budget; without it, `uncalibrated` says why.
 
+        `solvers` are the tables that `sampler="solver"` may use.
         `decoder` turns VAE latents into pictures by an engine of the bank.
         """
         self.bank, self.spec, self.data = bank, spec, data
-        self.coverage = replace(bank.coverage, fits=fits, uncalibrated=uncalibrated)
+        self.coverage = replace(bank.coverage, fits=fits, uncalibrated=uncalibrated, solvers=solvers)
         self._decoder = decoder
 
     @classmethod
@@ -116,6 +118,7 @@ class Pipeline:
             model.data,
             fits=coverage.fits,
             uncalibrated=coverage.uncalibrated,
+            solvers=coverage.solvers,
             decoder=decoder,
         )
 

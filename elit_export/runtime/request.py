@@ -89,7 +89,7 @@ class Unopened:
 def prepared(on: Samplable, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
     """Check a sampling whose options are one value, as `prepare`."""
     conditioning = as_conditioning(labels, on.spec, on.data)
-    return prepare(on.spec, on.coverage, conditioning, resolve(on.spec, options), at_once)
+    return prepare(on.spec, on.coverage, conditioning, resolve(on.spec, options, on.coverage.solvers), at_once)
 
 
 def prepare(

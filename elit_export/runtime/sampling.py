@@ -154,7 +154,7 @@ class GuidedVelocity:
         return calls
 
     def __call__(self, x: Float64, t: float, step: int, stage: int) -> Float64:
-        guidance, budget = self._request.guidance, self._request.schedule[step]
+        guidance, budget = self._request.guidance_at(step), self._request.schedule[step]
         by_role: dict[str, HostArray] = {}  # (B, C, H, W) float32
         try:
             for branches in guidance.batches(budget, t):

@@ -38,7 +38,7 @@ from elit_export.spec.graphs import (
 from elit_export.spec.layers import LayerKind
 from elit_export.spec.model import QK_NORM_KINDS, RELEASED_BACKBONE, ModelSpec
 from elit_export.spec.precision import QUANTIZED, Precision
-from elit_export.spec.solver import SolverTable
+from elit_export.spec.solver import SolverError, SolverFacts, SolverTable
 
 __all__ = [
     "BUDGET_NAMES",
@@ -72,6 +72,8 @@ __all__ = [
     "Profile",
     "Range",
     "Role",
+    "SolverError",
+    "SolverFacts",
     "SolverTable",
     "TensorSpec",
     "VaeSpec",

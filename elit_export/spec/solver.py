@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from elit_export.errors import InputError
 from elit_export.spec.limits import BUDGETS
+from elit_export.spec.precision import Precision
 
 MIN_CALLS = 2
 MAX_CALLS = 64  # a table has calls · (calls + 1) / 2 weights, all of which are fitted
@@ -46,3 +47,46 @@ class SolverTable:
     @property
     def calls(self) -> int:
         return len(self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverError:
+    """The error of a method's samples against the reference solution, in dB.
+
+    It is that of the median image, of all together (pooled), and of the worst image. `calls` counts evaluations.
+    """
+
+    sampler: str
+    steps: int
+    calls: int
+    median_db: float
+    pooled_db: float
+    worst_db: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverFacts:
+    """A table and what it was calibrated for.
+
+    It was fitted to `images` images of `seed` on the plans of a target in a precision. `error` is that of
+    `held_out_images` others, on which nothing was fitted and nothing chosen; `compared` are samplers without
+    calibration on the same ones: `ab3` with as many calls, and Euler's 50 steps.
+    """
+
+    checkpoint_sha256: str
+    table: SolverTable
+    guidance: str
+    guidance_interval: tuple[float, float] | None
+    schedule: str
+    target: str
+    precision: Precision
+    images: int
+    held_out_images: int
+    seed: int
+    error: SolverError
+    compared: tuple[SolverError, ...]
+
+    @property
+    def name(self) -> str:
+        """How a sampling asks for it."""
+        return f"solver:{self.table.calls}"

@@ -1,0 +1,117 @@
+"""Solver tables: multistep methods whose times and weights were fitted to a model (`calibrate/solver.py`).
+
+A step is x_{i+1} = x_i + Σ_{j ≤ i} w_ij·v_j: one evaluation, and all velocities before it again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from elit_export.arrays import Float64
+from elit_export.errors import InputError
+from elit_export.runtime.guidance import Guidance, Kind
+from elit_export.runtime.samplers.base import Noise, Sampler, Velocity
+from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
+from elit_export.spec import Budget, ModelSpec, SolverFacts, SolverTable
+
+Solvers = Sequence[SolverFacts]
+NAME = "solver"
+NO_ORDER = 0  # a table holds for one number of steps, so there is no rate at which its error falls
+
+
+def run(table: SolverTable, velocity: Velocity, x: Float64, times: Float64, _noise: Noise) -> Iterator[Float64]:
+    history: list[Float64] = []
+    for step, weights in enumerate(table.weights):
+        history.append(velocity(x, times[step], step, 0))
+        x = x + sum(weight * v for weight, v in zip(weights, history, strict=True) if weight)
+        yield x
+
+
+def table_times(table: SolverTable, steps: int) -> Float64:
+    assert steps == table.calls
+    return np.array(table.times, np.float64)
+
+
+def solver_of(table: SolverTable) -> Sampler:
+    """Return the sampler of a table; it has as many steps as the table has calls."""
+    calls = table.calls
+    return Sampler(f"{NAME}:{calls}", partial(run, table), NO_ORDER, min_steps=calls, times=partial(table_times, table))
+
+
+# ---------------------------------------------------------------- which table a sampling takes
+
+
+def is_solver(sampler: str) -> bool:
+    return sampler.partition(":")[0] == NAME
+
+
+def selected_solver(solvers: Solvers, sampler: str, steps: int | None, guidance: Guidance) -> SolverFacts:
+    """Return the table of `solver:CALLS`, or of `solver` that of `steps` calls, or without steps of the most calls.
+
+    Of several it takes one for the guidance asked for. Raises InputError if there is none, and warns if it was
+    calibrated for other guidance.
+    """
+    calls = _calls_of(sampler, steps)
+    if not solvers:
+        raise InputError(f"sampler {sampler}: this bundle has no solver tables", remedy(calls, guidance))
+    fitting = [facts for facts in solvers if facts.table.calls == calls or calls is None]
+    if not fitting:
+        has = ", ".join(dict.fromkeys(facts.name for facts in solvers))
+        raise InputError(f"sampler {sampler}: no table has {calls} calls; there are {has}", remedy(calls, guidance))
+    best = max(fitting, key=lambda facts: (_is_for(facts, guidance), facts.table.calls))
+    if not _is_for(best, guidance):
+        warnings.warn(
+            f"{best.name} was calibrated for guidance {_described(best.guidance, best.guidance_interval)}, and is used "
+            f"with {_described(str(guidance), (guidance.low, guidance.high))}: {remedy(best.table.calls, guidance)}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return best
+
+
+def remedy(calls: int | None, guidance: Guidance) -> str:
+    asked = f" --calls {calls}" if calls else ""
+    return f"elit-export calibrate solver BUNDLE{asked} --guidance {guidance}"
+
+
+def _calls_of(sampler: str, steps: int | None) -> int | None:
+    _, colon, number = sampler.partition(":")
+    if not colon:
+        return steps
+    if not (number.isdecimal() and number.isascii() and len(number) < 6):
+        raise InputError(f"sampler {sampler!r} is not solver:CALLS, e.g. solver:8")
+    if steps not in (None, int(number)):
+        raise InputError(f"sampler {sampler} has {int(number)} steps, not {steps}", "leave steps out")
+    return int(number)
+
+
+def _is_for(facts: SolverFacts, guidance: Guidance) -> bool:
+    interval = facts.guidance_interval or (0.0, 1.0)
+    return facts.guidance == str(guidance) and (not guidance.guides or interval == (guidance.low, guidance.high))
+
+
+def _described(guidance: str, interval: tuple[float, float] | None) -> str:
+    limited = interval not in (None, (0.0, 1.0)) and guidance != Kind.NONE
+    return f"{guidance} at t in {list(interval or ())}" if limited else guidance
+
+
+def budgets_per_step(
+    table: SolverTable | None, schedule: ScheduleLike, guidance: Guidance, times: Float64, spec: ModelSpec
+) -> tuple[tuple[Budget, ...], tuple[Budget, ...] | None]:
+    """Return the budget of each step, and that of its weak branch if a table names it; raises InputError."""
+    if table is None or table.budgets is None:
+        return resolve_schedule(schedule, [float(t) for t in times], spec), None
+    if schedule != "full":
+        raise InputError(f"solver:{table.calls} names the budget of each of its calls", "leave the schedule out")
+    budgets = tuple(spec.budget(kept) for kept in table.budgets)
+    if table.weak_budgets is None or not guidance.guides:
+        return budgets, None
+    if guidance.kind is not Kind.CFG:
+        raise InputError(
+            f"solver:{table.calls} names the weak budget of each of its calls", "choose guidance cfg:SCALE"
+        )
+    return budgets, tuple(spec.budget(kept) for kept in table.weak_budgets)
