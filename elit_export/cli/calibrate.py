@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from elit_export.cli.calibrate_solver import solver
 from elit_export.cli.common import (
     FILE,
     FOLDER,
@@ -212,3 +213,6 @@ def stored_graph(bundle: Bundle) -> Path:
             f"elit-export build RECIPE --target TARGET --out {bundle.folder}",
         )
     return bundle.verified(graph.artifact) / graph.file
+
+
+calibrate.add_command(solver)

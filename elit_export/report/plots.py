@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from elit_export.bundle.atomic import atomic_write
 from elit_export.bundle.manifest import CacheCalibration
 from elit_export.calibrate.step_cache import Pairs
 from elit_export.errors import InputError
+from elit_export.spec import SolverError
 
 MAX_POINTS = 4000  # of a scatter plot: more would hide each other
 
@@ -70,6 +72,26 @@ def plot_calibration(pairs: Pairs, calibration: CacheCalibration, path: Path) ->
         axes.plot(distance, np.polynomial.polynomial.polyval(distance, fit.coefficients), color="black", label=label)
     axes.set(xlabel="distance measured by the probe", ylabel="relative change of the residual", xlim=(0, None))
     axes.legend(markerscale=4)
+    _save(figure, path)
+
+
+def plot_solvers(solvers: Sequence[SolverError], compared: Sequence[SolverError], path: Path) -> None:
+    """Plot the error of all images and of the worst against calls, of tables and of samplers without calibration."""
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    *others, euler = compared
+    lines = {"solver tables": list(solvers)} | {name: [] for name in dict.fromkeys(each.sampler for each in others)}
+    for error in others:
+        lines[error.sampler].append(error)
+    for number, (name, errors) in enumerate(lines.items()):
+        points = sorted((error.calls, error.pooled_db, error.worst_db) for error in errors)
+        calls, pooled, worst = zip(*points, strict=True)
+        axes.plot(calls, pooled, marker=".", color=f"C{number}", label=name)
+        axes.plot(calls, worst, marker=".", color=f"C{number}", linestyle=":")
+    axes.axhline(euler.pooled_db, color="black", linewidth=0.8, label=f"euler, {euler.calls} calls")
+    axes.axhline(euler.worst_db, color="black", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="calls", ylabel="SQNR in dB; dotted: the worst image", title="images that nothing was fitted to")
+    axes.legend(fontsize="small")
     _save(figure, path)
 
 

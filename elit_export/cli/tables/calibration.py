@@ -13,6 +13,7 @@ from elit_export.spec import TEXT
 
 if TYPE_CHECKING:
     from elit_export.calibrate.sensitivity import Sensitivity
+    from elit_export.spec import SolverError, SolverFacts
 
 
 def samples_facts(selected: SelectedSamples) -> Facts:
@@ -98,3 +99,25 @@ def _sensitivity_cells(row: Sensitivity, every: Sequence[int], shown: Sequence[i
 
 def _db_pair(velocity_db: float, residual_db: float) -> str:
     return "–" if math.isinf(velocity_db) and velocity_db > 0 else f"{velocity_db:.1f} / {residual_db:.1f}"
+
+
+# ---------------------------------------------------------------- solvers
+
+
+def solvers_table(solvers: Sequence[SolverFacts], compared: Sequence[SolverError]) -> Table:
+    """Show the error of each table and of samplers without calibration, by their calls."""
+    first = solvers[0]
+    errors = sorted((*(facts.error for facts in solvers), *compared), key=lambda error: (error.calls, error.sampler))
+    rows = [
+        (
+            error.sampler,
+            str(error.calls),
+            *(f"{value:.1f}" for value in (error.median_db, error.pooled_db, error.worst_db)),
+        )
+        for error in errors
+    ]
+    title = (
+        f"{first.held_out_images} images that nothing was fitted to, guidance {first.guidance}, budget {first.schedule}: "
+        f"dB to the reference solution"
+    )
+    return table(title, ("sampler", "calls", "median image", "all images", "worst image"), rows)

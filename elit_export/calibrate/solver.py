@@ -1,0 +1,272 @@
+"""Calibrates solver tables on a bundle's engines: few calls whose times and weights were fitted to the model.
+
+Each table starts from least squares (`least_squares.py`) and is improved by Gauss–Newton (`gauss_newton.py`) until its
+error on images that it is not fitted to stops falling. What is reported and stored is its error on yet other images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from elit_export.arrays import Float64
+from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle.reading import Bundle
+from elit_export.bundle.store import writing
+from elit_export.calibrate.flow import Flow, Method, Trajectories, image_errors
+from elit_export.calibrate.gauss_newton import FIRST_DAMPING, Iterate, improved
+from elit_export.calibrate.least_squares import fitted, grids
+from elit_export.calibrate.reference import median_pooled_worst_db, resolved_steps, solution, traced
+from elit_export.errors import BundleError, CalibrationError
+from elit_export.runtime.conditioning import numbered
+from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.samplers import SAMPLERS
+from elit_export.spec import Budget, SolverError, SolverFacts, SolverTable
+from elit_export.spec.limits import TRAJECTORIES
+from elit_export.spec.solver import MAX_CALLS, MIN_CALLS
+
+MIN_IMAGES = 32
+START_IMAGES = 32  # of those, whose whole trajectories select the start
+MOST_ITERATIONS = 12
+PATIENCE = 2  # iterations without a lower error on the images that tell when to stop
+EULER_STEPS = 50  # compared with, as the sampler of most published results
+FIXED = ("ab3", "ab2", "heun", "euler")  # compared with at equal calls
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """What is calibrated: tables of so many `calls` each, fitted to `images` of `seed`; raises CalibrationError."""
+
+    calls: tuple[int, ...]
+    images: int
+    seed: int
+    guidance: str
+    interval: tuple[float, float] | None
+    budget: str
+    rows: int | None
+
+    def __post_init__(self) -> None:
+        for calls in self.calls:
+            if not MIN_CALLS <= calls <= MAX_CALLS:
+                raise CalibrationError(f"a table of {calls} calls", f"choose {MIN_CALLS} to {MAX_CALLS} calls")
+        if self.images < MIN_IMAGES:
+            raise CalibrationError(
+                f"{self.images} images are too few: a table would fit them and no others",
+                f"give --images {MIN_IMAGES} or more",
+            )
+        TRAJECTORIES.check(self.images, "images")
+
+    def trajectories(self, images: int, offset: int) -> Trajectories:
+        return Trajectories(images, self.seed + offset, self.guidance, self.interval, self.budget, self.rows)
+
+    @property
+    def fitted(self) -> Trajectories:
+        """The images that tables are fitted to."""
+        return self.trajectories(self.images, 0)
+
+    @property
+    def stopping(self) -> Trajectories:
+        """The images that tell when to stop."""
+        return self.trajectories(max(MIN_IMAGES, self.images // 2), 1)
+
+    @property
+    def held_out(self) -> Trajectories:
+        """The images on which errors are measured."""
+        return self.trajectories(max(2 * MIN_IMAGES, self.images), 2)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """The budget of each call and of its weak branch; without them it is the same in all calls and branches."""
+
+    strong: tuple[Budget, ...] | None = None
+    weak: tuple[Budget, ...] | None = None
+
+
+FULL = Budgets()
+
+
+@dataclass(frozen=True, eq=False)
+class Progress:
+    """How far the fit of one table is: the last iterate, the best on the stopping images, and whether it ended."""
+
+    now: Iterate
+    best: Method
+    best_db: float
+    iterations: int = 0
+    stale: int = 0
+
+    def after(self, now: Iterate, reached_db: float) -> Progress:
+        """Return the progress after an iteration that reached so much on the stopping images."""
+        is_better = reached_db > self.best_db
+        return Progress(
+            now,
+            now.method if is_better else self.best,
+            max(reached_db, self.best_db),
+            self.iterations + 1,
+            0 if is_better else self.stale + 1,
+        )
+
+    @property
+    def ended(self) -> bool:
+        return self.stale >= PATIENCE or self.iterations >= MOST_ITERATIONS
+
+
+class References:
+    """The reference solutions of three sets of images, sampled once, when they are first needed.
+
+    Tables are fitted to one set, another tells when to stop, and errors are measured on the third.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: SolverConfig) -> None:
+        """Check that the engines can run it all; raises InputError."""
+        self.pipeline, self.config = pipeline, config
+        Flow(pipeline, config.fitted, MIN_CALLS)
+
+    @cached_property
+    def _resolved(self) -> tuple[int, Float64]:
+        return resolved_steps(self.pipeline, self.config.fitted)
+
+    @property
+    def steps(self) -> int:
+        return self._resolved[0]
+
+    @property
+    def fitted(self) -> Float64:
+        return self._resolved[1]
+
+    @cached_property
+    def stopping(self) -> Float64:
+        return solution(self.pipeline, self.config.stopping, self.steps)
+
+    @cached_property
+    def held_out(self) -> Float64:
+        return solution(self.pipeline, self.config.held_out, self.steps)
+
+    def sampler_error(self, sampler: str, steps: int) -> SolverError:
+        """Return the error of a sampler without calibration."""
+        trajectories = self.config.held_out
+        conditioning = numbered(self.pipeline.spec, range(trajectories.images), self.pipeline.coverage.text)
+        options = trajectories.options(sampler=sampler, steps=steps)
+        samples = self.pipeline.run(self.pipeline.prepared(conditioning, options, trajectories.rows)).latents
+        return error_of(sampler, steps, SAMPLERS[sampler].calls(steps), samples, self.held_out)
+
+    def fixed_errors(self, calls: Sequence[int]) -> Iterator[SolverError]:
+        """Yield the errors of samplers with at most so many calls each, and that of Euler's 50 steps."""
+        for most in calls:
+            for name in FIXED:
+                if steps := SAMPLERS[name].steps_within(most):
+                    yield self.sampler_error(name, steps)
+        yield self.sampler_error("euler", EULER_STEPS)
+
+
+@dataclass(frozen=True, eq=False)
+class TableFit:
+    """The fit of one table of so many calls, each at a budget."""
+
+    references: References
+    calls: int
+    budgets: Budgets = FULL
+
+    def flow(self, trajectories: Trajectories) -> Flow:
+        pipeline, budgets = self.references.pipeline, self.budgets
+        return Flow(pipeline, trajectories, self.calls, budgets=budgets.strong, weak=budgets.weak)
+
+    def start(self) -> Progress:
+        """Select the best start by least squares over a family of time grids."""
+        references, steps = self.references, self.references.steps
+        some = replace(references.config.fitted, images=min(START_IMAGES, references.config.images))
+        part, finest = self.flow(some).parts[0], Flow(references.pipeline, some, steps).parts[0]
+        curve = traced(finest, steps)
+        starts = [fitted(part, curve, times) for times in grids(self.calls)]
+        method, _ = max(starts, key=lambda start: sum(median_pooled_worst_db(start[1], curve.states[-1])[:2]))
+        return Progress(self.iterate(method, FIRST_DAMPING), method, self.stopping_db(method))
+
+    def iterate(self, method: Method, damping: float) -> Iterate:
+        references = self.references
+        samples = self.flow(references.config.fitted).samples(method)
+        return Iterate(method, image_errors(samples, references.fitted), damping)
+
+    def stopping_db(self, method: Method) -> float:
+        """Return the mean of median and pooled SQNR on the images that tell when to stop."""
+        samples = self.flow(self.references.config.stopping).samples(method)
+        return sum(median_pooled_worst_db(samples, self.references.stopping)[:2]) / 2
+
+    def iterations(self, progress: Progress) -> Iterator[Progress]:
+        """Improve the table until its error on the stopping images no longer falls; yields after each iteration."""
+        flow = self.flow(self.references.config.fitted)
+        while not progress.ended:
+            now, done = improved(flow, self.references.fitted, progress.now), progress.iterations + 1
+            if now is None:
+                progress = replace(progress, iterations=done, stale=PATIENCE)
+            else:
+                progress = progress.after(now, self.stopping_db(now.method))
+            yield progress
+
+    def error(self, method: Method) -> SolverError:
+        """Return the error on the held-out images."""
+        samples = self.flow(self.references.config.held_out).samples(method)
+        return error_of(f"solver:{self.calls}", self.calls, self.calls, samples, self.references.held_out)
+
+
+def error_of(sampler: str, steps: int, calls: int, samples: Float64, expected: Float64) -> SolverError:
+    median, pooled, worst = median_pooled_worst_db(samples, expected)
+    return SolverError(sampler=sampler, steps=steps, calls=calls, median_db=median, pooled_db=pooled, worst_db=worst)
+
+
+# ---------------------------------------------------------------- into the bundle
+
+
+def is_better(table: SolverError, ab3: SolverError) -> bool:
+    """Whether a table is worth storing: it beats `ab3` with as many calls, for the median image and for all."""
+    return table.median_db > ab3.median_db and table.pooled_db > ab3.pooled_db
+
+
+def made(
+    fit: TableFit, method: Method, compared: Sequence[SolverError], opened: Bundle, plan_set: PlanSet
+) -> SolverFacts:
+    """Measure a table on the held-out images, and put down what it was calibrated for."""
+    config = fit.references.config
+    return SolverFacts(
+        checkpoint_sha256=opened.manifest.model.checkpoint_sha256,
+        table=with_budgets(method, fit.budgets),
+        guidance=str(Guidance.parse(config.guidance, fit.references.pipeline.spec)),
+        guidance_interval=config.interval,
+        schedule=config.budget,
+        target=plan_set.target,
+        precision=plan_set.precision,
+        images=config.images,
+        held_out_images=config.held_out.images,
+        seed=config.seed,
+        error=fit.error(method),
+        compared=tuple(compared),
+    )
+
+
+def with_budgets(method: Method, budgets: Budgets) -> SolverTable:
+    return replace(method.table(), budgets=_kept(budgets.strong), weak_budgets=_kept(budgets.weak))
+
+
+def _kept(budgets: tuple[Budget, ...] | None) -> tuple[int, ...] | None:
+    return tuple(budget.kept for budget in budgets) if budgets else None
+
+
+def record(bundle: Bundle, solvers: Sequence[SolverFacts]) -> None:
+    """Write tables into the manifest, in place of those of equal calls for the same guidance and plan set.
+
+    Raises BundleError if the model changed meanwhile.
+    """
+
+    def place(facts: SolverFacts) -> tuple[object, ...]:
+        return facts.table.calls, facts.guidance, facts.guidance_interval, facts.target, facts.precision
+
+    with writing(bundle.folder) as store:
+        manifest = store.manifest  # a target may have been built meanwhile
+        expected = {facts.checkpoint_sha256 for facts in solvers}
+        if manifest is None or expected - {manifest.model.checkpoint_sha256}:
+            raise BundleError(f"{bundle.folder} was built from another checkpoint meanwhile", "calibrate it again")
+        new = {place(facts) for facts in solvers}
+        kept = [facts for facts in manifest.solvers if place(facts) not in new]
+        store.commit(manifest.model_copy(update={"solvers": (*kept, *solvers)}))

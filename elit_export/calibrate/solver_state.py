@@ -1,0 +1,77 @@
+"""The state of an interrupted calibration of solvers, beside the manifest: what each table reached."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from elit_export.bundle.atomic import write_text
+from elit_export.bundle.readers import read_json_object
+from elit_export.calibrate.flow import Method
+from elit_export.calibrate.solver import Progress, TableFit
+from elit_export.errors import CalibrationError, ElitExportError
+from elit_export.spec import SolverTable
+
+NAME = ".solver-calibration.json"
+
+
+class State:
+    """What was reached, by the calls of a table. Every change is written at once."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Read what an earlier run left; raises CalibrationError if it is damaged or was another calibration."""
+        self.path = folder / NAME
+        self._identity = json.loads(json.dumps(identity))
+        self._reached: dict[str, dict[str, Any]] = {}
+        if not self.path.exists():
+            return
+        try:
+            stored = read_json_object(self.path)
+            identity, self._reached = stored["identity"], dict(stored["reached"])
+        except (ElitExportError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
+        if identity != self._identity:
+            other = ", ".join(key for key in self._identity if identity.get(key) != self._identity[key])
+            raise CalibrationError(
+                f"{self.path} is of a calibration that was interrupted, with another {other}",
+                "give its options to go on, or --restart to begin again",
+            )
+
+    def progress(self, fit: TableFit) -> Progress | None:
+        """Return how far a table was; None if it was not begun."""
+        stored = self._reached.get(str(fit.calls))
+        if stored is None:
+            return None
+        try:
+            now, best = (Method.of(_table(stored[name])) for name in ("now", "best"))
+            damping, best_db = float(stored["damping"]), float(stored["best_db"])
+            iterations, stale = int(stored["iterations"]), int(stored["stale"])
+        except (ElitExportError, KeyError, TypeError, ValueError) as error:
+            raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
+        return Progress(fit.iterate(now, damping), best, best_db, iterations, stale)
+
+    def save(self, calls: int, progress: Progress) -> None:
+        self._reached[str(calls)] = {
+            "now": asdict(progress.now.method.table()),
+            "best": asdict(progress.best.table()),
+            "damping": progress.now.damping,
+            "best_db": progress.best_db,
+            "iterations": progress.iterations,
+            "stale": progress.stale,
+        }
+        write_text(self.path, json.dumps({"identity": self._identity, "reached": self._reached}))
+
+    def remove(self) -> None:
+        discard(self.path.parent)
+
+
+def discard(folder: Path) -> None:
+    """Forget an interrupted calibration."""
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def _table(stored: Mapping[str, Any]) -> SolverTable:
+    return SolverTable(tuple(stored["times"]), tuple(tuple(row) for row in stored["weights"]))

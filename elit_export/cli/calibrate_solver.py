@@ -1,0 +1,164 @@
+"""calibrate solver: few calls whose times and weights are fitted to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elit_export.cli.common import (
+    FOLDER,
+    JSON_OPTION,
+    OUTPUT,
+    TRUST_OPTION,
+    Count,
+    progress_bar,
+    say,
+    show,
+    write_json,
+)
+from elit_export.cli.opened import Opened, opened_once
+from elit_export.errors import InputError
+from elit_export.runtime.options import SamplingOptions
+from elit_export.spec import limits
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from elit_export.calibrate.flow import Method
+    from elit_export.calibrate.solver import References, SolverConfig, TableFit
+    from elit_export.calibrate.solver_state import State
+    from elit_export.spec import SolverError, SolverFacts
+
+
+def _numbers(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[int, ...]:
+    calls = [limits.STEPS.whole(each.strip(), "--calls") for each in text.split(",") if each.strip().isdecimal()]
+    if len(calls) != len(text.split(",")):
+        raise InputError(f"--calls {text!r}: give numbers, e.g. 6,8,10")
+    return tuple(dict.fromkeys(calls))
+
+
+@click.command()
+@click.argument("bundle", type=FOLDER)
+@click.option("--calls", default="6,8,10", show_default=True, callback=_numbers, help="Of each table.")
+@click.option("--guidance", default="cfg:2", show_default=True, help="What the tables are for.")
+@click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH", help="The t that are guided.")
+@click.option("--schedule", "budget", default="full", show_default=True, help="A budget, that of every call.")
+@click.option("--images", type=Count(limits.TRAJECTORIES), default=64, show_default=True, help="To fit to, 32 or more.")
+@click.option("--seed", default=SamplingOptions.seed, show_default=True, help="Seeds seed to seed + 2 are used.")
+@click.option("--rows", type=Count(limits.ROWS), help="At most so many images at once.")
+@click.option("--restart", is_flag=True, help="Begin again where an earlier run was interrupted.")
+@click.option("--plot", type=OUTPUT, help="Draw error against calls, beside samplers that are not calibrated.")
+@click.option("--target", help="Needed if the bundle has several.")
+@click.option("--precision", help="Needed if the target has several.")
+@TRUST_OPTION
+@JSON_OPTION
+def solver(
+    bundle: Path,
+    calls: tuple[int, ...],
+    restart: bool,
+    plot: Path | None,
+    target: str | None,
+    precision: str | None,
+    trust: bool,
+    json_to: str | None,
+    **options: Any,
+) -> None:
+    """Fit tables of few calls to the model, for `--sampler solver`, and store those that beat ab3."""
+    from elit_export.bundle.store import check_recordable
+    from elit_export.calibrate.solver import References, SolverConfig, is_better, record
+    from elit_export.cli.tables.calibration import solvers_table
+
+    if plot is not None:  # before anything is measured, as it needs matplotlib
+        from elit_export.report.plots import check_format, plot_solvers
+
+        check_format(plot)
+    config = SolverConfig(calls, interval=options.pop("guidance_interval"), **options)
+    opened = opened_once(bundle, target, precision, trust=trust)
+    with opened.pipeline as pipeline, progress_bar() as bar:
+        check_recordable(opened.bundle.folder)
+        references = References(pipeline, config)
+        state = _state(opened, config, restart=restart)
+        methods = {fit.calls: (fit, _calibrated(fit, state, bar)) for fit in _fits(references)}
+        compared = _compared(references, bar)
+        solvers = [_made(*methods[each], compared, opened) for each in calls]
+    stored = [facts for facts in solvers if is_better(facts.error, facts.compared[0])]
+    if stored:
+        record(opened.bundle, stored)
+    state.remove()
+    if plot is not None:
+        plot_solvers([facts.error for facts in solvers], compared, plot)
+    show(solvers_table(solvers, compared), json_to=json_to)
+    write_json(
+        {"solvers": [asdict(facts) for facts in solvers], "compared": [asdict(each) for each in compared]}, json_to
+    )
+    for facts in solvers:
+        if facts not in stored:
+            say(
+                f"{facts.name} is not stored: it does not beat {facts.compared[0].sampler} there; try more --images",
+                json_to=json_to,
+            )
+    if stored:
+        say(_next(bundle, opened, stored), json_to=json_to)
+
+
+def _state(opened: Opened, config: SolverConfig, *, restart: bool) -> State:
+    """What an earlier run reached, if it was of the same calibration."""
+    from elit_export.calibrate.solver_state import State, discard
+
+    if restart:
+        discard(opened.bundle.folder)
+    identity = {name: value for name, value in asdict(config).items() if name not in ("calls", "rows")}
+    plan_set = opened.plan_set
+    identity |= {"target": plan_set.target, "precision": plan_set.precision.value}
+    return State(opened.bundle.folder, identity | {"checkpoint": opened.bundle.manifest.model.checkpoint_sha256})
+
+
+def _fits(references: References) -> Iterator[TableFit]:
+    from elit_export.calibrate.solver import TableFit
+
+    yield from (TableFit(references, calls) for calls in references.config.calls)
+
+
+def _calibrated(fit: TableFit, state: State, bar: Bar) -> Method:
+    """Fit one table, from where an earlier run was interrupted; every iteration is kept at once."""
+    from elit_export.calibrate.solver import MOST_ITERATIONS
+
+    task = bar.add_task(f"{fit.calls} calls: start", total=MOST_ITERATIONS)
+    progress = state.progress(fit) or fit.start()
+    state.save(fit.calls, progress)
+    for progress in fit.iterations(progress):
+        state.save(fit.calls, progress)
+        bar.update(task, completed=progress.iterations, description=f"{fit.calls} calls: {progress.best_db:.1f} dB")
+    bar.update(task, completed=MOST_ITERATIONS)
+    return progress.best
+
+
+def _compared(references: References, bar: Bar) -> list[SolverError]:
+    from elit_export.calibrate.solver import FIXED
+
+    calls = references.config.calls
+    measured = references.fixed_errors(calls)
+    return list(bar.track(measured, total=len(FIXED) * len(calls) + 1, description="other samplers"))
+
+
+def _made(fit: TableFit, method: Method, compared: list[SolverError], opened: Opened) -> SolverFacts:
+    """Beside a table stand `ab3` with as many calls, and Euler's 50 steps."""
+    from elit_export.calibrate.solver import made
+
+    ab3 = max(
+        (each for each in compared if each.sampler == "ab3" and each.calls <= fit.calls), key=lambda each: each.calls
+    )
+    return made(fit, method, (ab3, compared[-1]), opened.bundle, opened.plan_set)
+
+
+def _next(bundle: Path, opened: Opened, stored: list[SolverFacts]) -> str:
+    from elit_export.cli.advice import sample_command
+
+    best = max(stored, key=lambda facts: facts.error.pooled_db)
+    more = ["--sampler", best.name, "--guidance", best.guidance]
+    advice = sample_command(bundle, opened.bundle.manifest, opened.plan_set, *more)
+    return f"wrote {', '.join(facts.name for facts in stored)} into {bundle}; next: {advice}"
