@@ -18,6 +18,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
+from elit_export.bundle.presets import Measured, Preset, PresetOptions
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import load_checkpoint
@@ -179,6 +180,39 @@ def calibrate(folder: Path, *fits: CacheFit, **changes: Any) -> Bundle:
     with writing(folder) as writer:
         calibration = CacheCalibration(**(facts | changes))
         return writer.commit(manifest.model_copy(update={"cache_calibration": calibration}))
+
+
+# ---------------------------------------------------------------- presets
+
+
+def preset_of(bundle: Bundle, name: str = "fast", **changes: Any) -> Preset:
+    """A preset of the bundle's first plan set; `changes` are of its fields, or of its options."""
+    plan_set = bundle.manifest.plan_sets[0]
+    options: dict[str, Any] = {"sampler": "ab3", "steps": 5, "guidance": "cfg:2", "guidance_interval": (0.25, 1.0)}
+    fields: dict[str, Any] = {
+        "name": name,
+        "checkpoint_sha256": bundle.manifest.model.checkpoint_sha256,
+        "target": plan_set.target,
+        "precision": plan_set.precision,
+        "command": f"elit-export tune {bundle.folder} --latency 40ms",
+    }
+    measured = Measured(
+        rows=1,
+        ms=12.34567,
+        speedup=10.5,
+        engine_calls=5,
+        images=64,
+        seed=1000,
+        sqnr_db=34.56,
+        worst_sqnr_db=29.12,
+        evaluator="fashion_classifier",
+        distance=1.25,
+        distance_error=0.0625,
+        machine="a machine",
+        date="2026-01-02",
+    )
+    own = {key: changes.pop(key) for key in list(changes) if key in Preset.model_fields}
+    return Preset(**(fields | own), options=PresetOptions(**(options | changes)), measured=measured)
 
 
 # ---------------------------------------------------------------- bfloat16 on a CPU

@@ -18,7 +18,7 @@ from pydantic import (
 
 from elit_export.bundle.artifacts import REFERENCE_FILE, Artifact, Facts, Name, hashed
 from elit_export.bundle.calibration_inputs import CalibrationFacts
-from elit_export.bundle.presets import Preset
+from elit_export.bundle.presets import StoredPresets
 from elit_export.spec import (
     COEFFICIENTS,
     Budget,
@@ -257,6 +257,12 @@ class ModelFacts(Facts):
     data: Data
     checkpoint_sha256: str
 
+    def other_checkpoint(self, checkpoint_sha256: str) -> str:
+        """Say that what was measured on a model is of another checkpoint; empty if it is of this one."""
+        if checkpoint_sha256 == self.checkpoint_sha256:
+            return ""
+        return f"of another checkpoint ({checkpoint_sha256[:12]}, not {self.checkpoint_sha256[:12]})"
+
 
 class CacheFit(Facts):
     """How the change of a residual follows the distance that `probe` measures, and how well.
@@ -299,9 +305,9 @@ class Manifest(Facts):
     model_key: str
     graphs: dict[str, Graph]
     plan_sets: tuple[PlanSet, ...] = Field(min_length=1)
-    cache_calibration: CacheCalibration | None
+    cache_calibration: CacheCalibration | None = None
     solvers: tuple[SolverFacts, ...] = ()
-    presets: tuple[Preset, ...] = ()
+    presets: StoredPresets = ()
 
     def plan_set(self, target: str, precision: Precision) -> PlanSet:
         """The one of a target in a precision, which must be there."""

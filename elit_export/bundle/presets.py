@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from elit_export.bundle.artifacts import Facts, Name
-from elit_export.spec import Precision
+from elit_export.spec import ModelSpec, Precision
+from elit_export.spec.limits import STEPS
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Steps = Annotated[int, Field(ge=1, le=int(STEPS.maximum), strict=True)]
+Count = Annotated[int, Field(ge=1)]
 
 
 class PresetOptions(Facts):
     """The options of SamplingOptions that a preset sets, as its fields take them."""
 
     sampler: str
-    steps: int | None = Field(default=None, ge=1)  # None: as many as the solver table has calls
+    steps: Steps | None = None  # None: as many as the sampler says
     schedule: str = "full"
     guidance: str = "none"
-    guidance_interval: tuple[float, float] | None = None
+    guidance_interval: tuple[Finite, Finite] | None = None
     time_grid: str = "linear"
     cache: str = "none"
 
@@ -29,17 +39,17 @@ class Measured(Facts):
     another solution. `distance` and its standard error are those of `evaluator`, None without one.
     """
 
-    rows: int
-    ms: float
-    speedup: float
-    engine_calls: int
-    images: int
+    rows: Count
+    ms: Positive
+    speedup: Positive
+    engine_calls: Count
+    images: Count
     seed: int
-    sqnr_db: float | None = None
-    worst_sqnr_db: float | None = None
+    sqnr_db: Finite | None = None
+    worst_sqnr_db: Finite | None = None
     evaluator: str | None = None
-    distance: float | None = None
-    distance_error: float | None = None
+    distance: Finite | None = None
+    distance_error: Finite | None = None
     machine: str
     date: str
 
@@ -54,3 +64,22 @@ class Preset(Facts):
     options: PresetOptions
     measured: Measured
     command: str
+
+    def command_line(self, folder: Path, spec: ModelSpec) -> str:
+        """Return the command that samples by it; of a model with text, for a prompt that is still to be filled in."""
+        shown = ("--prompt", "TEXT", "--encoder", "FOLDER") if spec.takes_text else ()
+        return shlex.join(["elit-export", "sample", str(folder), "--preset", self.name, *shown])
+
+    def python_line(self, folder: Path, spec: ModelSpec) -> str:
+        """Return the same in Python."""
+        shown = "prompts" if spec.takes_text else "[0]"
+        return f"Pipeline.load({str(folder)!r}, preset={self.name!r}).sample({shown})"
+
+
+def _named_once(presets: tuple[Preset, ...]) -> tuple[Preset, ...]:
+    if len({preset.name for preset in presets}) < len(presets):
+        raise ValueError(f"two presets have one name: {', '.join(preset.name for preset in presets)}")
+    return presets
+
+
+StoredPresets = Annotated[tuple[Preset, ...], AfterValidator(_named_once)]

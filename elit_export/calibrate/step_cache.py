@@ -15,10 +15,10 @@ import numpy as np
 
 from elit_export.arrays import Bools, Float64, HostArray, Int64
 from elit_export.backends.protocols import Array, Engine, to_host
-from elit_export.bundle.manifest import CacheCalibration, CacheFit
+from elit_export.bundle import recording
+from elit_export.bundle.manifest import CacheCalibration, CacheFit, Manifest
 from elit_export.bundle.reading import Bundle
-from elit_export.bundle.store import writing
-from elit_export.errors import BundleError, CalibrationError
+from elit_export.errors import CalibrationError
 from elit_export.runtime.bank import EngineBank, Slot, without_text
 from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.options import SamplingOptions
@@ -272,8 +272,8 @@ def _rank_same_steps(pairs: Pairs) -> float:
 
 def record(bundle: Bundle, calibration: CacheCalibration) -> None:
     """Write a calibration into the manifest, replacing an earlier one; raises BundleError if the model changed."""
-    with writing(bundle.folder) as store:
-        manifest = store.manifest  # a target may have been built meanwhile
-        if manifest is None or manifest.model.checkpoint_sha256 != calibration.checkpoint_sha256:
-            raise BundleError(f"{bundle.folder} was built from another checkpoint meanwhile", "calibrate it again")
-        store.commit(manifest.model_copy(update={"cache_calibration": calibration}))
+
+    def with_calibration(manifest: Manifest) -> Manifest:
+        return manifest.model_copy(update={"cache_calibration": calibration})
+
+    recording.record(bundle, calibration.checkpoint_sha256, with_calibration, remedy="calibrate it again")

@@ -15,9 +15,11 @@ from elit_export.cli.opened import Opened
 from elit_export.cli.prompts import HOW, PromptOptions, prompt_options
 from elit_export.cli.sampling_options import sampling_options
 from elit_export.errors import InputError
+from elit_export.runtime.arguments import Given, SamplingArguments, naming_preset
 from elit_export.runtime.conditioning import Labels, LabelsLike, as_conditioning, kind_of
 from elit_export.runtime.labels import parse_labels
 from elit_export.runtime.options import SamplingOptions, resolve
+from elit_export.runtime.presets import Presets, chosen_plan_set, merged
 from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.request import Request, check_calls, prepare
 from elit_export.runtime.sample import DTYPES, save_arrays, save_grid
@@ -56,7 +58,7 @@ def sample(
     labels: str,
     described: PromptOptions,
     images: int,
-    options: SamplingOptions,
+    given: Given[SamplingArguments],
     dtype: str,
     target: str | None,
     precision: str | None,
@@ -64,7 +66,7 @@ def sample(
 ) -> None:
     """Sample images from BUNDLE into a PNG grid and a .npz."""
     from elit_export.bundle.reading import with_current
-    from elit_export.runtime.opening import check_verified, coverage_of, select_plan_set
+    from elit_export.runtime.opening import check_verified, coverage_of
     from elit_export.runtime.pipeline import Pipeline
 
     if out.suffix not in ("", ".png", ".npz"):
@@ -72,11 +74,13 @@ def sample(
     files = files_of(out)
     described.refuse_to_overwrite(out, files.arrays)
 
-    def ready(opened: Bundle) -> tuple[Opened, Request]:
-        plan_set = select_plan_set(opened.manifest.plan_sets, target, precision)
+    def ready(opened: Bundle) -> tuple[Opened, Request, SamplingOptions]:
+        plan_set = chosen_plan_set(opened, target, precision, given.values.get("preset"))
+        options = merged(given, Presets(opened, plan_set))
         check_verified(plan_set, opened.folder)
         model, coverage = opened.manifest.model, coverage_of(opened, plan_set)
-        resolved = resolve(model.spec, options, coverage.solvers)
+        with naming_preset(options):
+            resolved = resolve(model.spec, options, coverage.solvers)
         if kind_of(model.spec) is Prompts:
             refuse_labels(labels)
             shown: LabelsLike = described.prompts(model.spec, coverage, resolved, images)
@@ -90,9 +94,9 @@ def sample(
         goes_on = isinstance(once, Labels) and not labels
         repeated = classes_of(numbers, images, model.spec) if goes_on else once.repeated(images)
         request = prepare(model.spec, coverage, repeated, resolved)
-        return Opened(opened, plan_set, Pipeline.of(opened, plan_set)), request
+        return Opened(opened, plan_set, Pipeline.of(opened, plan_set)), request, options
 
-    opened, request = with_current(bundle, ready, trust=trust)
+    opened, request, options = with_current(bundle, ready, trust=trust)
     with opened.pipeline as pipeline:
         with progress_bar() as progress:
             task = progress.add_task("sampling", total=request.records)

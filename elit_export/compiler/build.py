@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from elit_export.backends.target import Target
 from elit_export.bundle.calibration_inputs import CalibrationInputs, check_covered, load_inputs
@@ -147,20 +148,23 @@ def _same_target(manifest: Manifest | None, plan_set: PlanSet) -> PlanSet | None
 def _manifest(
     earlier: Manifest | None, facts: ModelFacts, key: str, graphs: dict[str, Graph], plan_set: PlanSet
 ) -> Manifest:
-    """Return the manifest with the plan set beside those of other targets that were built from the same model."""
+    """Return the manifest with the plan set beside those of other targets that were built from the same model.
+
+    What was measured of that model and recorded beside them stays too; of another one, nothing does.
+    """
     kept = earlier if earlier and earlier.model == facts else None
     plan_sets = [plan_set if old.name == plan_set.name else old for old in (kept.plan_sets if kept else ())]
     if plan_set not in plan_sets:
         plan_sets.append(plan_set)
-    return Manifest(
-        schema_version=SCHEMA,
-        package_version=version("elit-export"),
-        model=facts,
-        model_key=key,
-        graphs={**_still_used(kept.graphs if kept else {}, plan_sets), **graphs},
-        plan_sets=tuple(plan_sets),
-        cache_calibration=kept.cache_calibration if kept else None,
-    )
+    made: dict[str, Any] = {
+        "schema_version": SCHEMA,
+        "package_version": version("elit-export"),
+        "model": facts,
+        "model_key": key,
+        "graphs": {**_still_used(kept.graphs if kept else {}, plan_sets), **graphs},
+        "plan_sets": tuple(plan_sets),
+    }
+    return kept.model_copy(update=made) if kept else Manifest(**made)
 
 
 def _still_used(graphs: dict[str, Graph], plan_sets: list[PlanSet]) -> dict[str, Graph]:

@@ -200,7 +200,6 @@ def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:
     remedy = f"elit-export calibrate cache {bundle.folder}"
     if calibration is None:
         return None, f"{bundle.folder} has none: {remedy}"
-    if calibration.checkpoint_sha256 != model.checkpoint_sha256:
-        calibrated, current = calibration.checkpoint_sha256[:12], model.checkpoint_sha256[:12]
-        return None, f"that of {bundle.folder} is of another checkpoint ({calibrated}, not {current}): {remedy}"
+    if problem := model.other_checkpoint(calibration.checkpoint_sha256):
+        return None, f"that of {bundle.folder} is {problem}: {remedy}"
     return {budget: calibration.fit_for(budget.kept) for budget in model.spec.budgets}, ""

@@ -1,22 +1,20 @@
 """The options of a sampling, each defined once.
 
 Keyword arguments of the pipeline, options of the command line, their help and the table in docs/sampling.md are made
-from the fields of SamplingOptions.
+from the fields of SamplingOptions, and of SamplingArguments (`runtime/arguments.py`), which adds the preset.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from elit_export.arrays import Float64
-from elit_export.errors import InputError, did_you_mean
+from elit_export.errors import InputError
 from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.noise import check_seed
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
@@ -155,66 +153,6 @@ class SamplingOptions:
 def abouts(options: type[Any]) -> dict[str, About]:
     """Return the help of each option, by its name."""
     return {each.name: each.metadata["about"] for each in fields(options)}
-
-
-# ---------------------------------------------------------------- as keyword arguments
-
-Arguments = ParamSpec("Arguments")
-Owner = TypeVar("Owner")
-First = TypeVar("First")
-Options = TypeVar("Options")
-Result = TypeVar("Result")
-
-
-def takes_each(
-    options: Callable[..., Options], _typed_as: Callable[Arguments, object]
-) -> Callable[[Callable[[Owner, First, Options], Result]], Callable[Concatenate[Owner, Arguments], Result]]:
-    """Let a method that takes a value of the dataclass `options` take its fields as keyword arguments instead.
-
-    Its signature and its docstring list every option with its type, its default and examples. To a type checker it
-    takes what `_typed_as` takes: a dataclass with the fields of `options` and the method's first argument.
-    """
-
-    def decorated(
-        method: Callable[[Owner, First, Options], Result],
-    ) -> Callable[Concatenate[Owner, Arguments], Result]:
-        @wraps(method)
-        def with_keywords(self: Owner, labels: First, **keywords: Any) -> Result:
-            return method(self, labels, options(**_known(keywords, options)))
-
-        signature = inspect.signature(method)
-        first = list(signature.parameters.values())[:2]
-        documented: Any = with_keywords
-        documented.__signature__ = signature.replace(parameters=[*first, *_keywords(options)])
-        documented.__doc__ = f"{inspect.getdoc(method)}\n\n{listed_options(options)}"
-        return with_keywords  # type: ignore[return-value]
-
-    return decorated
-
-
-def _keywords(options: Any) -> Iterator[inspect.Parameter]:
-    for each in fields(options):
-        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-
-
-def _known(keywords: dict[str, Any], options: Any) -> dict[str, Any]:
-    """Return the keyword arguments; raises InputError for one that is not an option."""
-    names = [each.name for each in fields(options)]
-    for name in keywords:
-        if name not in names:
-            hint = did_you_mean(name, names)
-            raise InputError(f"unknown option {name!r}", f"{hint} options: {', '.join(names)}".lstrip())
-    return keywords
-
-
-def listed_options(options: Any) -> str:
-    """Return a line for each option: name, default, meaning, examples."""
-    lines = []
-    for each in fields(options):
-        option: About = each.metadata["about"]
-        default = f" (default {each.default!r})" if option.is_typed else ""
-        lines.append(f"{each.name}{default}: {option.text}; {option.values}")
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- resolved for a model

@@ -16,12 +16,14 @@ from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle, with_current
 from elit_export.callbacks import noop
 from elit_export.errors import InputError
+from elit_export.runtime.arguments import Given, SamplingArguments, takes_each
 from elit_export.runtime.bank import EngineBank
 from elit_export.runtime.conditioning import LabelsLike
 from elit_export.runtime.coverage import UNCALIBRATED
 from elit_export.runtime.images import to_images
-from elit_export.runtime.opening import check_verified, coverage_of, open_bank, open_decoder, select_plan_set
-from elit_export.runtime.options import SamplingOptions, about, takes_each
+from elit_export.runtime.opening import check_verified, coverage_of, open_bank, open_decoder
+from elit_export.runtime.options import SamplingOptions, about
+from elit_export.runtime.presets import Presets, chosen_plan_set, merged
 from elit_export.runtime.request import Request, finite_array, prepared
 from elit_export.runtime.sample import Sample, Timings
 from elit_export.runtime.sampling import Call, StepRecord, StepSummary, sampling_steps
@@ -30,8 +32,8 @@ from elit_export.spec import Budget, DataFacts, Fit, ModelSpec, SolverFacts
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleOptions(SamplingOptions):
-    """The options of a sampling, and a function that is called after each step."""
+class SampleArguments(SamplingArguments):
+    """The arguments of a sampling, and a function that is called after each step."""
 
     on_step: Callable[[StepRecord], None] = field(
         default=noop, metadata=about("called after each step", "a function of a StepRecord")
@@ -39,14 +41,14 @@ class SampleOptions(SamplingOptions):
 
 
 @dataclass(frozen=True)
-class LabelsAndSamplingOptions(SamplingOptions):
+class LabelsAndSamplingArguments(SamplingArguments):
     """The arguments of `steps` and `request`, for type checkers alone."""
 
     labels: LabelsLike
 
 
 @dataclass(frozen=True)
-class LabelsAndSampleOptions(SampleOptions):
+class LabelsAndSampleArguments(SampleArguments):
     """The arguments of `sample`, for type checkers alone."""
 
     labels: LabelsLike
@@ -68,15 +70,16 @@ class Pipeline:
         uncalibrated: str = UNCALIBRATED,
         solvers: tuple[SolverFacts, ...] = (),
         decoder: Decoder | None = None,
+        presets: Presets | None = None,
     ) -> None:
         """Take a bank. `fits` are the calibration of `teacache` for each budget; without it, `uncalibrated` says why.
 
-        `solvers` are the tables that `sampler="solver"` may use.
-        `decoder` turns VAE latents into pictures by an engine of the bank.
+        `solvers` are the tables that `sampler="solver"` may use. `decoder` turns VAE latents into pictures by an engine
+        of the bank. `presets` are those of a bundle.
         """
         self.bank, self.spec, self.data = bank, spec, data
         self.coverage = replace(bank.coverage, fits=fits, uncalibrated=uncalibrated, solvers=solvers)
-        self._decoder = decoder
+        self._decoder, self._presets = decoder, presets
 
     @classmethod
     def load(
@@ -85,30 +88,37 @@ class Pipeline:
         *,
         target: str | None = None,
         precision: str | None = None,
+        preset: str | None = None,
         trust: bool = False,
         allow_unverified: bool = False,
     ) -> Self:
         """Verify and open a bundle's plans; `target` and `precision` are needed only if several fit.
 
-        `trust` opens saved programs, which can run any code, though this user did not build them here. Where another
-        process builds into the bundle meanwhile, what it wrote is opened. Raises BundleError (missing, altered, not
-        trusted, never run on its device), BackendUnavailable, or InputError listing the plan sets.
+        `preset` opens those that a preset of the bundle samples by; its options are then those of samplings that give
+        no others, unless they say `preset=None`. `trust` opens saved programs, which can run any code, though this user
+        did not build them here. Where another process builds into the bundle meanwhile, what it wrote is opened. Raises
+        BundleError (missing, altered, not trusted, never run on its device, or a preset of another checkpoint),
+        BackendUnavailable, or InputError listing the plan sets or presets.
         """
         return with_current(
             bundle,
             lambda opened: cls.of(
                 opened,
-                select_plan_set(opened.manifest.plan_sets, target, precision),
+                chosen_plan_set(opened, target, precision, preset),
+                preset=preset,
                 allow_unverified=allow_unverified,
             ),
             trust=trust,
         )
 
     @classmethod
-    def of(cls, bundle: Bundle, plan_set: PlanSet, *, allow_unverified: bool = False) -> Self:
-        """Open the plans of a bundle that was already read."""
+    def of(
+        cls, bundle: Bundle, plan_set: PlanSet, *, preset: str | None = None, allow_unverified: bool = False
+    ) -> Self:
+        """Open the plans of a bundle that was already read, those of `preset` if there is one; raises as `load`."""
         if not allow_unverified:
             check_verified(plan_set, bundle.folder)
+        presets = Presets(bundle, plan_set, preset)
         model, coverage = bundle.manifest.model, coverage_of(bundle, plan_set)
         bank = open_bank(bundle, plan_set)
         decoder = open_decoder(bank, plan_set)
@@ -120,6 +130,7 @@ class Pipeline:
             uncalibrated=coverage.uncalibrated,
             solvers=coverage.solvers,
             decoder=decoder,
+            presets=presets,
         )
 
     @property
@@ -137,39 +148,43 @@ class Pipeline:
             raise InputError(f"latents have shape {values.shape}, this model's are (images, *{self.spec.sample_shape})")
         return self._decoder(values) if self._decoder else to_images(values, self.data)
 
-    @takes_each(SampleOptions, LabelsAndSampleOptions)
-    def sample(self, labels: LabelsLike, options: SampleOptions) -> Sample:
+    @takes_each(SampleArguments, LabelsAndSampleArguments)
+    def sample(self, labels: LabelsLike, given: Given[SampleArguments]) -> Sample:
         """Sample one image per label, class name or prompt.
 
         There may be any number of images: more than an engine call takes are sampled in parts, one after another.
         Image i depends on (seed, first_image + i), not on the images around it; but with the cache `teacache` each
-        part decides by itself, and computes when any of its images must. Raises InputError, CalibrationError or
-        EngineError.
+        part decides by itself, and computes when any of its images must. Raises InputError, CalibrationError,
+        EngineError, or BundleError for a preset that does not fit the bundle.
         """
+        options = merged(given, self._presets)
         return self.sampled(labels, options, options.on_step)
 
-    @takes_each(SamplingOptions, LabelsAndSamplingOptions)
-    def steps(self, labels: LabelsLike, options: SamplingOptions) -> Generator[StepRecord, None, None]:
+    @takes_each(SamplingArguments, LabelsAndSamplingArguments)
+    def steps(self, labels: LabelsLike, given: Given[SamplingArguments]) -> Generator[StepRecord, None, None]:
         """Sample and yield one record per step: for progress, previews and cancelling (close the generator).
 
         Where images come in parts, all steps of the first come first; `record.images` says whose they are. Everything
-        is checked before the first step; raises InputError or CalibrationError.
+        is checked before the first step; raises InputError, CalibrationError or BundleError.
         """
-        return sampling_steps(self.bank, self.prepared(labels, options))
+        return sampling_steps(self.bank, self.prepared(labels, merged(given, self._presets)))
 
-    @takes_each(SamplingOptions, LabelsAndSamplingOptions)
-    def request(self, labels: LabelsLike, options: SamplingOptions) -> Request:
-        """Check one sampling completely, for `run`; raises InputError or CalibrationError."""
-        return self.prepared(labels, options)
+    @takes_each(SamplingArguments, LabelsAndSamplingArguments)
+    def request(self, labels: LabelsLike, given: Given[SamplingArguments]) -> Request:
+        """Check one sampling completely, for `run`; raises InputError, CalibrationError or BundleError."""
+        return self.prepared(labels, merged(given, self._presets))
 
     def prepared(self, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
-        """Do what `request` does, with the options as one value; a part has at most `at_once` images."""
+        """Do what `request` does, with all options as one value, which no preset changes.
+
+        A part has at most `at_once` images.
+        """
         return prepared(self, labels, options, at_once)
 
     def sampled(
         self, labels: LabelsLike, options: SamplingOptions, on_step: Callable[[StepRecord], None] = noop
     ) -> Sample:
-        """Sample as `sample` does, with the options as one value."""
+        """Sample as `sample` does, with all options as one value, which no preset changes."""
         started = time.perf_counter()
         return self._run(self.prepared(labels, options), on_step, started)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from elit_export.arrays import Arrays, Float64, HostArray, refuse_masked
 from elit_export.errors import InputError
+from elit_export.runtime.arguments import naming_preset
 from elit_export.runtime.conditioning import Conditioning, LabelsLike, as_conditioning
 from elit_export.runtime.coverage import CallSize, Coverage
 from elit_export.runtime.noise import SeededNoise
@@ -89,7 +90,9 @@ class Unopened:
 def prepared(on: Samplable, labels: LabelsLike, options: SamplingOptions, at_once: int | None = None) -> Request:
     """Check a sampling whose options are one value, as `prepare`."""
     conditioning = as_conditioning(labels, on.spec, on.data)
-    return prepare(on.spec, on.coverage, conditioning, resolve(on.spec, options, on.coverage.solvers), at_once)
+    with naming_preset(options):
+        resolved = resolve(on.spec, options, on.coverage.solvers)
+    return prepare(on.spec, on.coverage, conditioning, resolved, at_once)
 
 
 def prepare(

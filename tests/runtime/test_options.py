@@ -20,19 +20,21 @@ from click.testing import CliRunner
 from elit_export import Pipeline
 from elit_export.cli import main
 from elit_export.errors import InputError
+from elit_export.runtime.arguments import SamplingArguments
 from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.options import SamplingOptions, abouts, resolve
 from tests.helpers import tiny_spec
 from tests.runtime.carrying import carrying
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "sampling.md"
-NAMES = [each.name for each in fields(SamplingOptions)]
+ANNOTATIONS = {each.name: each.type for each in fields(SamplingArguments)}
+NAMES = [each.name for each in fields(SamplingArguments)]
 
 
 def table() -> str:
     lines = ["| option | default | meaning | values |", "|---|---|---|---|"]
-    for name, about in abouts(SamplingOptions).items():
-        default = f"`{getattr(SamplingOptions, name)!r}`" if about.is_typed else ""
+    for name, about in abouts(SamplingArguments).items():
+        default = f"`{getattr(SamplingArguments, name)!r}`" if about.is_typed else ""
         lines.append(f"| `{name}` | {default} | {about.text} | {about.values} |")
     return "\n".join(lines)
 
@@ -50,14 +52,14 @@ def test_signature_and_help_list_every_option_with_its_default(method: str) -> N
     assert list(parameters)[:2] == ["self", "labels"]
     assert [name for name in parameters if name in NAMES] == NAMES
     for name in NAMES:
-        assert parameters[name].default == getattr(SamplingOptions, name)
-        assert parameters[name].annotation == SamplingOptions.__annotations__[name]
+        assert parameters[name].default == getattr(SamplingArguments, name)
+        assert parameters[name].annotation == ANNOTATIONS[name]
         assert re.search(rf"^{name}( \(default .*\))?: ", function.__doc__, re.MULTILINE), name
 
 
 def test_the_command_line_has_every_option_that_can_be_typed() -> None:
     said = CliRunner().invoke(main, ["sample", "--help"], terminal_width=200).output
-    typed = {name for name, about in abouts(SamplingOptions).items() if about.is_typed}
+    typed = {name for name, about in abouts(SamplingArguments).items() if about.is_typed}
     assert {name for name in NAMES if f"--{name.replace('_', '-')} " in said} == typed
     assert set(NAMES) - typed == {"noise", "step_noise"}
 

@@ -19,6 +19,7 @@ def sampled(pipeline: Pipeline) -> None:
 ACCEPTED = [
     'sample = pipeline.sample([0, "boot"], steps=3, on_step=print)',
     'sample = pipeline.sample(labels=[1], schedule="full", guidance_interval=(0.2, 0.8))',
+    'sample = pipeline.sample([1], preset="fast", seed=3)',
     "record = next(pipeline.steps([1]))",
     'record = next(pipeline.steps(labels=[1], cache="none"))',
     "sample = pipeline.run(pipeline.request(labels=[1]))",
@@ -27,6 +28,7 @@ REFUSED = [
     ("sample = pipeline.sample([1], stepz=3)", "call-arg"),
     ('sample = pipeline.sample([1], steps="three")', "arg-type"),
     ("sample = pipeline.sample(steps=3)", "call-arg"),
+    ("sample = pipeline.sample([1], preset=3)", "arg-type"),
     ("record = next(pipeline.steps([1], on_step=print))", "call-arg"),
     ("record = pipeline.sample([1])", "assignment"),
 ]
