@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from onnx import TensorProto, helper, numpy_helper
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
 from elit_export.bundle.presets import Measured, Preset, PresetOptions
 from elit_export.bundle.reading import Bundle
+from elit_export.bundle.solvers import SolverError, SolverFacts
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.models.elit import Elit
 from elit_export.models.registry import new_model
-from elit_export.spec import Fit, ModelSpec
+from elit_export.spec import Fit, ModelSpec, Precision, SolverTable
 
 GOLDEN = Path(__file__).parent / "golden"
 Array = npt.NDArray[Any]
@@ -182,37 +184,72 @@ def calibrate(folder: Path, *fits: CacheFit, **changes: Any) -> Bundle:
         return writer.commit(manifest.model_copy(update={"cache_calibration": calibration}))
 
 
-# ---------------------------------------------------------------- presets
+# ---------------------------------------------------------------- presets and solver tables
 
 
 def preset_of(bundle: Bundle, name: str = "fast", **changes: Any) -> Preset:
     """A preset of the bundle's first plan set; `changes` are of its fields, or of its options."""
     plan_set = bundle.manifest.plan_sets[0]
-    options: dict[str, Any] = {"sampler": "ab3", "steps": 5, "guidance": "cfg:2", "guidance_interval": (0.25, 1.0)}
-    fields: dict[str, Any] = {
-        "name": name,
+    facts = {
         "checkpoint_sha256": bundle.manifest.model.checkpoint_sha256,
         "target": plan_set.target,
         "precision": plan_set.precision,
-        "command": f"elit-export tune {bundle.folder} --latency 40ms",
+        "command": shlex.join(["elit-export", "tune", str(bundle.folder), "--latency", "40ms"]),
     }
-    measured = Measured(
-        rows=1,
-        ms=12.34567,
-        speedup=10.5,
-        engine_calls=5,
-        images=64,
-        seed=1000,
-        sqnr_db=34.56,
-        worst_sqnr_db=29.12,
-        evaluator="fashion_classifier",
-        distance=1.25,
-        distance_error=0.0625,
-        machine="a machine",
-        date="2026-01-02",
-    )
+    return a_preset(name=name, **(facts | changes))
+
+
+def a_preset(**changes: Any) -> Preset:
+    options: dict[str, Any] = {"sampler": "ab3", "steps": 5, "guidance": "cfg:2", "guidance_interval": (0.25, 1.0)}
+    facts: dict[str, Any] = {
+        "name": "fast",
+        "checkpoint_sha256": "0123456789abcdef" * 4,
+        "target": "cpu",
+        "precision": Precision.FP32,
+        "command": "elit-export tune bundle --latency 40ms",
+        "measured": Measured(
+            rows=1,
+            ms=12.34567,
+            speedup=10.5,
+            engine_calls=5,
+            images=64,
+            seed=1000,
+            sqnr_db=34.56,
+            worst_sqnr_db=29.12,
+            evaluator="fashion_classifier",
+            distance=1.25,
+            distance_error=0.0625,
+            machine="a machine",
+            date="2026-01-02",
+        ),
+    }
     own = {key: changes.pop(key) for key in list(changes) if key in Preset.model_fields}
-    return Preset(**(fields | own), options=PresetOptions(**(options | changes)), measured=measured)
+    return Preset(**(facts | own), options=PresetOptions(**(options | changes)))
+
+
+def a_solver(**changes: Any) -> SolverFacts:
+    """Of two calls, beside the usual samplers."""
+
+    def error(sampler: str, steps: int, median_db: float) -> SolverError:
+        pooled_db, worst_db = median_db - 1, median_db - 6.5
+        return SolverError(
+            sampler=sampler, steps=steps, calls=steps, median_db=median_db, pooled_db=pooled_db, worst_db=worst_db
+        )
+
+    facts: dict[str, Any] = {
+        "checkpoint_sha256": "0123456789abcdef" * 4,
+        "table": SolverTable(times=(1.0, 0.5, 0.0), weights=((-0.5,), (0.1, -0.6))),
+        "guidance": "cfg:2",
+        "schedule": "full",
+        "target": "cpu",
+        "precision": Precision.FP32,
+        "images": 60,
+        "held_out_images": 64,
+        "seed": 0,
+        "error": error("solver:2", 2, 35.75),
+        "compared": (error("ab3", 2, 26.25), error("euler", 50, 33.5)),
+    }
+    return SolverFacts(**(facts | changes))
 
 
 # ---------------------------------------------------------------- bfloat16 on a CPU

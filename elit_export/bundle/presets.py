@@ -18,6 +18,17 @@ Steps = Annotated[int, Field(ge=1, le=int(STEPS.maximum), strict=True)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _one_command(text: str) -> str:
+    """Check that a line, which people are told to type, runs this package and nothing else."""
+    words = shlex.split(text)
+    if words[:1] != ["elit-export"] or shlex.join(words) != text:
+        raise ValueError("a preset is made by one command of elit-export, quoted as shlex.join does")
+    return text
+
+
+Command = Annotated[str, AfterValidator(_one_command)]
+
+
 class PresetOptions(Facts):
     """The options of SamplingOptions that a preset sets, as its fields take them."""
 
@@ -63,7 +74,7 @@ class Preset(Facts):
     precision: Precision
     options: PresetOptions
     measured: Measured
-    command: str
+    command: Command
 
     def command_line(self, folder: Path, spec: ModelSpec) -> str:
         """Return the command that samples by it; of a model with text, for a prompt that is still to be filled in."""

@@ -17,6 +17,7 @@ from elit_export.cli.common import (
     write_json,
 )
 from elit_export.cli.tables.inspect import inspection_tables
+from elit_export.cli.tables.presets import preset_lines
 from elit_export.spec.limits import SIDE_PIXELS, TEXT
 
 
@@ -47,7 +48,7 @@ def inspect(
     json_to: str | None,
     **numbers: int | None,
 ) -> None:
-    """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.
+    """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions, presets.
 
     PATH may also be a recipe, a .npz of samples, prompts or calibration inputs, an ONNX graph or a folder of `train`,
     or the name of a model, which shows what it would ask of a GPU.
@@ -60,5 +61,7 @@ def inspect(
     )
     tables = [*inspection_tables(facts), *deployment_tables(facts)]
     show(*tables, json_to=json_to)
+    for title, lines in preset_lines(facts.get("presets", ())):
+        say_lines(title, lines, json_to=json_to)
     say_lines("the same engines by trtexec", facts.get("trtexec", ()), json_to=json_to)
     write_json(facts, json_to)

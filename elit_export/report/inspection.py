@@ -9,7 +9,9 @@ from typing import Any
 
 from elit_export.backends.tensorrt.trtexec import trtexec_line
 from elit_export.bundle.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
+from elit_export.bundle.presets import Preset
 from elit_export.bundle.reading import Bundle
+from elit_export.bundle.solvers import SolverFacts
 from elit_export.cost.flops import USUAL_TEXT, flops, flops_without_interface, guided_shares
 from elit_export.cost.params import (
     ASSUMED_SHARE,
@@ -25,6 +27,7 @@ from elit_export.errors import InputError
 from elit_export.models.registry import NAMES, named_spec
 from elit_export.report.files import TRAINING, file_facts
 from elit_export.runtime.opening import matching, select_plan_set
+from elit_export.runtime.presets import usability_problem
 from elit_export.spec import STEP, DataFacts, ModelSpec, Precision, Range, covered_text, default_profiles, listed
 from elit_export.verify.parity import accepted_miss
 
@@ -159,8 +162,27 @@ def bundle_facts(
         },
         "plan_sets": [plan_set_facts(plan_set, manifest) for plan_set in plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
+        "solvers": [solver_facts(solver, manifest) for solver in manifest.solvers],
+        "presets": [preset_facts(bundle, preset) for preset in manifest.presets],
         "trtexec": trtexec_lines(bundle, plan_sets),
     }
+
+
+def preset_facts(bundle: Bundle, preset: Preset) -> Facts:
+    """Describe a preset with the lines that use it, and the problem that refuses it; None if it can be used."""
+    folder, spec = bundle.folder, bundle.manifest.model.spec
+    return {
+        **preset.model_dump(mode="json"),
+        "problem": usability_problem(bundle, preset) or None,
+        "command_line": preset.command_line(folder, spec),
+        "python_line": preset.python_line(folder, spec),
+    }
+
+
+def solver_facts(solver: SolverFacts, manifest: Manifest) -> Facts:
+    """Describe a solver table and its errors, and why it is not used; None if it is of this checkpoint."""
+    problem = manifest.model.other_checkpoint(solver.checkpoint_sha256)
+    return {"name": solver.name, **solver.model_dump(mode="json"), "problem": problem or None}
 
 
 def trtexec_lines(bundle: Bundle, plan_sets: Iterable[PlanSet]) -> list[str]:

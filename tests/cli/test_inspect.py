@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import onnx
 import pytest
 from click.testing import CliRunner, Result
 
+from elit_export import Pipeline
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
+from elit_export.bundle.recording import record, record_presets
 from elit_export.cli import main
+from tests.helpers import a_solver, preset_of
 
 
 def run(*arguments: str | Path) -> Result:
@@ -222,3 +226,90 @@ def test_a_named_model_is_told_times_with_two_digits_and_small_gpus() -> None:
     assert times == ["1.2", "0.89", "0.72", "0.64", "0.59"]
     assert 24 in facts["deployment"]["gpus"].values()
     assert "24 GB" in said
+
+
+# ---------------------------------------------------------------- presets and solver tables
+
+
+@pytest.fixture
+def tuned(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
+    """A bundle with two presets, one of them of another checkpoint, and two solver tables, likewise."""
+    folder = Path(shutil.copytree(tiny_bundle.folder, tmp_path / "a bundle"))
+    bundle = Bundle.open(folder)
+    checkpoint = bundle.manifest.model.checkpoint_sha256
+    old, own = a_solver(checkpoint_sha256="e" * 64), a_solver(checkpoint_sha256=checkpoint, guidance="cfg:3")
+    solvers = {"solvers": (old, own)}
+    record(bundle, checkpoint, lambda manifest: manifest.model_copy(update=solvers), remedy="")
+    bundle = record_presets(bundle, [preset_of(bundle), preset_of(bundle, "best", steps=7)])
+    fast = bundle.manifest.presets[0].model_copy(update={"checkpoint_sha256": "f" * 64})
+    presets = {"presets": (fast, bundle.manifest.presets[1])}
+    return record(bundle, checkpoint, lambda manifest: manifest.model_copy(update=presets), remedy="")
+
+
+def rows_of(said: str, name: str) -> list[list[str]]:
+    lines = [line for line in said.splitlines() if line.startswith(f"│ {name} ")]
+    return [[cell.strip() for cell in line.split("│")[2:-1]] for line in lines]
+
+
+def test_presets_are_listed_with_what_was_measured(tuned: Bundle) -> None:
+    facts, said = inspected(tuned.folder)
+    checkpoint = tuned.manifest.model.checkpoint_sha256
+    options, measured = rows_of(said, "best")
+    assert options[:7] == ["cpu", "fp32", "ab3", "7", "full", "cfg:2", "0.25..1"]
+    assert measured == ["1", "12.3", "10.5", "5", "34.6", "29.1", "1.25 ± 0.0625", "64"]
+    origin = f"on a machine, 2026-01-02, checkpoint {checkpoint[:12]}, seed 1000, evaluator fashion_classifier, by "
+    assert f"best: {origin}elit-export tune" in " ".join(said.split())
+    best = facts["presets"][1]
+    assert best["problem"] is None
+    assert {name: best[name] for name in tuned.manifest.presets[1].model_dump(mode="json")} == (
+        tuned.manifest.presets[1].model_dump(mode="json")
+    )
+
+
+def test_the_lines_that_use_a_preset_do(tuned: Bundle, tmp_path: Path) -> None:
+    facts, said = inspected(tuned.folder)
+    command, python = facts["presets"][1]["command_line"], facts["presets"][1]["python_line"]
+    assert f"preset best:\n{command}\n{python}\n" in said
+    program, *words = shlex.split(command)
+    assert program == "elit-export"
+    assert run(*words, "--out", tmp_path / "s.png").exit_code == 0
+    assert len(eval(python, {"Pipeline": Pipeline}).records) == 7
+
+
+def test_a_preset_that_is_refused_says_so_and_how_it_is_made(tuned: Bundle) -> None:
+    facts, said = inspected(tuned.folder)
+    fast = facts["presets"][0]
+    assert "preset 'fast' of" in fast["problem"]
+    assert "is of another checkpoint (ffffffffffff, not" in fast["problem"]
+    assert f"preset fast made again:\n{fast['command']}\n" in said
+    assert fast["command_line"] not in said
+    assert "fast: on a machine, 2026-01-02, checkpoint ffffffffffff" in " ".join(said.split())
+    assert "fast is refused: preset 'fast' of" in said
+
+
+def test_solver_tables_are_listed_beside_the_usual_samplers(tuned: Bundle) -> None:
+    facts, said = inspected(tuned.folder)
+    rows = [row for row in rows_of(said, "solver:2") if row[0] == "cfg:3"]
+    assert rows == [
+        ["cfg:3", "all", "full", "solver:2", "2", "2", "35.8", "34.8", "29.2", "64"],
+        ["cfg:3", "all", "full", "ab3", "2", "2", "26.2", "25.2", "19.8", "64"],
+        ["cfg:3", "all", "full", "euler", "50", "50", "33.5", "32.5", "27.0", "64"],
+    ]
+    assert "solver:2: fitted to 60 images from seed 0, target cpu, fp32, checkpoint eeeeeeeeeeee" in said
+    assert "solver:2 is not used: it is of another checkpoint (eeeeeeeeeeee, not" in " ".join(said.split())
+    assert [solver["problem"] is None for solver in facts["solvers"]] == [False, True]
+    assert facts["solvers"][1]["table"]["times"] == [1.0, 0.5, 0.0]
+
+
+def test_a_bundle_without_them_says_nothing_of_them(tiny_bundle: Bundle) -> None:
+    facts, said = inspected(tiny_bundle.folder)
+    assert facts["presets"] == facts["solvers"] == []
+    assert "preset" not in said
+    assert "solver" not in said
+
+
+def test_presets_fit_the_width_of_a_terminal(tuned: Bundle) -> None:
+    done = CliRunner().invoke(main, ["inspect", str(tuned.folder)], env={"COLUMNS": "80"})
+    shown, _, _ = done.output.partition("preset fast made again:")  # what follows is to be copied
+    assert max(map(len, shown.splitlines())) <= 80
+    assert all(word in shown for word in ("12.3", "0.25..1", "2026-01-02"))

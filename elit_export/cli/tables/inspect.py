@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from elit_export.cli.tables.layout import Table, size, table
+from elit_export.cli.tables.presets import preset_tables, solver_tables
 from elit_export.spec import by_channel_text
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def inspection_tables(facts: Facts) -> Iterator[Table]:
         from elit_export.bundle.manifest import CacheCalibration
 
         yield calibration_table(CacheCalibration.model_validate(calibration))
+    yield from solver_tables(facts.get("solvers", ()))
+    yield from preset_tables(facts.get("presets", ()))
 
 
 def file_tables(facts: Facts) -> Iterator[Table]:
