@@ -21,12 +21,11 @@ from onnx import TensorProto, helper, numpy_helper
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
 from elit_export.bundle.presets import Measured, Preset, PresetOptions
 from elit_export.bundle.reading import Bundle
-from elit_export.bundle.solvers import SolverError, SolverFacts
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import load_checkpoint
 from elit_export.models.elit import Elit
 from elit_export.models.registry import new_model
-from elit_export.spec import Fit, ModelSpec, Precision, SolverTable
+from elit_export.spec import Fit, ModelSpec, Precision, SolverError, SolverFacts, SolverTable
 
 GOLDEN = Path(__file__).parent / "golden"
 Array = npt.NDArray[Any]
@@ -240,6 +239,7 @@ def a_solver(**changes: Any) -> SolverFacts:
         "checkpoint_sha256": "0123456789abcdef" * 4,
         "table": SolverTable(times=(1.0, 0.5, 0.0), weights=((-0.5,), (0.1, -0.6))),
         "guidance": "cfg:2",
+        "guidance_interval": None,
         "schedule": "full",
         "target": "cpu",
         "precision": Precision.FP32,

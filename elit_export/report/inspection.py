@@ -11,7 +11,6 @@ from elit_export.backends.tensorrt.trtexec import trtexec_line
 from elit_export.bundle.manifest import DecoderFacts, Manifest, PlanSet, budgets_of
 from elit_export.bundle.presets import Preset
 from elit_export.bundle.reading import Bundle
-from elit_export.bundle.solvers import SolverFacts
 from elit_export.cost.flops import USUAL_TEXT, flops, flops_without_interface, guided_shares
 from elit_export.cost.params import (
     ASSUMED_SHARE,
@@ -162,7 +161,7 @@ def bundle_facts(
         },
         "plan_sets": [plan_set_facts(plan_set, manifest) for plan_set in plan_sets],
         "cache_calibration": calibration.model_dump(mode="json") if calibration else None,
-        "solvers": [solver_facts(solver, manifest) for solver in manifest.solvers],
+        "solvers": solver_facts(manifest),
         "presets": [preset_facts(bundle, preset) for preset in manifest.presets],
         "trtexec": trtexec_lines(bundle, plan_sets),
     }
@@ -179,10 +178,14 @@ def preset_facts(bundle: Bundle, preset: Preset) -> Facts:
     }
 
 
-def solver_facts(solver: SolverFacts, manifest: Manifest) -> Facts:
-    """Describe a solver table and its errors, and why it is not used; None if it is of this checkpoint."""
-    problem = manifest.model.other_checkpoint(solver.checkpoint_sha256)
-    return {"name": solver.name, **solver.model_dump(mode="json"), "problem": problem or None}
+def solver_facts(manifest: Manifest) -> list[Facts]:
+    """Describe each solver table and its errors, and why it is not used; None if it is of this checkpoint."""
+    stored = manifest.model_dump(mode="json", include={"solvers"})["solvers"]
+    problems = [manifest.model.other_checkpoint(solver.checkpoint_sha256) or None for solver in manifest.solvers]
+    return [
+        {"name": solver.name, **facts, "problem": problem}
+        for solver, facts, problem in zip(manifest.solvers, stored, problems, strict=True)
+    ]
 
 
 def trtexec_lines(bundle: Bundle, plan_sets: Iterable[PlanSet]) -> list[str]:

@@ -38,7 +38,7 @@ def naming_preset(options: SamplingOptions) -> Iterator[None]:
     except InputError as error:
         if not isinstance(options, SamplingArguments) or options.preset is None:
             raise
-        remedy = error.remedy or "leave out the options that are given beside it, or give this one too"
+        remedy = "; ".join(filter(None, (error.remedy, "options that are given beside a preset replace its own")))
         raise InputError(f"with preset {options.preset!r}: {error.problem}", remedy) from error
 
 

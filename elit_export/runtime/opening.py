@@ -190,7 +190,7 @@ def unopened(bundle: Bundle, plan_set: PlanSet) -> Unopened:
 def solvers_of(bundle: Bundle, precision: Precision) -> tuple[SolverFacts, ...]:
     """Return the solver tables of the bundle's checkpoint; those of the precision first."""
     model = bundle.manifest.model
-    own = [facts for facts in bundle.manifest.solvers if facts.checkpoint_sha256 == model.checkpoint_sha256]
+    own = [facts for facts in bundle.manifest.solvers if not model.other_checkpoint(facts.checkpoint_sha256)]
     return tuple(sorted(own, key=lambda facts: facts.precision is not precision))
 
 

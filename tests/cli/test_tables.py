@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect as source
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ EXAMPLES: dict[Callable[..., Any], Callable[[], Table | Iterable[Table]]] = {
     deployment.deployment_tables: lambda: deployment.deployment_tables(inspect_path("ELIT-SiT-XL/2")),
     presets.preset_tables: lambda: presets.preset_tables(preset_examples()),
     presets.solver_tables: lambda: presets.solver_tables(
-        [{"name": "solver:2", **a_solver().model_dump(mode="json"), "problem": "of another checkpoint (a, not b)"}]
+        [{"name": "solver:2", **asdict(a_solver()), "problem": "of another checkpoint (a, not b)"}]
     ),
 }
 OTHERS = {"baselines_table", "plan_set_tables"}

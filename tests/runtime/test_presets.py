@@ -22,7 +22,7 @@ from elit_export.errors import BundleError
 from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.options import SamplingOptions
 from elit_export.spec import Precision
-from tests.helpers import preset_of
+from tests.helpers import a_solver, preset_of
 from tests.runtime.carrying import carrying
 
 # As preset_of sets them.
@@ -117,6 +117,22 @@ def test_a_preset_without_steps_leaves_them_to_the_sampler(copied: Path) -> None
     record_presets(Bundle.open(copied), [preset_of(Bundle.open(copied), steps=None)])
     with Pipeline.load(copied, preset="fast") as pipeline:
         assert len(pipeline.request([0]).schedule) == len(pipeline.request([0], preset=None).schedule)
+
+
+def test_a_preset_may_sample_by_a_solver_table(copied: Path) -> None:
+    bundle = Bundle.open(copied)
+    checkpoint = bundle.manifest.model.checkpoint_sha256
+    solvers = {"solvers": (a_solver(checkpoint_sha256=checkpoint),)}
+    record(bundle, checkpoint, lambda manifest: manifest.model_copy(update=solvers), remedy="")
+    unlimited = {"steps": None, "guidance_interval": None}
+    record_presets(bundle, [preset_of(bundle, sampler="solver:2", **unlimited)])
+    with Pipeline.load(copied, preset="fast") as pipeline:
+        assert len(pipeline.sample([0]).records) == 2
+        assert len(pipeline.sample([0], sampler="ab3").records) == 14
+        with pytest.raises(InputError, match="sampler solver:2 has 2 steps, not 7") as caught:
+            pipeline.sample([0], preset="best", sampler="solver:2")
+        assert caught.value.remedy == "leave steps out; options that are given beside a preset replace its own"
+        assert len(pipeline.sample([0], preset="best", sampler="solver:2", steps=None).records) == 2
 
 
 def test_a_preset_chooses_its_plan_set(copied: Path) -> None:
@@ -214,7 +230,7 @@ def test_options_that_do_not_go_with_those_of_the_preset_are_refused(copied: Pat
     with Pipeline.load(copied) as pipeline:
         with pytest.raises(InputError, match="with preset 'fast': schedule gap: no budget for step 5") as caught:
             pipeline.sample([0], preset="fast", steps=7)
-        assert caught.value.remedy == "leave out the options that are given beside it, or give this one too"
+        assert caught.value.remedy == "options that are given beside a preset replace its own"
         with pytest.raises(InputError, match=r"^schedule gap"):
             pipeline.sample([0], schedule="0-1:half,2-4:full", steps=7)
     said = said_by(run("sample", copied, "--preset", "fast", "--steps", "7"), 2)
