@@ -132,7 +132,7 @@ def test_a_preset_may_sample_by_a_solver_table(copied: Path) -> None:
         with pytest.raises(InputError, match="sampler solver:2 has 2 steps, not 7") as caught:
             pipeline.sample([0], preset="best", sampler="solver:2")
         assert caught.value.remedy == "leave steps out; options that are given beside a preset replace its own"
-        assert len(pipeline.sample([0], preset="best", sampler="solver:2", steps=None).records) == 2
+        assert len(pipeline.sample([0], preset="best", sampler="solver:2", steps=None, guidance="cfg:2").records) == 2
 
 
 def test_a_preset_chooses_its_plan_set(copied: Path) -> None:
