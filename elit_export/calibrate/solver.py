@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from elit_export.arrays import Float64
-from elit_export.bundle.manifest import PlanSet
+from elit_export.bundle import recording
+from elit_export.bundle.manifest import Manifest, PlanSet
 from elit_export.bundle.reading import Bundle
-from elit_export.bundle.store import writing
 from elit_export.calibrate.flow import Flow, Method, Trajectories, image_errors
 from elit_export.calibrate.gauss_newton import FIRST_DAMPING, Iterate, improved
 from elit_export.calibrate.least_squares import fitted, grids
 from elit_export.calibrate.reference import median_pooled_worst_db, resolved_steps, solution, traced
-from elit_export.errors import BundleError, CalibrationError
+from elit_export.errors import CalibrationError
 from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.pipeline import Pipeline
@@ -262,11 +262,9 @@ def record(bundle: Bundle, solvers: Sequence[SolverFacts]) -> None:
     def place(facts: SolverFacts) -> tuple[object, ...]:
         return facts.table.calls, facts.guidance, facts.guidance_interval, facts.target, facts.precision
 
-    with writing(bundle.folder) as store:
-        manifest = store.manifest  # a target may have been built meanwhile
-        expected = {facts.checkpoint_sha256 for facts in solvers}
-        if manifest is None or expected - {manifest.model.checkpoint_sha256}:
-            raise BundleError(f"{bundle.folder} was built from another checkpoint meanwhile", "calibrate it again")
+    def change(manifest: Manifest) -> Manifest:
         new = {place(facts) for facts in solvers}
         kept = [facts for facts in manifest.solvers if place(facts) not in new]
-        store.commit(manifest.model_copy(update={"solvers": (*kept, *solvers)}))
+        return manifest.model_copy(update={"solvers": (*kept, *solvers)})
+
+    recording.record(bundle, solvers[0].checkpoint_sha256, change, remedy="calibrate it again")

@@ -92,15 +92,11 @@ def solver(
     if plot is not None:
         plot_solvers([facts.error for facts in solvers], compared, plot)
     show(solvers_table(solvers, compared), json_to=json_to)
-    write_json(
-        {"solvers": [asdict(facts) for facts in solvers], "compared": [asdict(each) for each in compared]}, json_to
-    )
+    write_json({"solvers": list(map(asdict, solvers)), "compared": list(map(asdict, compared))}, json_to)
     for facts in solvers:
         if facts not in stored:
-            say(
-                f"{facts.name} is not stored: it does not beat {facts.compared[0].sampler} there; try more --images",
-                json_to=json_to,
-            )
+            reason = f"it does not beat {facts.compared[0].sampler} with as many calls"
+            say(f"{facts.name} is not stored: {reason}; try more --images", json_to=json_to)
     if stored:
         say(_next(bundle, opened, stored), json_to=json_to)
 
@@ -130,8 +126,8 @@ def _calibrated(fit: TableFit, state: State, bar: Bar) -> Method:
     task = bar.add_task(f"{fit.calls} calls: start", total=MOST_ITERATIONS)
     progress = state.progress(fit) or fit.start()
     state.save(fit.calls, progress)
-    for progress in fit.iterations(progress):
-        state.save(fit.calls, progress)
+    for reached in fit.iterations(progress):
+        state.save(fit.calls, progress := reached)
         bar.update(task, completed=progress.iterations, description=f"{fit.calls} calls: {progress.best_db:.1f} dB")
     bar.update(task, completed=MOST_ITERATIONS)
     return progress.best

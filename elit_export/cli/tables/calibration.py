@@ -109,15 +109,11 @@ def solvers_table(solvers: Sequence[SolverFacts], compared: Sequence[SolverError
     first = solvers[0]
     errors = sorted((*(facts.error for facts in solvers), *compared), key=lambda error: (error.calls, error.sampler))
     rows = [
-        (
-            error.sampler,
-            str(error.calls),
-            *(f"{value:.1f}" for value in (error.median_db, error.pooled_db, error.worst_db)),
-        )
+        (error.sampler, str(error.calls), f"{error.median_db:.1f}", f"{error.pooled_db:.1f}", f"{error.worst_db:.1f}")
         for error in errors
     ]
     title = (
-        f"{first.held_out_images} images that nothing was fitted to, guidance {first.guidance}, budget {first.schedule}: "
-        f"dB to the reference solution"
+        f"dB to the reference solution on {first.held_out_images} images that nothing was fitted to; "
+        f"guidance {first.guidance}, budget {first.schedule}"
     )
     return table(title, ("sampler", "calls", "median image", "all images", "worst image"), rows)
