@@ -23,6 +23,7 @@ MIN_DISTANCE = 1e-3  # of two times
 FIRST_DAMPING = 1e-2
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)  # tried in turn, relative to the last one that was good
 LARGEST_DAMPING = 1e4
+MIDDLES = 1.0
 
 
 def parameters(method: Method) -> Float64:
@@ -105,7 +106,7 @@ class Iterate:
 
 def improved(flow: Flow, expected: Float64, now: Iterate, on_part: Callable[[], None] = noop) -> Iterate | None:
     """Do one iteration; None if no damping lowers the objective."""
-    middle = float(np.median(now.errors))
+    middle = MIDDLES * float(np.median(now.errors))
     normal = normal_equations(flow, now.method, expected, 1 / (now.errors + middle), on_part)
     best, lowest = None, objective(now.errors, middle)
     for factor in DAMPINGS:
