@@ -19,7 +19,9 @@ from PIL import Image
 from elit_export import Pipeline
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
-from tests.helpers import calibrate, fit_of, max_relative
+from elit_export.calibrate.solver import record as record_solvers
+from elit_export.spec import SolverTable
+from tests.helpers import a_solver, calibrate, fit_of, max_relative
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 APP, HOST = EXAMPLES / "app.py", EXAMPLES / "fused_host.py"
@@ -150,6 +152,25 @@ def test_a_host_of_numpy_and_onnxruntime_samples_as_the_runtime(
     assert max_relative(found, sample.latents) <= 1e-5
 
 
+def test_the_host_samples_by_a_solver_table(calibrated: Bundle, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(calibrated.folder, tmp_path / "bundle"))
+    weights = ((-0.4,), (0.1, -0.45), (0.0, 0.2, -0.45))
+    table = SolverTable((1.0, 0.6, 0.25, 0.0), weights)
+    model = calibrated.manifest.model
+    facts = a_solver(table=table, guidance="none", checkpoint_sha256=model.checkpoint_sha256)
+    record_solvers(Bundle.open(folder), [facts])
+    host = run_host(folder, tmp_path / "made.npy", "0", "3")
+    assert (host.returncode, host.stdout) == (0, "111"), host.stderr
+    found = np.load(tmp_path / "made.npy")
+    noise = np.random.default_rng(0).standard_normal(found.shape)
+    labels = [image % model.spec.num_classes for image in range(len(found))]
+    with Pipeline.load(folder) as pipeline:
+        sample = pipeline.sample(labels, sampler="solver:3", noise=noise)
+    assert max_relative(found, sample.latents) <= 1e-5
+    other = run_host(folder, tmp_path / "made.npy", "0", "4")
+    assert (other.returncode, other.stderr.strip().endswith("--calls 4 --guidance none")) == (2, True)
+
+
 def test_the_plan_set_that_holds_the_graph_is_found(calibrated: Bundle, tmp_path: Path) -> None:
     """Though another target of the same device comes first."""
     folder = Path(shutil.copytree(calibrated.folder, tmp_path / "bundle"))
@@ -185,4 +206,4 @@ def test_it_needs_nothing_else_and_is_short() -> None:
     names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     assert names - set(sys.stdlib_module_names) == {"numpy", "onnxruntime"}
-    assert len(text.splitlines()) < 40
+    assert len(text.splitlines()) < 55
