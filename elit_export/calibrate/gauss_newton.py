@@ -2,8 +2,8 @@
 
 Derivatives are finite differences: a perturbed weight of call i changes only the calls after it, so all derivatives of
 a method of 8 calls cost as much as 14 samplings, on engines alone. Levenberg's damping keeps steps small where the
-samples are not linear in them. Images with large errors would decide alone, and their errors are those that other
-images do not share; so image k counts as 1 / (e_k + m), where m is the median error: it minimizes Σ log(e_k + m).
+samples are not linear in them. A few images with large errors would decide alone, so image k counts as 1 / (e_k + m),
+where m is FLOOR times the median error: this minimizes Σ log(e_k + m).
 p is the number of parameters, n·(n + 1)/2 weights and n − 1 times.
 """
 
@@ -23,7 +23,7 @@ MIN_DISTANCE = 1e-3  # of two times
 FIRST_DAMPING = 1e-2
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)  # tried in turn, relative to the last one that was good
 LARGEST_DAMPING = 1e4
-MIDDLES = 1.0
+FLOOR = 5.0  # of the weights of images, in median errors
 
 
 def parameters(method: Method) -> Float64:
@@ -97,31 +97,30 @@ def normal_equations(
 
 @dataclass(frozen=True, eq=False)
 class Iterate:
-    """A method, the errors of its images (images,), and the damping with which it was found."""
+    """A method, and the damping with which it was found."""
 
     method: Method
-    errors: Float64
     damping: float = FIRST_DAMPING
 
 
 def improved(flow: Flow, expected: Float64, now: Iterate, on_part: Callable[[], None] = noop) -> Iterate | None:
     """Do one iteration; None if no damping lowers the objective."""
-    middle = MIDDLES * float(np.median(now.errors))
-    normal = normal_equations(flow, now.method, expected, 1 / (now.errors + middle), on_part)
-    best, lowest = None, objective(now.errors, middle)
+    errors = image_errors(flow.samples(now.method), expected)
+    floor = FLOOR * float(np.median(errors))
+    normal = normal_equations(flow, now.method, expected, 1 / (errors + floor), on_part)
+    best, lowest = None, objective(errors, floor)
     for factor in DAMPINGS:
         damping = factor * now.damping
         method = with_parameters(now.method, parameters(now.method) + normal.step(damping))
         if damping > LARGEST_DAMPING or not is_valid(method):
             continue
-        errors = image_errors(flow.samples(method), expected)
-        found = objective(errors, middle)
+        found = objective(image_errors(flow.samples(method), expected), floor)
         if found < lowest:
-            best, lowest = Iterate(method, errors, damping), found
+            best, lowest = Iterate(method, damping), found
         elif best:
             break
     return best
 
 
-def objective(errors: Float64, middle: float) -> float:
-    return float(np.log(errors + middle).mean()) if np.isfinite(errors).all() else np.inf
+def objective(errors: Float64, floor: float) -> float:
+    return float(np.log(errors + floor).mean()) if np.isfinite(errors).all() else np.inf

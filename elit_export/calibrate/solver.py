@@ -14,8 +14,8 @@ from elit_export.arrays import Float64
 from elit_export.bundle import recording
 from elit_export.bundle.manifest import Manifest, PlanSet
 from elit_export.bundle.reading import Bundle
-from elit_export.calibrate.flow import Flow, Method, Trajectories, image_errors
-from elit_export.calibrate.gauss_newton import FIRST_DAMPING, Iterate, improved
+from elit_export.calibrate.flow import Flow, Method, Trajectories
+from elit_export.calibrate.gauss_newton import Iterate, improved
 from elit_export.calibrate.least_squares import fitted, grids
 from elit_export.calibrate.reference import median_pooled_worst_db, resolved_steps, solution, traced
 from elit_export.errors import CalibrationError
@@ -29,8 +29,9 @@ from elit_export.spec.solver import MAX_CALLS, MIN_CALLS
 
 MIN_IMAGES = 32
 START_IMAGES = 32  # of those, whose whole trajectories select the start
-MOST_ITERATIONS = 12
-PATIENCE = 2  # iterations without a lower error on the images that tell when to stop
+FIRST_IMAGES = 48  # that the first iteration uses; each uses twice as many as the one before, until all are used
+MOST_ITERATIONS = 8
+LEAST_GAIN_DB = 0.05  # on the images that tell when to stop
 EULER_STEPS = 50  # compared with, as the sampler of most published results
 FIXED = ("ab3", "ab2", "heun", "euler")  # compared with at equal calls
 
@@ -96,22 +97,19 @@ class Progress:
     best: Method
     best_db: float
     iterations: int = 0
-    stale: int = 0
+    ended: bool = False
 
-    def after(self, now: Iterate, reached_db: float) -> Progress:
+    def after(self, now: Iterate, reached_db: float, *, used_all: bool) -> Progress:
         """Return the progress after an iteration that reached so much on the stopping images."""
-        is_better = reached_db > self.best_db
+        is_better, done = reached_db > self.best_db, self.iterations + 1
+        gained = reached_db >= self.best_db + LEAST_GAIN_DB
         return Progress(
-            now,
-            now.method if is_better else self.best,
-            max(reached_db, self.best_db),
-            self.iterations + 1,
-            0 if is_better else self.stale + 1,
+            now=now,
+            best=now.method if is_better else self.best,
+            best_db=max(reached_db, self.best_db),
+            iterations=done,
+            ended=done >= MOST_ITERATIONS or (used_all and not gained),
         )
-
-    @property
-    def ended(self) -> bool:
-        return self.stale >= PATIENCE or self.iterations >= MOST_ITERATIONS
 
 
 class References:
@@ -182,12 +180,7 @@ class TableFit:
         curve = traced(finest, steps)
         starts = [fitted(part, curve, times) for times in grids(self.calls)]
         method, _ = max(starts, key=lambda start: sum(median_pooled_worst_db(start[1], curve.states[-1])[:2]))
-        return Progress(self.iterate(method, FIRST_DAMPING), method, self.stopping_db(method))
-
-    def iterate(self, method: Method, damping: float) -> Iterate:
-        references = self.references
-        samples = self.flow(references.config.fitted).samples(method)
-        return Iterate(method, image_errors(samples, references.fitted), damping)
+        return Progress(Iterate(method), method, self.stopping_db(method))
 
     def stopping_db(self, method: Method) -> float:
         """Return the mean of median and pooled SQNR on the images that tell when to stop."""
@@ -196,13 +189,15 @@ class TableFit:
 
     def iterations(self, progress: Progress) -> Iterator[Progress]:
         """Improve the table until its error on the stopping images no longer falls; yields after each iteration."""
-        flow = self.flow(self.references.config.fitted)
+        fitted_to = self.references.config.fitted
         while not progress.ended:
-            now, done = improved(flow, self.references.fitted, progress.now), progress.iterations + 1
+            images = min(fitted_to.images, FIRST_IMAGES << progress.iterations)
+            flow = self.flow(replace(fitted_to, images=images))
+            now = improved(flow, self.references.fitted[:images], progress.now)
             if now is None:
-                progress = replace(progress, iterations=done, stale=PATIENCE)
+                progress = replace(progress, iterations=progress.iterations + 1, ended=True)
             else:
-                progress = progress.after(now, self.stopping_db(now.method))
+                progress = progress.after(now, self.stopping_db(now.method), used_all=images == fitted_to.images)
             yield progress
 
     def error(self, method: Method) -> SolverError:

@@ -11,6 +11,7 @@ from typing import Any
 from elit_export.bundle.atomic import write_text
 from elit_export.bundle.readers import read_json_object
 from elit_export.calibrate.flow import Method
+from elit_export.calibrate.gauss_newton import Iterate
 from elit_export.calibrate.solver import Progress, TableFit
 from elit_export.errors import CalibrationError, ElitExportError
 from elit_export.spec import SolverTable
@@ -48,10 +49,10 @@ class State:
         try:
             now, best = (Method.of(_table(stored[name])) for name in ("now", "best"))
             damping, best_db = float(stored["damping"]), float(stored["best_db"])
-            iterations, stale = int(stored["iterations"]), int(stored["stale"])
+            iterations, ended = int(stored["iterations"]), bool(stored["ended"])
         except (ElitExportError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
-        return Progress(fit.iterate(now, damping), best, best_db, iterations, stale)
+        return Progress(Iterate(now, damping), best, best_db, iterations, ended)
 
     def save(self, calls: int, progress: Progress) -> None:
         self._reached[str(calls)] = {
@@ -60,7 +61,7 @@ class State:
             "damping": progress.now.damping,
             "best_db": progress.best_db,
             "iterations": progress.iterations,
-            "stale": progress.stale,
+            "ended": progress.ended,
         }
         write_text(self.path, json.dumps({"identity": self._identity, "reached": self._reached}))
 
