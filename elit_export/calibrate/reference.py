@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +20,16 @@ RESOLUTIONS = (40, 60, 90, 135, 200, 300)  # steps; the first two neighbours tha
 AGREEMENT_DB = 55.0
 
 
-def resolved_steps(pipeline: Pipeline, trajectories: Trajectories, progress: object = noop) -> tuple[int, Float64]:
+def resolved_steps(
+    pipeline: Pipeline, trajectories: Trajectories, on_steps: Callable[[int], None] = noop
+) -> tuple[int, Float64]:
     """Return so many steps that fewer give the same samples to 55 dB, and the samples (images, C, H, W).
 
-    `progress` is called before each resolution with its steps. Raises CalibrationError if none agree.
+    `on_steps` is called before each resolution. Raises CalibrationError if none agree.
     """
     coarse = None
     for steps in RESOLUTIONS:
-        progress(steps)  # type: ignore[operator]
+        on_steps(steps)
         fine = solution(pipeline, trajectories, steps)
         if coarse is not None and difference(coarse, fine).sqnr_db >= AGREEMENT_DB:
             return steps, fine

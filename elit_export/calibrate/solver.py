@@ -6,7 +6,7 @@ error on images that it is not fitted to stops falling. What is reported and sto
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,6 +18,7 @@ from elit_export.calibrate.flow import Flow, Method, Trajectories
 from elit_export.calibrate.gauss_newton import Iterate, improved
 from elit_export.calibrate.least_squares import fitted, grids
 from elit_export.calibrate.reference import median_pooled_worst_db, resolved_steps, solution, traced
+from elit_export.callbacks import noop
 from elit_export.errors import CalibrationError
 from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.guidance import Guidance
@@ -118,14 +119,17 @@ class References:
     Tables are fitted to one set, another tells when to stop, and errors are measured on the third.
     """
 
-    def __init__(self, pipeline: Pipeline, config: SolverConfig) -> None:
-        """Check that the engines can run it all; raises InputError."""
-        self.pipeline, self.config = pipeline, config
+    def __init__(self, pipeline: Pipeline, config: SolverConfig, on_stage: Callable[[str], None] = noop) -> None:
+        """Check that the engines can run it all; raises InputError. `on_stage` hears what is sampled."""
+        self.pipeline, self.config, self._on_stage = pipeline, config, on_stage
         Flow(pipeline, config.fitted, MIN_CALLS)
 
     @cached_property
     def _resolved(self) -> tuple[int, Float64]:
-        return resolved_steps(self.pipeline, self.config.fitted)
+        def on_steps(steps: int) -> None:
+            self._on_stage(f"reference of {steps} steps")
+
+        return resolved_steps(self.pipeline, self.config.fitted, on_steps)
 
     @property
     def steps(self) -> int:
@@ -137,11 +141,15 @@ class References:
 
     @cached_property
     def stopping(self) -> Float64:
-        return solution(self.pipeline, self.config.stopping, self.steps)
+        return self._solution(self.config.stopping)
 
     @cached_property
     def held_out(self) -> Float64:
-        return solution(self.pipeline, self.config.held_out, self.steps)
+        return self._solution(self.config.held_out)
+
+    def _solution(self, trajectories: Trajectories) -> Float64:
+        self._on_stage(f"reference of {trajectories.images} other images")
+        return solution(self.pipeline, trajectories, self.steps)
 
     def sampler_error(self, sampler: str, steps: int) -> SolverError:
         """Return the error of a sampler without calibration."""

@@ -80,7 +80,8 @@ def solver(
     opened = opened_once(bundle, target, precision, trust=trust)
     with opened.pipeline as pipeline, progress_bar() as bar:
         check_recordable(opened.bundle.folder)
-        references = References(pipeline, config)
+        stage = bar.add_task("reference", total=None)
+        references = References(pipeline, config, lambda what: bar.update(stage, description=what))
         state = _state(opened, config, restart=restart)
         methods = {fit.calls: (fit, _calibrated(fit, state, bar)) for fit in _fits(references)}
         compared = _compared(references, bar)
