@@ -10,6 +10,7 @@ from elit_export.errors import InputError
 from elit_export.spec.limits import BUDGETS
 from elit_export.spec.precision import Precision
 
+MIXED = ",mixed"
 MIN_CALLS = 2
 MAX_CALLS = 64  # a table has calls · (calls + 1) / 2 weights, all of which are fitted
 
@@ -47,6 +48,11 @@ class SolverTable:
     @property
     def calls(self) -> int:
         return len(self.weights)
+
+    @property
+    def name(self) -> str:
+        """How a sampling asks for it: solver:8, or solver:8,mixed if its calls have budgets of their own."""
+        return f"solver:{self.calls}{MIXED if self.budgets else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,4 +95,4 @@ class SolverFacts:
     @property
     def name(self) -> str:
         """How a sampling asks for it."""
-        return f"solver:{self.table.calls}"
+        return self.table.name

@@ -108,8 +108,8 @@ def test_other_guidance_than_the_tables_warns() -> None:
     ("solvers", "options", "problem", "remedy"),
     [
         ((), {"sampler": "solver:8"}, "has no solver tables", "calibrate solver BUNDLE --calls 8 --guidance none"),
-        (SOLVERS, {"sampler": "solver:8"}, "no table has 8 calls; there are solver:4, solver:6", "--calls 8"),
-        (SOLVERS, {"sampler": "solver", "steps": 5}, "no table has 5 calls", "--calls 5"),
+        (SOLVERS, {"sampler": "solver:8"}, "no such table; there are solver:4, solver:6", "--calls 8"),
+        (SOLVERS, {"sampler": "solver", "steps": 5}, "there is no such table", "--calls 5"),
         (SOLVERS, {"sampler": "solver:6", "steps": 4}, "has 6 steps, not 4", "leave steps out"),
         (SOLVERS, {"sampler": "solver:x"}, "is not solver:CALLS", ""),
         (SOLVERS, {"sampler": "solver:4", "time_grid": "shift:2"}, "has times of its own", "leave time_grid out"),
@@ -133,15 +133,26 @@ def with_budgets(weak: tuple[int, ...] | None = (1, 1, 4, 1)) -> tuple[SolverFac
 
 
 def test_a_table_names_the_budgets_of_its_calls() -> None:
-    found = resolved(with_budgets(), sampler="solver:4", guidance="cfg:2")
+    found = resolved(with_budgets(), sampler="solver:4,mixed", guidance="cfg:2")
     assert [budget.kept for budget in found.schedule] == [2, 4, 4, 4]
     calls = [[(branch.role, branch.budget.kept) for branch in batch] for batch in found.batches()]
     strong, weak = [("strong", 4)], [("weak", 1)]
     assert calls == [[("strong", 2)], weak, strong, weak, [("strong", 4), ("weak", 4)], strong, weak]
 
 
+def test_tables_with_budgets_have_a_name_of_their_own() -> None:
+    both = (*with_budgets(), facts_of(ab2_table(4), "cfg:2"))
+    assert [facts.name for facts in both] == ["solver:4,mixed", "solver:4"]
+    assert resolved(both, sampler="solver:4", guidance="cfg:2").weak is None
+    assert resolved(both, sampler="solver:4,mixed", guidance="cfg:2").weak is not None
+    with pytest.raises(InputError, match=r"there are solver:4,mixed; .*calibrate solver BUNDLE --calls 4"):
+        resolved(with_budgets(), sampler="solver:4", guidance="cfg:2")
+    with pytest.raises(InputError, match=r"there are solver:4; .*--budgets auto"):
+        resolved(both[1:], sampler="solver:4,mixed", guidance="cfg:2")
+
+
 def test_without_weak_budgets_both_branches_have_that_of_the_step() -> None:
-    found = resolved(with_budgets(weak=None), sampler="solver:4", guidance="cfg:2")
+    found = resolved(with_budgets(weak=None), sampler="solver:4,mixed", guidance="cfg:2")
     assert [{branch.budget.kept for branch in batch} for batch in found.batches()] == [{2}, {4}, {4}, {4}]
 
 
@@ -155,7 +166,7 @@ def test_without_weak_budgets_both_branches_have_that_of_the_step() -> None:
 @pytest.mark.filterwarnings("ignore:solver")
 def test_budgets_are_named_once(options: dict[str, Any], remedy: str) -> None:
     with pytest.raises(InputError) as refused:
-        resolved(with_budgets(), sampler="solver:4", **options)
+        resolved(with_budgets(), sampler="solver:4,mixed", **options)
     assert refused.value.remedy == remedy
 
 

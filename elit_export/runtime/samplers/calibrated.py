@@ -17,6 +17,7 @@ from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.samplers.base import Noise, Sampler, Velocity
 from elit_export.runtime.schedule import ScheduleLike, resolve_schedule
 from elit_export.spec import Budget, ModelSpec, SolverFacts, SolverTable
+from elit_export.spec.solver import MIXED
 
 Solvers = Sequence[SolverFacts]
 NAME = "solver"
@@ -39,7 +40,7 @@ def table_times(table: SolverTable, steps: int) -> Float64:
 def solver_of(table: SolverTable) -> Sampler:
     """Return the sampler of a table; it has as many steps as the table has calls."""
     calls = table.calls
-    return Sampler(f"{NAME}:{calls}", partial(run, table), NO_ORDER, min_steps=calls, times=partial(table_times, table))
+    return Sampler(table.name, partial(run, table), NO_ORDER, min_steps=calls, times=partial(table_times, table))
 
 
 # ---------------------------------------------------------------- which table a sampling takes
@@ -52,38 +53,39 @@ def is_solver(sampler: str) -> bool:
 def selected_solver(solvers: Solvers, sampler: str, steps: int | None, guidance: Guidance) -> SolverFacts:
     """Return the table of `solver:CALLS`, or of `solver` that of `steps` calls, or without steps of the most calls.
 
-    Of several it takes one for the guidance asked for. Raises InputError if there is none, and warns if it was
-    calibrated for other guidance.
+    One whose calls have budgets of their own is `solver:CALLS,mixed`. Of several it takes one for the guidance asked
+    for. Raises InputError if there is none, and warns if it was calibrated for other guidance.
     """
-    calls = _calls_of(sampler, steps)
+    calls, is_mixed = _calls_of(sampler, steps), sampler.endswith(MIXED)
     if not solvers:
-        raise InputError(f"sampler {sampler}: this bundle has no solver tables", remedy(calls, guidance))
-    fitting = [facts for facts in solvers if facts.table.calls == calls or calls is None]
+        raise InputError(f"sampler {sampler}: this bundle has no solver tables", remedy(sampler, calls, guidance))
+    own = [facts for facts in solvers if bool(facts.table.budgets) == is_mixed]
+    fitting = [facts for facts in own if facts.table.calls == calls or calls is None]
     if not fitting:
         has = ", ".join(dict.fromkeys(facts.name for facts in solvers))
-        raise InputError(f"sampler {sampler}: no table has {calls} calls; there are {has}", remedy(calls, guidance))
+        raise InputError(
+            f"sampler {sampler}: there is no such table; there are {has}", remedy(sampler, calls, guidance)
+        )
     best = max(fitting, key=lambda facts: (_is_for(facts, guidance), facts.table.calls))
     if not _is_for(best, guidance):
-        warnings.warn(
-            f"{best.name} was calibrated for guidance {_described(best.guidance, best.guidance_interval)}, and is used "
-            f"with {_described(str(guidance), (guidance.low, guidance.high))}: {remedy(best.table.calls, guidance)}",
-            UserWarning,
-            stacklevel=2,
-        )
+        made_for = _described(best.guidance, best.guidance_interval)
+        used = _described(str(guidance), (guidance.low, guidance.high))
+        what = f"{best.name} was calibrated for guidance {made_for}, and is used with {used}"
+        warnings.warn(f"{what}: {remedy(best.name, best.table.calls, guidance)}", UserWarning, stacklevel=2)
     return best
 
 
-def remedy(calls: int | None, guidance: Guidance) -> str:
-    asked = f" --calls {calls}" if calls else ""
+def remedy(sampler: str, calls: int | None, guidance: Guidance) -> str:
+    asked = " --budgets auto" if sampler.endswith(MIXED) else f" --calls {calls}" if calls else ""
     return f"elit-export calibrate solver BUNDLE{asked} --guidance {guidance}"
 
 
 def _calls_of(sampler: str, steps: int | None) -> int | None:
-    _, colon, number = sampler.partition(":")
+    _, colon, number = sampler.removesuffix(MIXED).partition(":")
     if not colon:
         return steps
     if not (number.isdecimal() and number.isascii() and len(number) < 6):
-        raise InputError(f"sampler {sampler!r} is not solver:CALLS, e.g. solver:8")
+        raise InputError(f"sampler {sampler!r} is not solver:CALLS or solver:CALLS,mixed, e.g. solver:8")
     if steps not in (None, int(number)):
         raise InputError(f"sampler {sampler} has {int(number)} steps, not {steps}", "leave steps out")
     return int(number)
@@ -106,12 +108,10 @@ def budgets_per_step(
     if table is None or table.budgets is None:
         return resolve_schedule(schedule, [float(t) for t in times], spec), None
     if schedule != "full":
-        raise InputError(f"solver:{table.calls} names the budget of each of its calls", "leave the schedule out")
+        raise InputError(f"{table.name} names the budget of each of its calls", "leave the schedule out")
     budgets = tuple(spec.budget(kept) for kept in table.budgets)
     if table.weak_budgets is None or not guidance.guides:
         return budgets, None
     if guidance.kind is not Kind.CFG:
-        raise InputError(
-            f"solver:{table.calls} names the weak budget of each of its calls", "choose guidance cfg:SCALE"
-        )
+        raise InputError(f"{table.name} names the weak budget of each of its calls", "choose guidance cfg:SCALE")
     return budgets, tuple(spec.budget(kept) for kept in table.weak_budgets)
