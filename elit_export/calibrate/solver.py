@@ -176,6 +176,12 @@ class TableFit:
     calls: int
     budgets: Budgets = FULL
 
+    @property
+    def key(self) -> str:
+        """What tells it from the fits of other tables."""
+        kept = [str(_kept(each)) for each in (self.budgets.strong, self.budgets.weak) if each]
+        return " ".join([str(self.calls), *kept])
+
     def flow(self, trajectories: Trajectories) -> Flow:
         pipeline, budgets = self.references.pipeline, self.budgets
         return Flow(pipeline, trajectories, self.calls, budgets=budgets.strong, weak=budgets.weak)
@@ -211,7 +217,9 @@ class TableFit:
     def error(self, method: Method) -> SolverError:
         """Return the error on the held-out images."""
         samples = self.flow(self.references.config.held_out).samples(method)
-        return error_of(f"solver:{self.calls}", self.calls, self.calls, samples, self.references.held_out)
+        return error_of(
+            with_budgets(method, self.budgets).name, self.calls, self.calls, samples, self.references.held_out
+        )
 
 
 def error_of(sampler: str, steps: int, calls: int, samples: Float64, expected: Float64) -> SolverError:
@@ -222,9 +230,9 @@ def error_of(sampler: str, steps: int, calls: int, samples: Float64, expected: F
 # ---------------------------------------------------------------- into the bundle
 
 
-def is_better(table: SolverError, ab3: SolverError) -> bool:
-    """Whether a table is worth storing: it beats `ab3` with as many calls, for the median image and for all."""
-    return table.median_db > ab3.median_db and table.pooled_db > ab3.pooled_db
+def is_better(table: SolverError, other: SolverError) -> bool:
+    """Whether a table beats another method, such as `ab3` with as many calls, for the median image and for all."""
+    return table.median_db > other.median_db and table.pooled_db > other.pooled_db
 
 
 def made(
@@ -257,13 +265,13 @@ def _kept(budgets: tuple[Budget, ...] | None) -> tuple[int, ...] | None:
 
 
 def record(bundle: Bundle, solvers: Sequence[SolverFacts]) -> None:
-    """Write tables into the manifest, in place of those of equal calls for the same guidance and plan set.
+    """Write tables into the manifest, in place of those of equal names for the same guidance and plan set.
 
     Raises BundleError if the model changed meanwhile.
     """
 
     def place(facts: SolverFacts) -> tuple[object, ...]:
-        return facts.table.calls, facts.guidance, facts.guidance_interval, facts.target, facts.precision
+        return facts.name, facts.guidance, facts.guidance_interval, facts.target, facts.precision
 
     def change(manifest: Manifest) -> Manifest:
         new = {place(facts) for facts in solvers}

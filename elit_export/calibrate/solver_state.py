@@ -20,7 +20,7 @@ NAME = ".solver-calibration.json"
 
 
 class State:
-    """What was reached, by the calls of a table. Every change is written at once."""
+    """What was reached, by the key of a fit. Every change is written at once."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         """Read what an earlier run left; raises CalibrationError if it is damaged or was another calibration."""
@@ -43,7 +43,7 @@ class State:
 
     def progress(self, fit: TableFit) -> Progress | None:
         """Return how far a table was; None if it was not begun."""
-        stored = self._reached.get(str(fit.calls))
+        stored = self._reached.get(fit.key)
         if stored is None:
             return None
         try:
@@ -54,8 +54,8 @@ class State:
             raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
         return Progress(Iterate(now, damping), best, best_db, iterations, ended)
 
-    def save(self, calls: int, progress: Progress) -> None:
-        self._reached[str(calls)] = {
+    def save(self, fit: TableFit, progress: Progress) -> None:
+        self._reached[fit.key] = {
             "now": asdict(progress.now.method.table()),
             "best": asdict(progress.best.table()),
             "damping": progress.now.damping,

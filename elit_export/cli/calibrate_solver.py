@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from elit_export.calibrate.flow import Method
-    from elit_export.calibrate.solver import References, SolverConfig, TableFit
+    from elit_export.calibrate.solver import Progress, References, SolverConfig, TableFit
+    from elit_export.calibrate.solver_budgets import Screened
     from elit_export.calibrate.solver_state import State
     from elit_export.spec import SolverError, SolverFacts
 
@@ -47,6 +48,13 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[i
 @click.option("--guidance", default="cfg:2", show_default=True, help="What the tables are for.")
 @click.option("--guidance-interval", type=(float, float), metavar="LOW HIGH", help="The t that are guided.")
 @click.option("--schedule", "budget", default="full", show_default=True, help="A budget, that of every call.")
+@click.option(
+    "--budgets",
+    type=click.Choice(["one", "auto"]),
+    default="one",
+    show_default=True,
+    help="auto: search cheaper calls, and more of them, in the time of so many full ones.",
+)
 @click.option("--images", type=Count(limits.TRAJECTORIES), default=64, show_default=True, help="To fit to, 32 or more.")
 @click.option("--seed", default=SamplingOptions.seed, show_default=True, help="Seeds seed to seed + 2 are used.")
 @click.option("--rows", type=Count(limits.ROWS), help="At most so many images at once.")
@@ -59,6 +67,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[i
 def solver(
     bundle: Path,
     calls: tuple[int, ...],
+    budgets: str,
     restart: bool,
     plot: Path | None,
     target: str | None,
@@ -70,7 +79,7 @@ def solver(
     """Fit tables of few calls to the model, for `--sampler solver`, and store those that beat ab3."""
     from elit_export.bundle.store import check_recordable
     from elit_export.calibrate.solver import References, SolverConfig, is_better, record
-    from elit_export.cli.tables.calibration import solvers_table
+    from elit_export.cli.tables.calibration import solver_facts, solvers_tables
 
     if plot is not None:  # before anything is measured, as it needs matplotlib
         from elit_export.report.plots import check_format, plot_solvers
@@ -83,21 +92,22 @@ def solver(
         stage = bar.add_task("reference", total=None)
         references = References(pipeline, config, lambda what: bar.update(stage, description=what))
         state = _state(opened, config, restart=restart)
-        methods = {fit.calls: (fit, _calibrated(fit, state, bar)) for fit in _fits(references)}
+        methods = [(fit, _calibrated(fit, state, bar)) for fit in _fits(references)]
+        mixed = _mixed(references, state, bar) if budgets == "auto" else Mixed()
         compared = _compared(references, bar)
-        solvers = [_made(*methods[each], compared, opened) for each in calls]
+        solvers = _all_made(methods, mixed, compared, opened)
     stored = [facts for facts in solvers if is_better(facts.error, facts.compared[0])]
     if stored:
         record(opened.bundle, stored)
     state.remove()
     if plot is not None:
-        plot_solvers([facts.error for facts in solvers], compared, plot)
-    show(solvers_table(solvers, compared), json_to=json_to)
-    write_json({"solvers": list(map(asdict, solvers)), "compared": list(map(asdict, compared))}, json_to)
+        plot_solvers([facts.error for facts in solvers if not facts.table.budgets], compared, plot)
+    show(*solvers_tables(solvers, compared, mixed.screened), json_to=json_to)
+    write_json(solver_facts(solvers, compared, mixed.screened), json_to)
     for facts in solvers:
         if facts not in stored:
-            reason = f"it does not beat {facts.compared[0].sampler} with as many calls"
-            say(f"{facts.name} is not stored: {reason}; try more --images", json_to=json_to)
+            reason = f"it does not beat {facts.compared[0].sampler} in as much time"
+            say(f"{facts.name} is not stored: {reason}", json_to=json_to)
     if stored:
         say(_next(bundle, opened, stored), json_to=json_to)
 
@@ -120,16 +130,17 @@ def _fits(references: References) -> Iterator[TableFit]:
     yield from (TableFit(references, calls) for calls in references.config.calls)
 
 
-def _calibrated(fit: TableFit, state: State, bar: Bar) -> Method:
+def _calibrated(fit: TableFit, state: State, bar: Bar, begun: Progress | None = None) -> Method:
     """Fit one table, from where an earlier run was interrupted; every iteration is kept at once."""
     from elit_export.calibrate.solver import MOST_ITERATIONS
 
-    task = bar.add_task(f"{fit.calls} calls: start", total=MOST_ITERATIONS)
-    progress = state.progress(fit) or fit.start()
-    state.save(fit.calls, progress)
+    what = f"{fit.calls} calls{' of several budgets' if fit.budgets.strong else ''}"
+    task = bar.add_task(f"{what}: start", total=MOST_ITERATIONS)
+    progress = state.progress(fit) or begun or fit.start()
+    state.save(fit, progress)
     for reached in fit.iterations(progress):
-        state.save(fit.calls, progress := reached)
-        bar.update(task, completed=progress.iterations, description=f"{fit.calls} calls: {progress.best_db:.1f} dB")
+        state.save(fit, progress := reached)
+        bar.update(task, completed=progress.iterations, description=f"{what}: {progress.best_db:.1f} dB")
     bar.update(task, completed=MOST_ITERATIONS)
     return progress.best
 
@@ -142,14 +153,44 @@ def _compared(references: References, bar: Bar) -> list[SolverError]:
     return list(bar.track(measured, total=len(FIXED) * len(calls) + 1, description="other samplers"))
 
 
-def _made(fit: TableFit, method: Method, compared: list[SolverError], opened: Opened) -> SolverFacts:
-    """Beside a table stand `ab3` with as many calls, and Euler's 50 steps."""
+@dataclass(frozen=True)
+class Mixed:
+    """The patterns of budgets that were tried in the time of so many full calls, and the best of each time, fitted."""
+
+    screened: dict[int, list[Screened]] = field(default_factory=dict)
+    methods: dict[int, tuple[TableFit, Method]] = field(default_factory=dict)
+
+
+def _mixed(references: References, state: State, bar: Bar) -> Mixed:
+    """Screen patterns of budgets in the time of each number of full calls, and fit the best one."""
+    from elit_export.calibrate.solver_budgets import patterns_of, screened
+
+    mixed = Mixed()
+    for calls, patterns in patterns_of(references).items():
+        tried = screened(references, patterns)
+        found = list(bar.track(tried, total=len(patterns), description=f"budgets in the time of {calls} calls"))
+        mixed.screened[calls] = found
+        if found:
+            best = max(found, key=lambda each: each.progress.best_db)
+            mixed.methods[calls] = best.fit, _calibrated(best.fit, state, bar, best.progress)
+    return mixed
+
+
+def _all_made(
+    methods: list[tuple[TableFit, Method]], mixed: Mixed, compared: list[SolverError], opened: Opened
+) -> list[SolverFacts]:
+    """Beside a table stand `ab3` with as many calls, or the full table that takes as long, and Euler's 50 steps."""
     from elit_export.calibrate.solver import made
 
-    ab3 = max(
-        (each for each in compared if each.sampler == "ab3" and each.calls <= fit.calls), key=lambda each: each.calls
-    )
-    return made(fit, method, (ab3, compared[-1]), opened.bundle, opened.plan_set)
+    full, of_ab3 = {}, [each for each in compared if each.sampler == "ab3"]
+    for fit, method in methods:
+        ab3 = max((each for each in of_ab3 if each.calls <= fit.calls), key=lambda each: each.calls)
+        full[fit.calls] = made(fit, method, (ab3, compared[-1]), opened.bundle, opened.plan_set)
+    others = [
+        made(fit, method, (full[calls].error, compared[-1]), opened.bundle, opened.plan_set)
+        for calls, (fit, method) in mixed.methods.items()
+    ]
+    return [*full.values(), *others]
 
 
 def _next(bundle: Path, opened: Opened, stored: list[SolverFacts]) -> str:

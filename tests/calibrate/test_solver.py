@@ -28,6 +28,7 @@ from elit_export.calibrate.gauss_newton import derivatives, normal_equations, pa
 from elit_export.calibrate.least_squares import adams_bashforth
 from elit_export.calibrate.reference import resolved_steps, solution, traced
 from elit_export.calibrate.solver import References, SolverConfig, TableFit, is_better, record
+from elit_export.calibrate.solver_budgets import PLACES, patterns
 from elit_export.calibrate.solver_state import NAME, State
 from elit_export.cli import main
 from elit_export.errors import BundleError, CalibrationError, InputError
@@ -186,6 +187,24 @@ def test_guidance_that_the_rows_cannot_run_is_refused_at_once() -> None:
         References(pipeline, replace(CONFIG, guidance="cfg:2"))
 
 
+# ---------------------------------------------------------------- budgets
+
+
+def test_patterns_use_the_time_that_there_is() -> None:
+    full, half, low = SPEC.full, SPEC.budget("half"), SPEC.budget("quarter")
+    cost = {(full, full): 10.0, (half, half): 6.0, (low, low): 4.0, (full, half): 8.0, (full, low): 7.0}
+    found = {pattern.name: pattern for pattern in patterns(6, full, {"half": half, "quarter": low}, cost, guided=True)}
+    assert len(found) == 2 * 2 * len(PLACES) + 2
+    first = found["2 at quarter first"]
+    assert (first.calls, first.share) == (7, pytest.approx((2 * 4 + 5 * 10) / 60))
+    assert first.budgets.strong == (low, low, *(full,) * 5)
+    assert found["4 at half alternating"].budgets.strong == (half, full, half, full, half, full, half)
+    assert found["2 at half last"].budgets.strong == (*(full,) * 4, half, half)
+    weak = found["weak at quarter"]
+    assert (weak.calls, weak.budgets.weak, weak.share) == (8, (low,) * 8, pytest.approx(56 / 60))
+    assert all(pattern.share <= 1 for pattern in found.values())
+
+
 # ---------------------------------------------------------------- interrupted
 
 
@@ -193,7 +212,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(references: References, tmp_pat
     fit, identity = TableFit(references, 5), {"seed": 0, "guidance": "none"}
     iterations = fit.iterations(fit.start())
     first = next(iterations)
-    State(tmp_path, identity).save(5, first)
+    State(tmp_path, identity).save(fit, first)
     again = State(tmp_path, identity)
     found = again.progress(fit)
     assert found is not None
@@ -207,7 +226,8 @@ def test_an_interrupted_fit_goes_on_where_it_was(references: References, tmp_pat
 
 
 def test_the_state_of_another_calibration_is_refused(references: References, tmp_path: Path) -> None:
-    State(tmp_path, {"seed": 0, "images": 32}).save(5, TableFit(references, 5).start())
+    fit = TableFit(references, 5)
+    State(tmp_path, {"seed": 0, "images": 32}).save(fit, fit.start())
     with pytest.raises(CalibrationError, match=r"with another seed; .*--restart"):
         State(tmp_path, {"seed": 1, "images": 32})
 
@@ -236,19 +256,27 @@ def command(folder: Path, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def calibrated(copied: Path) -> tuple[Path, Result]:
     plot, facts = copied.parent / "solvers.png", copied.parent / "solvers.json"
-    more = ["--plot", str(plot), "--json", str(facts)]
+    more = ["--plot", str(plot), "--json", str(facts), "--budgets", "auto"]
     return copied, CliRunner().invoke(main, command(copied, *more), catch_exceptions=False)
+
+
+def _beats(facts: dict[str, Any], name: str) -> bool:
+    return bool(facts["error"][name] > facts["compared"][0][name])
 
 
 def test_tables_that_beat_ab3_are_stored_and_used(calibrated: tuple[Path, Result]) -> None:
     folder, said = calibrated
     assert said.exit_code == 0, said.output
     told = json.loads((folder.parent / "solvers.json").read_text())
-    assert [facts["table"]["budgets"] for facts in told["solvers"]] == [None, None]
-    better = [facts for facts in told["solvers"] if facts["error"]["pooled_db"] > facts["compared"][0]["pooled_db"]]
+    assert [facts["table"]["budgets"] for facts in told["solvers"][:2]] == [None, None]
+    assert all(facts["table"]["budgets"] for facts in told["solvers"][2:])
+    assert all(0 < pattern["time"] <= 1 for tried in told["budgets"].values() for pattern in tried)
+    better = [facts for facts in told["solvers"] if all(_beats(facts, name) for name in ("median_db", "pooled_db"))]
     assert better, told["compared"]
     solvers = Bundle.open(folder).manifest.solvers
-    assert [facts.table.calls for facts in solvers] == [len(facts["table"]["weights"]) for facts in better]
+    assert [facts.table.weights for facts in solvers] == [
+        tuple(tuple(row) for row in facts["table"]["weights"]) for facts in better
+    ]
     assert (folder.parent / "solvers.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / NAME).exists()
     with Pipeline.load(folder) as pipeline:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from elit_export.calibrate.inputs import SelectedSamples
@@ -13,6 +14,7 @@ from elit_export.spec import TEXT
 
 if TYPE_CHECKING:
     from elit_export.calibrate.sensitivity import Sensitivity
+    from elit_export.calibrate.solver_budgets import Screened
     from elit_export.spec import SolverError, SolverFacts
 
 
@@ -104,7 +106,40 @@ def _db_pair(velocity_db: float, residual_db: float) -> str:
 # ---------------------------------------------------------------- solvers
 
 
-def solvers_table(solvers: Sequence[SolverFacts], compared: Sequence[SolverError]) -> Table:
+def solver_facts(
+    solvers: Sequence[SolverFacts], compared: Sequence[SolverError], screened: Mapping[int, Sequence[Screened]]
+) -> Facts:
+    """Return all that a calibration measured; `budgets` has what was tried in the time of so many full calls."""
+    budgets = {str(calls): [_screened_facts(each) for each in tried] for calls, tried in screened.items()}
+    return {
+        "solvers": [asdict(facts) for facts in solvers],
+        "compared": [asdict(error) for error in compared],
+        "budgets": budgets,
+    }
+
+
+def _screened_facts(each: Screened) -> Facts:
+    pattern = each.pattern
+    return {"name": pattern.name, "calls": pattern.calls, "time": pattern.share, "start_db": each.progress.best_db}
+
+
+def solvers_tables(
+    solvers: Sequence[SolverFacts], compared: Sequence[SolverError], screened: Mapping[int, Sequence[Screened]]
+) -> list[Table]:
+    """Show the error of every table and sampler, and the patterns of budgets that were tried."""
+    return [_solvers_table(solvers, compared), *(_screened_table(calls, tried) for calls, tried in screened.items())]
+
+
+def _screened_table(calls: int, tried: Sequence[Screened]) -> Table:
+    rows = [
+        (each.pattern.name, str(each.pattern.calls), f"{each.pattern.share:.2f}", f"{each.progress.best_db:.1f}")
+        for each in sorted(tried, key=lambda each: -each.progress.best_db)
+    ]
+    title = f"budgets in the time of {calls} full calls, by their start: dB, mean of median and all images"
+    return table(title, ("cheaper calls", "calls", "time", "dB"), rows)
+
+
+def _solvers_table(solvers: Sequence[SolverFacts], compared: Sequence[SolverError]) -> Table:
     """Show the error of each table and of samplers without calibration, by their calls."""
     first = solvers[0]
     errors = sorted((*(facts.error for facts in solvers), *compared), key=lambda error: (error.calls, error.sampler))
