@@ -1,31 +1,22 @@
 """Measures what budgets, precisions and step counts cost in sample quality, judged by an evaluator.
 
 All rows sample the same labels from the same noise, so their differences are paired: the standard error of a
-difference is far smaller than that of a row. Standard errors of Fréchet distances are those of a bootstrap that draws
-images within their class.
+difference is far smaller than that of a row (`evaluate/paired.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from elit_export.arrays import Bools, Float64, Int64, Pixels
+from elit_export.arrays import Float64, Pixels
 from elit_export.bench.engines import measured_budgets
 from elit_export.errors import InputError
-from elit_export.evaluate.statistics import (
-    Baseline,
-    Evaluator,
-    EvaluatorFacts,
-    Gaussian,
-    check_images,
-    frechet_distance,
-    share_of,
-)
+from elit_export.evaluate.paired import Estimate, Judge, Judged
+from elit_export.evaluate.statistics import Baseline, Evaluator, EvaluatorFacts, check_images
 from elit_export.runtime.conditioning import require_classes
 from elit_export.runtime.images import to_images
 from elit_export.runtime.options import SamplingOptions
@@ -38,7 +29,6 @@ from elit_export.spec.limits import STEPS
 from elit_export.verify.metrics import difference
 
 OnImages = Callable[..., None]  # called with (label, evaluations done, total=evaluations of this pipeline)
-RESAMPLINGS = 50
 REMEDY = "train one with `elit-export train-classifier DATA --out FILE.safetensors` and give --classifier FILE"
 
 
@@ -69,14 +59,6 @@ class SamplerConfig:
 
 
 DEFAULT_CONFIGS = (SamplerConfig("euler", 50), SamplerConfig("ab3", 14))
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number and its standard error."""
-
-    value: float
-    error: float
 
 
 @dataclass(frozen=True)
@@ -202,12 +184,10 @@ def options_of(config: SamplerConfig, budget: str, guidance: str, seed: int) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """The samples of one row and their evaluation; `resampled` are the Fréchet distances of the bootstrap's draws."""
+    """The samples of one row and their evaluation."""
 
     samples: Float64
-    is_right: Bools  # (n,)
-    frechet: float
-    resampled: Float64  # (RESAMPLINGS,)
+    judged: Judged
 
 
 class _Rows:
@@ -216,7 +196,7 @@ class _Rows:
     def __init__(self, evaluator: Evaluator, images: int, seed: int) -> None:
         self._evaluator, self._images, self._seed = evaluator, images, seed
         self._labels = np.arange(images) % evaluator.facts.spec.num_classes
-        self._draws = resampled_within(self._labels, np.random.default_rng(seed), RESAMPLINGS)
+        self._judge = Judge(evaluator, self._labels, seed)
         self._firsts: dict[SamplerConfig, _Measured] = {}
 
     def rows(
@@ -239,7 +219,8 @@ class _Rows:
         total = sum(images * config.calls for config, _, _ in configs)
         for config, name, options in configs:
             samples, pixels = self._sampled(pipeline, options, partial(on_images, f"{config}, {name}", total=total))
-            yield self._row(self._measure(samples, pixels), target, pipeline, config, name, budgets[name])
+            measured = _Measured(samples, self._judge.judged(pixels))
+            yield self._row(measured, target, pipeline, config, name, budgets[name])
 
     def _sampled(
         self, pipeline: Pipeline, options: SamplingOptions, on_images: Callable[..., None]
@@ -254,20 +235,11 @@ class _Rows:
         samples = np.concatenate(finished)
         return samples, np.ascontiguousarray(to_images(samples, pipeline.data).transpose(0, 3, 1, 2))
 
-    def _measure(self, samples: Float64, pixels: Pixels) -> _Measured:
-        features, predicted = self._evaluator.look(pixels)
-        real = self._evaluator.facts.real
-        resampled = [frechet_distance(real, Gaussian.fit(features[draw])) for draw in self._draws]
-        return _Measured(
-            samples, predicted == self._labels, frechet_distance(real, Gaussian.fit(features)), np.array(resampled)
-        )
-
     def _row(
         self, measured: _Measured, target: str, pipeline: Pipeline, config: SamplerConfig, name: str, budget: Budget
     ) -> QualityRow:
         first_of_config = self._firsts.setdefault(config, measured)
         first = next(iter(self._firsts.values()))
-        change = measured.is_right.astype(float) - first.is_right
         is_reference = measured is first_of_config
         return QualityRow(
             target=target,
@@ -276,20 +248,9 @@ class _Rows:
             budget=str(budget),
             way=str(config),
             calls=config.calls,
-            agreement=Estimate(*share_of(measured.is_right)),
-            agreement_change=Estimate(float(change.mean()), float(change.std(ddof=1)) / math.sqrt(len(change))),
-            frechet=Estimate(measured.frechet, float(measured.resampled.std(ddof=1))),
-            frechet_change=Estimate(
-                measured.frechet - first.frechet, float((measured.resampled - first.resampled).std(ddof=1))
-            ),
+            agreement=measured.judged.agreement,
+            agreement_change=measured.judged.agreement_change(first.judged),
+            frechet=measured.judged.frechet,
+            frechet_change=measured.judged.frechet_change(first.judged),
             sqnr_db=None if is_reference else difference(measured.samples, first_of_config.samples).sqnr_db,
         )
-
-
-def resampled_within(labels: Int64, rng: np.random.Generator, draws: int) -> Int64:  # (draws, n)
-    """Draw images with replacement, each from those of its own class."""
-    drawn = np.empty((draws, len(labels)), np.int64)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        drawn[:, members] = rng.choice(members, (draws, len(members)))
-    return drawn

@@ -27,7 +27,8 @@ from elit_export.cli.tables import bench, deployment, inspect, presets
 from elit_export.cli.tables.bench import bench_tables, quality_table
 from elit_export.cli.tables.layout import WHOLE, Table, blocks_of, digits, laid_out, table
 from elit_export.cost.flops import flops
-from elit_export.evaluate.quality import Estimate, QualityResult, QualityRow
+from elit_export.evaluate.paired import Estimate
+from elit_export.evaluate.quality import QualityResult, QualityRow
 from elit_export.evaluate.statistics import Baseline
 from elit_export.report.inspection import bundle_facts, inspect_path
 from elit_export.spec import Budget, Fit

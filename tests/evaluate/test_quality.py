@@ -23,13 +23,13 @@ from elit_export.cli.plan_sets import verified_plan_sets
 from elit_export.errors import BundleError, InputError, pip_install
 from elit_export.evaluate.evaluator import load_evaluator
 from elit_export.evaluate.facts import SHIPPED
+from elit_export.evaluate.paired import resampled_within
 from elit_export.evaluate.quality import (
     DEFAULT_CONFIGS,
     QualityResult,
     SamplerConfig,
     options_of,
     quality,
-    resampled_within,
 )
 from elit_export.evaluate.statistics import (
     Baseline,

@@ -14,7 +14,8 @@ from elit_export.bench.soak import SoakResult
 from elit_export.bench.timing import Timing
 from elit_export.cli.tables.layout import Table, digits, size, table
 from elit_export.cost.flops import flops
-from elit_export.evaluate.quality import Estimate, QualityResult, QualityRow
+from elit_export.evaluate.paired import Estimate
+from elit_export.evaluate.quality import QualityResult, QualityRow
 from elit_export.evaluate.statistics import EvaluatorFacts
 from elit_export.spec import Budget, ModelSpec
 
