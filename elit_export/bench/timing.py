@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def timed_in_turn(
         for name, function in functions.items():
             before()
             times_ms[name].append(once_ms(function))
-    return {name: _timing(values) for name, values in times_ms.items()}
+    return {name: timing_of(values) for name, values in times_ms.items()}
 
 
 def once_ms(function: Callable[[], object]) -> float:
@@ -55,7 +55,8 @@ def once_ms(function: Callable[[], object]) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
-def _timing(values: list[float]) -> Timing:
+def timing_of(values: Sequence[float]) -> Timing:
+    """Summarize times in milliseconds."""
     low, median, high = np.percentile(values, (10, 50, 90))
     return Timing(float(median), float(low), float(high), len(values))
 

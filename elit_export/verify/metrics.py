@@ -43,6 +43,28 @@ def difference(actual: npt.ArrayLike, expected: npt.ArrayLike) -> Difference:
     return Difference(max_abs, max_abs / max_reference, 10 * math.log10(signal / noise), cosine)
 
 
+@dataclass(frozen=True)
+class SampleError:
+    """The SQNR of samples: of all together (pooled), of the median image, and of the worst one."""
+
+    pooled_db: float
+    median_db: float
+    worst_db: float
+
+    def __sub__(self, other: SampleError) -> SampleError:
+        """By how much each is better than that of other samples."""
+        return SampleError(
+            self.pooled_db - other.pooled_db, self.median_db - other.median_db, self.worst_db - other.worst_db
+        )
+
+
+def sample_error(actual: npt.ArrayLike, expected: npt.ArrayLike) -> SampleError:  # (B, ...)
+    """Compare samples with the reference solution, image by image."""
+    values, reference = np.asarray(actual), np.asarray(expected)
+    each = [difference(image, of).sqnr_db for image, of in zip(values, reference, strict=True)]
+    return SampleError(difference(values, reference).sqnr_db, float(np.median(each)), min(each))
+
+
 def worst(differences: list[Difference]) -> Difference:
     """Take the worst value of each metric."""
     return Difference(

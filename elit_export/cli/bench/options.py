@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.layout import Table
+    from elit_export.models.elit import Elit
     from elit_export.runtime.pipeline import Pipeline
 
 BUNDLE = click.argument("bundle", type=FOLDER)
@@ -80,12 +81,18 @@ def opened_pipeline(bundle: Bundle, plan_set: PlanSet) -> Pipeline:
     return on_current(bundle, plan_set, Pipeline.of)
 
 
-def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Mapping[str, Any]:
+def torch_model(bundle: Bundle, checkpoint: str, interface: Path | None) -> Elit:
+    """Return the bundle's model as PyTorch is timed with it: all of it in float32."""
     from elit_export.models.upcast import upcast_whole
     from elit_export.verify.check import model_of
+
+    return upcast_whole(model_of(bundle, checkpoint, interface))
+
+
+def torch_runners(bundle: Bundle, checkpoint: str, interface: Path | None, *, compiled: bool) -> Mapping[str, Any]:
     from elit_export.verify.reference import torch_engine
 
-    model = upcast_whole(model_of(bundle, checkpoint, interface))
+    model = torch_model(bundle, checkpoint, interface)
     eager = {"eager": torch_engine(model)}
     return {**eager, "compile": torch_engine(model, compiled=True)} if compiled else eager
 

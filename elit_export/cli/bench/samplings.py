@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ from elit_export.cli.bench.options import (
     measure_each,
     opened_pipeline,
 )
+from elit_export.cli.bench.whole_image import FLAG, WHOLE_IMAGE_OPTIONS, Asked, compare_with_pytorch
+from elit_export.cli.bench.whole_image import GUIDANCE as WHOLE_GUIDANCE
+from elit_export.cli.bench.whole_image import IMAGES as WHOLE_IMAGES
 from elit_export.cli.common import (
     ALL_OPTION,
     CHECK_OPTION,
@@ -34,13 +38,19 @@ from elit_export.spec import limits
 
 if TYPE_CHECKING:
     from elit_export.bundle.manifest import PlanSet
+    from elit_export.bundle.reading import Bundle
     from elit_export.cli.tables.layout import Table
+
+IMAGES, GUIDANCE = 8, "none"  # of `bench samplers` without FLAG
 
 
 @click.command()
 @BUNDLE
-@IMAGES_OPTION
-@GUIDANCE_OPTION
+@click.option(
+    "--images", type=Count(limits.IMAGES), help=f"Sampled at once.  [default: {IMAGES}; {FLAG}: {WHOLE_IMAGES}]"
+)
+@click.option("--guidance", help=f"[default: {GUIDANCE}; {FLAG}: {WHOLE_GUIDANCE}]")
+@WHOLE_IMAGE_OPTIONS
 @CHECK_OPTION
 @TARGET_OPTIONS
 @TRUST_OPTION
@@ -48,8 +58,9 @@ if TYPE_CHECKING:
 @JSON_OPTION
 def samplers(
     bundle: Path,
-    images: int,
-    guidance: str,
+    images: int | None,
+    guidance: str | None,
+    whole: Asked | None,
     check: Path | None,
     target: str | None,
     precision: str | None,
@@ -57,23 +68,34 @@ def samplers(
     every: bool,
     json_to: str | None,
 ) -> None:
-    """The error of every sampler."""
-    from elit_export.bench.samplers import COMPARED, REFERENCE_STEPS, SamplerError, sampler_errors
+    """The error of every sampler; with --whole-image, presets beside PyTorch."""
+    from elit_export.bench.samplers import SamplerError
     from elit_export.bundle.reading import Bundle
+
+    if whole:
+        choices = whole.choices(images, guidance)
+        opened = Bundle.open(bundle, trust=trust)
+        compare_with_pytorch(opened, whole, choices, (target, precision), check, json_to, every=every)
+        return
+    measured = partial(sampler_facts, images or IMAGES, guidance or GUIDANCE)
+    held_to, opened = limits_in(check, {"samplers": list[SamplerError]}), Bundle.open(bundle, trust=trust)
+    measure_each(opened, target, precision, partial(measured, opened), held_to, json_to, every=every)
+
+
+def sampler_facts(
+    images: int, guidance: str, bundle: Bundle, plan_set: PlanSet
+) -> tuple[list[Table], dict[str, object]]:
+    """Compare the samplers on one plan set."""
+    from elit_export.bench.samplers import COMPARED, REFERENCE_STEPS, sampler_errors
     from elit_export.cli.tables.bench import samplers_table
     from elit_export.runtime.conditioning import numbered
 
+    with opened_pipeline(bundle, plan_set) as pipeline, progress_bar() as progress:
+        conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
+        compared = sampler_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
+        errors = list(progress.track(compared, total=len(COMPARED), description="sampling"))
     title = f"{images} samples, guidance {guidance}, against Heun at {REFERENCE_STEPS} steps"
-
-    def measured(plan_set: PlanSet) -> tuple[list[Table], dict[str, object]]:
-        with opened_pipeline(opened, plan_set) as pipeline, progress_bar() as progress:
-            conditioning = numbered(pipeline.spec, range(images), pipeline.coverage.text)
-            compared = sampler_errors(pipeline, conditioning, schedule="full", guidance=guidance, seed=0)
-            errors = list(progress.track(compared, total=len(COMPARED), description="sampling"))
-        return [samplers_table(title, errors)], {"samplers": [asdict(error) for error in errors]}
-
-    held_to, opened = limits_in(check, {"samplers": list[SamplerError]}), Bundle.open(bundle, trust=trust)
-    measure_each(opened, target, precision, measured, held_to, json_to, every=every)
+    return [samplers_table(title, errors)], {"samplers": [asdict(error) for error in errors]}
 
 
 @click.command()

@@ -1,0 +1,313 @@
+"""Compares whole images with those of PyTorch eager: time, error, and distance from real images.
+
+PyTorch does what the reference implementation does: 50 Euler steps at the full budget. All ways run in turn in one
+process from the same noise and labels, and by the same sampling code; a pause precedes each, because the threads of
+some libraries keep spinning for a moment after a call. Times are comparable within one result only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from elit_export.arrays import HostArray, Pixels
+from elit_export.bench.backends import PAUSE_S
+from elit_export.bench.contenders import Choices, Way
+from elit_export.bench.engines import bench_inputs, engine_runner, measured_budgets
+from elit_export.bench.stages import OnStage, Stage, run_stages
+from elit_export.bench.timing import Timing, timed_in_turn, timing_of
+from elit_export.runtime.conditioning import LabelsLike, numbered
+from elit_export.runtime.options import SamplingOptions
+from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import Request, Samplable, prepared
+from elit_export.spec import Budget
+from elit_export.verify.metrics import SampleError, sample_error
+
+CALL_ROUNDS = 7
+AT_ONCE = 16  # images of a part, where no time is taken
+
+# ---------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The Fréchet distance from real images, its paired change from PyTorch's, and their standard errors.
+
+    `change_over_error` is 0 where the images do not differ.
+    """
+
+    value: float
+    error: float
+    change: float
+    change_error: float
+
+    @property
+    def change_over_error(self) -> float:
+        return self.change / self.change_error if self.change_error else 0.0
+
+
+Distances = Callable[[Sequence[Pixels]], Sequence[Distance]]  # of sets of pictures of the same labels, PyTorch's first
+
+
+@dataclass(frozen=True)
+class CallLead:
+    """The time of one engine call of a guided image at a plan set's largest budget, and PyTorch's.
+
+    `lead` is PyTorch's time over the engine's.
+    """
+
+    plan_set: str
+    budget: str
+    rows: int
+    eager: Timing
+    engine: Timing
+    lead: float
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """The results of one way to make images.
+
+    `timing` is per image, with the decoder if there is one. `speedup` is PyTorch's time over it, `over_lead` that over
+    the lead of one call: what fewer and cheaper calls add. `outside_engines` is the share of the time outside engine
+    calls. `error` is relative to the reference solution, None if it was not measured or this way solves another
+    equation: other budgets or another guidance. `gain` is by how much it is better than PyTorch's.
+    `change_over_error` is that of the distance.
+    """
+
+    name: str
+    plan_set: str
+    options: dict[str, str | float]
+    engine_calls: int
+    timing: Timing
+    speedup: float
+    over_lead: float | None
+    outside_engines: float
+    error: SampleError | None
+    gain: SampleError | None
+    distance: Distance | None
+    change_over_error: float | None
+
+
+@dataclass(frozen=True)
+class WholeImageResult:
+    """The results of all ways, PyTorch's first. `reference` names what the reference solution was made by.
+
+    `no_distance` is the reason why there are no distances. `skipped` holds the reason for each plan set that did
+    not run.
+    """
+
+    rows: int
+    rounds: int
+    guidance: str
+    seed: int
+    images: int
+    reference: str | None
+    evaluator: str | None
+    no_distance: str
+    calls: list[CallLead]
+    ways: list[ImageRow]
+    skipped: dict[str, str]
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def check_way(on: Samplable, options: SamplingOptions, choices: Choices) -> None:
+    """Raise InputError or CalibrationError where images cannot be made so; needs no engines."""
+    for images in {choices.rows, choices.images or choices.rows}:
+        prepared(on, numbered(on.spec, range(images), on.coverage.text), options)
+    call_of(on, choices)
+
+
+def call_of(on: Samplable, choices: Choices) -> tuple[Budget, int]:
+    """Return the largest budget, and the rows of a call in a guided sampling there."""
+    name, budget = next(iter(measured_budgets(on).items()))
+    conditioning = numbered(on.spec, range(choices.rows), on.coverage.text)
+    request = prepared(on, conditioning, replace(choices.eager_options, schedule=name))
+    return budget, max(size.rows for size in request.sizes())
+
+
+def compare_whole_images(
+    ways: Sequence[Way],
+    reference: tuple[str, Pipeline],
+    choices: Choices,
+    *,
+    distances: Distances | None,
+    evaluator: str | None,
+    no_distance: str,
+    skipped: Mapping[str, str],
+    on_stage: OnStage,
+) -> WholeImageResult:
+    """Measure all ways, of which the first is PyTorch's. `reference` is what solves the ODE, and its name."""
+    measured = _Measurements(ways, reference[1], choices, distances)
+    run_stages(measured.stages(), on_stage)
+    return WholeImageResult(
+        rows=choices.rows,
+        rounds=choices.rounds,
+        guidance=choices.guidance,
+        seed=choices.seed,
+        images=choices.images,
+        reference=reference[0] if choices.images else None,
+        evaluator=evaluator,
+        no_distance=no_distance,
+        calls=measured.leads,
+        ways=measured.rows(),
+        skipped=dict(skipped),
+    )
+
+
+@dataclass(frozen=True)
+class _Once:
+    """The time of one round of a way, per image."""
+
+    ms: float
+    outside_ms: float
+    engine_calls: int
+
+
+class _Measurements:
+    """The measurements so far; each stage adds to them."""
+
+    def __init__(self, ways: Sequence[Way], solver: Pipeline, choices: Choices, distances: Distances | None) -> None:
+        self.ways, self.choices = ways, choices
+        self.leads: list[CallLead] = []
+        self._solver, self._distances = solver, distances
+        self._times: list[list[_Once]] = [[] for _ in ways]
+        self._samples: list[HostArray] = []
+        self._expected: HostArray | None = None
+        self._judged: Sequence[Distance | None] = [None] * len(ways)
+
+    def stages(self) -> Iterator[Stage]:
+        eager, *others = self.ways
+        by_plan_set = {way.plan_set: way for way in others}
+        yield from ((f"{way.name}: warm-up", partial(self._warm_up, way)) for way in self.ways)
+        yield from (
+            (f"{name}: single calls", partial(self._time_calls, eager, way)) for name, way in by_plan_set.items()
+        )
+        for number in range(1, self.choices.rounds + 1):
+            for way, times in zip(self.ways, self._times, strict=True):
+                yield f"{way.name}: round {number}", partial(self._time_image, way, times)
+        if self.choices.images:
+            yield "reference solution", self._solve
+            yield from ((f"{way.name}: {self.choices.images} images", partial(self._sample, way)) for way in self.ways)
+        if self._distances:
+            yield "distances", self._judge
+
+    def _warm_up(self, way: Way) -> None:
+        """Run a call of each size that the sampling makes: a whole sampling of a large model would take a minute."""
+        request = way.pipeline.prepared(self._conditioning(self.choices.rows), way.options)
+        for size in dict.fromkeys(request.sizes()):
+            engine_runner(way.pipeline, size.budget)(bench_inputs(way.pipeline, size.budget, size.rows))
+
+    def _time_calls(self, eager: Way, way: Way) -> None:
+        budget, rows = call_of(way.pipeline, self.choices)
+        inputs = bench_inputs(way.pipeline, budget, rows)
+        runners = {each.name: partial(engine_runner(each.pipeline, budget), inputs) for each in (eager, way)}
+        timings = timed_in_turn(runners, rounds=CALL_ROUNDS, before=pause)
+        of_eager, of_engine = timings[eager.name], timings[way.name]
+        lead = of_eager.median_ms / of_engine.median_ms
+        self.leads.append(CallLead(way.plan_set, str(budget), rows, of_eager, of_engine, lead))
+
+    def _time_image(self, way: Way, times: list[_Once]) -> None:
+        pause()
+        times.append(once(way, self._conditioning(self.choices.rows)))
+
+    def _conditioning(self, images: int) -> LabelsLike:
+        """Return the same for all ways: PyTorch would take longer texts than engines do."""
+        *_, way = self.ways
+        return numbered(way.pipeline.spec, range(images), way.pipeline.coverage.text)
+
+    def _solve(self) -> None:
+        self._expected = self._sampled(self._solver, self.choices.reference_options)
+
+    def _sample(self, way: Way) -> None:
+        self._samples.append(self._sampled(way.pipeline, way.options))
+
+    def _sampled(self, pipeline: Pipeline, options: SamplingOptions) -> HostArray:
+        return pipeline.run(pipeline.prepared(self._conditioning(self.choices.images), options, AT_ONCE)).latents
+
+    def _judge(self) -> None:
+        assert self._distances
+        self._judged = self._distances(
+            [way.decode(samples) for way, samples in zip(self.ways, self._samples, strict=True) if way.decode]
+        )
+
+    def rows(self) -> list[ImageRow]:
+        timings = [timing_of([once.ms for once in times]) for times in self._times]
+        errors = self._errors()
+        leads = {lead.plan_set: lead.lead for lead in self.leads}
+        return [
+            image_row(way, times, timing, timings[0], leads.get(way.plan_set), (error, errors[0]), distance)
+            for way, times, timing, error, distance in zip(
+                self.ways, self._times, timings, errors, self._judged, strict=True
+            )
+        ]
+
+    def _errors(self) -> list[SampleError | None]:
+        if self._expected is None:
+            return [None] * len(self.ways)
+        solved = self._request(self._solver, self.choices.reference_options)
+        return [
+            sample_error(samples, self._expected)
+            if same_equation(self._request(way.pipeline, way.options), solved)
+            else None
+            for way, samples in zip(self.ways, self._samples, strict=True)
+        ]
+
+    def _request(self, pipeline: Pipeline, options: SamplingOptions) -> Request:
+        return pipeline.prepared(self._conditioning(1), options)
+
+
+def image_row(
+    way: Way,
+    times: Sequence[_Once],
+    timing: Timing,
+    eager: Timing,
+    lead: float | None,
+    errors: tuple[SampleError | None, SampleError | None],
+    distance: Distance | None,
+) -> ImageRow:
+    """Put a row together; `errors` are its own and PyTorch's."""
+    error, of_eager = errors
+    speedup = eager.median_ms / timing.median_ms
+    return ImageRow(
+        name=way.name,
+        plan_set=way.plan_set,
+        options=way.options.scalars,
+        engine_calls=times[0].engine_calls,
+        timing=timing,
+        speedup=speedup,
+        over_lead=speedup / lead if lead else None,
+        outside_engines=sum(once.outside_ms for once in times) / sum(once.ms for once in times),
+        error=error,
+        gain=error - of_eager if error and of_eager else None,
+        distance=distance,
+        change_over_error=distance.change_over_error if distance else None,
+    )
+
+
+def same_equation(one: Request, other: Request) -> bool:
+    """Whether two samplings solve the same ODE: the same budget at all times, and the same guidance."""
+    return len({*one.schedule, *other.schedule}) == 1 and one.guidance == other.guidance
+
+
+def once(way: Way, conditioning: LabelsLike) -> _Once:
+    """Make images, pictures if they can be, and take the time."""
+    started = time.perf_counter()
+    sample = way.pipeline.sampled(conditioning, way.options)
+    sampled = time.perf_counter()
+    if way.decode:
+        way.decode(sample.latents)
+    ended = time.perf_counter()
+    decoder_s = ended - sampled if way.pipeline.data.kind == "vae" else 0.0
+    outside_s = ended - started - sample.timings.engines_s - decoder_s
+    images = len(sample.latents)
+    calls = sum(not call.reused for call in sample.calls) // len(sample.part_sizes)
+    return _Once((ended - started) * 1e3 / images, outside_s * 1e3 / images, calls)
+
+
+def pause() -> None:
+    time.sleep(PAUSE_S)
