@@ -290,8 +290,9 @@ def image_row(
 
 
 def same_equation(one: Request, other: Request) -> bool:
-    """Whether two samplings solve the same ODE: the same budget at all times, and the same guidance."""
-    return len({*one.schedule, *other.schedule}) == 1 and one.guidance == other.guidance
+    """Whether two samplings solve the same ODE: one budget at all times in both, and the same guidance."""
+    budgets = {budget for each in (one, other) for budget in (*each.schedule, *(each.weak or ()))}
+    return len(budgets) == 1 and one.guidance == other.guidance
 
 
 def once(way: Way, conditioning: LabelsLike) -> _Once:
