@@ -20,10 +20,11 @@ from elit_export.bench.memory import BankMemory
 from elit_export.bench.samplers import SamplerError
 from elit_export.bench.soak import SoakResult
 from elit_export.bench.timing import Timing
+from elit_export.bench.whole_image import WholeImageResult
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
 from elit_export.bundle.reading import Bundle
 from elit_export.cli import main
-from elit_export.cli.tables import bench, deployment, inspect, presets
+from elit_export.cli.tables import bench, deployment, inspect, presets, whole_image
 from elit_export.cli.tables.bench import bench_tables, quality_table
 from elit_export.cli.tables.layout import WHOLE, Table, blocks_of, digits, laid_out, table
 from elit_export.cost.flops import flops
@@ -125,6 +126,7 @@ EXAMPLES: dict[Callable[..., Any], Callable[[], Table | Iterable[Table]]] = {
     bench.quality_table: lambda: bench.quality_table(example_of(QualityResult)),
     bench.samplers_table: lambda: bench.samplers_table(LONG_NAME, [example_of(SamplerError)]),
     bench.memory_table: lambda: bench.memory_table(example_of(BankMemory), 123456),
+    whole_image.whole_image_tables: lambda: whole_image.whole_image_tables(example_of(WholeImageResult)),
     inspect.calibration_table: lambda: inspect.calibration_table(calibration()),
     inspect.parity_tables: lambda: inspect.parity_tables([example_of(Comparison)]),
     inspect.file_tables: lambda: inspect.file_tables(inspect_path(str(RECIPE))),
@@ -164,7 +166,7 @@ def test_no_table_loses_a_digit_or_a_header(make: Callable[[], Any], width: int)
 def test_every_table_is_among_the_examples() -> None:
     makers = {
         function
-        for module in (bench, deployment, inspect, presets)
+        for module in (bench, deployment, inspect, presets, whole_image)
         for name, function in source.getmembers(module, source.isfunction)
         if function.__module__ == module.__name__
         and not name.startswith("_")
