@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from elit_export.arrays import HostArray, Pixels
 from elit_export.bundle.manifest import Manifest, PlanSet
-from elit_export.bundle.presets import Preset
-from elit_export.errors import BundleError, InputError
+from elit_export.bundle.reading import Bundle
+from elit_export.errors import InputError
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.presets import plan_set_of, preset_named
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec.limits import STEPS
 
@@ -30,7 +31,7 @@ class Contender:
 
 
 def contenders(
-    manifest: Manifest,
+    bundle: Bundle,
     presets_of: Sequence[PlanSet],
     named_on: Sequence[PlanSet],
     *,
@@ -42,15 +43,15 @@ def contenders(
 
     Raises InputError if there are none, or if the images of the seed are those that a solver table was fitted to.
     """
-    Guidance.parse(guidance, manifest.model.spec)
-    _check_unseen(manifest, seed)
+    Guidance.parse(guidance, bundle.manifest.model.spec)
+    _check_unseen(bundle.manifest, seed)
     samplings = [(text, named_options(text, guidance, seed)) for text in dict.fromkeys(named)]
-    found = [*_of_presets(manifest, presets_of, seed)]
+    found = [*_of_presets(bundle, presets_of, seed)]
     found += [Contender(text, plan_set, options) for plan_set in named_on for text, options in samplings]
     if not found:
         raise InputError(
-            "there are no presets of these plans to compare",
-            "make some: elit-export tune BUNDLE; or name samplings, e.g. --row ab3:14",
+            f"{bundle.folder} has no presets of these plans to compare",
+            f"make some: elit-export tune {bundle.folder}; or name samplings, e.g. --row ab3:14",
         )
     return found
 
@@ -72,19 +73,14 @@ def named_options(text: str, guidance: str, seed: int) -> SamplingOptions:
     return replace(common, sampler=sampler, steps=STEPS.whole(steps, f"row {sampler}: steps"))
 
 
-def _of_presets(manifest: Manifest, plan_sets: Sequence[PlanSet], seed: int) -> Iterator[Contender]:
-    for preset in manifest.presets:
-        if preset.checkpoint_sha256 != manifest.model.checkpoint_sha256:
-            raise BundleError(f"preset {preset.name} is of another checkpoint", f"make it again: {preset.command}")
-        for plan_set in plan_sets:
-            if (preset.target, preset.precision) == (plan_set.target, plan_set.precision):
-                yield Contender(f"preset {preset.name}", plan_set, preset_options(preset, seed))
-
-
-def preset_options(preset: Preset, seed: int) -> SamplingOptions:
-    """Return what a preset sets, for the images of a seed."""
-    options = preset.options.model_dump(exclude_none=True)
-    return SamplingOptions(**options, seed=seed)
+def _of_presets(bundle: Bundle, plan_sets: Sequence[PlanSet], seed: int) -> Iterator[Contender]:
+    """Yield a contender for each preset of these plan sets; raises BundleError for one that cannot be used."""
+    names = {plan_set.name for plan_set in plan_sets}
+    for preset in bundle.manifest.presets:
+        plan_set = plan_set_of(bundle, preset_named(bundle, preset.name))
+        if plan_set.name in names:
+            options = SamplingOptions(**preset.options.model_dump(exclude_none=True), seed=seed)
+            yield Contender(f"preset {preset.name}", plan_set, options)
 
 
 def _check_unseen(manifest: Manifest, seed: int) -> None:

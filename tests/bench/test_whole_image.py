@@ -18,7 +18,6 @@ from click.testing import CliRunner, Result
 from elit_export import Pipeline
 from elit_export.bench.contenders import named_options
 from elit_export.bench.whole_image import WholeImageResult
-from elit_export.bundle.presets import Measured, Preset, PresetOptions
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import save_checkpoint
@@ -27,26 +26,13 @@ from elit_export.errors import InputError, pip_install
 from elit_export.evaluate.classifier import Classifier
 from elit_export.evaluate.evaluator import save_evaluator
 from elit_export.runtime import opening
-from elit_export.spec import Precision
 from elit_export.verify.metrics import SampleError, difference, sample_error
 from tests.evaluate.test_quality import FACTS
-from tests.helpers import tiny_model
+from tests.helpers import preset_of, tiny_model
 from tests.runtime.test_solver_tables import ab2_table, facts_of
 
 IMAGES = "8"
 SOLVER_SEED = 5
-
-
-def preset_of(bundle: Bundle, name: str, **options: Any) -> Preset:
-    return Preset(
-        name=name,
-        checkpoint_sha256=bundle.manifest.model.checkpoint_sha256,
-        target="cpu",
-        precision=Precision.FP32,
-        options=PresetOptions(**options),
-        measured=Measured(rows=1, ms=1, speedup=1, engine_calls=4, images=8, seed=9, machine="any", date="today"),
-        command="elit-export tune BUNDLE",
-    )
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +42,8 @@ def tuned(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path
     sha256 = tiny_bundle.manifest.model.checkpoint_sha256
     solver = facts_of(ab2_table(6), "cfg:2", checkpoint_sha256=sha256, seed=SOLVER_SEED)
     presets = (
-        preset_of(tiny_bundle, "fast", sampler="solver:6", guidance="cfg:2"),
-        preset_of(tiny_bundle, "small", sampler="ab3", steps=4, schedule="quarter", guidance="cfg:2"),
+        preset_of(tiny_bundle, "fast", sampler="solver:6", steps=None, guidance_interval=None),
+        preset_of(tiny_bundle, "small", steps=4, schedule="quarter", guidance_interval=None),
     )
     with writing(folder) as store:
         assert store.manifest
@@ -239,7 +225,7 @@ def test_a_bundle_without_presets_names_the_command_that_makes_them(
     tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     said = refused(tiny_bundle.folder, "--whole-image", "--checkpoint", tiny_checkpoint)
-    assert "elit-export tune BUNDLE; or name samplings, e.g. --row ab3:14" in said
+    assert f"elit-export tune {tiny_bundle.folder}; or name samplings, e.g. --row ab3:14" in said
 
 
 @pytest.mark.usefixtures("_no_engine_opens")
@@ -254,7 +240,19 @@ def test_presets_and_weights_of_another_checkpoint(tuned: Path, tmp_path: Path) 
         preset = store.manifest.presets[0].model_copy(update={"checkpoint_sha256": "1" * 64})
         store.commit(store.manifest.model_copy(update={"presets": (preset,)}))
     said = refused(folder, "--whole-image", "--checkpoint", "shipped:fashion")
-    assert "preset fast is of another checkpoint; make it again: elit-export tune BUNDLE" in said
+    assert "of another checkpoint" in said
+    assert "make it again: elit-export tune" in said
+
+
+def test_latents_without_a_decoder_are_timed_and_have_errors(golden_g4_bundle: Bundle) -> None:
+    checkpoint = golden_g4_bundle.folder.parent / "g4.safetensors"
+    facts, _ = compared(
+        golden_g4_bundle.folder, checkpoint, "--row", "ab3:4", "--images", "2", "--rounds", "1", "--guidance", "none"
+    )
+    eager, ab3 = facts["ways"]
+    assert facts["calls"][0]["rows"] == 1
+    assert ab3["gain"]["pooled_db"] == pytest.approx(ab3["error"]["pooled_db"] - eager["error"]["pooled_db"])
+    assert "the samples are latents of a VAE" in facts["no_distance"]
 
 
 @pytest.mark.usefixtures("_no_engine_opens")

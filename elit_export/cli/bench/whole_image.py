@@ -156,9 +156,7 @@ def checked_contenders(
 
     runnable, skipped = runnable_plan_sets(bundle, *plan_sets)
     named_on = selected_plan_sets(bundle, *plan_sets, every=every)[0] if asked.named else ()
-    found = contenders(
-        bundle.manifest, runnable, named_on, named=asked.named, guidance=choices.guidance, seed=choices.seed
-    )
+    found = contenders(bundle, runnable, named_on, named=asked.named, guidance=choices.guidance, seed=choices.seed)
     for contender in found:
         check_way(unopened(bundle, contender.plan_set), contender.options, choices)
     return found, skipped
