@@ -27,10 +27,11 @@ from elit_export.cli.common import show
 from elit_export.cli.plan_sets import runnable_plan_sets
 from elit_export.cli.tables.layout import Table, table
 from elit_export.errors import InputError
-from elit_export.runtime.conditioning import numbered
+from elit_export.runtime.conditioning import as_conditioning, numbered
 from elit_export.runtime.guidance import Guidance
-from elit_export.runtime.options import SamplingOptions
+from elit_export.runtime.options import SamplingOptions, resolve
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.request import prepare
 from elit_export.runtime.samplers.adams_bashforth import AB3
 from elit_export.spec import Precision, SolverFacts
 from elit_export.verify.metrics import SampleError, sample_error
@@ -98,17 +99,20 @@ class Sampled:
 
     def __init__(self, pipelines: dict[str, Pipeline], images: int) -> None:
         self.pipelines, self._images = pipelines, images
-        self._made: dict[tuple[str, str], HostArray] = {}
+        self._made: dict[tuple[str, str, tuple[SolverFacts, ...]], HostArray] = {}
 
-    def __call__(self, plan_set: str, options: SamplingOptions) -> HostArray:
-        key = plan_set, repr(options)
+    def __call__(self, plan_set: str, options: SamplingOptions, *solvers: SolverFacts) -> HostArray:
+        """Sample by one of `solvers`, not by a table that the plan set has for itself."""
+        key = plan_set, repr(options), solvers
         if key not in self._made:
             print(f"  {plan_set}: {options.sampler} {options.steps or ''}, {options.guidance}, {options.schedule}")
             pipeline = self.pipelines[plan_set]
-            conditioning = numbered(pipeline.spec, range(self._images), pipeline.coverage.text)
+            spec, coverage = pipeline.spec, pipeline.coverage
+            conditioning = as_conditioning(numbered(spec, range(self._images), coverage.text), spec, pipeline.data)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="solver:.* was calibrated for guidance")
-                self._made[key] = pipeline.run(pipeline.prepared(conditioning, options, AT_ONCE)).latents
+                resolved = resolve(spec, options, solvers)
+            self._made[key] = pipeline.run(prepare(spec, coverage, conditioning, resolved, AT_ONCE)).latents
         return self._made[key]
 
 
@@ -116,11 +120,15 @@ def row(facts: SolverFacts, place: Place, sampled: Sampled, exact: str) -> Row:
     ab3 = replace(place.options, sampler="ab3", steps=AB3.steps_within(facts.table.calls))
     euler = replace(ab3, sampler="euler", steps=EULER_STEPS)
     expected = sampled(exact, replace(ab3, steps=REFERENCE_STEPS))
-    errors = {
-        name: sample_error(sampled(place.plan_set, options), expected)
-        for name, options in (("solver", place.options), ("ab3", ab3), ("euler", euler))
-    }
-    return Row(facts.name, facts.guidance, place.name, place.plan_set, **errors)
+    return Row(
+        table=facts.name,
+        guidance=facts.guidance,
+        place=place.name,
+        plan_set=place.plan_set,
+        solver=sample_error(sampled(place.plan_set, place.options, facts), expected),
+        ab3=sample_error(sampled(place.plan_set, ab3), expected),
+        euler=sample_error(sampled(place.plan_set, euler), expected),
+    )
 
 
 def errors_table(facts: SolverFacts, rows: Sequence[Row], images: int) -> Table:
