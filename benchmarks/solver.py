@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from elit_export.arrays import HostArray
-from elit_export.bench.contenders import EULER_STEPS, REFERENCE_STEPS
+from elit_export.bench.contenders import EULER_STEPS, REFERENCE_STEPS, check_unseen
 from elit_export.bench.engines import measured_budgets
 from elit_export.bundle.reading import Bundle
 from elit_export.cli.common import show
@@ -150,7 +150,7 @@ def _cells(error: SampleError) -> tuple[str, ...]:
 
 
 def chosen(bundle: Bundle, calls: Sequence[int], seed: int) -> list[SolverFacts]:
-    """The tables of this checkpoint that are asked for; refuses a seed to which one of them was fitted."""
+    """The tables of this checkpoint that are asked for; refuses a seed on which one of them was calibrated."""
     tables = [
         facts
         for facts in bundle.manifest.solvers
@@ -159,9 +159,7 @@ def chosen(bundle: Bundle, calls: Sequence[int], seed: int) -> list[SolverFacts]
     ]
     if not tables:
         raise InputError("no such solver tables in this bundle", "elit-export calibrate solver BUNDLE --calls 8")
-    for facts in tables:
-        if facts.seed in (seed, seed + 1):
-            raise InputError(f"{facts.name} was fitted to images of seed {facts.seed}", "give another --seed")
+    check_unseen(tables, seed, seed + 1)
     return tables
 
 

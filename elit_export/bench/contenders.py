@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from elit_export.arrays import HostArray, Pixels
-from elit_export.bundle.manifest import Manifest, PlanSet
+from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.errors import InputError
 from elit_export.runtime.guidance import Guidance
@@ -14,6 +14,7 @@ from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.runtime.presets import plan_set_of, preset_named
 from elit_export.runtime.samplers import SAMPLERS
+from elit_export.spec import SolverFacts
 from elit_export.spec.limits import STEPS
 
 EULER_STEPS = 50
@@ -41,10 +42,10 @@ def contenders(
 ) -> list[Contender]:
     """List the presets that run on the plan sets `presets_of`, then each named sampling on each of `named_on`.
 
-    Raises InputError if there are none, or if the images of the seed are those that a solver table was fitted to.
+    Raises InputError if there are none, or if the images of the seed are those that a solver table was calibrated on.
     """
     Guidance.parse(guidance, bundle.manifest.model.spec)
-    _check_unseen(bundle.manifest, seed)
+    check_unseen(bundle.manifest.solvers, seed)
     samplings = [(text, named_options(text, guidance, seed)) for text in dict.fromkeys(named)]
     found = [*_of_presets(bundle, presets_of, seed)]
     found += [Contender(text, plan_set, options) for plan_set in named_on for text, options in samplings]
@@ -83,11 +84,14 @@ def _of_presets(bundle: Bundle, plan_sets: Sequence[PlanSet], seed: int) -> Iter
             yield Contender(f"preset {preset.name}", plan_set, options)
 
 
-def _check_unseen(manifest: Manifest, seed: int) -> None:
-    """Raise InputError for images that a solver table may have been fitted to: it would look better than it is."""
-    for solver in manifest.solvers:
-        if solver.seed == seed:
-            raise InputError(f"{solver.name} was fitted to images of seed {seed}", "give another --seed")
+def check_unseen(solvers: Iterable[SolverFacts], *seeds: int) -> None:
+    """Raise InputError for images that a solver table was fitted to, or stopped by: it would look better than it is.
+
+    A calibration fits to images of its seed, and those of the next seed tell it when to stop.
+    """
+    for solver in solvers:
+        if seen := {solver.seed, solver.seed + 1}.intersection(seeds):
+            raise InputError(f"{solver.name} was calibrated on images of seed {min(seen)}", "give another --seed")
 
 
 # ---------------------------------------------------------------- ready to run

@@ -48,7 +48,7 @@ OPTIONS = {
     "--seed": click.option(
         "--seed",
         type=click.IntRange(min=0),
-        help=f"With {FLAG}: of the noise; not one that a solver was fitted to.  [default: {DEFAULTS['seed']}]",
+        help=f"With {FLAG}: of the noise; none that a solver was calibrated on.  [default: {DEFAULTS['seed']}]",
     ),
     "--classifier": click.option(
         "--classifier",
