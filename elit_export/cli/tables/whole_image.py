@@ -14,7 +14,7 @@ def whole_image_tables(result: WholeImageResult) -> Iterator[Table]:
     """A table of times, and one of quality if that was measured."""
     images = "one image" if result.rows == 1 else f"{result.rows} images at once"
     yield table(
-        f"whole images: {images}, guidance {result.guidance}, {result.rounds} rounds in turn",
+        f"whole images: {images}, guidance {result.guidance}, in turn, rounds: {result.rounds}",
         (
             *("sampling", "plan set", "engine calls", "ms per image", "10-90 %", "speed-up"),
             *("speed-up / lead per call", "outside engines"),
