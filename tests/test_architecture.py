@@ -328,6 +328,7 @@ WRITES_IN_A_PRIVATE_FOLDER = {
 NAMES_NO_FILE_OF_A_USER = {
     "cli/streams.py: os.open(os.devnull, os.O_WRONLY)",
     "bundle/readers.py: os.open(path, flags)",  # which reads
+    "calibrate/solver_state.py: (folder / NAME).unlink(missing_ok=True)",  # its own
     "bundle/trust.py: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE)",  # the list in the state folder
 }
 OWN_WRITERS = {"trainer.save", "write_text", "write_bytes", "append_text"}  # which use bundle.atomic themselves

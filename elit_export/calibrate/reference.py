@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elit_export.arrays import Float64
-from elit_export.calibrate.flow import Flow, Part, Trajectories, image_errors
+from elit_export.calibrate.flow import Flow, Part, Trajectories
 from elit_export.callbacks import noop
 from elit_export.errors import CalibrationError
 from elit_export.runtime.pipeline import Pipeline
@@ -85,11 +85,3 @@ def traced(part: Part, steps: int) -> Curve:
     times = even_times(steps)
     states = [part.start, *AB3.run(velocity, part.start, times, lambda: part.start)]
     return Curve(times, np.stack(states), np.stack(velocities))
-
-
-def median_pooled_worst_db(samples: Float64, expected: Float64) -> tuple[float, float, float]:
-    """Return the SQNR of the median image, of all together, and of the worst image."""
-    signal = np.square(expected).reshape(len(expected), -1).mean(axis=1)
-    noise = np.maximum(image_errors(samples, expected), np.finfo(float).tiny)
-    each = 10 * np.log10(signal / noise)
-    return float(np.median(each)), float(10 * np.log10(signal.sum() / noise.sum())), float(each.min())

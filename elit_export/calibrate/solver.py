@@ -7,7 +7,7 @@ error on images that it is not fitted to stops falling. What is reported and sto
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from elit_export.arrays import Float64
@@ -17,7 +17,7 @@ from elit_export.bundle.reading import Bundle
 from elit_export.calibrate.flow import Flow, Method, Trajectories
 from elit_export.calibrate.gauss_newton import Iterate, improved
 from elit_export.calibrate.least_squares import fitted, grids
-from elit_export.calibrate.reference import median_pooled_worst_db, resolved_steps, solution, traced
+from elit_export.calibrate.reference import resolved_steps, solution, traced
 from elit_export.callbacks import noop
 from elit_export.errors import CalibrationError
 from elit_export.runtime.conditioning import numbered
@@ -27,6 +27,7 @@ from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import Budget, SolverError, SolverFacts, SolverTable
 from elit_export.spec.limits import TRAJECTORIES
 from elit_export.spec.solver import MAX_CALLS, MIN_CALLS
+from elit_export.verify.metrics import sample_error
 
 MIN_IMAGES = 32
 START_IMAGES = 32  # of those, whose whole trajectories select the start
@@ -193,13 +194,13 @@ class TableFit:
         part, finest = self.flow(some).parts[0], Flow(references.pipeline, some, steps).parts[0]
         curve = traced(finest, steps)
         starts = [fitted(part, curve, times) for times in grids(self.calls)]
-        method, _ = max(starts, key=lambda start: sum(median_pooled_worst_db(start[1], curve.states[-1])[:2]))
+        method, _ = max(starts, key=lambda start: middle_db(start[1], curve.states[-1]))
         return Progress(Iterate(method), method, self.stopping_db(method))
 
     def stopping_db(self, method: Method) -> float:
         """Return the mean of median and pooled SQNR on the images that tell when to stop."""
         samples = self.flow(self.references.config.stopping).samples(method)
-        return sum(median_pooled_worst_db(samples, self.references.stopping)[:2]) / 2
+        return middle_db(samples, self.references.stopping)
 
     def iterations(self, progress: Progress) -> Iterator[Progress]:
         """Improve the table until its error on the stopping images no longer falls; yields after each iteration."""
@@ -223,8 +224,13 @@ class TableFit:
 
 
 def error_of(sampler: str, steps: int, calls: int, samples: Float64, expected: Float64) -> SolverError:
-    median, pooled, worst = median_pooled_worst_db(samples, expected)
-    return SolverError(sampler=sampler, steps=steps, calls=calls, median_db=median, pooled_db=pooled, worst_db=worst)
+    return SolverError(sampler=sampler, steps=steps, calls=calls, **asdict(sample_error(samples, expected)))
+
+
+def middle_db(samples: Float64, expected: Float64) -> float:
+    """Return the mean of median and pooled SQNR, by which methods are selected."""
+    error = sample_error(samples, expected)
+    return (error.median_db + error.pooled_db) / 2
 
 
 # ---------------------------------------------------------------- into the bundle

@@ -54,7 +54,7 @@ class State:
             raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
         return Progress(Iterate(now, damping), best, best_db, iterations, ended)
 
-    def save(self, fit: TableFit, progress: Progress) -> None:
+    def note(self, fit: TableFit, progress: Progress) -> None:
         self._reached[fit.key] = {
             "now": asdict(progress.now.method.table()),
             "best": asdict(progress.best.table()),

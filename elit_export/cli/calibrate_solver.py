@@ -137,9 +137,9 @@ def _calibrated(fit: TableFit, state: State, bar: Bar, begun: Progress | None = 
     what = f"{fit.calls} calls{' of several budgets' if fit.budgets.strong else ''}"
     task = bar.add_task(f"{what}: start", total=MOST_ITERATIONS)
     progress = state.progress(fit) or begun or fit.start()
-    state.save(fit, progress)
+    state.note(fit, progress)
     for reached in fit.iterations(progress):
-        state.save(fit, progress := reached)
+        state.note(fit, progress := reached)
         bar.update(task, completed=progress.iterations, description=f"{what}: {progress.best_db:.1f} dB")
     bar.update(task, completed=MOST_ITERATIONS)
     return progress.best

@@ -212,7 +212,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(references: References, tmp_pat
     fit, identity = TableFit(references, 5), {"seed": 0, "guidance": "none"}
     iterations = fit.iterations(fit.start())
     first = next(iterations)
-    State(tmp_path, identity).save(fit, first)
+    State(tmp_path, identity).note(fit, first)
     again = State(tmp_path, identity)
     found = again.progress(fit)
     assert found is not None
@@ -227,7 +227,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(references: References, tmp_pat
 
 def test_the_state_of_another_calibration_is_refused(references: References, tmp_path: Path) -> None:
     fit = TableFit(references, 5)
-    State(tmp_path, {"seed": 0, "images": 32}).save(fit, fit.start())
+    State(tmp_path, {"seed": 0, "images": 32}).note(fit, fit.start())
     with pytest.raises(CalibrationError, match=r"with another seed; .*--restart"):
         State(tmp_path, {"seed": 1, "images": 32})
 
