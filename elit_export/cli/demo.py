@@ -47,14 +47,15 @@ class DemoConfig:
     name: str
     schedule: str
     guidance: str
+    sampler: str = SAMPLER
+    steps: int | None = STEPS  # None: those of a solver table
 
 
 @dataclass(frozen=True)
 class DemoRow:
     """One row of the picture. `flops_per_image` counts every engine call of the trajectory."""
 
-    name: str
-    guidance: str
+    config: DemoConfig
     sample: Sample
     images: Pixels
     flops_per_image: float
@@ -96,7 +97,7 @@ def open_demo(bundle: Path, *, target: str | None, precision: str | None, trust:
 
 
 def demo_configs(pipeline: Pipeline) -> list[DemoConfig]:
-    """List every named budget that the engines cover, with CFG, then a mixed schedule with cheap CFG."""
+    """List every named budget that the engines cover, with CFG, a mixed schedule with cheap CFG, and solver tables."""
     names = [name for name, budget in pipeline.spec.named_budgets.items() if budget in pipeline.coverage.covered]
     if not names:
         raise InputError(
@@ -109,7 +110,8 @@ def demo_configs(pipeline: Pipeline) -> list[DemoConfig]:
         middle, half = "quarter" if "quarter" in names else names[-1], STEPS // 2
         mixed = f"0-{half - 1}:{middle},{half}-{STEPS - 1}:{names[0]}"
         configs.append(DemoConfig(f"{middle}, then {names[0]}", mixed, f"ccfg:{SCALE}@{names[-1]}"))
-    return configs
+    solvers = [facts for facts in pipeline.coverage.solvers if facts.guidance == f"cfg:{SCALE}"]
+    return [*configs, *(DemoConfig("full", "full", facts.guidance, facts.name, None) for facts in solvers)]
 
 
 def demo_rows(pipeline: Pipeline, configs: list[DemoConfig]) -> Iterator[DemoRow]:
@@ -120,10 +122,17 @@ def demo_rows(pipeline: Pipeline, configs: list[DemoConfig]) -> Iterator[DemoRow
     pipeline.sample(labels, steps=2, schedule=configs[0].name, guidance=configs[0].guidance)  # warm up
     for config in configs:
         sample = pipeline.sample(
-            labels, steps=STEPS, sampler=SAMPLER, schedule=config.schedule, guidance=config.guidance, seed=SEED
+            labels,
+            steps=config.steps,
+            sampler=config.sampler,
+            schedule=config.schedule,
+            guidance=config.guidance,
+            seed=SEED,
         )
         images = pipeline.decode(sample.latents)
-        yield DemoRow(config.name, config.guidance, sample, images, flops_per_image(sample, pipeline.spec))
+        yield DemoRow(
+            config.name, config.sampler, config.guidance, sample, images, flops_per_image(sample, pipeline.spec)
+        )
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:
@@ -173,8 +182,10 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
     full = rows[0]
     facts = [
         {
-            "row": row.name,
-            "guidance": row.guidance,
+            "row": row.config.name,
+            "sampler": row.config.sampler,
+            "steps": len(row.sample.records),
+            "guidance": row.config.guidance,
             "ms_per_image": row.ms_per_image,
             "gflop_per_image": row.flops_per_image / 1e9,
         }
@@ -182,16 +193,26 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
     ]
     cells = [
         (
-            row.name,
-            row.guidance,
+            row.config.name,
+            row.config.sampler,
+            str(len(row.sample.records)),
+            row.config.guidance,
             f"{row.ms_per_image:.1f}",
             f"{row.ms_per_image / full.ms_per_image:.2f}",
             f"{row.flops_per_image / full.flops_per_image:.2f}",
         )
         for row in rows
     ]
-    columns = ("budget", "guidance", "ms per image", f"time / {full.name}", f"FLOPs / {full.name}")
+    columns = (
+        "budget",
+        "sampler",
+        "steps",
+        "guidance",
+        "ms per image",
+        f"time / {full.config.name}",
+        f"FLOPs / {full.config.name}",
+    )
     sizes = full.sample.part_sizes
-    title = f"{len(full.sample.records)} steps, {sum(sizes)} images, at most {max(sizes)} at once"
+    title = f"{sum(sizes)} images, at most {max(sizes)} at once"
     show(table(title, columns, cells), json_to=json_to)
     write_json(facts, json_to)

@@ -16,6 +16,7 @@ from elit_export.bundle.keys import Keys, model_key
 from elit_export.bundle.manifest import SCHEMA, Graph, Manifest, ModelFacts, PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.recipe import Recipe, load_recipe
+from elit_export.bundle.shipped import shipped_solvers
 from elit_export.bundle.store import Progress, Store, writing
 from elit_export.callbacks import noop
 from elit_export.checkpoints.vae import DecoderFolder, read_decoder
@@ -150,7 +151,8 @@ def _manifest(
 ) -> Manifest:
     """Return the manifest with the plan set beside those of other targets that were built from the same model.
 
-    What was measured of that model and recorded beside them stays too; of another one, nothing does.
+    What was measured of that model and recorded beside them stays too; of another one, nothing does. A new bundle of
+    the shipped model gets the solver tables that come with it.
     """
     kept = earlier if earlier and earlier.model == facts else None
     plan_sets = [plan_set if old.name == plan_set.name else old for old in (kept.plan_sets if kept else ())]
@@ -164,7 +166,9 @@ def _manifest(
         "graphs": {**_still_used(kept.graphs if kept else {}, plan_sets), **graphs},
         "plan_sets": tuple(plan_sets),
     }
-    return kept.model_copy(update=made) if kept else Manifest(**made)
+    if kept:
+        return kept.model_copy(update=made)
+    return Manifest(**made, solvers=shipped_solvers(facts.checkpoint_sha256))
 
 
 def _still_used(graphs: dict[str, Graph], plan_sets: list[PlanSet]) -> dict[str, Graph]:
