@@ -130,9 +130,7 @@ def demo_rows(pipeline: Pipeline, configs: list[DemoConfig]) -> Iterator[DemoRow
             seed=SEED,
         )
         images = pipeline.decode(sample.latents)
-        yield DemoRow(
-            config.name, config.sampler, config.guidance, sample, images, flops_per_image(sample, pipeline.spec)
-        )
+        yield DemoRow(config, sample, images, flops_per_image(sample, pipeline.spec))
 
 
 def save_picture(rows: list[DemoRow], path: Path) -> None:
@@ -203,15 +201,8 @@ def show_demo(rows: list[DemoRow], json_to: str | None) -> None:
         )
         for row in rows
     ]
-    columns = (
-        "budget",
-        "sampler",
-        "steps",
-        "guidance",
-        "ms per image",
-        f"time / {full.config.name}",
-        f"FLOPs / {full.config.name}",
-    )
+    relative = (f"{what} / {full.config.name}" for what in ("time", "FLOPs"))
+    columns = ("budget", "sampler", "steps", "guidance", "ms per image", *relative)
     sizes = full.sample.part_sizes
     title = f"{sum(sizes)} images, at most {max(sizes)} at once"
     show(table(title, columns, cells), json_to=json_to)
