@@ -11,7 +11,8 @@ from elit_export.checkpoints.weights import check_tensors, read_safetensors, wri
 from elit_export.errors import InputError
 from elit_export.evaluate.classifier import Classifier
 from elit_export.evaluate.facts import COVARIANCE, FORMAT, MEAN, PLAIN_FIELDS, described, load_facts
-from elit_export.evaluate.statistics import Evaluator, EvaluatorFacts
+from elit_export.evaluate.protocol import Evaluator
+from elit_export.evaluate.statistics import EvaluatorFacts
 
 WEIGHT_PREFIX = "weights."  # of the names of the classifier's own tensors
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from elit_export.arrays import Bools, Float64, Int64, Pixels
-from elit_export.evaluate.statistics import Evaluator, Gaussian, frechet_distance, share_of
+from elit_export.evaluate.protocol import Evaluator
+from elit_export.evaluate.statistics import share_of
 
 RESAMPLINGS = 50
 
@@ -63,10 +64,9 @@ class Judge:
 
     def judged(self, pixels: Pixels) -> Judged:  # (n, C, H, W)
         features, predicted = self._evaluator.look(pixels)
-        real = self._evaluator.facts.real
-        resampled = [frechet_distance(real, Gaussian.fit(features[draw])) for draw in self._draws]
-        distance = frechet_distance(real, Gaussian.fit(features))
-        return Judged(predicted == self._labels, distance, np.array(resampled))
+        distance = self._evaluator.distance
+        resampled = np.array([distance(features[draw]) for draw in self._draws])
+        return Judged(predicted == self._labels, distance(features), resampled)
 
 
 def resampled_within(labels: Int64, rng: np.random.Generator, draws: int) -> Int64:  # (draws, n)

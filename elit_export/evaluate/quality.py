@@ -16,8 +16,8 @@ from elit_export.arrays import Float64, Pixels
 from elit_export.bench.engines import measured_budgets
 from elit_export.errors import InputError
 from elit_export.evaluate.paired import Estimate, Judge, Judged
-from elit_export.evaluate.statistics import Baseline, Evaluator, EvaluatorFacts, check_images
-from elit_export.runtime.conditioning import require_classes
+from elit_export.evaluate.protocol import Evaluator, check_evaluator
+from elit_export.evaluate.statistics import Baseline, EvaluatorFacts
 from elit_export.runtime.images import to_images
 from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.pipeline import Pipeline
@@ -29,7 +29,6 @@ from elit_export.spec.limits import STEPS
 from elit_export.verify.metrics import difference
 
 OnImages = Callable[..., None]  # called with (label, evaluations done, total=evaluations of this pipeline)
-REMEDY = "train one with `elit-export train-classifier DATA --out FILE.safetensors` and give --classifier FILE"
 
 
 @dataclass(frozen=True)
@@ -151,28 +150,6 @@ def check_quality(
     for config in sampler_configs:
         for name in measured_budgets(on):
             prepared(on, labels.tolist(), options_of(config, name, guidance, seed=0))
-
-
-def check_evaluator(on: Samplable, facts: EvaluatorFacts, images: int) -> None:
-    """Raise InputError where the evaluator does not fit the samples."""
-    spec, data, classifier = on.spec, on.data, facts.spec
-    require_classes(spec, "judging samples by a classifier")
-    if data.kind != "pixels":
-        raise InputError(f"the samples are latents of a VAE ({data.vae or 'unknown'}); quality is of pixels only")
-    shape = (classifier.channels, classifier.size, classifier.size)
-    if spec.sample_shape != shape:
-        raise InputError(f"the samples are {spec.sample_shape}, the classifier takes {shape}", REMEDY)
-    if spec.num_classes != classifier.num_classes:
-        raise InputError(
-            f"the model has {spec.num_classes} classes, the classifier {classifier.num_classes}",
-            f"{REMEDY} of the same data",
-        )
-    if data.class_names and facts.class_names and data.class_names != facts.class_names:
-        raise InputError(
-            f"the model's classes are {', '.join(data.class_names)}, the classifier's {', '.join(facts.class_names)}",
-            f"{REMEDY} of the same data",
-        )
-    check_images(images, classifier.features)
 
 
 # ---------------------------------------------------------------- sampling

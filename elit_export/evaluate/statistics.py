@@ -6,12 +6,12 @@ F is the number of features, n that of images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from elit_export.arrays import Bools, Float64, Int64, Pixels
+from elit_export.arrays import Bools, Float64, Int64
 from elit_export.errors import InputError
 
 BASELINE_IMAGES = (64, 128, 256, 512, 1024, 2048)  # sample sizes at which the real-vs-real baseline is measured
@@ -174,14 +174,6 @@ class EvaluatorFacts:
         """The baseline of the largest sample with at most `images` images, or the smallest baseline."""
         smaller = [baseline for baseline in self.floors if baseline.images <= images]
         return smaller[-1] if smaller else self.floors[0]
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluator:
-    """A classifier with the statistics of real images. `look` gives features (n, F) and predicted labels (n,)."""
-
-    look: Callable[[Pixels], tuple[Float64, Int64]]  # (n, C, H, W)
-    facts: EvaluatorFacts
 
 
 def share_of(is_right: Bools) -> tuple[float, float]:

@@ -24,6 +24,7 @@ from elit_export.errors import BundleError, InputError, pip_install
 from elit_export.evaluate.evaluator import load_evaluator
 from elit_export.evaluate.facts import SHIPPED
 from elit_export.evaluate.paired import resampled_within
+from elit_export.evaluate.protocol import Evaluator
 from elit_export.evaluate.quality import (
     DEFAULT_CONFIGS,
     QualityResult,
@@ -34,7 +35,6 @@ from elit_export.evaluate.quality import (
 from elit_export.evaluate.statistics import (
     Baseline,
     ClassifierSpec,
-    Evaluator,
     EvaluatorFacts,
     Gaussian,
     frechet_distance,

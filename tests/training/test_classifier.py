@@ -22,7 +22,8 @@ from elit_export.errors import CheckpointError, InputError
 from elit_export.evaluate.classifier import Classifier
 from elit_export.evaluate.evaluator import load_evaluator, save_evaluator
 from elit_export.evaluate.facts import FORMAT, MEAN, SHIPPED
-from elit_export.evaluate.statistics import ClassifierSpec, Evaluator, EvaluatorFacts, Gaussian, frechet_distance
+from elit_export.evaluate.protocol import Evaluator
+from elit_export.evaluate.statistics import ClassifierSpec, EvaluatorFacts, Gaussian, frechet_distance
 from elit_export.training.classifier import (
     ClassifierConfig,
     check_data,
