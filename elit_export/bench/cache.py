@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -197,38 +197,65 @@ def smaller_budgets(on: Samplable, schedule: str) -> list[str]:
 # ---------------------------------------------------------------- one sampling config
 
 
+class CallKey(NamedTuple):
+    """What the time of a graph depends on; budget and text are 0 for graphs that run no block."""
+
+    graph: str
+    kept: int
+    rows: int
+    text: int
+
+
+def _graphs(call: Call) -> list[str]:
+    """The graphs that a call runs."""
+    return [*(["probe"] if call.cached.probed else []), "reuse" if call.reused else "step"]
+
+
+def _key(graph: str, call: Call) -> CallKey:
+    has_blocks = graph == "step"
+    return CallKey(graph, call.budget.kept * has_blocks, call.rows, call.text * has_blocks)
+
+
 class CallTimes:
     """The times in ms of single engine calls of a pipeline, each measured once."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._times_ms: dict[tuple[str, int, int, int], float] = {}
+        self._times_ms: dict[CallKey, float] = {}
 
     def of(self, call: Call) -> float:
         """The expected time of a call: that of the graphs it runs."""
-        probed = self.graph("probe", call) if call.cached.probed else 0.0
-        return probed + (self.graph("reuse", call) if call.reused else self.step(call))
+        return sum(self.graph(name, call) for name in _graphs(call))
 
     def step(self, call: Call) -> float:
         """The time of `step` at the budget, rows and text length of a call."""
-        bank, inputs = self._pipeline.bank, self._inputs(call.rows, call.text)
-        return self._timed(("step", call.budget.kept, call.rows, call.text), lambda: bank(call.budget, inputs))
+        return self.graph("step", call)
 
     def graph(self, name: str, call: Call) -> float:
-        """The time of `reuse` or `probe`. It depends on the rows alone: these graphs read no text and run no block."""
+        """The time of a graph at the size of a call. `reuse` and `probe` read no text and run no block."""
+        key = _key(name, call)
+        if key not in self._times_ms:
+            self._time({key: self._runner(name, call)})
+        return self._times_ms[key]
+
+    def measure_in_turn(self, calls: Iterable[Call]) -> None:
+        """Measure all the graphs that calls run, one after another in every round."""
+        names = [(name, call) for call in calls for name in _graphs(call)]
+        self._time({_key(name, call): self._runner(name, call) for name, call in names})
+
+    def _time(self, runs: Mapping[CallKey, Callable[[], object]]) -> None:
+        timed = timed_in_turn({repr(key): run for key, run in runs.items()}, rounds=CALL_ROUNDS)
+        self._times_ms |= {key: timed[repr(key)].median_ms for key in runs}
+
+    def _runner(self, name: str, call: Call) -> Callable[[], object]:
         spec, bank = self._pipeline.spec, self._pipeline.bank
         inputs = self._inputs(call.rows, call.text)
+        if name == "step":
+            return lambda: bank(call.budget, inputs)
         tokens = np.ones((call.rows, spec.tokens, spec.hidden_size), np.float32)
-        run = {
-            "probe": lambda: bank.probe(inputs, tokens),
-            "reuse": lambda: bank.reuse(call.budget, inputs, tokens, tokens, 1.0),
-        }
-        return self._timed((name, 0, call.rows, 0), run[name])
-
-    def _timed(self, key: tuple[str, int, int, int], run: Callable[[], object]) -> float:
-        if key not in self._times_ms:
-            self._times_ms[key] = timed_in_turn({"call": run}, rounds=CALL_ROUNDS)["call"].median_ms
-        return self._times_ms[key]
+        if name == "probe":
+            return lambda: bank.probe(inputs, tokens)
+        return lambda: bank.reuse(call.budget, inputs, tokens, tokens, 1.0)
 
     def _inputs(self, rows: int, text: int) -> Mapping[str, HostArray]:
         spec = self._pipeline.spec
