@@ -30,6 +30,7 @@ TOOLS = {
     "transformers": Tool("text encoders", "text"),
     "polygraphy": Tool("verify --polygraphy", "polygraphy"),
     "matplotlib": Tool("plots", "report"),
+    "optuna": Tool("tune", "tune"),
 }
 
 

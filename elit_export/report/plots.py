@@ -15,6 +15,7 @@ from elit_export.bundle.manifest import CacheCalibration
 from elit_export.calibrate.step_cache import Pairs
 from elit_export.errors import InputError
 from elit_export.spec import SolverError
+from elit_export.tune.result import FOUND, TuneResult
 
 MAX_POINTS = 4000  # of a scatter plot: more would hide each other
 
@@ -91,6 +92,31 @@ def plot_solvers(solvers: Sequence[SolverError], compared: Sequence[SolverError]
     axes.axhline(euler.pooled_db, color="black", linewidth=0.8, label=f"euler, {euler.calls} calls")
     axes.axhline(euler.worst_db, color="black", linewidth=0.8, linestyle=":")
     axes.set(xlabel="calls", ylabel="SQNR in dB; dotted: the worst image", title="images that nothing was fitted to")
+    axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def plot_tune(result: TuneResult, path: Path) -> None:
+    """Plot quality against time: controls are lines by family, what a search found is crosses, presets have names."""
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    axes = figure.subplots()
+    by_distance = result.evaluator is not None
+    for family in dict.fromkeys(row.family for row in result.found):
+        rows = [row for row in result.found if row.family == family]
+        points = sorted(
+            (row.ms, value) for row in rows if (value := row.distance if by_distance else row.sqnr_db) is not None
+        )
+        line, marker = ("", "x") if family == FOUND else ("-", ".")
+        if points:
+            axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, label=family)
+    for row in result.found:
+        value = row.distance if by_distance else row.sqnr_db
+        names = [preset.name for preset in result.presets if (preset.row, preset.plan_set) == (row.name, row.plan_set)]
+        if names and value is not None:
+            axes.annotate(", ".join(names), (row.ms, value), textcoords="offset points", xytext=(4, 6))
+    quality = "Fréchet distance, less is better" if by_distance else "dB to the reference solution"
+    axes.set(xscale="log", xlabel=f"ms of a sampling of {result.rows} images", ylabel=quality)
+    axes.set_title(f"target: {result.target}; guidance {result.guidance}")
     axes.legend(fontsize="small")
     _save(figure, path)
 

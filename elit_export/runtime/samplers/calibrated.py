@@ -66,8 +66,8 @@ def selected_solver(solvers: Solvers, sampler: str, steps: int | None, guidance:
         raise InputError(
             f"sampler {sampler}: there is no such table; there are {has}", remedy(sampler, calls, guidance)
         )
-    best = max(fitting, key=lambda facts: (_is_for(facts, guidance), facts.table.calls))
-    if not _is_for(best, guidance):
+    best = max(fitting, key=lambda facts: (is_for(facts, guidance), facts.table.calls))
+    if not is_for(best, guidance):
         made_for = _described(best.guidance, best.guidance_interval)
         used = _described(str(guidance), (guidance.low, guidance.high))
         what = f"{best.name} was calibrated for guidance {made_for}, and is used with {used}"
@@ -91,7 +91,8 @@ def _calls_of(sampler: str, steps: int | None) -> int | None:
     return int(number)
 
 
-def _is_for(facts: SolverFacts, guidance: Guidance) -> bool:
+def is_for(facts: SolverFacts, guidance: Guidance) -> bool:
+    """Whether a table was calibrated for this guidance."""
     interval = facts.guidance_interval or (0.0, 1.0)
     return facts.guidance == str(guidance) and (not guidance.guides or interval == (guidance.low, guidance.high))
 
