@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "calibrate": {"spec", "bundle", "backends", "runtime", "models", "cost", "graphs", "verify"},
     "bench": {"spec", "bundle", "backends", "runtime", "cost", "verify"},
     "evaluate": {"spec", "bundle", "runtime", "checkpoints", "verify", "bench"},
+    "tune": {"spec", "bundle", "backends", "runtime", "bench", "evaluate"},
     "integrations": {"spec", "bundle", "backends", "runtime", "verify"},
     "report": {
         "spec",
@@ -51,6 +52,7 @@ ROOMS: dict[str, set[str]] = {
         "calibrate",
         "verify",
         "bench",
+        "tune",
     },
     "compiler": {
         *("spec", "bundle", "backends", "models", "cost", "checkpoints", "graphs", "runtime", "verify"),
@@ -92,6 +94,7 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"cli/"},
     "filelock": {"bundle/store.py"},
     "matplotlib": {"report/plots.py"},
+    "optuna": {"tune/study.py"},
     "polygraphy": {"verify/polygraphy.py", "integrations/polygraphy.py"},
 }
 # The one door for files that are read, and who else opens some: (file, call) → why it may.
@@ -404,6 +407,7 @@ HEAVY = (
     "diffusers",
     "transformers",
     "polygraphy",
+    "optuna",
 )
 
 

@@ -24,7 +24,7 @@ from elit_export.bench.whole_image import WholeImageResult
 from elit_export.bundle.manifest import CacheCalibration, CacheFit
 from elit_export.bundle.reading import Bundle
 from elit_export.cli import main
-from elit_export.cli.tables import bench, deployment, inspect, presets, whole_image
+from elit_export.cli.tables import bench, deployment, inspect, presets, tune, whole_image
 from elit_export.cli.tables.bench import bench_tables, quality_table
 from elit_export.cli.tables.layout import WHOLE, Table, blocks_of, digits, laid_out, table
 from elit_export.cost.flops import flops
@@ -33,6 +33,7 @@ from elit_export.evaluate.quality import QualityResult, QualityRow
 from elit_export.evaluate.statistics import Baseline
 from elit_export.report.inspection import bundle_facts, inspect_path
 from elit_export.spec import Budget, Fit
+from elit_export.tune.result import TuneResult
 from elit_export.verify.compare import Comparison, verdict_of
 from tests.cli.examples import LONG_NAME, example_of
 from tests.helpers import a_preset, a_solver, tiny_spec
@@ -132,6 +133,7 @@ EXAMPLES: dict[Callable[..., Any], Callable[[], Table | Iterable[Table]]] = {
     inspect.file_tables: lambda: inspect.file_tables(inspect_path(str(RECIPE))),
     inspect.inspection_tables: lambda: inspect.inspection_tables(inspect_path("ELIT-SiT-XL/2")),
     deployment.deployment_tables: lambda: deployment.deployment_tables(inspect_path("ELIT-SiT-XL/2")),
+    tune.tune_tables: lambda: tune.tune_tables(example_of(TuneResult)),
     presets.preset_tables: lambda: presets.preset_tables(preset_examples()),
     presets.solver_tables: lambda: presets.solver_tables(
         [{"name": "solver:2", **asdict(a_solver()), "problem": "of another checkpoint (a, not b)"}]
@@ -166,7 +168,7 @@ def test_no_table_loses_a_digit_or_a_header(make: Callable[[], Any], width: int)
 def test_every_table_is_among_the_examples() -> None:
     makers = {
         function
-        for module in (bench, deployment, inspect, presets, whole_image)
+        for module in (bench, deployment, inspect, presets, tune, whole_image)
         for name, function in source.getmembers(module, source.isfunction)
         if function.__module__ == module.__name__
         and not name.startswith("_")
