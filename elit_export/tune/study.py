@@ -149,6 +149,10 @@ class Study:
             self._file.keep(name, make())
         return self._file.kept[name]
 
+    def finished(self, name: str) -> int:
+        """How many trials of a search are made."""
+        return len(_finished(self._opened(name)))
+
     def search(
         self,
         name: str,

@@ -1,0 +1,97 @@
+"""Choices of a trial as ways to sample."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elit_export.bundle.reading import Bundle
+from elit_export.runtime.opening import unopened
+from elit_export.runtime.request import Unopened, prepared
+from elit_export.tune.space import CACHES, Config, Space, cache_text, sampling_options, schedule_text, space_of
+
+
+@pytest.fixture
+def on(tiny_bundle: Bundle) -> Unopened:
+    return unopened(tiny_bundle, tiny_bundle.manifest.plan_sets[0])
+
+
+@pytest.fixture
+def space(on: Unopened) -> Space:
+    return space_of({"cpu fp32": on}, "cfg:2")
+
+
+class Random:
+    """Chooses at random."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any], /) -> Any:
+        return choices[self._rng.integers(len(choices))]
+
+    def suggest_int(self, name: str, low: int, high: int, /) -> int:
+        return int(self._rng.integers(low, high + 1))
+
+
+def test_the_space_is_that_of_the_model_and_the_guidance(space: Space, on: Unopened) -> None:
+    assert space.budgets[0] == "full"
+    assert space.weak == tuple(f"ccfg:2@{on.spec.budget(name).kept}" for name in space.budgets[1:])
+    assert space.caches == CACHES
+    assert "euler-maruyama" not in space.samplers
+    assert {"euler", "heun", "ab2", "ab3"} <= set(space.samplers)
+    unguided = space_of({"cpu fp32": on}, "none")
+    assert unguided.weak == ()
+    without = replace(on, coverage=replace(on.coverage, graphs=frozenset()))
+    assert space_of({"a": on, "b": without}, "none").caches == ()
+
+
+@pytest.mark.parametrize("any_budget", [False, True])
+def test_every_choice_can_be_sampled_and_is_read_back(space: Space, on: Unopened, any_budget: bool) -> None:
+    keeps = set()
+    for seed in range(60):
+        config = space.choose(Random(seed), any_budget=any_budget)
+        prepared(on, [0], sampling_options(config.options))
+        assert Config.of_key(config.key) == config
+        keeps.add(space.keeps_solution(config))
+    assert (False in keeps) == any_budget
+
+
+def test_first_choices_are_choices(space: Space, on: Unopened) -> None:
+    class Fixed:
+        def __init__(self, choices: dict[str, Any]) -> None:
+            self._choices = choices
+
+        def suggest_categorical(self, name: str, choices: Sequence[Any], /) -> Any:
+            assert self._choices[name] in choices
+            return self._choices[name]
+
+        def suggest_int(self, name: str, low: int, high: int, /) -> int:
+            assert low <= self._choices[name] <= high
+            return int(self._choices[name])
+
+    for any_budget in (False, True):
+        for choices in space.first_choices(any_budget=any_budget):
+            prepared(on, [0], sampling_options(space.choose(Fixed(choices), any_budget=any_budget).options))
+
+
+def test_controls_change_one_thing_alone(space: Space, on: Unopened) -> None:
+    for control in space.controls():
+        prepared(on, [0], sampling_options(control.config.options))
+        options = control.config.options
+        changes = (options.schedule != "full", options.cache != "none", options.steps != 50)
+        assert sum(changes) <= 1 or options.sampler == "ab3"
+
+
+def test_texts_of_schedules_and_caches() -> None:
+    assert schedule_text("half", "full", "25") == "0%-25%:half,25%-100%:full"
+    assert schedule_text("half", "half", "25") == "half"
+    assert cache_text(CACHES[0], 8) == "static:every@2"
+    assert cache_text(CACHES[1], 8) == "static:every@3"
+    assert cache_text(CACHES[2], 8) == "static:mask@11111011"
+    assert cache_text(CACHES[3], 8) == "static:mask@10101111"
+    assert cache_text(CACHES[2], 2) == "none"
