@@ -42,7 +42,8 @@ SLOW_MS = 60_000.0  # no sampling of the tiny model takes as long, however busy 
 def _few_samplings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches of the tiny model need no such reference, nor so many controls and rounds."""
     monkeypatch.setattr(images, "REFERENCE_STEPS", 24)
-    monkeypatch.setattr(space, "EULER_STEPS", (2, 6, 50))
+    monkeypatch.setattr(space, "BASELINE_STEPS", 12)
+    monkeypatch.setattr(space, "EULER_STEPS", (2, 6, 12))
     monkeypatch.setattr(space, "MULTISTEP_STEPS", (2, 5))
     monkeypatch.setattr(finals, "TIMED_MS", 1.0)
     monkeypatch.setattr(finals, "AGAIN_MS", 1.0)
@@ -197,9 +198,9 @@ def wait_for(is_there: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 def test_a_study_of_another_search_is_refused(copied: Path) -> None:
-    tuned(copied, "--min-sqnr", "20", "--name", "one")
-    said = refused(copied, "--min-sqnr", "21", "--classifier", "none")
-    assert "target was 'at least 20 dB', now it is 'at least 21 dB'; give another file with --study, or remove" in said
+    assert "comes nearest" in refused(copied, "--min-sqnr", "299")
+    said = refused(copied, "--min-sqnr", "21")
+    assert "target was 'at least 299 dB', now it is 'at least 21 dB'; give another file with --study, or remove" in said
 
 
 def test_without_optuna_the_extra_is_named(tiny_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +252,6 @@ def test_an_evaluator_judges_other_budgets_too(copied: Path) -> None:
     assert all((row.sqnr_db is not None) == row.keeps_solution for row in result.found)
     (preset,) = result.presets
     assert preset.meets_goal
-    again = judged(copied, Target(latency_ms=SLOW_MS), ("best",)).result  # all of it is kept, but for times
-    quality = {row.name: (row.sqnr_db, row.distance) for row in result.found}
-    assert {
-        row.name: (row.sqnr_db, row.distance) for row in again.found if row.name in quality
-    }.items() <= quality.items()
 
 
 # ---------------------------------------------------------------- verdicts
