@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from elit_export.bundle.reading import Bundle
     from elit_export.evaluate.protocol import ImageEvaluator
     from elit_export.tune.run import Tuned
+    from elit_export.tune.search import Job
     from elit_export.tune.target import Target
 
 ALL = "all"  # in place of a target's name
@@ -136,47 +137,47 @@ def tuned_by(bundle: Bundle, asked: Asked, json_to: str | None) -> Tuned:
     """Check everything, open engines, and search."""
     from elit_export.bundle.store import check_recordable
     from elit_export.runtime.pipeline import Pipeline
-    from elit_export.tune.ready import belongings, checked_space, evaluator_sha256, reference_plan_set
+    from elit_export.tune.ready import belongings, reference_plan_set
     from elit_export.tune.run import Origin, tune
-    from elit_export.tune.search import Job
-    from elit_export.tune.space import usual_guidance
     from elit_export.tune.study import Study
 
-    aim, names = asked.aim, asked.names
-    if asked.images < MIN_IMAGES:
-        raise InputError(
-            f"{asked.images} images are too few to compare samplings by", f"give --images {MIN_IMAGES} or more"
-        )
     plan_sets = plan_sets_of(bundle, asked)
     for plan_set in plan_sets:
         say_accepted(bundle, plan_set, json_to=json_to)
-    guidance = asked.guidance or usual_guidance(bundle.manifest.model.spec)
-    space = checked_space(bundle, plan_sets, guidance, rows=asked.rows, images=asked.images)
-    reference, evaluator = reference_plan_set(bundle, plan_sets), evaluator_of(bundle, plan_sets[0], asked)
+    job = job_of(bundle, plan_sets, asked)
     check_recordable(bundle.folder)
     file = asked.file(bundle.folder)
     check_writable(file)
-    same = {"rows": asked.rows, "images": asked.images, "seed": asked.seed, "reference": reference.name}
-    same_evaluator = {"evaluator": evaluator_sha256(evaluator)}
-    study = Study(file, belongings(bundle, plan_sets, aim, space, **same, **same_evaluator), seed=asked.seed)
+    study = Study(file, belongings(bundle, plan_sets, job), seed=job.seed)
     say(f"the search is kept in {file}; if it is stopped, type the same command to go on", json_to=json_to)
     origin = Origin(bundle, {each.name: each for each in plan_sets}, typed_command())
+    needed = {each.name: each for each in (*plan_sets, reference_plan_set(bundle, plan_sets))}
     with ExitStack() as stack, progress_bar() as progress:
-        needed = {each.name: each for each in (*plan_sets, reference)}
         pipelines = {name: stack.enter_context(Pipeline.of(bundle, each)) for name, each in needed.items()}
-        job = Job(
-            pipelines=pipelines,
-            space=space,
-            reference=reference.name,
-            evaluator=evaluator,
-            target=aim,
-            names=names,
-            rows=asked.rows,
-            images=asked.images,
-            trials=asked.trials,
-            seed=asked.seed,
-        )
-        return tune(job, study, origin, shown_in(progress))
+        return tune(job, pipelines, study, origin, shown_in(progress))
+
+
+def job_of(bundle: Bundle, plan_sets: Sequence[PlanSet], asked: Asked) -> Job:
+    """What is to be searched; raises InputError where it cannot be."""
+    from elit_export.tune.ready import checked_space, reference_plan_set
+    from elit_export.tune.search import Job
+    from elit_export.tune.space import usual_guidance
+
+    target, names, images = asked.aim, asked.names, asked.images
+    if images < MIN_IMAGES:
+        raise InputError(f"{images} images are too few to compare samplings by", f"give --images {MIN_IMAGES} or more")
+    guidance = asked.guidance or usual_guidance(bundle.manifest.model.spec)
+    return Job(
+        space=checked_space(bundle, plan_sets, guidance, rows=asked.rows, images=images),
+        reference=reference_plan_set(bundle, plan_sets).name,
+        evaluator=evaluator_of(bundle, plan_sets[0], asked),
+        target=target,
+        names=names,
+        rows=asked.rows,
+        images=images,
+        trials=asked.trials,
+        seed=asked.seed,
+    )
 
 
 def plan_sets_of(bundle: Bundle, asked: Asked) -> Sequence[PlanSet]:

@@ -15,7 +15,7 @@ from elit_export.bundle.manifest import CacheCalibration
 from elit_export.calibrate.step_cache import Pairs
 from elit_export.errors import InputError
 from elit_export.spec import SolverError
-from elit_export.tune.result import FOUND, TuneResult
+from elit_export.tune.result import FOUND, TunedRow, TuneResult
 
 MAX_POINTS = 4000  # of a scatter plot: more would hide each other
 
@@ -100,25 +100,25 @@ def plot_tune(result: TuneResult, path: Path) -> None:
     """Plot quality against time: controls are lines by family, what a search found is crosses, presets have names."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    by_distance = result.evaluator is not None
-    for family in dict.fromkeys(row.family for row in result.found):
-        rows = [row for row in result.found if row.family == family]
-        points = sorted(
-            (row.ms, value) for row in rows if (value := row.distance if by_distance else row.sqnr_db) is not None
-        )
+    judged = [(row, value) for row in result.found if (value := _quality(row, result)) is not None]
+    for family in dict.fromkeys(row.family for row, _ in judged):
+        points = sorted((row.ms, value) for row, value in judged if row.family == family)
         line, marker = ("", "x") if family == FOUND else ("-", ".")
-        if points:
-            axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, label=family)
-    for row in result.found:
-        value = row.distance if by_distance else row.sqnr_db
+        axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, label=family)
+    front = [(row.ms, value) for row, value in judged if row.on_front]
+    axes.plot(*zip(*front, strict=True), linestyle=":", color="black", label="Pareto front")
+    for row, value in judged:
         names = [preset.name for preset in result.presets if (preset.row, preset.plan_set) == (row.name, row.plan_set)]
-        if names and value is not None:
-            axes.annotate(", ".join(names), (row.ms, value), textcoords="offset points", xytext=(4, 6))
-    quality = "Fréchet distance, less is better" if by_distance else "dB to the reference solution"
-    axes.set(xscale="log", xlabel=f"ms of a sampling of {result.rows} images", ylabel=quality)
+        axes.annotate(", ".join(names), (row.ms, value), textcoords="offset points", xytext=(4, 6))
+    quality = "Fréchet distance, less is better" if result.evaluator else "dB to the reference solution"
+    axes.set(xscale="log", xlabel=f"ms of one sampling, {result.rows} images at once", ylabel=quality)
     axes.set_title(f"target: {result.target}; guidance {result.guidance}")
     axes.legend(fontsize="small")
     _save(figure, path)
+
+
+def _quality(row: TunedRow, result: TuneResult) -> float | None:
+    return row.distance if result.evaluator else row.sqnr_db
 
 
 def check_format(path: Path) -> None:

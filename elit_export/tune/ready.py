@@ -7,14 +7,13 @@ from typing import Any
 
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.reading import Bundle
-from elit_export.evaluate.protocol import ImageEvaluator
 from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.opening import check_verified, incompatibility, unopened
 from elit_export.runtime.request import Samplable, prepared
 from elit_export.spec import Precision
 from elit_export.tune.images import reference_config
+from elit_export.tune.search import Job
 from elit_export.tune.space import Space, sampling_options, space_of
-from elit_export.tune.target import Target
 
 
 def checked_space(bundle: Bundle, plan_sets: Sequence[PlanSet], guidance: str, *, rows: int, images: int) -> Space:
@@ -39,24 +38,26 @@ def check_samples(on: Samplable, space: Space, name: str, images: int) -> None:
 def reference_plan_set(bundle: Bundle, plan_sets: Sequence[PlanSet]) -> PlanSet:
     """The plan set that computes the reference solution: one in fp32 that runs here, else the first of the search."""
     every = (*plan_sets, *bundle.manifest.plan_sets)
-    exact = (each for each in every if each.precision is Precision.FP32 and not incompatibility(each))
+    exact = (each for each in every if each.precision is Precision.FP32 and _can_run(each))
     return next(exact, plan_sets[0])
 
 
-def belongings(
-    bundle: Bundle, plan_sets: Sequence[PlanSet], target: Target, space: Space, **options: Any
-) -> dict[str, Any]:
+def _can_run(plan_set: PlanSet) -> bool:
+    return all(parity.ran for parity in plan_set.parities) and not incompatibility(plan_set)
+
+
+def belongings(bundle: Bundle, plan_sets: Sequence[PlanSet], job: Job) -> dict[str, Any]:
     """What the trials of a study belong to: with anything else they would not be comparable."""
-    model = bundle.manifest.model
+    space = job.space
     return {
-        "checkpoint": model.checkpoint_sha256,
+        "checkpoint": bundle.manifest.model.checkpoint_sha256,
         "plans": {each.name: sorted(plan.artifact.name for plan in each.plans) for each in plan_sets},
-        "target": str(target),
+        "target": str(job.target),
         "guidance": space.guidance,
         "samplers": [*space.samplers, *space.tables, *space.budget_tables],
-        **options,
+        "reference": job.reference,
+        "evaluator": job.evaluator.sha256 if job.evaluator else None,
+        "rows": job.rows,
+        "images": job.images,
+        "seed": job.seed,
     }
-
-
-def evaluator_sha256(evaluator: ImageEvaluator | None) -> str | None:
-    return evaluator.sha256 if evaluator else None

@@ -13,6 +13,7 @@ from elit_export.bundle.presets import Measured as PresetMeasured
 from elit_export.bundle.presets import Preset
 from elit_export.bundle.reading import Bundle
 from elit_export.errors import CalibrationError
+from elit_export.runtime.pipeline import Pipeline
 from elit_export.tune.finals import Chosen, Finals, Measured, final_choices, mispredicted, refuse_unmet
 from elit_export.tune.images import Images, reference_config
 from elit_export.tune.pareto import front, pooled_db
@@ -44,17 +45,17 @@ class Tuned:
     presets: list[Preset]
 
 
-def tune(job: Job, study: Study, origin: Origin, on_stage: OnStage) -> Tuned:
+def tune(job: Job, pipelines: Mapping[str, Pipeline], study: Study, origin: Origin, on_stage: OnStage) -> Tuned:
     """Search, measure on unseen images, and choose presets; nothing is written but the study.
 
     Raises InputError or CalibrationError, naming what comes nearest, for a target that cannot be met.
     """
-    search = Search(job, study, on_stage)
+    search = Search(job, pipelines, study, on_stage)
     search.measure()
     found = search.found()
     if not found.candidates:
         raise CalibrationError("no trial is within the target", "give more --trials")
-    images = Images(job.pipelines, reference_config(job.space, job.reference), seed=job.seed + 1, keep=study.kept)
+    images = Images(pipelines, reference_config(job.space, job.reference), seed=job.seed + 1, keep=study.kept)
     finals = Finals(search, images, on_stage)
     chosen = final_choices(found, finals, job.goals)
     if not chosen:

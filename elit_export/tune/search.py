@@ -26,12 +26,11 @@ OnStage = Callable[[str, int, int], None]  # what, done, of how many
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is searched: opened plan sets by name, the space, the target, and how much work to spend.
+    """What is searched: the space, the target, and how much work to spend; it needs no engines.
 
     `reference` names the plan set that computes the reference solution; it need not be in the space.
     """
 
-    pipelines: Mapping[str, Pipeline]
     space: Space
     reference: str
     evaluator: ImageEvaluator | None
@@ -81,14 +80,15 @@ class Found:
 class Search:
     """One search. Times are measured when it begins; trials and images are kept in the study."""
 
-    def __init__(self, job: Job, study: Study, on_stage: OnStage) -> None:
-        self.job, self._study, self._on_stage = job, study, on_stage
+    def __init__(self, job: Job, pipelines: Mapping[str, Pipeline], study: Study, on_stage: OnStage) -> None:
+        """Take the opened plan sets of the space and of the reference, by name."""
+        self.job, self.pipelines, self._study, self._on_stage = job, pipelines, study, on_stage
         self.space = job.space
-        self.costs = {name: Costs(job.pipelines[name], job.rows) for name in job.space.plan_sets}
+        self.costs = {name: Costs(pipelines[name], job.rows) for name in job.space.plan_sets}
         self.baseline_ms: dict[str, float] = {}
         self.smallest: tuple[float, Config] | None = None
         reference = reference_config(job.space, job.reference)
-        self._images = Images(job.pipelines, reference, seed=job.seed, keep=study.kept)
+        self._images = Images(pipelines, reference, seed=job.seed, keep=study.kept)
 
     # ---------------------------------------------------------------- times
 
@@ -188,7 +188,7 @@ class Search:
         rungs = list[int]()
         for images in (self.job.images // 4, self.job.images // 2):
             try:
-                self.job.evaluator.check(self.job.pipelines[self.job.reference], images)
+                self.job.evaluator.check(self.pipelines[self.job.reference], images)
             except InputError:  # too few
                 continue
             rungs.append(images)

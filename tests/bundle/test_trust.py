@@ -157,6 +157,7 @@ COMMANDS = (
     "bench samplers BUNDLE",
     "bench soak BUNDLE --samplings 10",
     "bench backends BUNDLE --rows 1",
+    "tune BUNDLE --latency 1s --classifier none --guidance none --study FILE",
 )
 
 

@@ -228,7 +228,6 @@ def judged(folder: Path, target: Target, names: tuple[str, ...]) -> Tuned:
     choices = checked_space(opened, [plan_set], "cfg:2", rows=1, images=32)
     with Pipeline.load(folder) as pipeline:
         job = Job(
-            pipelines={plan_set.name: pipeline},
             space=choices,
             reference=plan_set.name,
             evaluator=Evaluator(look, FACTS),
@@ -240,7 +239,8 @@ def judged(folder: Path, target: Target, names: tuple[str, ...]) -> Tuned:
             seed=0,
         )
         searched = Study(folder.parent / "judged.tune", {"a": 1}, seed=0)
-        return tune(job, searched, Origin(opened, {plan_set.name: plan_set}, "elit-export tune"), lambda *_: None)
+        origin = Origin(opened, {plan_set.name: plan_set}, "elit-export tune")
+        return tune(job, {plan_set.name: pipeline}, searched, origin, lambda *_: None)
 
 
 def test_an_evaluator_judges_other_budgets_too(copied: Path) -> None:
