@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -10,6 +11,7 @@ from elit_export.errors import CalibrationError
 from elit_export.tune.costs import off_by, rounds_within
 from elit_export.tune.images import Images
 from elit_export.tune.pareto import (
+    Candidate,
     Goal,
     Quality,
     is_significant,
@@ -178,6 +180,14 @@ class Finals:
         limit_ms = self._job.target.limit_ms(one.ms * one.speedup)
         return one.ms <= goal.max_cost * limit_ms * (1 + TOLERANCE)
 
+    def best_controls(self, goal: Goal) -> list[Config]:
+        """The best controls that meet a goal, for where nothing that was found is better."""
+        met = [each for each in self.controls if self.meets(goal, each)]
+        found = Found(
+            [each.config for each in met], [Candidate(i, each.ms, each.quality) for i, each in enumerate(met)]
+        )
+        return found.ranked(replace(goal, max_cost=math.inf))[:TRIED]
+
     def again(self, one: Measured) -> Measured:
         """The same with its time measured again, beside the baseline."""
         plan_set = one.config.plan_set
@@ -213,7 +223,7 @@ def final_choices(found: Found, finals: Finals, goals: Sequence[Goal]) -> list[C
     factor, more_db = corrections(finals, found)
     candidates = {goal: found.ranked(goal, factor=factor)[:TRIED] for goal in goals}
     finals.measure(each for some in candidates.values() for each in some)
-    chosen = {goal: finals.chosen(goal, candidates[goal]) for goal in goals}
+    chosen = {goal: finals.chosen(goal, [*candidates[goal], *finals.best_controls(goal)]) for goal in goals}
     for goal in goals:
         if chosen[goal] is None and more_db:
             more = found.ranked(goal, factor=factor, more_db=more_db)[:TRIED]
@@ -251,12 +261,13 @@ def refuse_unmet(search: Search, found: Found, finals: Finals) -> None:
     )
 
 
-def mispredicted(one: Measured) -> str:
-    """Say by how much the time of a chosen config misses its prediction; empty where that is within 5 %."""
+def mispredicted(chosen: Chosen) -> str:
+    """Say by how much the time of a preset misses its prediction; empty where that is within 5 %."""
+    one = chosen.measured
     off = off_by(one.predicted_ms, one.ms)
     if off <= TOLERANCE:
         return ""
     return (
-        f"{one.config}: {one.predicted_ms:.3g} ms were predicted, measured again it takes {one.ms:.3g} ms "
+        f"{chosen.goal.name}: {one.predicted_ms:.3g} ms were predicted, measured again it takes {one.ms:.3g} ms "
         f"({off:.0%} off); what was measured counts"
     )

@@ -151,13 +151,13 @@ def _goal_text(chosen: Chosen, job: Job) -> str:
         return f"at least {goal.min_db:g} dB"
     if job.target.speedup is not None:
         return f"at least {job.target.speedup / goal.max_cost:.3g} times as fast as the baseline"
-    return f"at most {goal.max_cost * job.target.limit_ms(one.ms):.3g} ms"
+    return f"at most {goal.max_cost * job.target.limit_ms(one.ms):.10g} ms"
 
 
 def _notes(job: Job, chosen: Sequence[Chosen]) -> list[str]:
     notes = [] if job.evaluator else [NO_EVALUATOR]
     notes += [JUDGED_IN_DB] if job.evaluator and not job.judges else []
-    notes += [note for each in chosen if (note := mispredicted(each.measured))]
+    notes += [note for each in chosen if (note := mispredicted(each))]
     made = {each.goal.name for each in chosen}
     missing = [goal.name for goal in job.goals if goal.name not in made]
     return [*notes, *(f"no preset {name}: nothing that was found reaches its goal" for name in missing)]

@@ -35,7 +35,7 @@ class Target:
 
     def __str__(self) -> str:
         if self.latency_ms is not None:
-            return f"at most {self.latency_ms:g} ms"
+            return f"at most {self.latency_ms:.10g} ms"
         if self.speedup is not None:
             return f"at least {self.speedup:g} times as fast as the baseline"
         return f"at least {self.min_sqnr_db:g} dB"
