@@ -206,8 +206,8 @@ def _steps(sampler: str, calls: int) -> int:
 
 
 def calls_of_table(name: str) -> int:
-    """`solver:8` → 8."""
-    return int(name.partition(":")[2])
+    """`solver:8` and `solver:8,mixed` → 8."""
+    return int(name.partition(":")[2].partition(",")[0])
 
 
 def schedule_text(first: str, last: str, share: str) -> str:

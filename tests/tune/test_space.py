@@ -12,7 +12,9 @@ import pytest
 from elit_export.bundle.reading import Bundle
 from elit_export.runtime.opening import unopened
 from elit_export.runtime.request import Unopened, prepared
+from elit_export.spec import SolverFacts, SolverTable
 from elit_export.tune.space import CACHES, Config, Space, cache_text, sampling_options, schedule_text, space_of
+from tests.helpers import a_solver
 
 
 @pytest.fixture
@@ -95,3 +97,27 @@ def test_texts_of_schedules_and_caches() -> None:
     assert cache_text(CACHES[2], 8) == "static:mask@11111011"
     assert cache_text(CACHES[3], 8) == "static:mask@10101111"
     assert cache_text(CACHES[2], 2) == "none"
+
+
+def solver_facts(calls: int, guidance: str, budgets: tuple[int, ...] | None = None) -> SolverFacts:
+    """A table with the weights of Euler's method."""
+    times = tuple(1 - step / calls for step in range(calls + 1))
+    weights = tuple((0.0,) * step + (-1 / calls,) for step in range(calls))
+    return a_solver(guidance=guidance, table=SolverTable(times=times, weights=weights, budgets=budgets))
+
+
+def test_solver_tables_for_the_guidance_are_choices(on: Unopened) -> None:
+    solvers = (solver_facts(3, "cfg:2"), solver_facts(4, "none"), solver_facts(3, "cfg:2", (1, 2, 4)))
+    with_tables = replace(on, coverage=replace(on.coverage, solvers=solvers))
+    found = space_of({"cpu fp32": with_tables}, "cfg:2")
+    (plain, mixed) = (solvers[0].name, solvers[2].name)
+    assert (found.tables, found.budget_tables) == ((plain,), (mixed,))
+    sampled = {found.choose(Random(seed), any_budget=True) for seed in range(150)}
+    of_tables = [config for config in sampled if config.options.steps is None]
+    assert {config.options.sampler for config in of_tables} == {plain, mixed}
+    for config in of_tables:  # none warns that the table is of other guidance
+        prepared(with_tables, [0], sampling_options(config.options))
+        assert (config.options.guidance, config.options.guidance_interval) == ("cfg:2", None)
+    assert not any(found.keeps_solution(config) for config in of_tables if config.options.sampler == mixed)
+    assert found.keeps_solution(found.config("cpu fp32", plain, None))
+    assert mixed not in {found.choose(Random(seed), any_budget=False).options.sampler for seed in range(60)}
