@@ -28,8 +28,8 @@ from elit_export.tune.target import TOLERANCE, TOLERANCE_DB
 ERROR_IMAGES = 64  # at most so many, for the reference solution takes long
 TRIED = 3  # candidates of each goal that are measured
 FRONT = 6  # configs of the search's front that are measured too, for the table
-TIMED_MS = 20_000.0  # about what one plan set's samplings may take together
-AGAIN_MS = 8_000.0  # and those of one candidate beside its baseline
+TIMED_MS = 15_000.0  # about what one plan set's samplings may take together
+AGAIN_MS = 5_000.0  # and those of one candidate beside its baseline
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +47,16 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """A config for a goal, measured again, and the controls that are significantly better at equal or more time."""
+    """A config that meets a goal, measured again, and the controls that are better at equal or more time."""
 
     goal: Goal
     measured: Measured
-    meets_goal: bool
     compared_with: int
     worse_than: list[str]
 
     @property
     def is_accepted(self) -> bool:
-        return self.meets_goal and not self.worse_than
+        return not self.worse_than
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Finals:
         )
         return found.ranked(replace(goal, max_cost=math.inf))[:TRIED]
 
-    def again(self, one: Measured) -> Measured:
+    def _again(self, one: Measured) -> Measured:
         """The same with its time measured again, beside the baseline."""
         plan_set = one.config.plan_set
         times = self._timed(plan_set, [one.config], AGAIN_MS)
@@ -196,18 +195,22 @@ class Finals:
         return replace(one, ms=ms, speedup=times[self._space.baseline(plan_set)] / ms)
 
     def chosen(self, goal: Goal, candidates: Sequence[Config]) -> Chosen | None:
-        """The first candidate that is accepted; else the first that meets the goal; None if there is none."""
-        met = list[Chosen]()
-        for config in candidates:
-            if not self.meets(goal, self.measured[config]):
+        """The first candidate that is accepted; else the first that meets the goal; None if there is none.
+
+        Only those that no control was better than are timed again, or the one that is left.
+        """
+        met = [each for each in dict.fromkeys(candidates) if self.meets(goal, self.measured[each])]
+        good = [each for each in met if not verdict(self.measured[each], self.controls).worse_than]
+        left = list[Chosen]()
+        for config in (*good, *(each for each in met if each not in good)):
+            one = self._again(self.measured[config])
+            if not self.meets(goal, one):
                 continue
-            one = self.again(self.measured[config])
-            if self.meets(goal, one):
-                against = verdict(one, self.controls)
-                met.append(Chosen(goal, one, True, against.compared_with, against.worse_than))  # noqa: FBT003
-            if met and met[-1].is_accepted:
-                return met[-1]
-        return met[0] if met else None
+            against = verdict(one, self.controls)
+            left.append(Chosen(goal, one, against.compared_with, against.worse_than))
+            if left[-1].is_accepted or config not in good:
+                break
+        return next((each for each in left if each.is_accepted), left[0] if left else None)
 
 
 # ---------------------------------------------------------------- all goals

@@ -136,7 +136,6 @@ def _preset_result(chosen: Chosen, preset: Preset, job: Job, origin: Origin) -> 
         goal=_goal_text(chosen, job),
         remeasured_ms=one.ms,
         remeasured_speedup=one.speedup,
-        meets_goal=chosen.meets_goal,
         compared_with=chosen.compared_with,
         worse_than=chosen.worse_than,
         accepted=chosen.is_accepted,

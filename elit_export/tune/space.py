@@ -192,7 +192,7 @@ class Space:
                 yield Control(FEWER_STEPS, self.config(plan_set, "euler", steps))
             for steps in MULTISTEP_STEPS:
                 yield Control(MULTISTEP, self.config(plan_set, "ab3", steps))
-            for budget in self.budgets[1:]:
+            for budget in dict.fromkeys((*self.budgets[1:3], self.budgets[-1])) if len(self.budgets) > 1 else ():
                 yield Control(SMALLER_BUDGET, self.config(plan_set, "euler", BASELINE_STEPS, schedule=budget))
             for cache in self.caches[:2]:
                 text = cache_text(cache, BASELINE_STEPS)

