@@ -202,7 +202,7 @@ def checkpoint_of(asked: Asked) -> tuple[str, Path | None]:
 def fitting_classifier(asked: Asked, choices: Choices, on: Samplable) -> tuple[str | None, str]:
     """Return the classifier to judge images by, or None and the reason; raises InputError for one that was named."""
     from elit_export.evaluate.facts import SHIPPED, load_facts
-    from elit_export.evaluate.quality import check_evaluator
+    from elit_export.evaluate.protocol import check_evaluator
 
     if not asked.quality:
         return None, "--no-quality was given"
