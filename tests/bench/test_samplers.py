@@ -21,6 +21,7 @@ def test_multistep_at_15_to_20_calls_is_no_worse_than_euler_at_50(fashion_bundle
         euler = difference(sampled("euler", 50), exact).sqnr_db
         assert difference(sampled("ab2", 20), exact).sqnr_db >= euler
         assert difference(sampled("ab3", 14), exact).sqnr_db >= euler
+        assert difference(sampled("abm3", 15), exact).sqnr_db >= euler
 
 
 def test_table_counts_calls_and_errors(tiny_bundle: Bundle) -> None:

@@ -25,7 +25,7 @@ SPEC: ModelSpec = tiny_spec()
 WEAK = 1  # latents of the weak branch, which no schedule here gives to the strong one
 IDENTITY = Fit((0.0, 1.0), low=0.0, high=10.0)  # what adds up is the distance itself
 Arrays = Mapping[str, HostArray]
-SAMPLERS = ("euler", "heun", "euler-maruyama", "ab2", "ab3")
+SAMPLERS = ("euler", "heun", "euler-maruyama", "ab2", "ab3", "abm3", "unipc")
 GUIDED: tuple[dict[str, Any], ...] = (
     {"guidance": "none"},
     {"guidance": "cfg:2"},

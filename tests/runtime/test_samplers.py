@@ -92,7 +92,9 @@ def test_the_known_flow_satisfies_its_differential_equation() -> None:
     assert np.allclose(slope, mixture_velocity(mixture_flow(START, 1.0, 0.5), 0.5), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("euler", 1), ("heun", 2), ("ab2", 2), ("ab3", 3)])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("euler", 1), ("heun", 2), ("ab2", 2), ("ab3", 3), ("abm3", 3), ("unipc", 2)]
+)
 def test_order(name: str, expected: int) -> None:
     assert order(mixture_error(name)) == pytest.approx(expected, abs=0.05)
     assert SAMPLERS[name].order() == expected
@@ -117,7 +119,7 @@ def test_a_start_by_euler_would_cost_ab3_an_order() -> None:
 # ---------------------------------------------------------------- formulas
 
 
-@pytest.mark.parametrize("name", ["euler", "heun", "ab2", "ab3"])
+@pytest.mark.parametrize("name", ["euler", "heun", "ab2", "ab3", "abm3"])
 def test_a_constant_velocity_is_exact_on_any_grid(name: str) -> None:
     times = np.array([1.0, 0.9, 0.4, 0.35, 0.0])
     found = states(name, lambda x, _t, _step, _stage: np.full_like(x, 2.0), times)
@@ -133,6 +135,48 @@ def test_ab2_is_its_closed_form_on_variable_steps() -> None:
         x = x + h * ((1 + r / 2) * v - (r / 2) * v_previous)
         h_previous, v_previous = h, v
         assert np.allclose(found, x, rtol=0, atol=1e-14)
+
+
+def integrated(nodes: list[float], velocities: list[Floats], start: float, end: float) -> Floats:
+    """∫ from start to end of the polynomial through the velocities at the nodes, by NumPy's own polynomials."""
+    fitted = np.polynomial.polynomial.polyfit(nodes, np.array(velocities), len(nodes) - 1)
+    return np.array([polynomial(end) - polynomial(start) for polynomial in map(integral, fitted.T)])
+
+
+def integral(coefficients: Floats) -> np.polynomial.Polynomial:
+    return np.polynomial.Polynomial(coefficients).integ()
+
+
+def test_abm3_does_each_step_again_once_its_velocity_is_known() -> None:
+    times = [1.0, 0.93, 0.7, 0.66, 0.3, 0.0]
+    found = states("abm3", mixture_velocity, np.array(times))
+    start, velocities = START, [mixture_velocity(START, 1.0)]
+    assert np.allclose(found[0], START - 0.07 * velocities[0], rtol=0, atol=1e-14)
+    for step in range(1, len(times) - 1):
+        velocities.append(mixture_velocity(found[step - 1], times[step]))
+        last = slice(max(step - 2, 0), step + 1)
+        start = start + integrated(times[last], velocities[last], times[step - 1], times[step])
+        predicted = integrated(times[step - 1 : step + 1], velocities[step - 1 :], times[step], times[step + 1])
+        assert np.allclose(found[step], start + predicted, rtol=0, atol=1e-13)
+
+
+def test_abm3_is_exact_for_a_velocity_that_is_a_line_in_t() -> None:
+    """All but its first state, a prediction by Euler."""
+    times = np.array([1.0, 0.9, 0.4, 0.35, 0.0])
+    found = states("abm3", lambda x, t, _step, _stage: np.full_like(x, 2.0 + 3.0 * t), times)
+    exact = START + (2.0 * times + 1.5 * times**2 - 3.5)[1:, None]
+    assert np.allclose(found[1:], exact[1:], rtol=0, atol=1e-14)
+    assert not np.allclose(found[0], exact[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 20])
+def test_the_first_steps_of_abm3_are_shorter(steps: int) -> None:
+    times = SAMPLERS["abm3"].times(steps)
+    assert times[0] == 1.0
+    assert times[-1] == 0.0
+    gaps = -np.diff(times)
+    expected = np.array([0.5, 0.7, 0.9, *[1.0] * 20])[:steps]
+    assert np.allclose(gaps / gaps[0], expected / 0.5, rtol=1e-12, atol=0)
 
 
 def test_heun_averages_both_ends_and_ends_with_euler() -> None:
@@ -248,6 +292,8 @@ def test_the_table_says_what_every_step_evaluates(name: str, steps: int) -> None
         ("heun", [2, 2, 2, 1]),
         ("ab2", [1, 1, 1, 1]),
         ("ab3", [2, 1, 1, 1]),
+        ("abm3", [1, 1, 1, 1]),
+        ("unipc", [1, 1, 1, 1]),
         ("euler-maruyama", [1, 1, 1, 1]),
     ],
 )
@@ -256,7 +302,7 @@ def test_evaluations_of_each_step(name: str, expected: list[int]) -> None:
     assert [len(step) for step in evaluations] == expected
 
 
-@pytest.mark.parametrize(("name", "steps"), [("euler", 20), ("heun", 10), ("ab2", 20), ("ab3", 19)])
+@pytest.mark.parametrize(("name", "steps"), [("euler", 20), ("heun", 10), ("ab2", 20), ("ab3", 19), ("abm3", 20)])
 def test_the_most_steps_within_so_many_calls(name: str, steps: int) -> None:
     sampler = SAMPLERS[name]
     assert sampler.steps_within(20) == steps
@@ -305,5 +351,7 @@ def test_the_table_is_keyed_by_name(name: str) -> None:
 
 
 def test_an_unknown_sampler_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown sampler 'ddim'; known: euler, heun, ab2, ab3, euler-maruyama"):
+    with pytest.raises(
+        InputError, match="unknown sampler 'ddim'; known: euler, heun, ab2, ab3, abm3, unipc, euler-maruyama"
+    ):
         sampler_named("ddim")
