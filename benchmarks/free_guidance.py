@@ -23,9 +23,8 @@ import numpy.typing as npt
 from elit_export import Pipeline
 from elit_export.bundle.atomic import write_text
 from elit_export.evaluate.evaluator import load_evaluator
-from elit_export.evaluate.quality import RESAMPLINGS, resampled_within
-from elit_export.evaluate.statistics import Evaluator, Gaussian, frechet_distance
-from elit_export.runtime.guidance import Guidance
+from elit_export.evaluate.paired import Judge, Judged
+from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.images import to_images
 from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.samplers import SAMPLERS
@@ -141,52 +140,39 @@ def ruled(sampler: Sampler, case: Case) -> Sampler:
 
 @dataclass(frozen=True)
 class Look:
-    """What the evaluator says of the images of a row; `rows` counts the engine rows per image."""
+    """What the evaluator says of the images of a case, and the engine rows that each of them took."""
 
     rows: int
-    is_right: npt.NDArray[np.bool_]
-    frechet: float
-    resampled: Array
+    judged: Judged
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Look:
+        is_right, resampled = (np.array(values[name]) for name in ("is_right", "resampled"))
+        return cls(values["rows"], Judged(is_right, values["distance"], resampled))
+
+    def written(self) -> dict[str, Any]:
+        arrays = {name: getattr(self.judged, name).tolist() for name in ("is_right", "resampled")}
+        return {"rows": self.rows, "distance": self.judged.distance, **arrays}
 
 
-def look(pipeline: Pipeline, evaluator: Evaluator, case: Case, images: int, sampler: Sampler, steps: int) -> Look:
-    labels = np.arange(images) % evaluator.facts.spec.num_classes
-    pair = Pair(Guidance.parse("cfg:2", pipeline.spec).kind, case.scale, None, *case.interval)
+def look(pipeline: Pipeline, judge: Judge, case: Case, labels: list[int], sampler: Sampler, steps: int) -> Look:
+    pair = Pair(Kind.CFG, case.scale, None, *case.interval)
     options = SamplingOptions(steps=steps, guidance=pair, sampler=sampler.name)
-    request = pipeline.prepared(labels.tolist(), options)
-    sample = pipeline.run(replace(request, sampler=ruled(sampler, case)))
+    sample = pipeline.run(replace(pipeline.prepared(labels, options), sampler=ruled(sampler, case)))
     pixels = np.ascontiguousarray(to_images(sample.latents, pipeline.data).transpose(0, 3, 1, 2))
-    features, predicted = evaluator.look(pixels)
-    draws, real = resampled_within(labels, np.random.default_rng(0), RESAMPLINGS), evaluator.facts.real
-    resampled = [frechet_distance(real, Gaussian.fit(features[draw])) for draw in draws]
     rows = sum(call.rows for record in sample.records for call in record.calls)
-    return Look(
-        rows // images, predicted == labels, frechet_distance(real, Gaussian.fit(features)), np.array(resampled)
-    )
+    return Look(rows // len(labels), judge.judged(pixels))
 
 
 def row_of(case: Case, found: Look, plain: Look) -> dict[str, Any]:
-    change = found.is_right.astype(float) - plain.is_right
-    return {
-        "name": case.name,
-        "scale": case.scale,
-        "rows_per_image": found.rows,
-        "agreement": float(found.is_right.mean()),
-        "agreement_change": float(change.mean()),
-        "agreement_change_error": float(change.std(ddof=1)) / math.sqrt(len(change)),
-        "frechet": found.frechet,
-        "frechet_error": float(found.resampled.std(ddof=1)),
-        "frechet_change": found.frechet - plain.frechet,
-        "frechet_change_error": float((found.resampled - plain.resampled).std(ddof=1)),
+    estimates = {
+        "agreement": found.judged.agreement,
+        "agreement_change": found.judged.agreement_change(plain.judged),
+        "frechet": found.judged.frechet,
+        "frechet_change": found.judged.frechet_change(plain.judged),
     }
-
-
-def stored(found: Look) -> dict[str, Any]:
-    return asdict(found) | {"is_right": found.is_right.tolist(), "resampled": found.resampled.tolist()}
-
-
-def restored(values: dict[str, Any]) -> Look:
-    return Look(**values | {"is_right": np.array(values["is_right"]), "resampled": np.array(values["resampled"])})
+    numbers = {name: asdict(estimate) for name, estimate in estimates.items()}
+    return {"name": case.name, "scale": case.scale, "rows_per_image": found.rows, **numbers}
 
 
 def main() -> None:
@@ -199,6 +185,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     evaluator, sampler = load_evaluator(CLASSIFIER), SAMPLERS[options.sampler]
+    labels = np.arange(options.images) % evaluator.facts.spec.num_classes
+    judge = Judge(evaluator, labels, seed=0)
     looks: dict[str, Any] = {}
     if options.json and options.json.exists():
         looks = json.loads(options.json.read_text("utf-8"))["looks"]
@@ -208,8 +196,8 @@ def main() -> None:
         for case in cases(options.scales):
             key = f"{case.name}, {case.scale}, {options.images} images, {sampler.name} {options.steps}"
             if key not in looks:
-                looks[key] = stored(look(pipeline, evaluator, case, options.images, sampler, options.steps))
-            found = restored(looks[key])
+                looks[key] = look(pipeline, judge, case, labels.tolist(), sampler, options.steps).written()
+            found = Look.read(looks[key])
             rows.append(row_of(case, found, plain.setdefault(case.scale, found)))
             print(json.dumps(rows[-1]), flush=True)
             if options.json:

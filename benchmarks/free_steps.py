@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +24,12 @@ from elit_export.runtime.samplers import SAMPLERS
 from elit_export.runtime.samplers.adams_bashforth import integration_weights, weighted
 from elit_export.runtime.samplers.base import Noise, Run, Sampler, Velocity
 from elit_export.runtime.samplers.unipc import unipc
-from elit_export.verify.metrics import difference
+from elit_export.verify.metrics import sample_error
 
 REFERENCE = SamplingOptions(sampler="ab3", steps=160)
 CALLS = (5, 6, 8, 10, 14)
 
-# ---------------------------------------------------------------- what the package has not
+# ---------------------------------------------------------------- variants that the package does not offer
 
 
 def adams(predictor: int, corrector: int) -> Run:
@@ -83,25 +83,9 @@ TRIED = {
 # ---------------------------------------------------------------- measuring
 
 
-@dataclass(frozen=True)
-class Row:
-    """The error of a sampler at so many calls."""
-
-    name: str
-    calls: int
-    pooled_db: float
-    median_db: float
-    worst_db: float
-
-
 def sampled(pipeline: Pipeline, labels: list[int], options: SamplingOptions, sampler: Sampler, steps: int) -> Float64:
     request = pipeline.prepared(labels, replace(options, sampler="euler", steps=steps))
     return pipeline.run(replace(request, sampler=sampler, times=sampler.times(steps))).latents
-
-
-def row_of(name: str, calls: int, found: Float64, expected: Float64) -> Row:
-    each = [difference(one, other).sqnr_db for one, other in zip(found, expected, strict=True)]
-    return Row(name, calls, difference(found, expected).sqnr_db, float(np.median(each)), min(each))
 
 
 def main() -> None:
@@ -114,7 +98,7 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=list(TRIED), choices=TRIED)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
     with Pipeline.load(options.bundle) as pipeline:
         labels = [image % pipeline.spec.num_classes for image in range(options.images)]
         sampling = replace(REFERENCE, guidance=options.guidance, seed=options.seed)
@@ -123,10 +107,11 @@ def main() -> None:
             for calls in options.calls:
                 if steps := TRIED[name].steps_within(calls):
                     found = sampled(pipeline, labels, sampling, TRIED[name], steps)
-                    rows.append(row_of(name, TRIED[name].calls(steps), found, expected))
-                    print(json.dumps(asdict(rows[-1])), flush=True)
+                    error = asdict(sample_error(found, expected))
+                    rows.append({"name": name, "calls": TRIED[name].calls(steps), **error})
+                    print(json.dumps(rows[-1]), flush=True)
     if options.json:
-        write_text(options.json, json.dumps([asdict(row) for row in rows]))
+        write_text(options.json, json.dumps(rows))
 
 
 if __name__ == "__main__":
