@@ -20,7 +20,7 @@ from elit_export.callbacks import noop
 
 STEP = 1e-3  # of a finite difference, of a weight and of a time, both of which are parts of [0, 1]
 MIN_DISTANCE = 1e-3  # of two times
-FIRST_DAMPING = 1e-2
+FIRST_DAMPING = 1e-4
 DAMPINGS = (0.1, 1.0, 10.0, 100.0)  # tried in turn, relative to the last one that was good
 LARGEST_DAMPING = 1e4
 FLOOR = 5.0  # of the weights of images, in median errors

@@ -35,7 +35,7 @@ FIRST_IMAGES = 48  # that the first iteration uses; each uses twice as many as t
 MOST_ITERATIONS = 8
 LEAST_GAIN_DB = 0.05  # on the images that tell when to stop
 EULER_STEPS = 50  # compared with, as the sampler of most published results
-FIXED = ("ab3", "ab2", "heun", "euler")  # compared with at equal calls
+FIXED = ("ab3", "abm3", "ab2", "heun", "euler")  # compared with at equal calls
 
 
 @dataclass(frozen=True)
