@@ -80,7 +80,7 @@ def sample(
         check_verified(plan_set, opened.folder)
         model, coverage = opened.manifest.model, coverage_of(opened, plan_set)
         with naming_preset(options):
-            resolved = resolve(model.spec, options, coverage.solvers)
+            resolved = resolve(model.spec, options, coverage.solvers, coverage.no_solvers)
         if kind_of(model.spec) is Prompts:
             refuse_labels(labels)
             shown: LabelsLike = described.prompts(model.spec, coverage, resolved, images)

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from elit_export.errors import CalibrationError, InputError
+from elit_export.runtime.samplers.calibrated import NO_SOLVERS
 from elit_export.runtime.step_cache.base import Rule
 from elit_export.runtime.step_cache.fit import IDENTITY
 from elit_export.spec import Budget, Fit, Profile, Range, SolverFacts, listed
@@ -28,7 +29,8 @@ class Coverage:
     """The profiles of a plan set, the budgets that the model can run, and the graphs of the step cache.
 
     A calibrated rule of the step cache decides by `fits`; without them `uncalibrated` says why, and how to
-    make them. `solvers` are the tables that were calibrated for the model.
+    make them. `solvers` are the tables that were calibrated for the model; `no_solvers` says why there
+    are none.
     """
 
     profiles: tuple[Profile, ...]
@@ -37,6 +39,7 @@ class Coverage:
     fits: Mapping[Budget, Fit] | None = None
     uncalibrated: str = UNCALIBRATED
     solvers: tuple[SolverFacts, ...] = ()
+    no_solvers: str = NO_SOLVERS
 
     @cached_property
     def _known(self) -> frozenset[Budget]:  # used at each call

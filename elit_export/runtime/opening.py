@@ -171,13 +171,15 @@ def _opened_alone(bundle: Bundle, plan_set: PlanSet, plan: Plan, graph: GraphSpe
 def coverage_of(bundle: Bundle, plan_set: PlanSet) -> Coverage:
     """Read from the manifest what samplings of a plan set are checked against."""
     fits, problem = cache_fits(bundle)
+    solvers, no_solvers = solvers_of(bundle, plan_set.precision)
     return Coverage(
         tuple(facts.profile for facts in plan_set.profiles),
         bundle.manifest.model.spec.budgets,
         frozenset(plan_set.cache),
         fits,
         problem,
-        solvers_of(bundle, plan_set.precision),
+        solvers,
+        no_solvers,
     )
 
 
@@ -187,11 +189,16 @@ def unopened(bundle: Bundle, plan_set: PlanSet) -> Unopened:
     return Unopened(model.spec, model.data, coverage_of(bundle, plan_set))
 
 
-def solvers_of(bundle: Bundle, precision: Precision) -> tuple[SolverFacts, ...]:
-    """Return the solver tables of the bundle's checkpoint; those of the precision first."""
-    model = bundle.manifest.model
-    own = [facts for facts in bundle.manifest.solvers if not model.other_checkpoint(facts.checkpoint_sha256)]
-    return tuple(sorted(own, key=lambda facts: facts.precision is not precision))
+def solvers_of(bundle: Bundle, precision: Precision) -> tuple[tuple[SolverFacts, ...], str]:
+    """Return the solver tables of the bundle's checkpoint, those of the precision first, and why there are no more."""
+    model, problem = bundle.manifest.model, f"{bundle.folder} has no solver tables"
+    own = []
+    for facts in bundle.manifest.solvers:
+        if other := model.other_checkpoint(facts.checkpoint_sha256):
+            problem = f"the solver tables of {bundle.folder} are {other}"
+        else:
+            own.append(facts)
+    return tuple(sorted(own, key=lambda facts: facts.precision is not precision)), problem
 
 
 def cache_fits(bundle: Bundle) -> tuple[dict[Budget, Fit] | None, str]:

@@ -19,7 +19,15 @@ from elit_export.runtime.guidance import Branch, Guidance
 from elit_export.runtime.noise import check_seed
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
 from elit_export.runtime.samplers.base import Sampler
-from elit_export.runtime.samplers.calibrated import Solvers, budgets_per_step, is_solver, selected_solver, solver_of
+from elit_export.runtime.samplers.calibrated import (
+    NO_SOLVERS,
+    Place,
+    Solvers,
+    budgets_per_step,
+    is_solver,
+    selected_solver,
+    solver_of,
+)
 from elit_export.runtime.schedule import ScheduleLike
 from elit_export.runtime.step_cache.policy import CachePolicy
 from elit_export.runtime.timegrid import warp
@@ -191,17 +199,22 @@ class ResolvedOptions:
             yield from self.guidance_at(step).batches(self.schedule[step], t)
 
 
-def resolve(spec: ModelSpec, options: SamplingOptions, solvers: Solvers = ()) -> ResolvedOptions:
+def resolve(
+    spec: ModelSpec, options: SamplingOptions, solvers: Solvers = (), missing: str = NO_SOLVERS
+) -> ResolvedOptions:
     """Parse the options of one sampling, except for arrays; raises InputError.
 
-    `solvers` are the tables that were calibrated for the model. Warns where the one used was calibrated for other
-    guidance.
+    `solvers` are the tables that were calibrated for the model; `missing` says why there are none. Warns where the one
+    used was calibrated for other guidance or another budget.
     """
     check_seed(options.seed)
     if not 0 <= options.first_image < 1 << 63:
         raise InputError(f"first_image {options.first_image} is out of range", "choose one of 0 to 2**63 - 1")
     guidance = _guidance(spec, options)
-    facts = selected_solver(solvers, options.sampler, options.steps, guidance) if is_solver(options.sampler) else None
+    facts = None
+    if is_solver(options.sampler):
+        place = Place.of(guidance, options.schedule, spec)
+        facts = selected_solver(solvers, options.sampler, options.steps, place, spec, missing)
     sampler = solver_of(facts.table) if facts else sampler_named(options.sampler)
     times = _times(sampler, options, facts.table.calls if facts else DEFAULT_STEPS)
     cache = options.cache

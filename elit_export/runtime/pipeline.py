@@ -26,6 +26,7 @@ from elit_export.runtime.options import SamplingOptions, about
 from elit_export.runtime.presets import Presets, chosen_plan_set, merged
 from elit_export.runtime.request import Request, finite_array, prepared
 from elit_export.runtime.sample import Sample, Timings
+from elit_export.runtime.samplers.calibrated import NO_SOLVERS
 from elit_export.runtime.sampling import Call, StepRecord, StepSummary, sampling_steps
 from elit_export.runtime.vae import Decoder
 from elit_export.spec import Budget, DataFacts, Fit, ModelSpec, SolverFacts
@@ -69,16 +70,18 @@ class Pipeline:
         fits: Mapping[Budget, Fit] | None = None,
         uncalibrated: str = UNCALIBRATED,
         solvers: tuple[SolverFacts, ...] = (),
+        no_solvers: str = NO_SOLVERS,
         decoder: Decoder | None = None,
         presets: Presets | None = None,
     ) -> None:
         """Take a bank. `fits` are the calibration of `teacache` for each budget; without it, `uncalibrated` says why.
 
-        `solvers` are the tables that `sampler="solver"` may use. `decoder` turns VAE latents into pictures by an engine
-        of the bank. `presets` are those of a bundle.
+        `solvers` are the tables that `sampler="solver"` may use, `no_solvers` says why there are none. `decoder` turns
+        VAE latents into pictures by an engine of the bank. `presets` are those of a bundle.
         """
         self.bank, self.spec, self.data = bank, spec, data
-        self.coverage = replace(bank.coverage, fits=fits, uncalibrated=uncalibrated, solvers=solvers)
+        self.coverage = replace(bank.coverage, fits=fits, uncalibrated=uncalibrated)
+        self.coverage = replace(self.coverage, solvers=solvers, no_solvers=no_solvers)
         self._decoder, self._presets = decoder, presets
 
     @classmethod
@@ -129,6 +132,7 @@ class Pipeline:
             fits=coverage.fits,
             uncalibrated=coverage.uncalibrated,
             solvers=coverage.solvers,
+            no_solvers=coverage.no_solvers,
             decoder=decoder,
             presets=presets,
         )

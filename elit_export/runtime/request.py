@@ -91,7 +91,7 @@ def prepared(on: Samplable, labels: LabelsLike, options: SamplingOptions, at_onc
     """Check a sampling whose options are one value, as `prepare`."""
     conditioning = as_conditioning(labels, on.spec, on.data)
     with naming_preset(options):
-        resolved = resolve(on.spec, options, on.coverage.solvers)
+        resolved = resolve(on.spec, options, on.coverage.solvers, on.coverage.no_solvers)
     return prepare(on.spec, on.coverage, conditioning, resolved, at_once)
 
 

@@ -98,10 +98,27 @@ def test_without_a_table_there_are_fourteen_steps() -> None:
 
 
 def test_other_guidance_than_the_tables_warns() -> None:
-    with pytest.warns(UserWarning, match=r"solver:4 was calibrated for guidance none.*cfg:3.*calibrate solver"):
+    with pytest.warns(
+        UserWarning, match=r"solver:4 was calibrated for guidance none.*cfg:3.*calibrate solver .* --guidance cfg:3$"
+    ):
         resolved(sampler="solver:4", guidance="cfg:3")
-    with pytest.warns(UserWarning, match=r"cfg:2, and is used with cfg:2 at t in \[0.2, 0.8\]"):
+    with pytest.warns(
+        UserWarning,
+        match=r"used with guidance cfg:2 at t in \[0.2, 0.8\].* --guidance-interval 0.2 0.8$",
+    ):
         resolved(SOLVERS[2:], sampler="solver:6", guidance="cfg:2", guidance_interval=(0.2, 0.8))
+
+
+def test_another_budget_than_the_tables_warns_too() -> None:
+    half = facts_of(ab2_table(4), schedule="half")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resolved((SOLVERS[0], half), sampler="solver:4", schedule="half").schedule[0].kept == 2
+        assert resolved((half, SOLVERS[0]), sampler="solver:4").schedule[0].kept == 4
+    with pytest.warns(UserWarning, match=r"budget 2of4, and is used with .*budget 4of4: .*--calls 4 --guidance none$"):
+        resolved((half,), sampler="solver:4")
+    with pytest.warns(UserWarning, match=r"used with guidance none, budget several"):
+        resolved((half,), sampler="solver:4", schedule="0-1:half,2-3:full")
 
 
 @pytest.mark.parametrize(
@@ -112,6 +129,7 @@ def test_other_guidance_than_the_tables_warns() -> None:
         (SOLVERS, {"sampler": "solver", "steps": 5}, "there is no such table", "--calls 5"),
         (SOLVERS, {"sampler": "solver:6", "steps": 4}, "has 6 steps, not 4", "leave steps out"),
         (SOLVERS, {"sampler": "solver:x"}, "is not solver:CALLS", ""),
+        (SOLVERS, {"sampler": "solver:1"}, "tables have 2 to 64 calls", "choose another number"),
         (SOLVERS, {"sampler": "solver:4", "time_grid": "shift:2"}, "has times of its own", "leave time_grid out"),
     ],
 )
