@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elit_export.arrays import Float64
-from elit_export.runtime.conditioning import numbered
-from elit_export.runtime.options import SamplingOptions
+from elit_export.errors import InputError
+from elit_export.runtime.conditioning import Labels, as_conditioning, kind_of
+from elit_export.runtime.options import ResolvedOptions, SamplingOptions, resolve
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.prompts import Prompts
+from elit_export.runtime.request import Request, prepare
 from elit_export.runtime.sampling import GuidedVelocity
-from elit_export.spec import Budget, SolverTable
+from elit_export.spec import Budget, ModelSpec, SolverTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +46,8 @@ class Method:
 class Trajectories:
     """Which images are sampled: how many, from the noise of which seed, and how. `interval` is that of the guidance.
 
-    Image number i has class i, or in models with text prompt i. `budget` names that of all calls.
+    Image number i has class i, or in models with text prompt i of `prompts`, both in turn. `budget` names that of all
+    calls.
     """
 
     images: int
@@ -52,6 +56,21 @@ class Trajectories:
     interval: tuple[float, float] | None = None
     budget: str = "full"
     rows: int | None = None  # at most so many images at once
+    prompts: Prompts | None = None
+
+    def conditioning(self, spec: ModelSpec) -> Labels | Prompts:
+        """Return what the images show; raises InputError for a model with text without prompts."""
+        if self.prompts is not None:
+            return self.prompts.at(np.arange(self.images) % len(self.prompts))
+        if kind_of(spec) is Prompts:
+            raise InputError("this model takes prompts, not labels", "give --prompts FILE.npz, written by `embed`")
+        return Labels.numbered(spec, range(self.images), None)
+
+    def request(self, pipeline: Pipeline, options: ResolvedOptions) -> Request:
+        """Check a sampling of the images; raises InputError."""
+        spec = pipeline.spec
+        shown = as_conditioning(self.conditioning(spec), spec, pipeline.data)
+        return prepare(spec, pipeline.coverage, shown, options, self.rows)
 
     def options(self, **changed: object) -> SamplingOptions:
         own = SamplingOptions(
@@ -102,11 +121,18 @@ class Flow:
         options = trajectories.options(sampler="euler", steps=calls)
         if budgets:
             options = replace(options, schedule=list(budgets))
-        conditioning = numbered(pipeline.spec, range(trajectories.images), pipeline.coverage.text)
-        request = pipeline.prepared(conditioning, options, trajectories.rows)
-        if weak:
-            request = replace(request, weak=tuple(weak))
+        resolved = resolve(pipeline.spec, options)
+        request = trajectories.request(pipeline, replace(resolved, weak=tuple(weak) if weak else None))
+        self.start = request.start
         self.parts = tuple(Part(part.start, GuidedVelocity(pipeline.bank, part, None)) for part in request.parts())
+
+    def evaluate(self, x: Float64, t: float, call: int) -> Float64:
+        """Return the guided velocity of all images at the budgets of a call."""
+        done, found = 0, []
+        for part in self.parts:
+            found.append(part.evaluate(x[done : done + len(part.start)], t, call))
+            done += len(part.start)
+        return np.concatenate(found)
 
     def samples(self, method: Method) -> Float64:
         """Return the samples of all images (images, C, H, W)."""

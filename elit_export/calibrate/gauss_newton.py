@@ -17,6 +17,7 @@ import numpy as np
 from elit_export.arrays import Float32, Float64
 from elit_export.calibrate.flow import Flow, Method, Part, Rolled, image_errors, roll
 from elit_export.callbacks import noop
+from elit_export.errors import EngineError
 
 STEP = 1e-3  # of a finite difference, of a weight and of a time, both of which are parts of [0, 1]
 MIN_DISTANCE = 1e-3  # of two times
@@ -114,12 +115,20 @@ def improved(flow: Flow, expected: Float64, now: Iterate, on_part: Callable[[], 
         method = with_parameters(now.method, parameters(now.method) + normal.step(damping))
         if damping > LARGEST_DAMPING or not is_valid(method):
             continue
-        found = objective(image_errors(flow.samples(method), expected), floor)
+        found = objective(_errors(flow, method, expected), floor)
         if found < lowest:
             best, lowest = Iterate(method, damping), found
         elif best:
             break
     return best
+
+
+def _errors(flow: Flow, method: Method, expected: Float64) -> Float64:
+    """Return the errors of a method that was only tried; infinite if its samples leave what engines can compute."""
+    try:
+        return image_errors(flow.samples(method), expected)
+    except EngineError:
+        return np.full(len(expected), np.inf)
 
 
 def objective(errors: Float64, floor: float) -> float:

@@ -6,6 +6,7 @@ error on images that it is not fitted to stops falling. What is reported and sto
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,13 +17,14 @@ from elit_export.bundle.manifest import Manifest, PlanSet
 from elit_export.bundle.reading import Bundle
 from elit_export.calibrate.flow import Flow, Method, Trajectories
 from elit_export.calibrate.gauss_newton import Iterate, improved
-from elit_export.calibrate.least_squares import fitted, grids
-from elit_export.calibrate.reference import resolved_steps, solution, traced
+from elit_export.calibrate.least_squares import SHAPES, fitted, grids
+from elit_export.calibrate.reference import Curve, resolved_steps, solution, traced
 from elit_export.callbacks import noop
 from elit_export.errors import CalibrationError
-from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.guidance import Guidance
+from elit_export.runtime.options import resolve
 from elit_export.runtime.pipeline import Pipeline
+from elit_export.runtime.prompts import Prompts
 from elit_export.runtime.samplers import SAMPLERS
 from elit_export.spec import Budget, SolverError, SolverFacts, SolverTable
 from elit_export.spec.limits import TRAJECTORIES
@@ -30,7 +32,8 @@ from elit_export.spec.solver import MAX_CALLS, MIN_CALLS
 from elit_export.verify.metrics import sample_error
 
 MIN_IMAGES = 32
-START_IMAGES = 32  # of those, whose whole trajectories select the start
+CURVE_BYTES = 1 << 30
+START_IMAGES = 32  # of those, to whose whole trajectories the start is fitted
 FIRST_IMAGES = 48  # that the first iteration uses; each uses twice as many as the one before, until all are used
 MOST_ITERATIONS = 8
 LEAST_GAIN_DB = 0.05  # on the images that tell when to stop
@@ -49,6 +52,7 @@ class SolverConfig:
     interval: tuple[float, float] | None
     budget: str
     rows: int | None
+    prompts: Prompts | None = None
 
     def __post_init__(self) -> None:
         for calls in self.calls:
@@ -62,7 +66,12 @@ class SolverConfig:
         TRAJECTORIES.check(self.images, "images")
 
     def trajectories(self, images: int, offset: int) -> Trajectories:
-        return Trajectories(images, self.seed + offset, self.guidance, self.interval, self.budget, self.rows)
+        own = self.guidance, self.interval, self.budget, self.rows, self.prompts
+        return Trajectories(images, self.seed + offset, *own)
+
+    def images_of(self, iteration: int) -> int:
+        """How many images an iteration uses."""
+        return min(self.images, FIRST_IMAGES << iteration)
 
     @property
     def fitted(self) -> Trajectories:
@@ -123,7 +132,12 @@ class References:
     def __init__(self, pipeline: Pipeline, config: SolverConfig, on_stage: Callable[[str], None] = noop) -> None:
         """Check that the engines can run it all; raises InputError. `on_stage` hears what is sampled."""
         self.pipeline, self.config, self._on_stage = pipeline, config, on_stage
-        Flow(pipeline, config.fitted, MIN_CALLS)
+        pipeline.spec.budget(config.budget)  # it is one
+        fitted_to = (config.images_of(iteration) for iteration in range(MOST_ITERATIONS))
+        for images in {START_IMAGES, *fitted_to, config.images}:
+            Flow(pipeline, replace(config.fitted, images=images), MIN_CALLS)
+        for trajectories in (config.stopping, config.held_out):
+            Flow(pipeline, trajectories, MIN_CALLS)
 
     @cached_property
     def _resolved(self) -> tuple[int, Float64]:
@@ -141,6 +155,16 @@ class References:
         return self._resolved[1]
 
     @cached_property
+    def curve(self) -> Curve:
+        """The trajectories of the first images, to which starts are fitted."""
+        return traced(Flow(self.pipeline, self.starting, self.steps), self.steps)
+
+    @property
+    def starting(self) -> Trajectories:
+        image_bytes = 2 * self.steps * math.prod(self.pipeline.spec.sample_shape) * 8  # of states and velocities
+        return replace(self.config.fitted, images=max(1, min(START_IMAGES, CURVE_BYTES // image_bytes)))
+
+    @cached_property
     def stopping(self) -> Float64:
         return self._solution(self.config.stopping)
 
@@ -155,9 +179,8 @@ class References:
     def sampler_error(self, sampler: str, steps: int) -> SolverError:
         """Return the error of a sampler without calibration."""
         trajectories = self.config.held_out
-        conditioning = numbered(self.pipeline.spec, range(trajectories.images), self.pipeline.coverage.text)
-        options = trajectories.options(sampler=sampler, steps=steps)
-        samples = self.pipeline.run(self.pipeline.prepared(conditioning, options, trajectories.rows)).latents
+        options = resolve(self.pipeline.spec, trajectories.options(sampler=sampler, steps=steps))
+        samples = self.pipeline.run(trajectories.request(self.pipeline, options)).latents
         return error_of(sampler, steps, SAMPLERS[sampler].calls(steps), samples, self.held_out)
 
     def fixed_errors(self, calls: Sequence[int]) -> Iterator[SolverError]:
@@ -187,13 +210,10 @@ class TableFit:
         pipeline, budgets = self.references.pipeline, self.budgets
         return Flow(pipeline, trajectories, self.calls, budgets=budgets.strong, weak=budgets.weak)
 
-    def start(self) -> Progress:
+    def start(self, shapes: Sequence[tuple[float, float]] = SHAPES) -> Progress:
         """Select the best start by least squares over a family of time grids."""
-        references, steps = self.references, self.references.steps
-        some = replace(references.config.fitted, images=min(START_IMAGES, references.config.images))
-        part, finest = self.flow(some).parts[0], Flow(references.pipeline, some, steps).parts[0]
-        curve = traced(finest, steps)
-        starts = [fitted(part, curve, times) for times in grids(self.calls)]
+        curve, flow = self.references.curve, self.flow(self.references.starting)
+        starts = [fitted(flow, curve, times) for times in grids(self.calls, shapes)]
         method, _ = max(starts, key=lambda start: middle_db(start[1], curve.states[-1]))
         return Progress(Iterate(method), method, self.stopping_db(method))
 
@@ -206,7 +226,7 @@ class TableFit:
         """Improve the table until its error on the stopping images no longer falls; yields after each iteration."""
         fitted_to = self.references.config.fitted
         while not progress.ended:
-            images = min(fitted_to.images, FIRST_IMAGES << progress.iterations)
+            images = self.references.config.images_of(progress.iterations)
             flow = self.flow(replace(fitted_to, images=images))
             now = improved(flow, self.references.fitted[:images], progress.now)
             if now is None:
@@ -239,6 +259,20 @@ def middle_db(samples: Float64, expected: Float64) -> float:
 def is_better(table: SolverError, other: SolverError) -> bool:
     """Whether a table beats another method, such as `ab3` with as many calls, for the median image and for all."""
     return table.median_db > other.median_db and table.pooled_db > other.pooled_db
+
+
+def beats_all(facts: SolverFacts) -> bool:
+    """Whether a table beats all that it is compared with but the last, Euler's 50 steps."""
+    return all(is_better(facts.error, other) for other in facts.compared[:-1])
+
+
+def best_of_each_name(solvers: Sequence[SolverFacts]) -> list[SolverFacts]:
+    """Return one table of each name; budgets searched in different times may have as many calls."""
+    best: dict[str, SolverFacts] = {}
+    for facts in solvers:
+        if facts.name not in best or is_better(facts.error, best[facts.name].error):
+            best[facts.name] = facts
+    return list(best.values())
 
 
 def made(
@@ -277,7 +311,7 @@ def record(bundle: Bundle, solvers: Sequence[SolverFacts]) -> None:
     """
 
     def place(facts: SolverFacts) -> tuple[object, ...]:
-        return facts.name, facts.guidance, facts.guidance_interval, facts.target, facts.precision
+        return facts.name, facts.schedule, facts.guidance, facts.guidance_interval, facts.target, facts.precision
 
     def change(manifest: Manifest) -> Manifest:
         new = {place(facts) for facts in solvers}

@@ -7,16 +7,16 @@ least squares tells what it is worth; the best ones are fitted as other tables a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from elit_export.calibrate.flow import Flow
 from elit_export.calibrate.solver import Budgets, Progress, References, TableFit
-from elit_export.callbacks import noop
+from elit_export.errors import CalibrationError
 from elit_export.runtime.guidance import Guidance, Kind
-from elit_export.spec import Budget
+from elit_export.spec import Budget, ModelSpec
 
 CHEAP = ("half", "quarter", "sixteenth")
 PLACES = ("first", "last", "alternating")  # where the cheaper calls are
@@ -69,19 +69,23 @@ def _time(pattern: Pattern, cost: Cost) -> float:
     return sum(cost[pair] for pair in zip(pattern.budgets.strong, weak, strict=True))
 
 
-def measured_cost(references: References, cheap: Mapping[str, Budget]) -> dict[tuple[Budget, Budget], float]:
-    """Measure the time in ms of a guided call at each pair of budgets that a pattern uses, in rounds."""
-    full, pipeline = references.pipeline.spec.full, references.pipeline
-    some = replace(references.config.fitted, images=TIMED_IMAGES)
-    pairs = [(full, full)]
-    for budget in cheap.values():
+def used_pairs(references: References) -> list[tuple[Budget, Budget]]:
+    """Return the budgets of the two branches in each sort of call that a pattern has."""
+    full, pairs = references.pipeline.spec.full, []
+    for budget in cheap_budgets(references).values():
         pairs += [(budget, budget), (full, budget)]
-    parts = {pair: Flow(pipeline, some, 1, budgets=pair[:1], weak=pair[1:]).parts[0] for pair in dict.fromkeys(pairs)}
-    times: dict[tuple[Budget, Budget], list[float]] = {pair: [] for pair in parts}
+    return [(full, full), *pairs]
+
+
+def measured_cost(references: References) -> dict[tuple[Budget, Budget], float]:
+    """Measure the time in ms of each sort of call, in rounds."""
+    some, pipeline = replace(references.config.fitted, images=TIMED_IMAGES), references.pipeline
+    flows = {pair: Flow(pipeline, some, 1, budgets=pair[:1], weak=pair[1:]) for pair in used_pairs(references)}
+    times: dict[tuple[Budget, Budget], list[float]] = {pair: [] for pair in flows}
     for _ in range(ROUNDS + 1):
-        for pair, part in parts.items():
+        for pair, flow in flows.items():
             began = time.perf_counter()
-            part.evaluate(part.start, 0.5, 0)
+            flow.evaluate(flow.start, 0.5, 0)
             times[pair].append((time.perf_counter() - began) * 1e3)
     return {pair: float(np.median(each[1:])) for pair, each in times.items()}  # the first call warms up
 
@@ -94,26 +98,28 @@ def cheap_budgets(references: References) -> dict[str, Budget]:
     return {name: named[name] for name in CHEAP if name in named and named[name] in covered}
 
 
-def patterns_of(references: References) -> dict[int, list[Pattern]]:
-    """Return the patterns in the time of each number of full calls that is calibrated."""
-    cheap = cheap_budgets(references)
-    cost = measured_cost(references, cheap)
-    spec, guidance = references.pipeline.spec, references.config.guidance
-    guided = Guidance.parse(guidance, spec).kind is Kind.CFG
+def check_guidance(guidance: str, spec: ModelSpec) -> Guidance:
+    """Return the guidance of which each branch may have a budget in each call; raises CalibrationError for others."""
+    parsed = Guidance.parse(guidance, spec)
+    if parsed.kind not in (Kind.NONE, Kind.CFG):
+        raise CalibrationError(
+            f"guidance {guidance} names the budget of the weak branch itself",
+            "give --guidance cfg:SCALE, or leave out --budgets auto",
+        )
+    return parsed
+
+
+def patterns_of(references: References, cost: Cost) -> dict[int, list[Pattern]]:
+    """Return the patterns in the time of each number of full calls that is calibrated; `cost` is `measured_cost`."""
+    cheap, spec = cheap_budgets(references), references.pipeline.spec
+    guided = check_guidance(references.config.guidance, spec).guides
     return {calls: patterns(calls, spec.full, cheap, cost, guided=guided) for calls in references.config.calls}
 
 
 @dataclass(frozen=True, eq=False)
 class Screened:
-    """A pattern, and what its start by least squares reaches on the images that tell when to stop, in dB."""
+    """A pattern, and what its start by least squares reached."""
 
     pattern: Pattern
     fit: TableFit
     progress: Progress
-
-
-def screened(references: References, found: list[Pattern], on_pattern: Callable[[], None] = noop) -> Iterator[Screened]:
-    for pattern in found:
-        fit = TableFit(references, pattern.calls, pattern.budgets)
-        yield Screened(pattern, fit, fit.start())
-        on_pattern()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from elit_export.calibrate.flow import Method
 from elit_export.calibrate.gauss_newton import Iterate
 from elit_export.calibrate.solver import Progress, TableFit
 from elit_export.errors import CalibrationError, ElitExportError
-from elit_export.spec import SolverTable
+from elit_export.spec import Budget, SolverTable
 
 NAME = ".solver-calibration.json"
+Pair = tuple[Budget, Budget]  # of a strong and a weak branch
 
 
 class State:
@@ -27,13 +29,12 @@ class State:
         self.path = folder / NAME
         self._identity = json.loads(json.dumps(identity))
         self._reached: dict[str, dict[str, Any]] = {}
+        self._cost: dict[str, float] = {}
         if not self.path.exists():
             return
-        try:
+        with self._reading():
             stored = read_json_object(self.path)
-            identity, self._reached = stored["identity"], dict(stored["reached"])
-        except (ElitExportError, KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
+            identity, self._reached, self._cost = (dict(stored[name]) for name in ("identity", "reached", "cost"))
         if identity != self._identity:
             other = ", ".join(key for key in self._identity if identity.get(key) != self._identity[key])
             raise CalibrationError(
@@ -46,12 +47,12 @@ class State:
         stored = self._reached.get(fit.key)
         if stored is None:
             return None
-        try:
+        with self._reading():
             now, best = (Method.of(_table(stored[name])) for name in ("now", "best"))
+            if {now.calls, best.calls} != {fit.calls}:
+                raise ValueError(f"a table of {fit.calls} calls has {now.calls} and {best.calls}")
             damping, best_db = float(stored["damping"]), float(stored["best_db"])
             iterations, ended = int(stored["iterations"]), bool(stored["ended"])
-        except (ElitExportError, KeyError, TypeError, ValueError) as error:
-            raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
         return Progress(Iterate(now, damping), best, best_db, iterations, ended)
 
     def note(self, fit: TableFit, progress: Progress) -> None:
@@ -63,10 +64,30 @@ class State:
             "iterations": progress.iterations,
             "ended": progress.ended,
         }
-        write_text(self.path, json.dumps({"identity": self._identity, "reached": self._reached}))
+        self._write()
 
-    def remove(self) -> None:
-        discard(self.path.parent)
+    def cost(self, measure: Callable[[], Mapping[Pair, float]], pairs: Iterable[Pair]) -> dict[Pair, float]:
+        """Return the time of a call at each pair of budgets; it is measured once, so that patterns stay the same."""
+        if not self._cost:
+            self._cost = {_pair_key(pair): ms for pair, ms in measure().items()}
+            self._write()
+        with self._reading():
+            return {pair: float(self._cost[_pair_key(pair)]) for pair in pairs}
+
+    def _write(self) -> None:
+        held = {"identity": self._identity, "reached": self._reached, "cost": self._cost}
+        write_text(self.path, json.dumps(held))
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (ElitExportError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(f"{self.path}: damaged: {error}", "delete it to begin again") from error
+
+
+def _pair_key(pair: Pair) -> str:
+    return " ".join(str(budget.kept) for budget in pair)
 
 
 def discard(folder: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from elit_export.bundle.atomic import sha256_of
 from elit_export.cli.common import (
     FOLDER,
     JSON_OPTION,
@@ -21,6 +22,7 @@ from elit_export.cli.common import (
     write_json,
 )
 from elit_export.cli.opened import Opened, opened_once
+from elit_export.cli.prompts import EMBEDDED, prompts_in
 from elit_export.errors import InputError
 from elit_export.runtime.options import SamplingOptions
 from elit_export.spec import limits
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
     from elit_export.calibrate.flow import Method
-    from elit_export.calibrate.solver import Progress, References, SolverConfig, TableFit
-    from elit_export.calibrate.solver_budgets import Screened
+    from elit_export.calibrate.solver import References, SolverConfig, TableFit
+    from elit_export.calibrate.solver_budgets import Pattern, Screened
     from elit_export.calibrate.solver_state import State
     from elit_export.spec import SolverError, SolverFacts
 
@@ -62,6 +64,7 @@ def _numbers(_ctx: click.Context, _param: click.Parameter, text: str) -> tuple[i
 @click.option("--plot", type=OUTPUT, help="Draw error against calls, beside samplers that are not calibrated.")
 @click.option("--target", help="Needed if the bundle has several.")
 @click.option("--precision", help="Needed if the target has several.")
+@EMBEDDED
 @TRUST_OPTION
 @JSON_OPTION
 def solver(
@@ -74,11 +77,14 @@ def solver(
     precision: str | None,
     trust: bool,
     json_to: str | None,
+    file: Path | None,
     **options: Any,
 ) -> None:
     """Fit tables of few calls to the model, for `--sampler solver`, and store those that beat ab3."""
     from elit_export.bundle.store import check_recordable
-    from elit_export.calibrate.solver import References, SolverConfig, is_better, record
+    from elit_export.calibrate.solver import References, SolverConfig, beats_all, best_of_each_name, record
+    from elit_export.calibrate.solver_budgets import check_guidance
+    from elit_export.calibrate.solver_state import discard
     from elit_export.cli.tables.calibration import solver_facts, solvers_tables
 
     if plot is not None:  # before anything is measured, as it needs matplotlib
@@ -88,39 +94,42 @@ def solver(
     config = SolverConfig(calls, interval=options.pop("guidance_interval"), **options)
     opened = opened_once(bundle, target, precision, trust=trust)
     with opened.pipeline as pipeline, progress_bar() as bar:
+        config = replace(config, prompts=prompts_in(file, pipeline.spec))
+        if budgets == "auto":
+            check_guidance(config.guidance, pipeline.spec)
         check_recordable(opened.bundle.folder)
         stage = bar.add_task("reference", total=None)
         references = References(pipeline, config, lambda what: bar.update(stage, description=what))
-        state = _state(opened, config, restart=restart)
+        state = _state(opened, config, sha256_of(file) if file else "", restart=restart)
         methods = [(fit, _calibrated(fit, state, bar)) for fit in _fits(references)]
         mixed = _mixed(references, state, bar) if budgets == "auto" else Mixed()
         compared = _compared(references, bar)
         solvers = _all_made(methods, mixed, compared, opened)
-    stored = [facts for facts in solvers if is_better(facts.error, facts.compared[0])]
+    stored = best_of_each_name([facts for facts in solvers if beats_all(facts)])
     if stored:
         record(opened.bundle, stored)
-    state.remove()
+    discard(opened.bundle.folder)
     if plot is not None:
         plot_solvers([facts.error for facts in solvers if not facts.table.budgets], compared, plot)
     show(*solvers_tables(solvers, compared, mixed.screened), json_to=json_to)
     write_json(solver_facts(solvers, compared, mixed.screened), json_to)
     for facts in solvers:
         if facts not in stored:
-            reason = f"it does not beat {facts.compared[0].sampler} in as much time"
-            say(f"{facts.name} is not stored: {reason}", json_to=json_to)
+            rivals = " and ".join(error.sampler for error in facts.compared[:-1])
+            say(f"{facts.name} is not stored: it must beat {rivals} in as much time", json_to=json_to)
     if stored:
         say(_next(bundle, opened, stored), json_to=json_to)
 
 
-def _state(opened: Opened, config: SolverConfig, *, restart: bool) -> State:
+def _state(opened: Opened, config: SolverConfig, prompts: str, *, restart: bool) -> State:
     """What an earlier run reached, if it was of the same calibration."""
     from elit_export.calibrate.solver_state import State, discard
 
     if restart:
         discard(opened.bundle.folder)
-    identity = {name: value for name, value in asdict(config).items() if name not in ("calls", "rows")}
+    identity = {name: value for name, value in vars(config).items() if name not in ("calls", "rows", "prompts")}
     plan_set = opened.plan_set
-    identity |= {"target": plan_set.target, "precision": plan_set.precision.value}
+    identity |= {"target": plan_set.target, "precision": plan_set.precision.value, "prompts": prompts}
     return State(opened.bundle.folder, identity | {"checkpoint": opened.bundle.manifest.model.checkpoint_sha256})
 
 
@@ -130,13 +139,13 @@ def _fits(references: References) -> Iterator[TableFit]:
     yield from (TableFit(references, calls) for calls in references.config.calls)
 
 
-def _calibrated(fit: TableFit, state: State, bar: Bar, begun: Progress | None = None) -> Method:
+def _calibrated(fit: TableFit, state: State, bar: Bar) -> Method:
     """Fit one table, from where an earlier run was interrupted; every iteration is kept at once."""
     from elit_export.calibrate.solver import MOST_ITERATIONS
 
     what = f"{fit.calls} calls{' of several budgets' if fit.budgets.strong else ''}"
     task = bar.add_task(f"{what}: start", total=MOST_ITERATIONS)
-    progress = state.progress(fit) or begun or fit.start()
+    progress = state.progress(fit) or fit.start()
     state.note(fit, progress)
     for reached in fit.iterations(progress):
         state.note(fit, progress := reached)
@@ -163,23 +172,35 @@ class Mixed:
 
 def _mixed(references: References, state: State, bar: Bar) -> Mixed:
     """Screen patterns of budgets in the time of each number of full calls, and fit the best one."""
-    from elit_export.calibrate.solver_budgets import patterns_of, screened
+    from elit_export.calibrate.solver_budgets import measured_cost, patterns_of, used_pairs
 
     mixed = Mixed()
-    for calls, patterns in patterns_of(references).items():
-        tried = screened(references, patterns)
+    cost = state.cost(lambda: measured_cost(references), used_pairs(references))
+    for calls, patterns in patterns_of(references, cost).items():
+        tried = (_screened(references, pattern, state) for pattern in patterns)
         found = list(bar.track(tried, total=len(patterns), description=f"budgets in the time of {calls} calls"))
         mixed.screened[calls] = found
         if found:
             best = max(found, key=lambda each: each.progress.best_db)
-            mixed.methods[calls] = best.fit, _calibrated(best.fit, state, bar, best.progress)
+            mixed.methods[calls] = best.fit, _calibrated(best.fit, state, bar)
     return mixed
+
+
+def _screened(references: References, pattern: Pattern, state: State) -> Screened:
+    from elit_export.calibrate.least_squares import FEW_SHAPES
+    from elit_export.calibrate.solver import TableFit
+    from elit_export.calibrate.solver_budgets import Screened
+
+    fit = TableFit(references, pattern.calls, pattern.budgets)
+    progress = state.progress(fit) or fit.start(FEW_SHAPES)
+    state.note(fit, progress)
+    return Screened(pattern, fit, progress)
 
 
 def _all_made(
     methods: list[tuple[TableFit, Method]], mixed: Mixed, compared: list[SolverError], opened: Opened
 ) -> list[SolverFacts]:
-    """Beside a table stand `ab3` with as many calls, or the full table that takes as long, and Euler's 50 steps."""
+    """Beside a table stand `ab3` with as many calls, and Euler's 50 steps; beside a mixed one the full table too."""
     from elit_export.calibrate.solver import made
 
     full, of_ab3 = {}, [each for each in compared if each.sampler == "ab3"]
@@ -187,7 +208,7 @@ def _all_made(
         ab3 = max((each for each in of_ab3 if each.calls <= fit.calls), key=lambda each: each.calls)
         full[fit.calls] = made(fit, method, (ab3, compared[-1]), opened.bundle, opened.plan_set)
     others = [
-        made(fit, method, (full[calls].error, compared[-1]), opened.bundle, opened.plan_set)
+        made(fit, method, (full[calls].error, *full[calls].compared), opened.bundle, opened.plan_set)
         for calls, (fit, method) in mixed.methods.items()
     ]
     return [*full.values(), *others]

@@ -12,7 +12,7 @@ from elit_export.spec.precision import Precision
 
 MIXED = ",mixed"
 MIN_CALLS = 2
-MAX_CALLS = 64  # a table has calls · (calls + 1) / 2 weights, all of which are fitted
+MAX_CALLS = 32  # a table has calls · (calls + 1) / 2 weights, all of which are fitted
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from elit_export.calibrate.least_squares import adams_bashforth
 from elit_export.calibrate.reference import resolved_steps, solution, traced
 from elit_export.calibrate.solver import References, SolverConfig, TableFit, is_better, record
 from elit_export.calibrate.solver_budgets import PLACES, patterns
-from elit_export.calibrate.solver_state import NAME, State
+from elit_export.calibrate.solver_state import NAME, State, discard
 from elit_export.cli import main
 from elit_export.errors import BundleError, CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
@@ -88,7 +88,7 @@ def test_velocities_that_are_noise_have_no_reference() -> None:
 
 def test_a_curve_goes_through_its_states() -> None:
     pipeline = pipeline_of(of_mixture)
-    coarse, fine = (traced(Flow(pipeline, SOME, steps).parts[0], steps) for steps in (24, 48))
+    coarse, fine = (traced(Flow(pipeline, SOME, steps), steps) for steps in (24, 48))
     np.testing.assert_array_equal(coarse.at(float(coarse.times[7])), coarse.states[7])
     np.testing.assert_array_equal(coarse.at(0.0), coarse.states[-1])
     between = float(fine.times[13])
@@ -168,8 +168,8 @@ def test_a_table_samples_as_its_method(references: References) -> None:
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"calls": (1,)}, "a table of 1 calls; choose 2 to 64 calls"),
-        ({"calls": (65,)}, "a table of 65 calls"),
+        ({"calls": (1,)}, "a table of 1 calls; choose 2 to 32 calls"),
+        ({"calls": (33,)}, "a table of 33 calls"),
         ({"images": 31}, "31 images are too few.*give --images 32 or more"),
         ({"images": 10**9}, "at most 100,000 trajectories"),
     ],
@@ -221,7 +221,7 @@ def test_an_interrupted_fit_goes_on_where_it_was(references: References, tmp_pat
     after, expected = next(fit.iterations(found)), next(iterations)
     np.testing.assert_allclose(after.now.method.times, expected.now.method.times, rtol=1e-6)
     assert again.progress(TableFit(references, 4)) is None
-    again.remove()
+    discard(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -232,7 +232,16 @@ def test_the_state_of_another_calibration_is_refused(references: References, tmp
         State(tmp_path, {"seed": 1, "images": 32})
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"identity": 3}', '{"identity": {}, "reached": {"5": {"now": 3}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"identity": 3, "reached": {}, "cost": {}}',
+        '{"identity": {}, "reached": {"5": {"now": 3}}, "cost": {}}',
+    ],
+)
 def test_a_damaged_state_is_refused(references: References, tmp_path: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)
     with pytest.raises(CalibrationError, match=f"{NAME}.*; (delete it|give its options)"):
@@ -297,6 +306,17 @@ def test_tables_are_replaced_by_those_of_the_same_place(calibrated: tuple[Path, 
     assert other in found
     with pytest.raises(BundleError, match="another checkpoint meanwhile; calibrate it again"):
         record(bundle, [replace(first, checkpoint_sha256="0" * 64)])
+
+
+def test_budgets_are_searched_for_guidance_without_one(copied: Path) -> None:
+    shown = command(copied, "--budgets", "auto", "--guidance", "ccfg:2@1")
+    said = CliRunner().invoke(main, shown)
+    assert (said.exit_code, "leave out --budgets auto" in said.output) == (2, True)
+
+
+def test_a_calibration_is_at_one_budget(copied: Path) -> None:
+    said = CliRunner().invoke(main, command(copied, "--schedule", "0-1:half,2-3:full"))
+    assert (said.exit_code, "0-1:half" in said.output) == (2, True)
 
 
 @pytest.mark.parametrize("calls", ["", "x", "8,", "-3", "2.5"])

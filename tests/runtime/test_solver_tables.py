@@ -129,7 +129,7 @@ def test_another_budget_than_the_tables_warns_too() -> None:
         (SOLVERS, {"sampler": "solver", "steps": 5}, "there is no such table", "--calls 5"),
         (SOLVERS, {"sampler": "solver:6", "steps": 4}, "has 6 steps, not 4", "leave steps out"),
         (SOLVERS, {"sampler": "solver:x"}, "is not solver:CALLS", ""),
-        (SOLVERS, {"sampler": "solver:1"}, "tables have 2 to 64 calls", "choose another number"),
+        (SOLVERS, {"sampler": "solver:1"}, "tables have 2 to 32 calls", "choose another number"),
         (SOLVERS, {"sampler": "solver:4", "time_grid": "shift:2"}, "has times of its own", "leave time_grid out"),
     ],
 )
@@ -194,7 +194,7 @@ def test_budgets_are_named_once(options: dict[str, Any], remedy: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"times": (1.0, 0.0), "weights": ((-1.0,),)}, "2 to 64 calls, not 1"),
+        ({"times": (1.0, 0.0), "weights": ((-1.0,),)}, "2 to 32 calls, not 1"),
         ({"times": (1.0, 0.5, 0.5, 0.2, 0.0)}, "must fall from 1 to 0"),
         ({"times": (1.0, 0.5, 0.7, 0.2, 0.0)}, "must fall from 1 to 0"),
         ({"times": (0.9, 0.7, 0.5, 0.2, 0.0)}, "must fall from 1 to 0"),
