@@ -22,6 +22,7 @@ from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import main
+from elit_export.cli.bench.whole_image import Asked, is_given
 from elit_export.errors import InputError, pip_install
 from elit_export.evaluate.classifier import Classifier
 from elit_export.evaluate.evaluator import save_evaluator
@@ -203,6 +204,7 @@ WHOLE = ("--whole-image", "--checkpoint", "CHECKPOINT")
         (("--whole-image",), "compares with PyTorch; give --checkpoint RECIPE or --checkpoint FILE too"),
         (("--row", "ab3:4"), "--row is of --whole-image; give that too, or leave it out"),
         (("--no-quality",), "--no-quality is of --whole-image; give that too"),
+        (("--seed", "0"), "--seed is of --whole-image; give that too"),
         ((*WHOLE, "--row", "ab3"), "row 'ab3' is not SAMPLER:STEPS"),
         ((*WHOLE, "--row", "ab3:4@fifth"), "fifth"),
         ((*WHOLE, "--row", "euler-maruyama:9"), "draws noise at every step, so its images could not be compared"),
@@ -211,6 +213,7 @@ WHOLE = ("--whole-image", "--checkpoint", "CHECKPOINT")
         ((*WHOLE, "--seed", str(SOLVER_SEED)), "solver:6 was calibrated on images of seed 5; give another --seed"),
         ((*WHOLE, "--seed", str(SOLVER_SEED + 1)), "solver:6 was calibrated on images of seed 6; give another --seed"),
         ((*WHOLE, "--guidance", "magic:2"), "guidance 'magic:2' is none of"),
+        ((*WHOLE, "--guidance", ""), "guidance '' is none of"),
         ((*WHOLE, "--classifier", "shipped:fashion_classifier"), "the samples are (1, 8, 8), the classifier takes"),
         ((*WHOLE, "--no-quality", "--classifier", "c"), "leave --classifier or --no-quality out"),
         ((*WHOLE, "--target", "gpu"), "no plan set for --target gpu"),
@@ -219,6 +222,16 @@ WHOLE = ("--whole-image", "--checkpoint", "CHECKPOINT")
 def test_what_cannot_be_compared(tuned: Path, tiny_checkpoint: Path, options: tuple[str, ...], said: str) -> None:
     given = [str(tiny_checkpoint) if option == "CHECKPOINT" else option for option in options]
     assert said in refused(tuned, *given)
+
+
+def test_an_empty_guidance_is_not_the_default(tiny_bundle: Bundle) -> None:
+    assert "guidance '' is none of" in refused(tiny_bundle.folder, "--guidance", "")
+
+
+def test_a_seed_of_0_is_the_one_that_is_used() -> None:
+    assert is_given(0)
+    assert not any(map(is_given, (None, False, ())))
+    assert Asked.of({"--checkpoint": "c", "--seed": 0}).choices(None, None).seed == 0
 
 
 @pytest.mark.usefixtures("_no_engine_opens")

@@ -67,7 +67,7 @@ def WHOLE_IMAGE_OPTIONS(command: Callable[..., Any]) -> Callable[..., Any]:  # n
     @wraps(command)
     def packed(*, whole_image: bool, **options: Any) -> Any:
         values = {flag: options.pop(flag.lstrip("-").replace("-", "_")) for flag in OPTIONS}
-        given = {flag: value for flag, value in values.items() if value not in (None, False, ())}
+        given = {flag: value for flag, value in values.items() if is_given(value)}
         if given and not whole_image:
             raise InputError(f"{next(iter(given))} is of {FLAG}", "give that too, or leave it out")
         return command(whole=Asked.of(given) if whole_image else None, **options)
@@ -76,6 +76,11 @@ def WHOLE_IMAGE_OPTIONS(command: Callable[..., Any]) -> Callable[..., Any]:  # n
     for option in reversed(OPTIONS.values()):
         decorated = option(decorated)
     return click.option(FLAG, is_flag=True, help="Time, error and quality of whole images beside PyTorch.")(decorated)
+
+
+def is_given(value: Any) -> bool:
+    """Whether the value of an option was typed, which a 0 may be: 0 equals False."""
+    return value is not None and value is not False and value != ()
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,8 @@ class Asked:
         return Choices(
             rows=self.rows,
             rounds=self.rounds,
-            images=(images or IMAGES) if self.quality else 0,
-            guidance=guidance or GUIDANCE,
+            images=(IMAGES if images is None else images) if self.quality else 0,
+            guidance=GUIDANCE if guidance is None else guidance,
             seed=self.seed,
         )
 
