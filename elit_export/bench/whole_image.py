@@ -18,10 +18,11 @@ from elit_export.bench.contenders import Choices, Way
 from elit_export.bench.engines import bench_inputs, engine_runner, measured_budgets
 from elit_export.bench.stages import OnStage, Stage, run_stages
 from elit_export.bench.timing import Timing, timed_in_turn, timing_of
+from elit_export.errors import InputError
 from elit_export.runtime.conditioning import LabelsLike, numbered
-from elit_export.runtime.options import SamplingOptions
+from elit_export.runtime.options import ResolvedOptions, SamplingOptions, resolve
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.runtime.request import Request, Samplable, prepared
+from elit_export.runtime.request import Samplable, prepared
 from elit_export.spec import Budget
 from elit_export.verify.metrics import SampleError, sample_error
 
@@ -70,6 +71,7 @@ class CallLead:
 class ImageRow:
     """The results of one way to make images.
 
+    `engine_calls` are all calls of one sampling, as a preset's are: those of every part, and those that reuse too.
     `timing` is per image, with the decoder if there is one. `speedup` is PyTorch's time over it, `over_lead` that over
     the lead of one call: what fewer and cheaper calls add. `outside_engines` is the share of the time outside engine
     calls. `error` is relative to the reference solution, None if it was not measured or this way solves another
@@ -117,9 +119,27 @@ class WholeImageResult:
 
 def check_way(on: Samplable, options: SamplingOptions, choices: Choices) -> None:
     """Raise InputError or CalibrationError where images cannot be made so; needs no engines."""
-    for images in {choices.rows, choices.images or choices.rows}:
-        prepared(on, numbered(on.spec, range(images), on.coverage.text), options)
+    prepared(on, numbered(on.spec, range(choices.rows), on.coverage.text), options)
     call_of(on, choices)
+    if choices.images:
+        check_images(on, options, choices)
+
+
+def check_images(on: Samplable, options: SamplingOptions, choices: Choices) -> None:
+    """Raise InputError or CalibrationError where the images whose quality is measured cannot be made so."""
+    try:
+        prepared(on, numbered(on.spec, range(choices.images), on.coverage.text), options, AT_ONCE)
+    except InputError as error:
+        raise InputError(error.problem, f"{error.remedy}; or measure times alone: --no-quality") from error
+
+
+def can_solve(on: Samplable, choices: Choices) -> bool:
+    """Whether a plan set takes the calls of the reference solution; needs no engines."""
+    try:
+        check_images(on, choices.reference_options, choices)
+    except InputError:
+        return False
+    return True
 
 
 def call_of(on: Samplable, choices: Choices) -> tuple[Budget, int]:
@@ -161,7 +181,7 @@ def compare_whole_images(
 
 @dataclass(frozen=True)
 class _Once:
-    """The time of one round of a way, per image."""
+    """The time of one round of a way, per image, and all engine calls of its images."""
 
     ms: float
     outside_ms: float
@@ -249,16 +269,13 @@ class _Measurements:
     def _errors(self) -> list[SampleError | None]:
         if self._expected is None:
             return [None] * len(self.ways)
-        solved = self._request(self._solver, self.choices.reference_options)
+        solved = resolved(self._solver, self.choices.reference_options)
         return [
             sample_error(samples, self._expected)
-            if same_equation(self._request(way.pipeline, way.options), solved)
+            if same_equation(resolved(way.pipeline, way.options), solved)
             else None
             for way, samples in zip(self.ways, self._samples, strict=True)
         ]
-
-    def _request(self, pipeline: Pipeline, options: SamplingOptions) -> Request:
-        return pipeline.prepared(self._conditioning(1), options)
 
 
 def image_row(
@@ -289,7 +306,11 @@ def image_row(
     )
 
 
-def same_equation(one: Request, other: Request) -> bool:
+def resolved(pipeline: Pipeline, options: SamplingOptions) -> ResolvedOptions:
+    return resolve(pipeline.spec, options, pipeline.coverage.solvers)
+
+
+def same_equation(one: ResolvedOptions, other: ResolvedOptions) -> bool:
     """Whether two samplings solve the same ODE: one budget at all times in both, and the same guidance."""
     budgets = {budget for each in (one, other) for budget in (*each.schedule, *(each.weak or ()))}
     return len(budgets) == 1 and one.guidance == other.guidance
@@ -306,8 +327,7 @@ def once(way: Way, conditioning: LabelsLike) -> _Once:
     decoder_s = ended - sampled if way.pipeline.data.kind == "vae" else 0.0
     outside_s = ended - started - sample.timings.engines_s - decoder_s
     images = len(sample.latents)
-    calls = sum(not call.reused for call in sample.calls) // len(sample.part_sizes)
-    return _Once((ended - started) * 1e3 / images, outside_s * 1e3 / images, calls)
+    return _Once((ended - started) * 1e3 / images, outside_s * 1e3 / images, len(sample.calls))
 
 
 def pause() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from elit_export import Pipeline
-from elit_export.bench.contenders import named_options
-from elit_export.bench.whole_image import WholeImageResult
+from elit_export.bench.contenders import Choices, Way, named_options
+from elit_export.bench.whole_image import WholeImageResult, can_solve, check_way, once
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import save_checkpoint
@@ -27,6 +28,9 @@ from elit_export.errors import InputError, pip_install
 from elit_export.evaluate.classifier import Classifier
 from elit_export.evaluate.evaluator import save_evaluator
 from elit_export.runtime import opening
+from elit_export.runtime.conditioning import numbered
+from elit_export.spec import Range
+from elit_export.tune.costs import rehearsed
 from elit_export.verify.metrics import SampleError, difference, sample_error
 from tests.evaluate.test_quality import FACTS
 from tests.helpers import preset_of, tiny_model
@@ -283,6 +287,34 @@ def test_without_torch_it_names_the_extra(tuned: Path, tiny_checkpoint: Path) ->
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert pip_install("export") in done.stderr
+
+
+def test_engine_calls_are_all_that_a_sampling_makes(tiny_bundle: Bundle) -> None:
+    """As a preset counts them: those that reuse too, and those of every part."""
+    options = replace(named_options("euler:6", "none", 1), cache="static:every@2")
+    with Pipeline.load(tiny_bundle.folder) as pipeline:
+        config = Way("one", "cpu fp32", pipeline, options, pipeline.decode)
+        images = numbered(pipeline.spec, range(12), None)
+        assert len(pipeline.prepared(images, options).part_sizes) == 2
+        expected = rehearsed(pipeline, pipeline.prepared(images, options))
+        assert once(config, images).engine_calls == len(expected) == 12
+        assert any(call.reused for call in expected)
+
+
+def test_images_are_checked_as_they_are_split(tiny_bundle: Bundle) -> None:
+    """Quality is sampled a few images at once, which a profile of many rows does not take."""
+    plan_set = tiny_bundle.manifest.plan_sets[0]
+    choices = Choices(rows=64, rounds=1, images=64, guidance="none", seed=1)
+    on = opening.unopened(tiny_bundle, plan_set)
+    check_way(on, named_options("ab3:4", "none", 1), choices)
+    assert can_solve(on, choices)
+    profiles = tuple(replace(profile, rows=Range(64, 64, 64)) for profile in on.coverage.profiles)
+    large = replace(on, coverage=replace(on.coverage, profiles=profiles))
+    check_way(large, named_options("ab3:4", "none", 1), replace(choices, images=0))
+    with pytest.raises(InputError, match="parts of at most 16") as caught:
+        check_way(large, named_options("ab3:4", "none", 1), choices)
+    assert caught.value.remedy.endswith("or measure times alone: --no-quality")
+    assert not can_solve(large, choices)
 
 
 def test_a_named_sampling_is_read_as_it_is_typed() -> None:

@@ -77,9 +77,7 @@ def samplers(
         opened = Bundle.open(bundle, trust=trust)
         compare_with_pytorch(opened, whole, choices, (target, precision), check, json_to, every=every)
         return
-    measured = partial(
-        sampler_facts, IMAGES if images is None else images, GUIDANCE if guidance is None else guidance
-    )
+    measured = partial(sampler_facts, IMAGES if images is None else images, GUIDANCE if guidance is None else guidance)
     held_to, opened = limits_in(check, {"samplers": list[SamplerError]}), Bundle.open(bundle, trust=trust)
     measure_each(opened, target, precision, partial(measured, opened), held_to, json_to, every=every)
 

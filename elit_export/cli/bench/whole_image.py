@@ -229,7 +229,7 @@ def opened_ways(
     from elit_export.bench.contenders import Way
 
     plan_sets = {contender.plan_set.name: contender.plan_set for contender in found}
-    solving = fp32_plan_set(bundle) if choices.images else None
+    solving = fp32_plan_set(bundle, choices) if choices.images else None
     plan_sets |= {solving.name: solving} if solving else {}
     pipelines = {name: stack.enter_context(opened_pipeline(bundle, plan_set)) for name, plan_set in plan_sets.items()}
     decoders = {name: pipeline.decode if pipeline.makes_pictures else None for name, pipeline in pipelines.items()}
@@ -241,15 +241,17 @@ def opened_ways(
     return ways, (solving.name, pipelines[solving.name]) if solving else (EAGER, eager)
 
 
-def fp32_plan_set(bundle: Bundle) -> PlanSet | None:
-    """Return a plan set that can solve the ODE: in fp32, and with the full budget. Without one PyTorch does."""
+def fp32_plan_set(bundle: Bundle, choices: Choices) -> PlanSet | None:
+    """Return a plan set that can solve the ODE for the images: in fp32, at full budget. Without one PyTorch does."""
+    from elit_export.bench.whole_image import can_solve
     from elit_export.bundle.manifest import budgets_of
-    from elit_export.runtime.opening import incompatibility
+    from elit_export.runtime.opening import incompatibility, unopened
 
     spec = bundle.manifest.model.spec
     for plan_set in bundle.manifest.plan_sets:
         is_exact = plan_set.precision is Precision.FP32 and spec.full in budgets_of(plan_set, spec)
-        if is_exact and all(parity.ran for parity in plan_set.parities) and not incompatibility(plan_set):
+        is_usable = all(parity.ran for parity in plan_set.parities) and not incompatibility(plan_set)
+        if is_exact and is_usable and can_solve(unopened(bundle, plan_set), choices):
             return plan_set
     return None
 
