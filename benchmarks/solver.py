@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -26,7 +27,7 @@ from elit_export.bundle.reading import Bundle
 from elit_export.cli.common import show
 from elit_export.cli.plan_sets import runnable_plan_sets
 from elit_export.cli.tables.layout import Table, table
-from elit_export.errors import InputError
+from elit_export.errors import ElitExportError, InputError
 from elit_export.runtime.conditioning import as_conditioning, numbered
 from elit_export.runtime.guidance import Guidance
 from elit_export.runtime.options import SamplingOptions, resolve
@@ -66,8 +67,32 @@ class Row:
 # ---------------------------------------------------------------- where a table is used
 
 
-def places(facts: SolverFacts, pipelines: dict[str, Pipeline], seed: int) -> Iterator[Place]:
+def own_plan_set(facts: SolverFacts, names: Sequence[str]) -> str:
+    """The plan set that a table was calibrated on, or the only one that runs here; raises InputError otherwise."""
     own = f"{facts.target} {facts.precision.value}"
+    if own in names:
+        return own
+    if len(names) > 1:
+        raise InputError(
+            f"{facts.name} was calibrated on {own}, which does not run here; {', '.join(names)} do",
+            f"build that too, or calibrate one here: elit-export calibrate solver BUNDLE --calls {facts.table.calls}",
+        )
+    print(f"{facts.name} was calibrated on {own}, which does not run here: measured on {names[0]}, the only one")
+    return names[0]
+
+
+def exact_plan_set(pipelines: dict[str, Pipeline]) -> str:
+    """The one that makes reference solutions; raises InputError if there is none."""
+    for name, pipeline in pipelines.items():
+        if pipeline.bank.precision is Precision.FP32:
+            return name
+    raise InputError(
+        f"none of {', '.join(pipelines)} is in fp32, by which errors are measured", "build a target in fp32 too"
+    )
+
+
+def places(facts: SolverFacts, pipelines: dict[str, Pipeline], seed: int) -> Iterator[Place]:
+    own = own_plan_set(facts, list(pipelines))
     schedule = {} if facts.table.budgets else {"schedule": facts.schedule}
     options = SamplingOptions(
         sampler=facts.name,
@@ -76,7 +101,8 @@ def places(facts: SolverFacts, pipelines: dict[str, Pipeline], seed: int) -> Ite
         seed=seed,
         **schedule,  # type: ignore[arg-type]
     )
-    yield Place("as calibrated", own, options)
+    made_here = own == f"{facts.target} {facts.precision.value}"
+    yield Place("as calibrated" if made_here else "on other plans", own, options)
     yield Place("another seed", own, replace(options, seed=seed + 1, first_image=FAR_IMAGE))
     guidance = Guidance.parse(facts.guidance, pipelines[own].spec)
     for factor in SCALES if guidance.guides else ():
@@ -171,7 +197,7 @@ def opened(bundle: Bundle, stack: ExitStack) -> dict[str, Pipeline]:
 def measured(bundle: Bundle, tables: Sequence[SolverFacts], images: int, seed: int) -> dict[SolverFacts, list[Row]]:
     with ExitStack() as stack:
         pipelines = opened(bundle, stack)
-        exact = next(name for name, pipeline in pipelines.items() if pipeline.bank.precision is Precision.FP32)
+        exact = exact_plan_set(pipelines)
         sampled = Sampled(pipelines, images)
         return {
             facts: [row(facts, place, sampled, exact) for place in places(facts, pipelines, seed)] for facts in tables
@@ -186,9 +212,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=90210, help="of the noise; the next one is used too")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    bundle = Bundle.open(options.bundle)
-    tables = chosen(bundle, options.calls, options.seed)
-    found = measured(bundle, tables, options.images, options.seed)
+    try:
+        bundle = Bundle.open(options.bundle)
+        tables = chosen(bundle, options.calls, options.seed)
+        found = measured(bundle, tables, options.images, options.seed)
+    except ElitExportError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     show(*(errors_table(facts, rows, options.images) for facts, rows in found.items()))
     if options.json:
         written: dict[str, Any] = {"images": options.images, "seed": options.seed}

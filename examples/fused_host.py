@@ -21,7 +21,8 @@ if not plan or not calibration or calibration["checkpoint_sha256"] != manifest["
     sys.stderr.write(f"error: {folder}: build it with `fused = true`, then: elit-export calibrate cache {folder}\n")
     sys.exit(2)
 calls = int((sys.argv[4:] or ["0"])[0])
-tables = [made["table"] for made in manifest.get("solvers", []) if made["guidance"] == "none"]
+solvers = [made for made in manifest.get("solvers", []) if (made["guidance"], made["schedule"]) == ("none", "full")]
+tables = [made["table"] for made in solvers if made["table"].get("budgets") is None]  # every call here is a full one
 table = next((table for table in tables if len(table["weights"]) == calls), None)
 if calls and not table:
     command = f"elit-export calibrate solver {folder} --calls {calls} --guidance none"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TextIO
@@ -20,7 +21,7 @@ from elit_export import Pipeline
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.calibrate.solver import record as record_solvers
-from elit_export.spec import SolverTable
+from elit_export.spec import Precision, SolverTable
 from tests.helpers import a_solver, calibrate, fit_of, max_relative
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -158,7 +159,10 @@ def test_the_host_samples_by_a_solver_table(calibrated: Bundle, tmp_path: Path) 
     table = SolverTable((1.0, 0.6, 0.25, 0.0), weights)
     model = calibrated.manifest.model
     facts = a_solver(table=table, guidance="none", checkpoint_sha256=model.checkpoint_sha256)
-    record_solvers(Bundle.open(folder), [facts])
+    mixed = replace(facts, table=replace(table, weights=((-0.1,), *weights[1:]), budgets=(1, 1, 4)))
+    of_half = replace(facts, table=replace(table, weights=((-0.2,), *weights[1:])), schedule="half")
+    of_half = replace(of_half, target="other", precision=Precision.BF16)  # the pipeline prefers its own precision
+    record_solvers(Bundle.open(folder), [mixed, of_half, facts])
     host = run_host(folder, tmp_path / "made.npy", "0", "3")
     assert (host.returncode, host.stdout) == (0, "111"), host.stderr
     found = np.load(tmp_path / "made.npy")

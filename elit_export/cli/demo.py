@@ -29,8 +29,10 @@ from elit_export.spec import listed
 if TYPE_CHECKING:
     from elit_export.arrays import Pixels
     from elit_export.bundle.store import Progress
+    from elit_export.runtime.coverage import Coverage
     from elit_export.runtime.pipeline import Pipeline
     from elit_export.runtime.sample import Sample
+    from elit_export.spec import ModelSpec, SolverFacts
 
 STEPS = 15
 SAMPLER = "ab3"
@@ -110,8 +112,33 @@ def demo_configs(pipeline: Pipeline) -> list[DemoConfig]:
         middle, half = "quarter" if "quarter" in names else names[-1], STEPS // 2
         mixed = f"0-{half - 1}:{middle},{half}-{STEPS - 1}:{names[0]}"
         configs.append(DemoConfig(f"{middle}, then {names[0]}", mixed, f"ccfg:{SCALE}@{names[-1]}"))
-    solvers = [facts for facts in pipeline.coverage.solvers if facts.guidance == f"cfg:{SCALE}"]
-    return [*configs, *(DemoConfig("full", "full", facts.guidance, facts.name, None) for facts in solvers)]
+    return configs + solver_configs(pipeline.spec, pipeline.coverage)
+
+
+def solver_configs(spec: ModelSpec, coverage: Coverage) -> list[DemoConfig]:
+    """List the tables that were calibrated for what the demo samples, and whose budgets the engines cover.
+
+    Of several with one name it is the one that a sampling takes.
+    """
+    from elit_export.runtime.guidance import Guidance
+    from elit_export.runtime.samplers.calibrated import is_for
+
+    guidance = Guidance.parse(f"cfg:{SCALE}", spec)
+    by_name: dict[str, SolverFacts] = {}
+    for facts in coverage.solvers:
+        if is_for(facts, guidance):
+            by_name.setdefault(facts.name, facts)
+    return [
+        DemoConfig("mixed" if facts.table.budgets else "full", "full", facts.guidance, name, None)
+        for name, facts in by_name.items()
+        if facts.schedule == "full" and kept_by(facts, spec) <= {budget.kept for budget in coverage.covered}
+    ]
+
+
+def kept_by(facts: SolverFacts, spec: ModelSpec) -> set[int]:
+    """Return the latents kept in the calls of a table, and those of the full budget, which its reference has."""
+    table = facts.table
+    return {spec.full.kept, *(table.budgets or ()), *(table.weak_budgets or ())}
 
 
 def demo_rows(pipeline: Pipeline, configs: list[DemoConfig]) -> Iterator[DemoRow]:

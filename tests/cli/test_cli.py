@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from elit_export.bench import engines as bench
 from elit_export.bundle.reading import MANIFEST, OWN_HASH, Bundle, manifest_text
 from elit_export.checkpoints.native import save_checkpoint
 from elit_export.cli import COMMANDS, main
+from elit_export.cli.demo import solver_configs
 from elit_export.errors import pip_install
-from elit_export.spec import Precision
+from elit_export.runtime.coverage import Coverage
+from elit_export.runtime.opening import unopened
+from elit_export.spec import Precision, SolverFacts
 from elit_export.verify import parity
 from elit_export.verify.tolerances import Tolerance
-from tests.helpers import tiny_model
+from tests.helpers import a_solver, tiny_model
 
 DATA = Path(__file__).parent.parent / "data" / "fashion"
 TINY_TRAINING = [
@@ -190,6 +194,29 @@ def test_demo_counts_flops_and_writes_them(tiny_bundle: Bundle, tmp_path: Path) 
     rows = only_json("demo", "--bundle", tiny_bundle.folder, "--out", tmp_path)
     assert [row["row"] for row in rows] == ["full", "half", "quarter", "quarter, then full"]
     assert rows[0]["gflop_per_image"] > rows[1]["gflop_per_image"] > rows[2]["gflop_per_image"]
+
+
+def test_demo_draws_by_tables_that_were_made_for_its_rows(tiny_bundle: Bundle) -> None:
+    """Of the guidance at all t and the full budget, once for a name; one of budgets that no engine has is left out."""
+    table = a_solver().table
+    on = unopened(tiny_bundle, tiny_bundle.manifest.plan_sets[0])
+    kept = [budget.kept for budget in on.coverage.covered]
+    solvers = (
+        a_solver(guidance_interval=(0.2, 0.9)),
+        a_solver(),
+        a_solver(precision=Precision.BF16),
+        a_solver(guidance="cfg:3"),
+        a_solver(table=replace(table, budgets=(kept[-1], kept[0]))),
+    )
+
+    def configs(*solvers: SolverFacts, covered: Coverage = on.coverage) -> list[tuple[str, str]]:
+        return [(each.name, each.sampler) for each in solver_configs(on.spec, replace(covered, solvers=solvers))]
+
+    assert configs(*solvers) == [("full", "solver:2"), ("mixed", "solver:2,mixed")]
+    assert configs(a_solver(schedule="half")) == []
+    few = [profile for profile in on.coverage.profiles if profile.latents.min == on.spec.full.kept]
+    assert configs(*solvers, covered=replace(on.coverage, profiles=tuple(few))) == [("full", "solver:2")]
+    assert configs(*solvers, covered=replace(on.coverage, profiles=())) == []
 
 
 def test_demo_draws_from_engines_of_few_rows(tiny_bundle: Bundle, tmp_path: Path) -> None:
