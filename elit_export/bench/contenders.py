@@ -1,4 +1,4 @@
-"""The ways to make an image that are compared: a bundle's presets, and samplings that are named."""
+"""The sampling configs that are compared: a bundle's presets, and samplings that are named."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ USAGE = "SAMPLER:STEPS or SAMPLER:STEPS@SCHEDULE, e.g. ab3:14, solver:8 or ab3:1
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to make images with the plans of one plan set."""
+    """A sampling config for the plans of one plan set."""
 
     name: str
     plan_set: PlanSet
@@ -98,8 +98,8 @@ def check_unseen(solvers: Iterable[SolverFacts], *seeds: int) -> None:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to make images, ready to run. `decode` makes pictures of its samples; None where nothing here can."""
+class SamplingConfig:
+    """A sampling config, ready to run. `decode` makes pictures of its samples; None where nothing here can."""
 
     name: str
     plan_set: str

@@ -1,8 +1,8 @@
 """Compares whole images with those of PyTorch eager: time, error, and distance from real images.
 
-PyTorch does what the reference implementation does: 50 Euler steps at the full budget. All ways run in turn in one
-process from the same noise and labels, and by the same sampling code; a pause precedes each, because the threads of
-some libraries keep spinning for a moment after a call. Times are comparable within one result only.
+PyTorch does what the reference implementation does: 50 Euler steps at the full budget. All sampling configs run in turn
+in one process from the same noise and labels, and by the same sampling code; a pause precedes each, because the threads
+of some libraries keep spinning for a moment after a call. Times are comparable within one result only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import partial
 
 from elit_export.arrays import HostArray, Pixels
 from elit_export.bench.backends import PAUSE_S
-from elit_export.bench.contenders import Choices, Way
+from elit_export.bench.contenders import Choices, SamplingConfig
 from elit_export.bench.engines import bench_inputs, engine_runner, measured_budgets
 from elit_export.bench.stages import OnStage, Stage, run_stages
 from elit_export.bench.timing import Timing, timed_in_turn, timing_of
@@ -69,12 +69,12 @@ class CallLead:
 
 @dataclass(frozen=True)
 class ImageRow:
-    """The results of one way to make images.
+    """The results of one sampling config.
 
     `engine_calls` are all calls of one sampling, as a preset's are: those of every part, and those that reuse too.
     `timing` is per image, with the decoder if there is one. `speedup` is PyTorch's time over it, `over_lead` that over
     the lead of one call: what fewer and cheaper calls add. `outside_engines` is the share of the time outside engine
-    calls. `error` is relative to the reference solution, None if it was not measured or this way solves another
+    calls. `error` is relative to the reference solution, None if it was not measured or this config solves another
     equation: other budgets or another guidance. `gain` is by how much it is better than PyTorch's.
     `change_over_error` is that of the distance.
     """
@@ -95,7 +95,7 @@ class ImageRow:
 
 @dataclass(frozen=True)
 class WholeImageResult:
-    """The results of all ways, PyTorch's first. `reference` names what the reference solution was made by.
+    """The results of all sampling configs, PyTorch's first. `reference` names what the reference solution was made by.
 
     `no_distance` is the reason why there are no distances. `skipped` holds the reason for each plan set that did
     not run.
@@ -110,14 +110,14 @@ class WholeImageResult:
     evaluator: str | None
     no_distance: str
     calls: list[CallLead]
-    ways: list[ImageRow]
+    configs: list[ImageRow]
     skipped: dict[str, str]
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def check_way(on: Samplable, options: SamplingOptions, choices: Choices) -> None:
+def check_config(on: Samplable, options: SamplingOptions, choices: Choices) -> None:
     """Raise InputError or CalibrationError where images cannot be made so; needs no engines."""
     prepared(on, numbered(on.spec, range(choices.rows), on.coverage.text), options)
     call_of(on, choices)
@@ -151,7 +151,7 @@ def call_of(on: Samplable, choices: Choices) -> tuple[Budget, int]:
 
 
 def compare_whole_images(
-    ways: Sequence[Way],
+    configs: Sequence[SamplingConfig],
     reference: tuple[str, Pipeline],
     choices: Choices,
     *,
@@ -161,8 +161,8 @@ def compare_whole_images(
     skipped: Mapping[str, str],
     on_stage: OnStage,
 ) -> WholeImageResult:
-    """Measure all ways, of which the first is PyTorch's. `reference` is what solves the ODE, and its name."""
-    measured = _Measurements(ways, reference[1], choices, distances)
+    """Measure all sampling configs, PyTorch's first. `reference` is what solves the ODE, and its name."""
+    measured = _Measurements(configs, reference[1], choices, distances)
     run_stages(measured.stages(), on_stage)
     return WholeImageResult(
         rows=choices.rows,
@@ -174,14 +174,14 @@ def compare_whole_images(
         evaluator=evaluator,
         no_distance=no_distance,
         calls=measured.leads,
-        ways=measured.rows(),
+        configs=measured.rows(),
         skipped=dict(skipped),
     )
 
 
 @dataclass(frozen=True)
 class _Once:
-    """The time of one round of a way, per image, and all engine calls of its images."""
+    """The time of one round of a config, per image, and all engine calls of its images."""
 
     ms: float
     outside_ms: float
@@ -191,60 +191,65 @@ class _Once:
 class _Measurements:
     """The measurements so far; each stage adds to them."""
 
-    def __init__(self, ways: Sequence[Way], solver: Pipeline, choices: Choices, distances: Distances | None) -> None:
-        self.ways, self.choices = ways, choices
+    def __init__(
+        self, configs: Sequence[SamplingConfig], solver: Pipeline, choices: Choices, distances: Distances | None
+    ) -> None:
+        self.configs, self.choices = configs, choices
         self.leads: list[CallLead] = []
         self._solver, self._distances = solver, distances
-        self._times: list[list[_Once]] = [[] for _ in ways]
+        self._times: list[list[_Once]] = [[] for _ in configs]
         self._samples: list[HostArray] = []
         self._expected: HostArray | None = None
-        self._judged: Sequence[Distance | None] = [None] * len(ways)
+        self._judged: Sequence[Distance | None] = [None] * len(configs)
 
     def stages(self) -> Iterator[Stage]:
-        eager, *others = self.ways
-        by_plan_set = {way.plan_set: way for way in others}
-        yield from ((f"{way.name}: warm-up", partial(self._warm_up, way)) for way in self.ways)
+        eager, *others = self.configs
+        by_plan_set = {config.plan_set: config for config in others}
+        yield from ((f"{config.name}: warm-up", partial(self._warm_up, config)) for config in self.configs)
         yield from (
-            (f"{name}: single calls", partial(self._time_calls, eager, way)) for name, way in by_plan_set.items()
+            (f"{name}: single calls", partial(self._time_calls, eager, config)) for name, config in by_plan_set.items()
         )
         for number in range(1, self.choices.rounds + 1):
-            for way, times in zip(self.ways, self._times, strict=True):
-                yield f"{way.name}: round {number}", partial(self._time_image, way, times)
+            for config, times in zip(self.configs, self._times, strict=True):
+                yield f"{config.name}: round {number}", partial(self._time_image, config, times)
         if self.choices.images:
             yield "reference solution", self._solve
-            yield from ((f"{way.name}: {self.choices.images} images", partial(self._sample, way)) for way in self.ways)
+            yield from (
+                (f"{config.name}: {self.choices.images} images", partial(self._sample, config))
+                for config in self.configs
+            )
         if self._distances:
             yield "distances", self._judge
 
-    def _warm_up(self, way: Way) -> None:
+    def _warm_up(self, config: SamplingConfig) -> None:
         """Run a call of each size that the sampling makes: a whole sampling of a large model would take a minute."""
-        request = way.pipeline.prepared(self._conditioning(self.choices.rows), way.options)
+        request = config.pipeline.prepared(self._conditioning(self.choices.rows), config.options)
         for size in dict.fromkeys(request.sizes()):
-            engine_runner(way.pipeline, size.budget)(bench_inputs(way.pipeline, size.budget, size.rows))
+            engine_runner(config.pipeline, size.budget)(bench_inputs(config.pipeline, size.budget, size.rows))
 
-    def _time_calls(self, eager: Way, way: Way) -> None:
-        budget, rows = call_of(way.pipeline, self.choices)
-        inputs = bench_inputs(way.pipeline, budget, rows)
-        runners = {each.name: partial(engine_runner(each.pipeline, budget), inputs) for each in (eager, way)}
+    def _time_calls(self, eager: SamplingConfig, config: SamplingConfig) -> None:
+        budget, rows = call_of(config.pipeline, self.choices)
+        inputs = bench_inputs(config.pipeline, budget, rows)
+        runners = {each.name: partial(engine_runner(each.pipeline, budget), inputs) for each in (eager, config)}
         timings = timed_in_turn(runners, rounds=CALL_ROUNDS, before=pause)
-        of_eager, of_engine = timings[eager.name], timings[way.name]
+        of_eager, of_engine = timings[eager.name], timings[config.name]
         lead = of_eager.median_ms / of_engine.median_ms
-        self.leads.append(CallLead(way.plan_set, str(budget), rows, of_eager, of_engine, lead))
+        self.leads.append(CallLead(config.plan_set, str(budget), rows, of_eager, of_engine, lead))
 
-    def _time_image(self, way: Way, times: list[_Once]) -> None:
+    def _time_image(self, config: SamplingConfig, times: list[_Once]) -> None:
         pause()
-        times.append(once(way, self._conditioning(self.choices.rows)))
+        times.append(once(config, self._conditioning(self.choices.rows)))
 
     def _conditioning(self, images: int) -> LabelsLike:
-        """Return the same for all ways: PyTorch would take longer texts than engines do."""
-        *_, way = self.ways
-        return numbered(way.pipeline.spec, range(images), way.pipeline.coverage.text)
+        """Return the same for all configs: PyTorch would take longer texts than engines do."""
+        *_, config = self.configs
+        return numbered(config.pipeline.spec, range(images), config.pipeline.coverage.text)
 
     def _solve(self) -> None:
         self._expected = self._sampled(self._solver, self.choices.reference_options)
 
-    def _sample(self, way: Way) -> None:
-        self._samples.append(self._sampled(way.pipeline, way.options))
+    def _sample(self, config: SamplingConfig) -> None:
+        self._samples.append(self._sampled(config.pipeline, config.options))
 
     def _sampled(self, pipeline: Pipeline, options: SamplingOptions) -> HostArray:
         return pipeline.run(pipeline.prepared(self._conditioning(self.choices.images), options, AT_ONCE)).latents
@@ -252,7 +257,11 @@ class _Measurements:
     def _judge(self) -> None:
         assert self._distances
         self._judged = self._distances(
-            [way.decode(samples) for way, samples in zip(self.ways, self._samples, strict=True) if way.decode]
+            [
+                config.decode(samples)
+                for config, samples in zip(self.configs, self._samples, strict=True)
+                if config.decode
+            ]
         )
 
     def rows(self) -> list[ImageRow]:
@@ -260,26 +269,26 @@ class _Measurements:
         errors = self._errors()
         leads = {lead.plan_set: lead.lead for lead in self.leads}
         return [
-            image_row(way, times, timing, timings[0], leads.get(way.plan_set), (error, errors[0]), distance)
-            for way, times, timing, error, distance in zip(
-                self.ways, self._times, timings, errors, self._judged, strict=True
+            image_row(config, times, timing, timings[0], leads.get(config.plan_set), (error, errors[0]), distance)
+            for config, times, timing, error, distance in zip(
+                self.configs, self._times, timings, errors, self._judged, strict=True
             )
         ]
 
     def _errors(self) -> list[SampleError | None]:
         if self._expected is None:
-            return [None] * len(self.ways)
+            return [None] * len(self.configs)
         solved = resolved(self._solver, self.choices.reference_options)
         return [
             sample_error(samples, self._expected)
-            if same_equation(resolved(way.pipeline, way.options), solved)
+            if same_equation(resolved(config.pipeline, config.options), solved)
             else None
-            for way, samples in zip(self.ways, self._samples, strict=True)
+            for config, samples in zip(self.configs, self._samples, strict=True)
         ]
 
 
 def image_row(
-    way: Way,
+    config: SamplingConfig,
     times: Sequence[_Once],
     timing: Timing,
     eager: Timing,
@@ -291,9 +300,9 @@ def image_row(
     error, of_eager = errors
     speedup = eager.median_ms / timing.median_ms
     return ImageRow(
-        name=way.name,
-        plan_set=way.plan_set,
-        options=way.options.scalars,
+        name=config.name,
+        plan_set=config.plan_set,
+        options=config.options.scalars,
         engine_calls=times[0].engine_calls,
         timing=timing,
         speedup=speedup,
@@ -316,15 +325,15 @@ def same_equation(one: ResolvedOptions, other: ResolvedOptions) -> bool:
     return len(budgets) == 1 and one.guidance == other.guidance
 
 
-def once(way: Way, conditioning: LabelsLike) -> _Once:
+def once(config: SamplingConfig, conditioning: LabelsLike) -> _Once:
     """Make images, pictures if they can be, and take the time."""
     started = time.perf_counter()
-    sample = way.pipeline.sampled(conditioning, way.options)
+    sample = config.pipeline.sampled(conditioning, config.options)
     sampled = time.perf_counter()
-    if way.decode:
-        way.decode(sample.latents)
+    if config.decode:
+        config.decode(sample.latents)
     ended = time.perf_counter()
-    decoder_s = ended - sampled if way.pipeline.data.kind == "vae" else 0.0
+    decoder_s = ended - sampled if config.pipeline.data.kind == "vae" else 0.0
     outside_s = ended - started - sample.timings.engines_s - decoder_s
     images = len(sample.latents)
     return _Once((ended - started) * 1e3 / images, outside_s * 1e3 / images, len(sample.calls))

@@ -1,4 +1,4 @@
-"""Presets as a manifest holds them: named ways to sample, what was measured of each, and how it was made."""
+"""Presets as a manifest holds them: named sampling configs, what was measured of each, and how it was made."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Measured(Facts):
 
 
 class Preset(Facts):
-    """A named way to sample by one plan set, for one checkpoint. `command` makes it again."""
+    """A named sampling config for one plan set, for one checkpoint. `command` makes it again."""
 
     name: Name
     checkpoint_sha256: str

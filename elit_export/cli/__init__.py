@@ -23,7 +23,7 @@ COMMANDS = {
     "export": "Export CHECKPOINT as one ONNX graph for every budget.",
     "init": "Write a commented recipe for CHECKPOINT: what it holds, rows, profiles, and a table per target.",
     "build": "Build RECIPE's engines into a bundle and compare each profile with PyTorch.",
-    "calibrate": "Measure what a bundle's engines do along real trajectories, for the step cache and for quantization.",
+    "calibrate": "Measure a bundle's engines along real trajectories: for solvers, the step cache and quantization.",
     "tune": "Search samplings within a time or of a quality, and write the best into BUNDLE as presets.",
     "embed": "Embed prompts by the text encoder in FOLDER, for `sample --prompts` on machines without it.",
     "sample": "Sample images from BUNDLE into a PNG grid and a .npz.",

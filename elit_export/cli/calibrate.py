@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def calibrate() -> None:
-    """Measure what a bundle's engines do along real trajectories, for the step cache and for quantization."""
+    """Measure a bundle's engines along real trajectories: for solvers, the step cache and quantization."""
 
 
 @calibrate.command("cache")

@@ -1,4 +1,4 @@
-"""Orders ways to sample by time and quality: the Pareto front, paired comparisons, and candidates for a preset."""
+"""Orders sampling configs by time and quality: the Pareto front, paired comparisons, and candidates for a preset."""
 
 from __future__ import annotations
 

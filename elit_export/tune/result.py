@@ -9,7 +9,7 @@ FOUND = "found"  # the family of what is no control
 
 @dataclass(frozen=True)
 class TunedRow:
-    """A way to sample, measured on images that no search saw.
+    """A sampling config, measured on images that no search saw.
 
     `family` is that of a control, or "found". `predicted_ms` comes from the times of single calls, `ms` is the median
     wall time of one sampling with its decoder; `speedup` is the baseline's time of the same plan set over it.

@@ -1,4 +1,4 @@
-"""The ways to sample that a search may try: as values, as choices of a trial, and as the controls beside them."""
+"""The sampling configs that a search may try: as values, as choices of a trial, and as the controls beside them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MULTISTEP_STEPS = (2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 20)
 
 @dataclass(frozen=True)
 class Config:
-    """A way to sample: the name of a plan set, and the options that a preset holds."""
+    """A sampling config: the name of a plan set, and the options that a preset holds."""
 
     plan_set: str
     options: PresetOptions
@@ -61,7 +61,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Control:
-    """A way to sample that needs no search, which presets are compared with."""
+    """A sampling config that needs no search, which presets are compared with."""
 
     family: str
     config: Config

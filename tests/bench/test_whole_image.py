@@ -17,8 +17,8 @@ import torch
 from click.testing import CliRunner, Result
 
 from elit_export import Pipeline
-from elit_export.bench.contenders import Choices, Way, named_options
-from elit_export.bench.whole_image import WholeImageResult, can_solve, check_way, once
+from elit_export.bench.contenders import Choices, SamplingConfig, named_options
+from elit_export.bench.whole_image import WholeImageResult, can_solve, check_config, once
 from elit_export.bundle.reading import Bundle
 from elit_export.bundle.store import writing
 from elit_export.checkpoints.native import save_checkpoint
@@ -87,28 +87,28 @@ def whole(tuned: Path, tiny_checkpoint: Path, classifier: Path) -> tuple[dict[st
 
 def test_presets_and_named_samplings_stand_beside_pytorch(whole: tuple[dict[str, Any], str]) -> None:
     facts, said = whole
-    ways = facts["ways"]
-    assert [(way["name"], way["plan_set"], way["engine_calls"]) for way in ways] == [
+    configs = facts["configs"]
+    assert [(config["name"], config["plan_set"], config["engine_calls"]) for config in configs] == [
         ("PyTorch eager", "PyTorch eager", 50),
         ("preset fast", "cpu fp32", 6),
         ("preset small", "cpu fp32", 5),
         ("euler:50", "cpu fp32", 50),
     ]
-    assert all(way["timing"]["runs"] == 2 and 0 < way["outside_engines"] < 1 for way in ways)
+    assert all(config["timing"]["runs"] == 2 and 0 < config["outside_engines"] < 1 for config in configs)
     (call,) = facts["calls"]
     assert (call["plan_set"], call["budget"], call["rows"]) == ("cpu fp32", "4of4", 2)
     assert call["lead"] == pytest.approx(call["eager"]["median_ms"] / call["engine"]["median_ms"])
-    eager_ms = ways[0]["timing"]["median_ms"]
-    for way in ways[1:]:
-        assert way["speedup"] == pytest.approx(eager_ms / way["timing"]["median_ms"])
-        assert way["over_lead"] == pytest.approx(way["speedup"] / call["lead"])
-    assert (ways[0]["speedup"], ways[0]["over_lead"]) == (1, None)
-    assert ways[1]["speedup"] > 3  # a ninth of the calls
+    eager_ms = configs[0]["timing"]["median_ms"]
+    for config in configs[1:]:
+        assert config["speedup"] == pytest.approx(eager_ms / config["timing"]["median_ms"])
+        assert config["over_lead"] == pytest.approx(config["speedup"] / call["lead"])
+    assert (configs[0]["speedup"], configs[0]["over_lead"]) == (1, None)
+    assert configs[1]["speedup"] > 3  # a ninth of the calls
     assert "lead per call of cpu fp32" in said
 
 
 def test_errors_are_of_one_ode_and_pytorch_has_those_of_the_engines(whole: tuple[dict[str, Any], str]) -> None:
-    eager, fast, small, euler = whole[0]["ways"]
+    eager, fast, small, euler = whole[0]["configs"]
     assert whole[0]["reference"] == "cpu fp32"
     assert euler["error"] == pytest.approx(eager["error"], abs=0.01)
     assert euler["gain"] == pytest.approx(dict.fromkeys(("pooled_db", "median_db", "worst_db"), 0), abs=0.01)
@@ -119,14 +119,14 @@ def test_errors_are_of_one_ode_and_pytorch_has_those_of_the_engines(whole: tuple
 
 def test_distances_are_paired_with_those_of_pytorch(whole: tuple[dict[str, Any], str]) -> None:
     facts, said = whole
-    eager, fast, small, euler = (way["distance"] for way in facts["ways"])
+    eager, fast, small, euler = (config["distance"] for config in facts["configs"])
     assert (eager["change"], eager["change_error"]) == (0, 0)
     assert fast["change"] == pytest.approx(fast["value"] - eager["value"])
     assert abs(euler["change"]) < 1e-3 * eager["value"]
     assert small["change_error"] > 0
-    over = facts["ways"][2]["change_over_error"]
+    over = facts["configs"][2]["change_over_error"]
     assert over == pytest.approx(small["change"] / small["change_error"])
-    assert facts["ways"][0]["change_over_error"] == 0
+    assert facts["configs"][0]["change_over_error"] == 0
     assert "change of Fréchet" in said
 
 
@@ -142,7 +142,7 @@ def test_pytorch_samples_as_the_engines_do(tiny_bundle: Bundle) -> None:
 
 def test_times_alone_and_limits_of_them(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Rows of each plan set in one table; a limit that does not hold is status 1."""
-    (tmp_path / "limits.json").write_text('[{"metric": "whole_image.ways.1.speedup", "min": 1e6}]')
+    (tmp_path / "limits.json").write_text('[{"metric": "whole_image.configs.1.speedup", "min": 1e6}]')
     options = ("--no-quality", "--rows", "2", "--rounds", "1", "--check", tmp_path / "limits.json")
     done = run(tuned, "--whole-image", "--checkpoint", tiny_checkpoint, "--json", tmp_path / "w.json", *options)
     assert done.exit_code == 1, done.output
@@ -152,12 +152,12 @@ def test_times_alone_and_limits_of_them(tuned: Path, tiny_checkpoint: Path, tmp_
     assert set(facts) == set(WholeImageResult.__dataclass_fields__)
     assert (facts["rows"], facts["images"], facts["reference"], facts["evaluator"]) == (2, 0, None, None)
     assert facts["calls"][0]["rows"] == 4
-    assert {way["error"] is way["distance"] is None for way in facts["ways"]} == {True}
+    assert {config["error"] is config["distance"] is None for config in facts["configs"]} == {True}
 
 
 def test_without_a_classifier_that_fits_it_says_why(tuned: Path, tiny_checkpoint: Path) -> None:
     facts, said = compared(tuned, tiny_checkpoint, "--images", "2", "--rounds", "1")
-    assert facts["ways"][1]["distance"] is None
+    assert facts["configs"][1]["distance"] is None
     assert facts["no_distance"].startswith("the shipped classifier does not fit: the samples are")
     assert f"no distance from real images: {facts['no_distance']}" in said
 
@@ -169,7 +169,7 @@ def test_a_recipe_names_the_checkpoint(tuned: Path, tiny_checkpoint: Path, tmp_p
         '[targets.cpu]\nbackend = "onnxruntime"\ndevice = "cpu"\nprecision = "fp32"\n'
     )
     facts, _ = compared(tuned, recipe, "--no-quality", "--rounds", "1")
-    assert [way["name"] for way in facts["ways"]] == ["PyTorch eager", "preset fast", "preset small"]
+    assert [config["name"] for config in facts["configs"]] == ["PyTorch eager", "preset fast", "preset small"]
 
 
 def test_the_error_of_samples_is_told_three_ways() -> None:
@@ -267,7 +267,7 @@ def test_latents_without_a_decoder_are_timed_and_have_errors(golden_g4_bundle: B
     facts, _ = compared(
         golden_g4_bundle.folder, checkpoint, "--row", "ab3:4", "--images", "2", "--rounds", "1", "--guidance", "none"
     )
-    eager, ab3 = facts["ways"]
+    eager, ab3 = facts["configs"]
     assert facts["calls"][0]["rows"] == 1
     assert ab3["gain"]["pooled_db"] == pytest.approx(ab3["error"]["pooled_db"] - eager["error"]["pooled_db"])
     assert "the samples are latents of a VAE" in facts["no_distance"]
@@ -275,7 +275,7 @@ def test_latents_without_a_decoder_are_timed_and_have_errors(golden_g4_bundle: B
 
 @pytest.mark.usefixtures("_no_engine_opens")
 def test_limits_of_what_is_not_measured(tuned: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "limits.json").write_text('[{"metric": "whole_image.ways.1.error.pooled_db", "min": 1}]')
+    (tmp_path / "limits.json").write_text('[{"metric": "whole_image.configs.1.error.pooled_db", "min": 1}]')
     options = ("--whole-image", "--checkpoint", tiny_checkpoint, "--check", tmp_path / "limits.json")
     assert "leave --no-quality out" in refused(tuned, *options, "--no-quality")
 
@@ -293,7 +293,7 @@ def test_engine_calls_are_all_that_a_sampling_makes(tiny_bundle: Bundle) -> None
     """As a preset counts them: those that reuse too, and those of every part."""
     options = replace(named_options("euler:6", "none", 1), cache="static:every@2")
     with Pipeline.load(tiny_bundle.folder) as pipeline:
-        config = Way("one", "cpu fp32", pipeline, options, pipeline.decode)
+        config = SamplingConfig("one", "cpu fp32", pipeline, options, pipeline.decode)
         images = numbered(pipeline.spec, range(12), None)
         assert len(pipeline.prepared(images, options).part_sizes) == 2
         expected = rehearsed(pipeline, pipeline.prepared(images, options))
@@ -306,13 +306,13 @@ def test_images_are_checked_as_they_are_split(tiny_bundle: Bundle) -> None:
     plan_set = tiny_bundle.manifest.plan_sets[0]
     choices = Choices(rows=64, rounds=1, images=64, guidance="none", seed=1)
     on = opening.unopened(tiny_bundle, plan_set)
-    check_way(on, named_options("ab3:4", "none", 1), choices)
+    check_config(on, named_options("ab3:4", "none", 1), choices)
     assert can_solve(on, choices)
     profiles = tuple(replace(profile, rows=Range(64, 64, 64)) for profile in on.coverage.profiles)
     large = replace(on, coverage=replace(on.coverage, profiles=profiles))
-    check_way(large, named_options("ab3:4", "none", 1), replace(choices, images=0))
+    check_config(large, named_options("ab3:4", "none", 1), replace(choices, images=0))
     with pytest.raises(InputError, match="parts of at most 16") as caught:
-        check_way(large, named_options("ab3:4", "none", 1), choices)
+        check_config(large, named_options("ab3:4", "none", 1), choices)
     assert caught.value.remedy.endswith("or measure times alone: --no-quality")
     assert not can_solve(large, choices)
 

@@ -1,4 +1,4 @@
-"""Choices of a trial as ways to sample."""
+"""Choices of a trial as sampling configs."""
 
 from __future__ import annotations
 

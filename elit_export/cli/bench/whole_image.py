@@ -17,7 +17,7 @@ from elit_export.errors import InputError
 from elit_export.spec import Precision, limits
 
 if TYPE_CHECKING:
-    from elit_export.bench.contenders import Choices, Contender, Way
+    from elit_export.bench.contenders import Choices, Contender, SamplingConfig
     from elit_export.bench.whole_image import Distances, WholeImageResult
     from elit_export.bundle.manifest import PlanSet
     from elit_export.bundle.reading import Bundle
@@ -155,7 +155,7 @@ def checked_contenders(
 ) -> tuple[list[Contender], dict[str, str]]:
     """Return what is compared and why other plan sets are not; raises what a sampling would, before one is opened."""
     from elit_export.bench.contenders import contenders
-    from elit_export.bench.whole_image import check_way
+    from elit_export.bench.whole_image import check_config
     from elit_export.cli.plan_sets import runnable_plan_sets, selected_plan_sets
     from elit_export.runtime.opening import unopened
 
@@ -163,7 +163,7 @@ def checked_contenders(
     named_on = selected_plan_sets(bundle, *plan_sets, every=every)[0] if asked.named else ()
     found = contenders(bundle, runnable, named_on, named=asked.named, guidance=choices.guidance, seed=choices.seed)
     for contender in found:
-        check_way(unopened(bundle, contender.plan_set), contender.options, choices)
+        check_config(unopened(bundle, contender.plan_set), contender.options, choices)
     return found, skipped
 
 
@@ -178,12 +178,12 @@ def measured(
     from elit_export.verify.reference import torch_pipeline
 
     with ExitStack() as stack, progress_bar() as progress:
-        ways, reference = opened_ways(bundle, choices, found, torch_pipeline(model), stack)
+        configs, reference = opened_configs(bundle, choices, found, torch_pipeline(model), stack)
         return compare_whole_images(
-            ways,
+            configs,
             reference,
             choices,
-            distances=distances_by(classifier, ways[0].pipeline, choices) if classifier else None,
+            distances=distances_by(classifier, configs[0].pipeline, choices) if classifier else None,
             evaluator=classifier,
             no_distance=no_distance,
             skipped=skipped,
@@ -221,12 +221,12 @@ def fitting_classifier(asked: Asked, choices: Choices, on: Samplable) -> tuple[s
     return name, ""
 
 
-def opened_ways(
+def opened_configs(
     bundle: Bundle, choices: Choices, found: Sequence[Contender], eager: Pipeline, stack: ExitStack
-) -> tuple[list[Way], tuple[str, Pipeline]]:
-    """Open each plan set once; returns PyTorch's way and all others, and what makes the reference solution."""
+) -> tuple[list[SamplingConfig], tuple[str, Pipeline]]:
+    """Open each plan set once; returns PyTorch's config and all others, and what makes the reference solution."""
     from elit_export.bench.backends import EAGER
-    from elit_export.bench.contenders import Way
+    from elit_export.bench.contenders import SamplingConfig
 
     plan_sets = {contender.plan_set.name: contender.plan_set for contender in found}
     solving = fp32_plan_set(bundle, choices) if choices.images else None
@@ -234,11 +234,11 @@ def opened_ways(
     pipelines = {name: stack.enter_context(opened_pipeline(bundle, plan_set)) for name, plan_set in plan_sets.items()}
     decoders = {name: pipeline.decode if pipeline.makes_pictures else None for name, pipeline in pipelines.items()}
     first = next(iter(decoders.values()))  # PyTorch's samples are decoded by it too
-    ways = [Way(EAGER, EAGER, eager, choices.eager_options, first)]
+    configs = [SamplingConfig(EAGER, EAGER, eager, choices.eager_options, first)]
     for contender in found:
         name = contender.plan_set.name
-        ways.append(Way(contender.name, name, pipelines[name], contender.options, decoders[name]))
-    return ways, (solving.name, pipelines[solving.name]) if solving else (EAGER, eager)
+        configs.append(SamplingConfig(contender.name, name, pipelines[name], contender.options, decoders[name]))
+    return configs, (solving.name, pipelines[solving.name]) if solving else (EAGER, eager)
 
 
 def fp32_plan_set(bundle: Bundle, choices: Choices) -> PlanSet | None:

@@ -19,7 +19,7 @@ def whole_image_tables(result: WholeImageResult) -> Iterator[Table]:
             *("sampling", "plan set", "engine calls", "ms per image", "10-90 %", "speed-up"),
             *("speed-up / lead per call", "outside engines"),
         ),
-        [_time_cells(row) for row in result.ways],
+        [_time_cells(row) for row in result.configs],
         list(_time_notes(result)),
     )
     if not result.images:
@@ -31,7 +31,7 @@ def whole_image_tables(result: WholeImageResult) -> Iterator[Table]:
             *("sampling", "plan set", "dB, all", "dB, median image", "dB, worst image"),
             *(("Fréchet", "change of Fréchet") if judged else ()),
         ),
-        [_quality_cells(row, judged=judged) for row in result.ways],
+        [_quality_cells(row, judged=judged) for row in result.configs],
         list(_quality_notes(result)),
     )
 
@@ -51,7 +51,7 @@ def _time_cells(row: ImageRow) -> tuple[str, ...]:
 
 
 def _time_notes(result: WholeImageResult) -> Iterator[str]:
-    eager = result.ways[0].name
+    eager = result.configs[0].name
     yield f"{eager}: {EULER_STEPS} Euler steps at the full budget, as the reference implementation samples"
     for call in result.calls:
         yield (
@@ -87,4 +87,4 @@ def _quality_notes(result: WholeImageResult) -> Iterator[str]:
         yield f"no distance from real images: {result.no_distance}"
     else:
         yield f"Fréchet: distance from real images as {result.evaluator} sees them, ± is one standard error"
-        yield f"changes are to {result.ways[0].name} and paired"
+        yield f"changes are to {result.configs[0].name} and paired"
