@@ -316,7 +316,7 @@ def image_row(
 
 
 def resolved(pipeline: Pipeline, options: SamplingOptions) -> ResolvedOptions:
-    return resolve(pipeline.spec, options, pipeline.coverage.solvers)
+    return resolve(pipeline.spec, options, pipeline.coverage.solvers, pipeline.coverage.no_solvers)
 
 
 def same_equation(one: ResolvedOptions, other: ResolvedOptions) -> bool:

@@ -30,7 +30,7 @@ COMMANDS = {
     "verify": "Compare BUNDLE's engines with PyTorch: every profile at its corners, and whole trajectories.",
     "bench": "Measure BUNDLE's engines.",
     "evaluate": "Measure the quality of BUNDLE's samples, as a classifier of real images sees it.",
-    "inspect": "Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions.",
+    "inspect": "Show what a checkpoint or a bundle holds: shapes, budgets, FLOPs, profiles, plans, versions, presets.",
     "doctor": "Show which backends and tools work on this machine, which do not, why, and what to type.",
 }
 

@@ -121,17 +121,17 @@ def solver_configs(spec: ModelSpec, coverage: Coverage) -> list[DemoConfig]:
     Of several with one name it is the one that a sampling takes.
     """
     from elit_export.runtime.guidance import Guidance
-    from elit_export.runtime.samplers.calibrated import is_for
+    from elit_export.runtime.samplers.calibrated import Place
 
-    guidance = Guidance.parse(f"cfg:{SCALE}", spec)
+    place = Place.of(Guidance.parse(f"cfg:{SCALE}", spec), "full", spec)
     by_name: dict[str, SolverFacts] = {}
     for facts in coverage.solvers:
-        if is_for(facts, guidance):
+        if place.holds(facts, spec):
             by_name.setdefault(facts.name, facts)
     return [
         DemoConfig("mixed" if facts.table.budgets else "full", "full", facts.guidance, name, None)
         for name, facts in by_name.items()
-        if facts.schedule == "full" and kept_by(facts, spec) <= {budget.kept for budget in coverage.covered}
+        if kept_by(facts, spec) <= {budget.kept for budget in coverage.covered}
     ]
 
 

@@ -48,7 +48,7 @@ def inspect(
     json_to: str | None,
     **numbers: int | None,
 ) -> None:
-    """Show what a checkpoint or a bundle holds: shapes, budgets with FLOPs, profiles, plans, versions, presets.
+    """Show what a checkpoint or a bundle holds: shapes, budgets, FLOPs, profiles, plans, versions, presets.
 
     PATH may also be a recipe, a .npz of samples, prompts or calibration inputs, an ONNX graph or a folder of `train`,
     or the name of a model, which shows what it would ask of a GPU.
