@@ -28,6 +28,7 @@ from elit_export.errors import CalibrationError
 
 STUDY_BYTES = 64 << 20
 OF, LOG, KEPT = "of", "optuna", "kept"
+SEEDS = 1 << 32  # of the random numbers of Optuna
 STARTUP_TRIALS = 12  # drawn at random, before the search learns from what it has seen
 WHAT = "a study of `tune`"
 REFUSED, MADE = "refused", "made"  # attributes of trials
@@ -53,13 +54,13 @@ class JournalFile(BaseJournalBackend):
 
     def __init__(self, path: Path, of: Mapping[str, Any]) -> None:
         self._path = path
-        entries = _entries(path)
+        entries, text = _entries(path)
         if entries:
             self._check(entries[0], json.loads(json.dumps(of)))
+        if not text.endswith("\n"):
+            write_text(path, text[: text.rfind("\n") + 1] or _line({OF: dict(of)}))
         self._logs = [entry[LOG] for entry in entries[1:] if LOG in entry]
         self.kept: dict[str, Any] = dict(entry[KEPT] for entry in entries[1:] if KEPT in entry)
-        if not entries:
-            write_text(path, _line({OF: dict(of)}))
         self._size = path.stat().st_size
 
     def _check(self, first: Mapping[str, Any], of: Mapping[str, Any]) -> None:
@@ -99,21 +100,24 @@ def _line(entry: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(text.encode()):08x} {text}\n"
 
 
-def _entries(path: Path) -> list[dict[str, Any]]:
-    """Read all lines; half a line at the end, of a process that was killed, is dropped. None of a file to be made."""
+def _entries(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """Read the complete lines, and the text with what a killed process left of a line at its end; nothing is written.
+
+    Raises CalibrationError for a file that does not begin with a complete line of a study. A file that is missing or
+    empty has no lines.
+    """
     try:
         text = read_text(path, what=WHAT, error=CalibrationError, limit_bytes=STUDY_BYTES)
     except FileNotFoundError:
-        return []
-    lines, complete = text.splitlines(keepends=True), text.endswith("\n")
-    if lines and not complete:
-        write_text(path, "".join(lines[:-1]))
-        del lines[-1]
-    return [_parsed(path, number, line) for number, line in enumerate(lines, 1)]
+        return [], ""
+    *lines, _unfinished = text.split("\n")
+    if text and not lines:
+        raise _damaged(path, 1)
+    return [_parsed(path, number, line) for number, line in enumerate(lines, 1)], text
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
-    checksum, _, text = line.rstrip("\n").partition(" ")
+    checksum, _, text = line.partition(" ")
     try:
         is_whole = checksum == f"{zlib.crc32(text.encode()):08x}"
         entry = parsed_json(text) if is_whole else None
@@ -149,10 +153,6 @@ class Study:
             self._file.keep(name, make())
         return self._file.kept[name]
 
-    def finished(self, name: str) -> int:
-        """How many trials of a search are made."""
-        return len(_finished(self._opened(name)))
-
     def search(
         self,
         name: str,
@@ -173,9 +173,13 @@ class Study:
         while (done := len(_finished(study))) < trials:
             on_trial(done)
             self._make(study, objective)
-        finished = [trial for trial in _finished(study) if MADE in trial.user_attrs]
-        within = [trial for trial in finished if all(value <= 0 for value in trial.constraints.values())]
+        within = [trial for trial in _measured(study) if _excess(trial) <= 0]
         return list(dict.fromkeys(trial.user_attrs[MADE] for trial in within))
+
+    def nearest(self, name: str) -> str | None:
+        """Return what the trial made that misses its limit by least; None where every trial was refused."""
+        nearest = min(_measured(self._opened(name)), key=_excess, default=None)
+        return None if nearest is None else str(nearest.user_attrs[MADE])
 
     def _opened(self, name: str) -> Trials:
         study = optuna.create_study(
@@ -188,7 +192,7 @@ class Study:
         return study
 
     def _sampler(self, earlier: int) -> optuna.samplers.BaseSampler:
-        seed = self._seed + earlier
+        seed = (self._seed + earlier) % SEEDS
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=False)
 
     def _make(self, study: Trials, objective: Objective) -> None:
@@ -207,3 +211,12 @@ def _finished(study: Trials) -> list[FrozenTrial]:
     """The trials that count: those with values and those that were refused, not those that were interrupted."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state is TrialState.COMPLETE or REFUSED in trial.user_attrs]
+
+
+def _measured(study: Trials) -> list[FrozenTrial]:
+    return [trial for trial in _finished(study) if MADE in trial.user_attrs]
+
+
+def _excess(trial: FrozenTrial) -> float:
+    """Return by how much a trial misses its limit; zero or less if it does not."""
+    return max(trial.constraints.values(), default=0.0)
