@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -193,7 +192,7 @@ def preset_of(bundle: Bundle, name: str = "fast", **changes: Any) -> Preset:
         "checkpoint_sha256": bundle.manifest.model.checkpoint_sha256,
         "target": plan_set.target,
         "precision": plan_set.precision,
-        "command": shlex.join(["elit-export", "tune", str(bundle.folder), "--latency", "40ms"]),
+        "command": "elit-export tune BUNDLE --latency 40ms",
     }
     return a_preset(name=name, **(facts | changes))
 
@@ -205,7 +204,7 @@ def a_preset(**changes: Any) -> Preset:
         "checkpoint_sha256": "0123456789abcdef" * 4,
         "target": "cpu",
         "precision": Precision.FP32,
-        "command": "elit-export tune bundle --latency 40ms",
+        "command": "elit-export tune BUNDLE --latency 40ms",
         "measured": Measured(
             rows=1,
             ms=12.34567,

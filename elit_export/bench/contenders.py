@@ -52,7 +52,7 @@ def contenders(
     if not found:
         raise InputError(
             f"{bundle.folder} has no presets of these plans to compare",
-            f"make some: elit-export tune {bundle.folder}; or name samplings, e.g. --row ab3:14",
+            f"make some: elit-export tune {bundle.folder} --speedup 10; or name samplings, e.g. --row ab3:14",
         )
     return found
 

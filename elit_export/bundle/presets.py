@@ -18,11 +18,20 @@ Steps = Annotated[int, Field(ge=1, le=int(STEPS.maximum), strict=True)]
 Count = Annotated[int, Field(ge=1)]
 
 
+MADE_BY = ("elit-export", "tune", "BUNDLE")  # how a stored command begins; it is shown with the bundle's folder
+MADE_WITH = (  # the options that it may have, each with a value: none writes another file, none trusts plans
+    *("--latency", "--speedup", "--min-sqnr", "--rows", "--guidance", "--classifier", "--images", "--trials"),
+    *("--name", "--seed", "--targets", "--precision"),
+)
+
+
 def _one_command(text: str) -> str:
-    """Check that a line, which people are told to type, runs this package and nothing else."""
+    """Check that a line, which people are told to type, searches presets and does nothing else."""
     words = shlex.split(text)
-    if words[:1] != ["elit-export"] or shlex.join(words) != text:
-        raise ValueError("a preset is made by one command of elit-export, quoted as shlex.join does")
+    if tuple(words[:2]) != MADE_BY[:2] or len(words) % 2 == 0 or shlex.join(words) != text:
+        raise ValueError("a preset is made by one command `elit-export tune BUNDLE`, quoted as shlex.join does")
+    if other := [word for word in words[3::2] if word not in MADE_WITH]:
+        raise ValueError(f"a preset is not made with {other[0]}; the options are {', '.join(MADE_WITH)}")
     return text
 
 
@@ -66,7 +75,7 @@ class Measured(Facts):
 
 
 class Preset(Facts):
-    """A named sampling config for one plan set, for one checkpoint. `command` makes it again."""
+    """A named sampling config for one plan set, for one checkpoint. `command` makes it again, wherever the bundle is."""
 
     name: Name
     checkpoint_sha256: str
@@ -75,6 +84,11 @@ class Preset(Facts):
     options: PresetOptions
     measured: Measured
     command: Command
+
+    def tune_line(self, folder: Path) -> str:
+        """Return the command that makes it again in a bundle."""
+        words = shlex.split(self.command)
+        return shlex.join([*words[:2], str(folder), *words[len(MADE_BY) :]])
 
     def command_line(self, folder: Path, spec: ModelSpec) -> str:
         """Return the command that samples by it; of a model with text, for a prompt that is still to be filled in."""

@@ -172,6 +172,7 @@ def preset_facts(bundle: Bundle, preset: Preset) -> Facts:
     folder, spec = bundle.folder, bundle.manifest.model.spec
     return {
         **preset.model_dump(mode="json"),
+        "command": preset.tune_line(folder),
         "problem": usability_problem(bundle, preset) or None,
         "command_line": preset.command_line(folder, spec),
         "python_line": preset.python_line(folder, spec),

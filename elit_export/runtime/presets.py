@@ -80,13 +80,15 @@ def preset_named(bundle: Bundle, name: str) -> Preset:
     named = {preset.name: preset for preset in bundle.manifest.presets}
     if not named:
         raise InputError(
-            f"no preset {name!r}: {bundle.folder} has none", f"make some: elit-export tune {bundle.folder}"
+            f"no preset {name!r}: {bundle.folder} has none", f"make some: elit-export tune {bundle.folder} --speedup 10"
         )
     if name not in named:
         hint = did_you_mean(name, named)
         raise InputError(f"no preset {name!r} in {bundle.folder}", f"{hint} presets: {', '.join(named)}".lstrip())
     if problem := bundle.manifest.model.other_checkpoint(named[name].checkpoint_sha256):
-        raise BundleError(f"preset {name!r} of {bundle.folder} is {problem}", f"make it again: {named[name].command}")
+        raise BundleError(
+            f"preset {name!r} of {bundle.folder} is {problem}", f"make it again: {named[name].tune_line(bundle.folder)}"
+        )
     return named[name]
 
 
@@ -99,7 +101,7 @@ def plan_set_of(bundle: Bundle, preset: Preset) -> PlanSet:
         f"preset {preset.name!r} samples by target={preset.target!r} precision={preset.precision.value!r}, which "
         f"{bundle.folder} lacks; it has {described(plan_sets)}",
         f"build it: elit-export build RECIPE --target {preset.target} --out {bundle.folder}; "
-        f"or make the preset again: {preset.command}",
+        f"or make the preset again: {preset.tune_line(bundle.folder)}",
     )
 
 

@@ -243,7 +243,7 @@ def test_a_bundle_without_presets_names_the_command_that_makes_them(
     tiny_bundle: Bundle, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     said = refused(tiny_bundle.folder, "--whole-image", "--checkpoint", tiny_checkpoint)
-    assert f"elit-export tune {tiny_bundle.folder}; or name samplings, e.g. --row ab3:14" in said
+    assert f"elit-export tune {tiny_bundle.folder} --speedup 10; or name samplings, e.g. --row ab3:14" in said
 
 
 @pytest.mark.usefixtures("_no_engine_opens")

