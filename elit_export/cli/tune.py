@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 from rich.progress import Progress
 
 from elit_export.bundle.atomic import NAME_PATTERN, check_writable
+from elit_export.bundle.presets import MADE_BY
 from elit_export.cli.common import (
     FILE,
     FOLDER,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 ALL = "all"  # in place of a target's name
 NO_CLASSIFIER = "none"  # in place of a file
 MIN_IMAGES = 32
-NOT_REPEATED = {"json_to", "plot"}  # options that make no other presets
+NOT_REPEATED = {"json_to", "plot", "study", "trust"}  # options that make no other presets
+MAX_SEED = (1 << 64) - 2  # the next one is a seed too
 
 
 @click.command()
@@ -61,9 +63,13 @@ NOT_REPEATED = {"json_to", "plot"}  # options that make no other presets
 @click.option("--images", type=Count(limits.IMAGES), default=256, show_default=True, help="Of the final measurement.")
 @click.option("--trials", type=Count(limits.TRAJECTORIES), default=96, show_default=True, help="Of the search.")
 @click.option("--name", type=NAME, help="Make this preset alone.  [default: fast, balanced and best]")
-@click.option("--study", type=FILE, help="The file from which a stopped search goes on.  [default: BUNDLE.tune]")
+@click.option("--study", type=FILE, help="The file from which a stopped search goes on.  [default: BUNDLE-HASH.tune]")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The next is that of the finals."
+    "--seed",
+    type=click.IntRange(min=0, max=MAX_SEED),
+    default=1000,
+    show_default=True,
+    help="Of the search; the next is that of the finals. None that a solver was calibrated on.",
 )
 @click.option("--plot", type=OUTPUT, help="Draw quality against time into a PNG.")
 @click.option("--target", "--targets", "target", help="Of the bundle, or all; needed if several can run here.")
@@ -127,31 +133,35 @@ class Asked:
             raise InputError(f"--name {self.name!r} is not a name", "use letters, digits, '.', '_' and '-'")
         return PRESETS if self.name is None else (self.name,)
 
-    def file(self, bundle: Path) -> Path:
-        """The study's; by default beside the bundle."""
+    def file(self, bundle: Path, of: Mapping[str, Any]) -> Path:
+        """Return the study's file: by default one beside the bundle for each thing that is searched."""
+        from elit_export.tune.ready import short_hash
+
         folder = bundle.resolve()
-        return self.study or folder.with_name(f"{folder.name}.tune")
+        return self.study or folder.with_name(f"{folder.name}-{short_hash(of)[:8]}.tune")
 
 
 def tuned_by(bundle: Bundle, asked: Asked, json_to: str | None) -> Tuned:
     """Check everything, open engines, and search."""
     from elit_export.bundle.store import check_recordable
     from elit_export.runtime.pipeline import Pipeline
-    from elit_export.tune.ready import belongings, reference_plan_set
+    from elit_export.tune.ready import belongings
     from elit_export.tune.run import Origin, tune
     from elit_export.tune.study import Study
 
-    plan_sets = plan_sets_of(bundle, asked)
+    plan_sets, skipped = plan_sets_of(bundle, asked)
     for plan_set in plan_sets:
         say_accepted(bundle, plan_set, json_to=json_to)
     job = job_of(bundle, plan_sets, asked)
     check_recordable(bundle.folder)
-    file = asked.file(bundle.folder)
+    of = belongings(bundle, plan_sets, job)
+    file = asked.file(bundle.folder, of)
     check_writable(file)
-    study = Study(file, belongings(bundle, plan_sets, job), seed=job.seed)
+    study = Study(file, of, seed=job.seed)
     say(f"the search is kept in {file}; if it is stopped, type the same command to go on", json_to=json_to)
-    origin = Origin(bundle, {each.name: each for each in plan_sets}, typed_command())
-    needed = {each.name: each for each in (*plan_sets, reference_plan_set(bundle, plan_sets))}
+    origin = Origin(bundle, {each.name: each for each in plan_sets}, skipped, typed_command())
+    searched = {job.reference, *origin.plan_sets}
+    needed = {each.name: each for each in bundle.manifest.plan_sets if each.name in searched}
     with ExitStack() as stack, progress_bar() as progress:
         pipelines = {name: stack.enter_context(Pipeline.of(bundle, each)) for name, each in needed.items()}
         return tune(job, pipelines, study, origin, shown_in(progress))
@@ -166,11 +176,14 @@ def job_of(bundle: Bundle, plan_sets: Sequence[PlanSet], asked: Asked) -> Job:
     target, names, images = asked.aim, asked.names, asked.images
     if images < MIN_IMAGES:
         raise InputError(f"{images} images are too few to compare samplings by", f"give --images {MIN_IMAGES} or more")
-    guidance = asked.guidance or usual_guidance(bundle.manifest.model.spec)
+    guidance = usual_guidance(bundle.manifest.model.spec) if asked.guidance is None else asked.guidance
+    space = checked_space(bundle, plan_sets, guidance, rows=asked.rows, images=images, seed=asked.seed)
+    evaluator, problem = evaluator_of(bundle, plan_sets[0], asked)
     return Job(
-        space=checked_space(bundle, plan_sets, guidance, rows=asked.rows, images=images),
-        reference=reference_plan_set(bundle, plan_sets).name,
-        evaluator=evaluator_of(bundle, plan_sets[0], asked),
+        space=space,
+        reference=reference_plan_set(bundle, plan_sets, space, images=images).name,
+        evaluator=evaluator,
+        no_evaluator=problem,
         target=target,
         names=names,
         rows=asked.rows,
@@ -180,36 +193,37 @@ def job_of(bundle: Bundle, plan_sets: Sequence[PlanSet], asked: Asked) -> Job:
     )
 
 
-def plan_sets_of(bundle: Bundle, asked: Asked) -> Sequence[PlanSet]:
-    """The plan set that is meant, or for `all` each that can run here."""
+def plan_sets_of(bundle: Bundle, asked: Asked) -> tuple[Sequence[PlanSet], dict[str, str]]:
+    """Return the plan set that is meant, or for `all` each that can run here, and why others cannot."""
     from elit_export.cli.plan_sets import selected_plan_sets
 
     every = asked.target == ALL
-    plan_sets, _ = selected_plan_sets(bundle, None if every else asked.target, asked.precision, every=every)
-    return plan_sets
+    return selected_plan_sets(bundle, None if every else asked.target, asked.precision, every=every)
 
 
-def evaluator_of(bundle: Bundle, plan_set: PlanSet, asked: Asked) -> ImageEvaluator | None:
-    """The classifier of the options, or the shipped one if it fits the model; raises InputError for one that does not.
+def evaluator_of(bundle: Bundle, plan_set: PlanSet, asked: Asked) -> tuple[ImageEvaluator | None, str]:
+    """Return the classifier of the options, or the shipped one if it fits the model; or None and why there is none.
 
-    With a target in dB none is needed.
+    Raises InputError for a classifier that does not fit. With a target in dB none is needed.
     """
     from elit_export.evaluate.facts import SHIPPED, load_facts
     from elit_export.evaluate.protocol import check_evaluator
     from elit_export.runtime.opening import unopened
 
-    if asked.classifier == NO_CLASSIFIER or (asked.classifier is None and asked.min_sqnr is not None):
-        return None
-    facts = load_facts(asked.classifier or SHIPPED)
+    if asked.classifier is None and asked.min_sqnr is not None:
+        return None, ""
+    file = SHIPPED if asked.classifier in (None, NO_CLASSIFIER) else asked.classifier
     try:
-        check_evaluator(unopened(bundle, plan_set), facts, asked.images)
-    except InputError:
-        if asked.classifier is not None:
+        check_evaluator(unopened(bundle, plan_set), load_facts(file), asked.images)
+    except InputError as error:
+        if asked.classifier not in (None, NO_CLASSIFIER):
             raise
-        return None  # the search says that it has none
+        return None, str(error)
+    if asked.classifier == NO_CLASSIFIER:
+        return None, "for them leave --classifier none out, or give --classifier FILE"
     with naming_the_extra("an evaluator", otherwise="; or search without one: --classifier none"):
         from elit_export.evaluate.evaluator import load_evaluator
-    return load_evaluator(asked.classifier or SHIPPED)
+    return load_evaluator(file), ""
 
 
 def shown_in(progress: Progress) -> Callable[[str, int, int], None]:
@@ -219,9 +233,8 @@ def shown_in(progress: Progress) -> Callable[[str, int, int], None]:
 
 
 def typed_command() -> str:
-    """The command that makes the presets again: what was typed, without where results go."""
-    context = click.get_current_context()
-    return shlex.join(["elit-export", "tune", *_typed_words(context)])
+    """Return the command that makes the presets again: what was typed, without where the bundle is and results go."""
+    return shlex.join([*MADE_BY, *_typed_words(click.get_current_context())])
 
 
 def _typed_words(context: click.Context) -> Iterator[str]:
@@ -229,8 +242,5 @@ def _typed_words(context: click.Context) -> Iterator[str]:
         name, value = str(param.name), context.params.get(str(param.name))
         if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE or name in NOT_REPEATED:
             continue
-        if isinstance(param, click.Argument):
-            yield str(value)
-        elif value is not False:
-            yield max(param.opts, key=len)
-            yield from () if value is True else (str(value),)
+        if isinstance(param, click.Option):
+            yield from (max(param.opts, key=len), str(value))

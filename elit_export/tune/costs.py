@@ -11,6 +11,7 @@ from elit_export.arrays import Arrays
 from elit_export.backends.protocols import FunctionEngine
 from elit_export.bench.cache import CallTimes
 from elit_export.bench.timing import timed_in_turn
+from elit_export.errors import CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.runtime.conditioning import numbered
 from elit_export.runtime.pipeline import Pipeline
@@ -76,18 +77,30 @@ class Costs:
         """Time in turn every call that configs of a space make, and then samplings with few and with many steps."""
         budgets = [space.config(plan_set, "euler", 3, schedule=budget, cache=cache) for budget, cache in _probes(space)]
         unguided = [space.config(plan_set, "euler", 1, schedule=b, guidance="none") for b in space.budgets]
-        self._call_times.measure_in_turn(call for config in (*budgets, *unguided) for call in self.calls(config))
+        probes = self.runnable([*budgets, *unguided])
+        self._call_times.measure_in_turn(call for config in probes for call in self.calls(config))
         few, many = (space.config(plan_set, "euler", steps) for steps in (FEW_STEPS, MANY_STEPS))
         runs = {"few": self._run(few), "many": self._run(many), "decoder": self._decode}
         timed = timed_in_turn(runs, rounds=CALL_ROUNDS)
         medians = {name: timing.median_ms for name, timing in timed.items()}
         few_ms, many_ms = (sum(map(self._call_times.of, self.calls(config))) for config in (few, many))
-        self._overhead = fitted_overhead(few_ms, many_ms, medians)
+        self._overhead = fitted_overhead(few_ms, many_ms, medians, few_calls=len(self.calls(few)))
 
     def calls(self, config: Config) -> list[Call]:
         """The engine calls of one sampling; raises InputError where no profile takes one."""
         request = prepared(self._pipeline, self._conditioning, sampling_options(config.options))
         return rehearsed(self._pipeline, request)
+
+    def runnable(self, configs: Iterable[Config]) -> list[Config]:
+        """List the configs that the plan set can run, in their order."""
+        return [config for config in configs if self._can_run(config)]
+
+    def _can_run(self, config: Config) -> bool:
+        try:
+            self.calls(config)
+        except (InputError, CalibrationError):  # no profile takes it
+            return False
+        return True
 
     def predicted_ms(self, config: Config) -> float:
         return predicted_ms(self.calls(config), self._call_times.of, self._overhead)
@@ -112,17 +125,17 @@ class Costs:
             self._pipeline.decode(np.zeros((self._rows, *self._pipeline.spec.sample_shape)))
 
 
-def fitted_overhead(few_ms: float, many_ms: float, timed_ms: Mapping[str, float]) -> Overhead:
+def fitted_overhead(few_ms: float, many_ms: float, timed_ms: Mapping[str, float], *, few_calls: int) -> Overhead:
     """Solve for the time beside calls from two samplings by Euler, whose calls alone take `few_ms` and `many_ms`.
 
-    `timed_ms` are the whole times of `few`, `many` and `decoder`. That of a call may be below zero, where calls in a
-    sampling take less than alone.
+    `few_calls` is their number in the first. `timed_ms` are the whole times of `few`, `many` and `decoder`. The time
+    beside a call may be below zero, where calls in a sampling take less than alone.
     """
     decode_ms = timed_ms["decoder"]
     beside_few, beside_many = timed_ms["few"] - few_ms - decode_ms, timed_ms["many"] - many_ms - decode_ms
     share = many_ms / few_ms  # of calls in the two, as all of them are alike
     per_few = (beside_many - beside_few) / (share - 1)  # beside the calls of `few`
-    return Overhead(max(0.0, beside_few - per_few), per_few / FEW_STEPS, decode_ms)
+    return Overhead(max(0.0, beside_few - per_few), per_few / few_calls, decode_ms)
 
 
 def _probes(space: Space) -> Iterable[tuple[str, str]]:

@@ -21,9 +21,9 @@ from elit_export.tune.pareto import (
     worse_in_distance,
 )
 from elit_export.tune.result import FOUND
-from elit_export.tune.search import Found, Search, nearest_db
+from elit_export.tune.search import Found, Search
 from elit_export.tune.space import SMALLER_BUDGET, Config, Control
-from elit_export.tune.target import TOLERANCE, TOLERANCE_DB
+from elit_export.tune.target import TOLERANCE, TOLERANCE_DB, rounded_up
 
 ERROR_IMAGES = 64  # at most so many, for the reference solution takes long
 TRIED = 3  # candidates of each goal that are measured
@@ -132,7 +132,10 @@ class Finals:
 
     def _controls(self, plan_set: str) -> list[Control]:
         every = [each for each in self._space.controls() if each.config.plan_set == plan_set]
-        return [each for each in every if self._job.evaluator or each.family != SMALLER_BUDGET]
+        runnable = set(self._search.costs[plan_set].runnable(each.config for each in every))
+        return [
+            each for each in every if each.config in runnable and (self._job.evaluator or each.family != SMALLER_BUDGET)
+        ]
 
     def _measure_plan_set(self, plan_set: str, rows: Sequence[Control]) -> None:
         times = self._timed(plan_set, [each.config for each in rows], TIMED_MS)
@@ -219,7 +222,7 @@ class Finals:
 def final_choices(found: Found, finals: Finals, goals: Sequence[Goal]) -> list[Chosen]:
     """Choose for each goal that something reaches.
 
-    Times are predicted anew by what the first measurement says of predictions. Where all candidates of a goal have
+    Times are predicted again by what the first measurement says of predictions. Where all candidates of a goal have
     fewer dB on unseen images than the search saw, others with more to spare are tried.
     """
     finals.measure([*(each for goal in goals for each in found.ranked(goal)[:TRIED]), *found.front(FRONT)])
@@ -248,19 +251,36 @@ def corrections(finals: Finals, found: Found) -> tuple[float, float]:
     return factor, max([0.0, *losses])
 
 
-def refuse_unmet(search: Search, found: Found, finals: Finals) -> None:
+def refuse_unmet(search: Search, finals: Finals) -> None:
     """Raise CalibrationError naming what comes nearest to a target that nothing meets."""
     target = search.job.target
+    measured = list(finals.measured.values())
     if target.min_sqnr_db is not None:
-        most_db, config = nearest_db(found)
-        raise CalibrationError(
-            f"nothing that was found has {target.min_sqnr_db:g} dB; {config} comes nearest with {most_db:.1f} dB",
-            f"give --min-sqnr {int(most_db)} or less, or more --trials",
-        )
-    fastest = min(finals.measured.values(), key=lambda each: each.ms)
-    option = f"--latency {fastest.ms * 1.05:.3g}ms" if target.latency_ms else f"--speedup {fastest.speedup * 0.95:.3g}"
+        raise _too_few_db(target.min_sqnr_db, search.job.goals, measured)
+    share = max(goal.max_cost for goal in search.job.goals)
+    if target.latency_ms is not None:
+        nearest = min(measured, key=lambda each: each.ms)
+        option = f"--latency {rounded_up(nearest.ms * (1 + TOLERANCE) / share)}ms"
+    else:
+        nearest = max(measured, key=lambda each: each.speedup)
+        option = f"--speedup {nearest.speedup * share * (1 - TOLERANCE):.3g}"
+    within = "" if share == 1 else f" within {share:.0%} of its time"
     raise CalibrationError(
-        f"nothing that was found is {target}; {fastest.config} comes nearest with {fastest.ms:.3g} ms", f"give {option}"
+        f"nothing that was found is {target}{within}; {nearest.config} comes nearest with "
+        f"{rounded_up(nearest.ms)} ms, {nearest.speedup:.3g} times as fast",
+        f"give {option}",
+    )
+
+
+def _too_few_db(asked_db: float, goals: Iterable[Goal], measured: Iterable[Measured]) -> CalibrationError:
+    """Say which config has the most dB on unseen images, and what of them the least of the goals leaves."""
+    least_db = min(goal.min_db for goal in goals if goal.min_db is not None)
+    nearest = max(measured, key=lambda each: pooled_db(each.quality))
+    most_db = pooled_db(nearest.quality)
+    possible = math.floor(most_db - (least_db - asked_db))
+    return CalibrationError(
+        f"nothing that was found has {least_db:g} dB; {nearest.config} comes nearest with {most_db:.1f} dB",
+        f"give --min-sqnr {possible} or less, or more --trials" if possible > 0 else "give more --trials",
     )
 
 
@@ -271,6 +291,7 @@ def mispredicted(chosen: Chosen) -> str:
     if off <= TOLERANCE:
         return ""
     return (
-        f"{chosen.goal.name}: {one.predicted_ms:.3g} ms were predicted, measured again it takes {one.ms:.3g} ms "
+        f"{chosen.goal.name}: {rounded_up(one.predicted_ms)} ms were predicted, measured again it takes "
+        f"{rounded_up(one.ms)} ms "
         f"({off:.0%} off); what was measured counts"
     )

@@ -65,6 +65,7 @@ class TuneResult:
 
     target: str
     guidance: str
+    largest_budget: str
     rows: int
     images: int
     error_images: int

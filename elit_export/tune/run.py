@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+import numpy as np
+
 from elit_export.bundle.manifest import PlanSet
 from elit_export.bundle.presets import Measured as PresetMeasured
 from elit_export.bundle.presets import Preset
 from elit_export.bundle.reading import Bundle
-from elit_export.errors import CalibrationError
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.tune.finals import Chosen, Finals, Measured, final_choices, mispredicted, refuse_unmet
 from elit_export.tune.images import Images, reference_config
@@ -23,17 +24,18 @@ from elit_export.tune.study import Study
 
 NO_EVALUATOR = (
     "without an evaluator only samplings at the largest budget were searched: dB say nothing of the quality of other "
-    "budgets; give --classifier FILE for them"
+    "budgets"
 )
 JUDGED_IN_DB = "the target is in dB, which other budgets do not have: only the largest one was searched"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where presets go: the bundle and its plan sets by name, and the command that makes them again."""
+    """Where presets go: a bundle and its plan sets by name, why others cannot run, and the command as it is stored."""
 
     bundle: Bundle
     plan_sets: Mapping[str, PlanSet]
+    skipped: Mapping[str, str]
     command: str
 
 
@@ -54,28 +56,29 @@ def tune(job: Job, pipelines: Mapping[str, Pipeline], study: Study, origin: Orig
     search.measure()
     found = search.found()
     if not found.candidates:
-        raise CalibrationError("no trial is within the target", "give more --trials")
+        search.refuse_empty()
     images = Images(pipelines, reference_config(job.space, job.reference), seed=job.seed + 1, keep=study.kept)
     finals = Finals(search, images, on_stage)
     chosen = final_choices(found, finals, job.goals)
     if not chosen:
-        refuse_unmet(search, found, finals)
+        refuse_unmet(search, finals)
     return _tuned(search, finals, chosen, origin)
 
 
 def _tuned(search: Search, finals: Finals, chosen: Sequence[Chosen], origin: Origin) -> Tuned:
-    result = _result(search, finals, chosen)
+    result = _result(search, finals, chosen, origin)
     presets = [_preset(each, result, origin) for each in chosen]
     pairs = zip(chosen, presets, strict=True)
     return Tuned(replace(result, presets=[_preset_result(*pair, search.job, origin) for pair in pairs]), presets)
 
 
-def _result(search: Search, finals: Finals, chosen: Sequence[Chosen]) -> TuneResult:
+def _result(search: Search, finals: Finals, chosen: Sequence[Chosen], origin: Origin) -> TuneResult:
     job = search.job
     assert search.smallest
     return TuneResult(
         target=str(job.target),
         guidance=job.space.guidance,
+        largest_budget=job.space.largest,
         rows=job.rows,
         images=job.images,
         error_images=finals.error_images,
@@ -88,7 +91,7 @@ def _result(search: Search, finals: Finals, chosen: Sequence[Chosen]) -> TuneRes
         smallest_ms=search.smallest[0],
         found=_rows(list(finals.measured.values())),
         presets=[],
-        notes=list(_notes(job, chosen)),
+        notes=_notes(job, chosen, origin),
     )
 
 
@@ -107,7 +110,6 @@ def _loss(one: Measured) -> float:
 
 def _row(one: Measured, *, is_on_front: bool) -> TunedRow:
     errors, distance = one.quality.errors, one.quality.distance
-    db = sorted(errors.db) if errors else None
     return TunedRow(
         name=str(one.config),
         family=one.family,
@@ -119,8 +121,8 @@ def _row(one: Measured, *, is_on_front: bool) -> TunedRow:
         engine_calls=one.engine_calls,
         keeps_solution=errors is not None,
         sqnr_db=errors.pooled_db if errors else None,
-        median_sqnr_db=float(db[len(db) // 2]) if db else None,
-        worst_sqnr_db=float(db[0]) if db else None,
+        median_sqnr_db=float(np.median(errors.db)) if errors else None,
+        worst_sqnr_db=float(errors.db.min()) if errors else None,
         distance=distance.value if distance else None,
         distance_error=distance.error if distance else None,
         on_front=is_on_front,
@@ -153,9 +155,9 @@ def _goal_text(chosen: Chosen, job: Job) -> str:
     return f"at most {goal.max_cost * job.target.limit_ms(one.ms):.10g} ms"
 
 
-def _notes(job: Job, chosen: Sequence[Chosen]) -> list[str]:
-    notes = [] if job.evaluator else [NO_EVALUATOR]
-    notes += [JUDGED_IN_DB] if job.evaluator and not job.judges else []
+def _notes(job: Job, chosen: Sequence[Chosen], origin: Origin) -> list[str]:
+    notes = [] if job.judges else [f"{NO_EVALUATOR}; {job.no_evaluator}" if job.target.is_time else JUDGED_IN_DB]
+    notes += [f"{name} was not searched: {reason}" for name, reason in origin.skipped.items()]
     notes += [note for each in chosen if (note := mispredicted(each))]
     made = {each.goal.name for each in chosen}
     missing = [goal.name for goal in job.goals if goal.name not in made]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 from elit_export.errors import CalibrationError, InputError
 from elit_export.evaluate.protocol import ImageEvaluator
 from elit_export.runtime.pipeline import Pipeline
 from elit_export.tune.costs import Costs
 from elit_export.tune.images import Images, reference_config
-from elit_export.tune.pareto import Candidate, Errors, Goal, Quality, by_quality, front, pooled_db, survivors
+from elit_export.tune.pareto import Candidate, Errors, Goal, Quality, by_quality, front, survivors
 from elit_export.tune.space import Config, Space
 from elit_export.tune.study import Objective, Outcome, Study
-from elit_export.tune.target import TOLERANCE, Target
+from elit_export.tune.target import TOLERANCE, Target, rounded_up
 
 SCREENED = 16  # images whose errors in dB a search goes by
 SLACK = 0.3  # a config may be predicted to cost so much more than the target and is still looked at
@@ -28,7 +28,8 @@ OnStage = Callable[[str, int, int], None]  # what, done, of how many
 class Job:
     """What is searched: the space, the target, and how much work to spend; it needs no engines.
 
-    `reference` names the plan set that computes the reference solution; it need not be in the space.
+    `reference` names the plan set that computes the reference solution; it need not be in the space. `no_evaluator`
+    says why there is none, and what to do.
     """
 
     space: Space
@@ -40,6 +41,7 @@ class Job:
     images: int
     trials: int
     seed: int
+    no_evaluator: str = ""
 
     @property
     def goals(self) -> list[Goal]:
@@ -53,7 +55,7 @@ class Job:
     @property
     def trial_counts(self) -> dict[str, int]:
         judged = round(self.trials * JUDGED_SHARE) if self.judges else 0
-        return {LARGEST: self.trials - judged} | ({ALL: judged} if judged else {})
+        return {LARGEST: self.trials - judged} | ({ALL: judged} if self.judges else {})
 
 
 @dataclass(frozen=True)
@@ -98,26 +100,29 @@ class Search:
             self._on_stage(f"times of {name}", place, len(self.costs))
             costs.measure(name, self.space)
             self.baseline_ms[name] = costs.predicted_ms(self.space.baseline(name))
-        single = [each for name in self.costs for each in self.space.cheapest(name, any_budget=self.job.judges)]
+        single = [
+            each
+            for name, costs in self.costs.items()
+            for each in costs.runnable(self.space.cheapest(name, any_budget=self.job.judges))
+        ]
         self.smallest = min(((self.predicted_ms(each), each) for each in single), key=lambda pair: pair[0])
-        self._check_reachable()
-        cheapest = min(self.cost(each) for each in single)
+        nearest = min(single, key=self.cost)
+        self._check_reachable(nearest)
+        cheapest = self.cost(nearest)
         most = int((1 + SLACK) / cheapest) if self.job.target.is_time else self.space.max_calls
         limited = max(2, min(self.space.max_calls, most))
         self.space = replace(self.space, max_calls=int(self._study.kept("calls", lambda: limited)))
 
-    def _check_reachable(self) -> None:
-        assert self.smallest
-        smallest_ms, config = self.smallest
-        target = self.job.target
-        limit_ms = target.limit_ms(self.baseline_ms[config.plan_set])
-        if smallest_ms <= limit_ms * (1 + TOLERANCE):
+    def _check_reachable(self, config: Config) -> None:
+        """Raise InputError where the sampling that is nearest to a target of time does not reach it."""
+        smallest_ms, target = self.predicted_ms(config), self.job.target
+        if not target.is_time or self.cost(config) <= 1 + TOLERANCE:
             return
-        shown = f"the fastest sampling, one call ({config} on {config.plan_set}), takes {smallest_ms:.3g} ms"
+        shown = f"the fastest sampling, one call ({config} on {config.plan_set}), takes {rounded_up(smallest_ms)} ms"
         if target.latency_ms is not None:
             raise InputError(
                 f"{target.latency_ms:g} ms is below a single call: {shown}",
-                f"give --latency {smallest_ms:.3g}ms or more",
+                f"give --latency {rounded_up(smallest_ms)}ms or more",
             )
         most = self.baseline_ms[config.plan_set] / smallest_ms
         raise InputError(
@@ -145,6 +150,18 @@ class Search:
             return found
         judged = self._searched(ALL, counts[ALL], self._loss_distance, any_budget=True)
         return self._halved(self._to_judge(found, judged))
+
+    def refuse_empty(self) -> NoReturn:
+        """Raise CalibrationError naming what comes nearest, where no trial is within the target."""
+        assert self.smallest
+        keys = [key for name in self.job.trial_counts if (key := self._study.nearest(name)) is not None]
+        configs = [Config.of_key(key) for key in keys] or [self.smallest[1]]
+        nearest = min(configs, key=self.cost)
+        raise CalibrationError(
+            f"no trial is within the target ({self.job.target}); the nearest, {nearest}, is predicted to take "
+            f"{rounded_up(self.predicted_ms(nearest))} ms",
+            "give more --trials",
+        )
 
     def _searched(self, name: str, trials: int, loss: Callable[[Config], float], *, any_budget: bool) -> list[Config]:
         made = self._study.search(
@@ -221,9 +238,3 @@ class Search:
         costs = map(self.cost, configs)
         candidates = [Candidate(*each) for each in zip(range(len(configs)), costs, qualities, strict=True)]
         return Found(list(configs), candidates)
-
-
-def nearest_db(found: Found) -> tuple[float, Config]:
-    """The most dB that anything found has."""
-    best = max(found.candidates, key=lambda each: pooled_db(each.quality))
-    return pooled_db(best.quality), found.configs[best.index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, Self
 
 from elit_export.bench.engines import measured_budgets
@@ -14,7 +15,7 @@ from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.request import Samplable
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
 from elit_export.runtime.samplers.calibrated import is_for, is_solver
-from elit_export.spec import REUSE, ModelSpec
+from elit_export.spec import REUSE, ModelSpec, SolverFacts
 
 MIN_CALLS, MAX_CALLS = 1, 50
 BASELINE_STEPS = 50  # of Euler, at the largest budget: what a speed-up is relative to
@@ -22,8 +23,9 @@ NO_CACHE = "none"
 CACHES = ("every 2nd", "every 3rd", "2nd half: every 2nd", "1st half: every 2nd")
 SHARES = ("25", "50", "75")  # per cent of the steps before the budget changes
 LOWS = ("0", "0.1", "0.2", "0.3", "0.4")  # of the interval that is guided
-HIGHS = ("1", "0.9", "0.8")
-FEWER_STEPS, MULTISTEP, SMALLER_BUDGET, CACHE = CONTROLS = ("euler", "ab3", "smaller budget alone", "cache alone")
+HIGHS = ("1", "0.9", "0.75")
+FEWER_STEPS, SMALLER_BUDGET, CACHE = "euler", "smaller budget alone", "cache alone"  # families of controls
+MULTISTEP = ("ab3", "abm3")  # and the samplers of others
 EULER_STEPS = (1, 2, 4, 8, 12, 16, 25, BASELINE_STEPS)
 MULTISTEP_STEPS = (2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 16, 20)
 
@@ -160,19 +162,20 @@ class Space:
         yield self._choice(plan_set, "euler", MIN_CALLS)
         for name in self.tables:
             yield self._choice(plan_set, name, MIN_CALLS)
-        for calls in (sampler_named("ab3").calls(steps) for steps in MULTISTEP_STEPS):
-            if calls <= self.max_calls:
-                yield self._choice(plan_set, "ab3", calls)
+        for steps, name in product(MULTISTEP_STEPS, MULTISTEP):
+            if (calls := sampler_named(name).calls(steps)) <= self.max_calls:
+                yield self._choice(plan_set, name, calls)
 
     def _cheaper(self, plan_set: str) -> Iterator[dict[str, Any]]:
         """Yield a usual sampling with each weak branch, with each budget, and with each before the largest one."""
         yield from (self._choice(plan_set, name, MIN_CALLS) for name in self.budget_tables)
-        usual = self._choice(plan_set, "ab3", min(10, self.max_calls)) | {"share of the first": "50"}
+        usual = self._choice(plan_set, "abm3", min(10, self.max_calls)) | {"share of the first": "50"}
         usual |= {"first budget": self.largest, "last budget": self.largest}
         usual |= {"guidance": self.guidance} if self.weak else {}
         usual |= {"guided from": LOWS[0], "guided to": HIGHS[0]} if self.guidance != "none" else {}
         least = usual | self._choice(plan_set, "euler", MIN_CALLS)
         yield least | {"first budget": self.budgets[-1], "last budget": self.budgets[-1]}
+        yield from (usual | {"guided to": high} for high in HIGHS[1:] if self.guidance != "none")
         yield from (usual | {"guidance": guidance} for guidance in self.weak)
         for budget in self.budgets[1:]:
             yield usual | {"first budget": budget}
@@ -190,8 +193,8 @@ class Space:
         for plan_set in self.plan_sets:
             for steps in EULER_STEPS:
                 yield Control(FEWER_STEPS, self.config(plan_set, "euler", steps))
-            for steps in MULTISTEP_STEPS:
-                yield Control(MULTISTEP, self.config(plan_set, "ab3", steps))
+            for name, steps in product(MULTISTEP, MULTISTEP_STEPS):
+                yield Control(name, self.config(plan_set, name, steps))
             for budget in dict.fromkeys((*self.budgets[1:3], self.budgets[-1])) if len(self.budgets) > 1 else ():
                 yield Control(SMALLER_BUDGET, self.config(plan_set, "euler", BASELINE_STEPS, schedule=budget))
             for cache in self.caches[:2]:
@@ -237,17 +240,26 @@ def space_of(plan_sets: Mapping[str, Samplable], guidance: str) -> Space:
     parsed = Guidance.parse(guidance, first.spec)
     budgets = tuple(name for name in measured_budgets(first) if all(name in measured_budgets(on) for on in others))
     smaller = budgets[1:] if parsed.kind is Kind.CFG else ()
-    tables = [facts for facts in first.coverage.solvers if is_for(facts, parsed)]
+    tables = solver_tables(first, parsed)
     return Space(
         plan_sets=tuple(plan_sets),
         samplers=samplers_of(),
-        tables=tuple(facts.name for facts in tables if facts.table.budgets is None),
-        budget_tables=tuple(facts.name for facts in tables if facts.table.budgets is not None),
+        tables=tuple(name for name, facts in tables.items() if facts.table.budgets is None),
+        budget_tables=tuple(name for name, facts in tables.items() if facts.table.budgets is not None),
         budgets=budgets,
         weak=tuple(str(parsed.with_weak(first.spec.budget(name))) for name in smaller),
         guidance=str(parsed),
         caches=CACHES if all(REUSE in on.coverage.graphs for on in plan_sets.values()) else (),
     )
+
+
+def solver_tables(on: Samplable, guidance: Guidance) -> dict[str, SolverFacts]:
+    """Return by name the solver tables for a guidance that samplings use: the first of each name."""
+    tables = dict[str, SolverFacts]()
+    for facts in on.coverage.solvers:
+        if is_for(facts, guidance):
+            tables.setdefault(facts.name, facts)
+    return tables
 
 
 def samplers_of() -> tuple[str, ...]:

@@ -63,3 +63,10 @@ def milliseconds(text: str) -> float:
     if not match:
         raise InputError(f"latency {text!r} is not a time", "write it as 40ms or 0.04s")
     return float(match[1]) * UNITS_MS[match[2]]
+
+
+def rounded_up(ms: float) -> str:
+    """Write a time as `milliseconds` reads it: three digits, from 1000 ms on whole ones, never less than it is."""
+    ms = max(ms, 0.001)
+    digits = max(0, 2 - math.floor(math.log10(ms)))
+    return f"{math.ceil(ms * 10**digits) / 10**digits:.{digits}f}"

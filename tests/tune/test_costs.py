@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from elit_export import Pipeline
 from elit_export.bundle.reading import Bundle
 from elit_export.runtime.request import prepared
 from elit_export.runtime.sampling import Call
+from elit_export.spec import Range
 from elit_export.tune.costs import (
     FEW_STEPS,
     MANY_STEPS,
+    Costs,
     Overhead,
     fitted_overhead,
     off_by,
@@ -64,10 +68,37 @@ def test_the_time_beside_calls_is_fitted_exactly() -> None:
     timed = {name: sum(calls) + len(calls) * 0.25 + 6.0 + 1.5 for name, calls in (("few", few), ("many", many))} | {
         "decoder": 1.5
     }
-    found = fitted_overhead(sum(few), sum(many), timed)
+    found = fitted_overhead(sum(few), sum(many), timed, few_calls=FEW_STEPS)
     assert (found.sampling_ms, found.call_ms, found.decode_ms) == pytest.approx(
         (overhead.sampling_ms, overhead.call_ms, overhead.decode_ms)
     )
+
+
+def test_a_step_of_two_calls_counts_as_two() -> None:
+    """As each step does with guidance whose branches run at two budgets."""
+    few, many = 2 * FEW_STEPS, 2 * MANY_STEPS
+    timed = {"few": few * (4.0 + 0.25) + 7.5, "many": many * (4.0 + 0.25) + 7.5, "decoder": 1.5}
+    found = fitted_overhead(few * 4.0, many * 4.0, timed, few_calls=few)
+    assert (found.sampling_ms, found.call_ms) == pytest.approx((6.0, 0.25))
+
+
+def test_what_no_profile_takes_is_not_timed(tiny_bundle: Bundle, space: Space) -> None:
+    """Of a plan set whose profiles take one budget alone, the calls at that one are measured."""
+    with Pipeline.load(tiny_bundle.folder) as pipeline:
+        full = max(pipeline.coverage.budgets, key=lambda budget: budget.kept)
+        coverage = replace(
+            pipeline.coverage,
+            profiles=tuple(
+                replace(profile, latents=Range(full.kept, full.kept, full.kept))
+                for profile in pipeline.coverage.profiles
+            ),
+        )
+        pipeline.coverage = coverage
+        costs = Costs(pipeline, 1)
+        runnable = costs.runnable([*space.cheapest("cpu fp32", any_budget=True)])
+        assert [each.options.schedule for each in runnable] == ["full"]
+        costs.measure("cpu fp32", space)
+        assert costs.predicted_ms(space.baseline("cpu fp32")) > 0
 
 
 def test_long_samplings_are_repeated_less_often() -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from elit_export.errors import InputError
-from elit_export.tune.target import PRESETS, TOLERANCE_DB, Target, milliseconds
+from elit_export.tune.target import PRESETS, TOLERANCE_DB, Target, milliseconds, rounded_up
 
 
 @pytest.mark.parametrize(("text", "ms"), [("40ms", 40), ("0.04s", 40), ("40", 40), (" 1.5 ms ", 1.5), (".5s", 500)])
@@ -36,3 +36,11 @@ def test_goals_are_shares_of_a_time_or_decibels_more() -> None:
     assert Target(latency_ms=40).limit_ms(200) == 40
     assert Target(min_sqnr_db=34).limit_ms(200) == math.inf
     assert pytest.approx(20 * math.log10(1 / 0.95)) == TOLERANCE_DB
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(1234.2, "1235"), (0.01234, "0.0124"), (99.96, "100.0"), (40, "40.0"), (123456.7, "123457")]
+)
+def test_a_time_that_is_advised_can_be_typed(ms: float, text: str) -> None:
+    assert rounded_up(ms) == text
+    assert ms <= milliseconds(f"{rounded_up(ms)}ms") <= ms * 1.01

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -20,19 +21,22 @@ from PIL import Image
 
 from elit_export import Pipeline
 from elit_export.arrays import Float64, Int64, Pixels
+from elit_export.bundle.presets import MADE_WITH
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.cli import main
+from elit_export.cli.tune import tune as tune_command
 from elit_export.evaluate.protocol import Evaluator
-from elit_export.spec import Range
+from elit_export.spec import Range, SolverTable
 from elit_export.tune import finals, images, space, study
 from elit_export.tune.finals import Measured, verdict
 from elit_export.tune.pareto import Quality
-from elit_export.tune.ready import checked_space
+from elit_export.tune.ready import belongings, checked_space
 from elit_export.tune.run import Origin, Tuned, tune
 from elit_export.tune.search import ALL, LARGEST, Job
 from elit_export.tune.study import Study
 from elit_export.tune.target import Target
 from tests.evaluate.test_quality import FACTS
+from tests.helpers import a_solver
 from tests.tune.test_pareto import distance, errors
 
 SLOW_MS = 60_000.0  # no sampling of the tiny model takes as long, however busy the machine is
@@ -92,9 +96,9 @@ def test_a_target_becomes_presets_that_are_used(copied: Path) -> None:
     for stored, preset in zip(manifest.presets, facts["presets"], strict=True):
         row = rows[preset["row"], preset["plan_set"]]
         assert stored.options.model_dump(mode="json") == row["options"]
-        assert (stored.measured.seed, stored.measured.sqnr_db) == (1, row["sqnr_db"])
-        assert stored.command.startswith(
-            f"elit-export tune {copied} --latency {SLOW_MS}ms --classifier none --images 32"
+        assert (stored.measured.seed, stored.measured.sqnr_db) == (1001, row["sqnr_db"])
+        assert stored.command == (
+            f"elit-export tune BUNDLE --latency {SLOW_MS}ms --classifier none --images 32 --trials 6"
         )
         assert (preset["command"] in facts["said"], preset["python"] in facts["said"]) == (True, True)
     with Pipeline.load(copied, preset="fast") as pipeline:
@@ -141,6 +145,8 @@ def test_decibels_that_nothing_has_name_the_nearest(copied: Path) -> None:
         ),
         (["--latency", "1s", "--name", "../up"], "--name '../up' is not a name; use letters"),
         (["--latency", "1s", "--guidance", "cfg"], "guidance 'cfg' is none of"),
+        (["--latency", "1s", "--guidance", ""], "guidance '' is none of"),
+        (["--latency", "1s", "--seed", str((1 << 64) - 1)], "is not in the range 0<=x<=18446744073709551614"),
         (
             ["--latency", "1s", "--classifier", "shipped:fashion_classifier"],
             "the samples are (1, 8, 8), the classifier",
@@ -166,16 +172,60 @@ def test_guidance_that_no_profile_takes_is_refused_before_engines_open(
     with pytest.raises(
         ValueError, match=r"an image is 2 rows at budget 4of4: .* takes 1..1..1 rows.*choose guidance of"
     ):
-        checked_space(opened, [narrow], "cfg:2", rows=1, images=32)
-    assert checked_space(opened, [narrow], "none", rows=1, images=32).budgets[0] == "full"
+        checked_space(opened, [narrow], "cfg:2", rows=1, images=32, seed=0)
+    assert checked_space(opened, [narrow], "none", rows=1, images=32, seed=0).budgets[0] == "full"
+
+
+def test_images_that_a_solver_was_fitted_to_are_refused(tiny_bundle: Bundle) -> None:
+    checkpoint = tiny_bundle.manifest.model.checkpoint_sha256
+    fitted = a_solver(checkpoint_sha256=checkpoint, guidance="cfg:2", seed=7)
+    manifest = tiny_bundle.manifest.model_copy(update={"solvers": (fitted,)})
+    bundle = Bundle(tiny_bundle.folder, manifest)
+    for seed in (6, 7, 8):
+        with pytest.raises(ValueError, match=r"calibrated on images of seed [78]; give another --seed"):
+            checked_space(bundle, manifest.plan_sets, "cfg:2", rows=1, images=32, seed=seed)
+    for seed, guidance in ((5, "cfg:2"), (9, "cfg:2"), (7, "cfg:3")):
+        checked_space(bundle, manifest.plan_sets, guidance, rows=1, images=32, seed=seed)
+
+
+def test_a_study_belongs_to_the_numbers_of_solver_tables(tiny_bundle: Bundle) -> None:
+    def stored(*weights: tuple[float, ...]) -> Any:
+        table = SolverTable(times=(1.0, 0.5, 0.0), weights=weights)
+        checkpoint = tiny_bundle.manifest.model.checkpoint_sha256
+        solvers = (a_solver(checkpoint_sha256=checkpoint, guidance="none", table=table),)
+        bundle = Bundle(tiny_bundle.folder, tiny_bundle.manifest.model_copy(update={"solvers": solvers}))
+        (plan_set,) = bundle.manifest.plan_sets
+        choices = checked_space(bundle, [plan_set], "none", rows=1, images=32, seed=1000)
+        job = Job(
+            space=choices,
+            reference=plan_set.name,
+            evaluator=None,
+            target=Target(latency_ms=1),
+            names=("best",),
+            rows=1,
+            images=32,
+            trials=1,
+            seed=1000,
+        )
+        return belongings(bundle, [plan_set], job)
+
+    one, same, other = stored((-0.5,), (0, -0.5)), stored((-0.5,), (0, -0.5)), stored((-0.5,), (0.1, -0.6))
+    assert one == same
+    assert [name for name in one if one[name] != other[name]] == ["solver tables"]
+
+
+def test_stored_options_are_those_of_the_command() -> None:
+    options = {max(param.opts, key=len) for param in tune_command.params if isinstance(param, click.Option)}
+    assert options - set(MADE_WITH) == {"--study", "--plot", "--trust", "--json"}
+    assert set(MADE_WITH) <= options
 
 
 # ---------------------------------------------------------------- interrupted
 
 
 def test_a_search_that_is_killed_goes_on_with_every_trial(copied: Path) -> None:
-    words = ["tune", str(copied), "--min-sqnr", "20", "--images", "32"]
-    file = copied.parent / "bundle.tune"
+    words = ["tune", str(copied), "--min-sqnr", "20", "--images", "32", "--study", str(copied.parent / "kept.tune")]
+    file = copied.parent / "kept.tune"
     before = (copied / MANIFEST).read_bytes()
     with subprocess.Popen([sys.executable, "-m", "elit_export", "-q", *words, "--trials", "500"]) as process:
         wait_for(lambda: file.exists() and file.read_bytes().count(b'"made"') >= 3)
@@ -183,7 +233,7 @@ def test_a_search_that_is_killed_goes_on_with_every_trial(copied: Path) -> None:
     assert (copied / MANIFEST).read_bytes() == before
     whole = file.read_bytes().rpartition(b"\n")[0]
     made = whole.count(b'"made"')
-    facts = tuned(copied, "--min-sqnr", "20", "--trials", str(made + 2))
+    facts = tuned(copied, "--min-sqnr", "20", "--trials", str(made + 2), "--study", file)
     assert file.read_bytes().startswith(whole)
     assert facts["trials"] == {LARGEST: made + 2}
     assert file.read_bytes().count(b'"made"') <= made + 3  # two more, and the one that was killed
@@ -198,8 +248,9 @@ def wait_for(is_there: Callable[[], bool], seconds: float = 120.0) -> None:
 
 
 def test_a_study_of_another_search_is_refused(copied: Path) -> None:
-    assert "comes nearest" in refused(copied, "--min-sqnr", "299")
-    said = refused(copied, "--min-sqnr", "21")
+    file = copied.parent / "kept.tune"
+    assert "comes nearest" in refused(copied, "--min-sqnr", "299", "--study", file)
+    said = refused(copied, "--min-sqnr", "21", "--study", file)
     assert "target was 'at least 299 dB', now it is 'at least 21 dB'; give another file with --study, or remove" in said
 
 
@@ -222,10 +273,10 @@ def look(pictures: Pixels) -> tuple[Float64, Int64]:
     return features, np.zeros(len(pictures), np.int64)
 
 
-def judged(folder: Path, target: Target, names: tuple[str, ...]) -> Tuned:
+def judged(folder: Path, target: Target, names: tuple[str, ...], *, trials: int = 12) -> Tuned:
     opened = Bundle.open(folder)
     (plan_set,) = opened.manifest.plan_sets
-    choices = checked_space(opened, [plan_set], "cfg:2", rows=1, images=32)
+    choices = checked_space(opened, [plan_set], "cfg:2", rows=1, images=32, seed=0)
     with Pipeline.load(folder) as pipeline:
         job = Job(
             space=choices,
@@ -235,11 +286,11 @@ def judged(folder: Path, target: Target, names: tuple[str, ...]) -> Tuned:
             names=names,
             rows=1,
             images=32,
-            trials=12,
+            trials=trials,
             seed=0,
         )
         searched = Study(folder.parent / "judged.tune", {"a": 1}, seed=0)
-        origin = Origin(opened, {plan_set.name: plan_set}, "elit-export tune")
+        origin = Origin(opened, {plan_set.name: plan_set}, {"gpu fp16": "no GPU"}, "elit-export tune BUNDLE")
         return tune(job, {plan_set.name: pipeline}, searched, origin, lambda *_: None)
 
 
@@ -252,6 +303,12 @@ def test_an_evaluator_judges_other_budgets_too(copied: Path) -> None:
     assert all((row.sqnr_db is not None) == row.keeps_solution for row in result.found)
     (preset,) = result.presets
     assert preset.row in {row.name for row in result.found}
+
+
+def test_one_trial_is_enough(copied: Path) -> None:
+    result = judged(copied, Target(latency_ms=SLOW_MS), ("best",), trials=1).result
+    assert (result.trials, [preset.name for preset in result.presets]) == ({LARGEST: 1, ALL: 0}, ["best"])
+    assert "gpu fp16 was not searched: no GPU" in result.notes
 
 
 # ---------------------------------------------------------------- verdicts

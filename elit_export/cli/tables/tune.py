@@ -58,8 +58,9 @@ def _notes(result: TuneResult) -> Iterator[str]:
     trials = ", ".join(f"{count} {where}" for where, count in result.trials.items())
     yield f"trials: {trials}; the search saw images of seed {result.seed}, this table those of {result.final_seed}"
     yield (
-        f"dB: {result.error_images} images against the reference solution, ab3 with 160 steps at full budget and "
-        f"guidance {result.guidance} by {result.reference}; – where another budget or guidance has another solution"
+        f"dB: {result.error_images} images against the reference solution, ab3 with 160 steps at budget "
+        f"{result.largest_budget} and guidance {result.guidance} by {result.reference}; – where another budget or "
+        "guidance has another solution"
     )
     if result.evaluator:
         yield f"distance: Fréchet, of {result.images} images from real ones, by {result.evaluator}; less is better"
