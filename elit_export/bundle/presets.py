@@ -75,7 +75,7 @@ class Measured(Facts):
 
 
 class Preset(Facts):
-    """A named sampling config for one plan set, for one checkpoint. `command` makes it again, wherever the bundle is."""
+    """A named sampling config for one plan set, for one checkpoint. `command` makes it again, in any folder."""
 
     name: Name
     checkpoint_sha256: str

@@ -15,7 +15,6 @@ from click.core import ParameterSource
 from rich.progress import Progress
 
 from elit_export.bundle.atomic import NAME_PATTERN, check_writable
-from elit_export.bundle.presets import MADE_BY
 from elit_export.cli.common import (
     FILE,
     FOLDER,
@@ -234,6 +233,8 @@ def shown_in(progress: Progress) -> Callable[[str, int, int], None]:
 
 def typed_command() -> str:
     """Return the command that makes the presets again: what was typed, without where the bundle is and results go."""
+    from elit_export.bundle.presets import MADE_BY
+
     return shlex.join([*MADE_BY, *_typed_words(click.get_current_context())])
 
 

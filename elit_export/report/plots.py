@@ -100,14 +100,14 @@ def plot_tune(result: TuneResult, path: Path) -> None:
     """Plot quality against time: controls are lines by family, what a search found is crosses, presets have names."""
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
-    judged = [(row, value) for row in result.found if (value := _quality(row, result)) is not None]
-    for family in dict.fromkeys(row.family for row, _ in judged):
-        points = sorted((row.ms, value) for row, value in judged if row.family == family)
+    rows = [(row, value) for row in result.found if (value := _quality(row, result)) is not None]
+    for family in dict.fromkeys(row.family for row, _ in rows):
+        points = sorted((row.ms, value) for row, value in rows if row.family == family)
         line, marker = ("", "x") if family == FOUND else ("-", ".")
         axes.plot(*zip(*points, strict=True), linestyle=line, marker=marker, label=family)
-    front = [(row.ms, value) for row, value in judged if row.on_front]
+    front = [(row.ms, value) for row, value in rows if row.on_front]
     axes.plot(*zip(*front, strict=True), linestyle=":", color="black", label="Pareto front")
-    for row, value in judged:
+    for row, value in rows:
         names = [preset.name for preset in result.presets if (preset.row, preset.plan_set) == (row.name, row.plan_set)]
         axes.annotate(", ".join(names), (row.ms, value), textcoords="offset points", xytext=(4, 6))
     quality = "Fréchet distance, less is better" if result.evaluator else "dB to the reference solution"

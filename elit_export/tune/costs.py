@@ -26,7 +26,7 @@ FEW_STEPS, MANY_STEPS = 3, 13
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a sampling takes beside its engine calls: once, for each call, and for the decoder."""
+    """Holds the time that a sampling takes beside its engine calls: once, for each call, and for the decoder."""
 
     sampling_ms: float
     call_ms: float
@@ -48,7 +48,10 @@ def rehearsed(on: Samplable, request: Request) -> list[Call]:
 
 
 def _idle_bank(on: Samplable) -> EngineBank:
-    """A bank with the profiles of a plan set, whose velocities are all ones. The step cache only reuses or not."""
+    """Return a bank with the profiles of a plan set, whose velocities are all ones.
+
+    The step cache only reuses or not.
+    """
     graphs = {name: on.spec.graph(name) for name in (STEP, REUSE)}
     step = FunctionEngine(_ones, graphs[STEP])
     reuse = FunctionEngine(lambda inputs: {"velocity": np.ones_like(inputs["x"])}, graphs[REUSE])
@@ -65,7 +68,7 @@ def _ones(inputs: Arrays) -> Arrays:
 
 
 class Costs:
-    """The times of one plan set: of each engine call, and of what surrounds calls, for samplings of `rows` images."""
+    """Measures the times of engine calls of a plan set and of what surrounds them, for samplings of `rows` images."""
 
     def __init__(self, pipeline: Pipeline, rows: int) -> None:
         self._pipeline, self._rows = pipeline, rows
@@ -87,7 +90,7 @@ class Costs:
         self._overhead = fitted_overhead(few_ms, many_ms, medians, few_calls=len(self.calls(few)))
 
     def calls(self, config: Config) -> list[Call]:
-        """The engine calls of one sampling; raises InputError where no profile takes one."""
+        """List the engine calls of one sampling; raises InputError where no profile takes one."""
         request = prepared(self._pipeline, self._conditioning, sampling_options(config.options))
         return rehearsed(self._pipeline, request)
 
@@ -146,10 +149,10 @@ def _probes(space: Space) -> Iterable[tuple[str, str]]:
 
 
 def rounds_within(total_ms: float, budget_ms: float, *, least: int = 3, most: int = 15) -> int:
-    """How often samplings that take so long together are repeated."""
+    """Return how often samplings that take so long together are repeated."""
     return max(least, min(most, int(budget_ms / max(total_ms, 1e-9))))
 
 
 def off_by(predicted: float, measured: float) -> float:
-    """The share by which a prediction misses what was measured."""
+    """Return the share by which a prediction misses what was measured."""
     return abs(predicted - measured) / measured

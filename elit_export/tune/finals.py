@@ -21,7 +21,7 @@ from elit_export.tune.pareto import (
     worse_in_distance,
 )
 from elit_export.tune.result import FOUND
-from elit_export.tune.search import Found, Search
+from elit_export.tune.search import Search, SearchResult
 from elit_export.tune.space import SMALLER_BUDGET, Config, Control
 from elit_export.tune.target import TOLERANCE, TOLERANCE_DB, rounded_up
 
@@ -34,7 +34,10 @@ AGAIN_MS = 5_000.0  # and those of one candidate beside its baseline
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A config on unseen images. `speedup` is the baseline's time of its plan set over its own."""
+    """Holds what was measured of a config on unseen images.
+
+    `speedup` is the baseline's time of its plan set over its own.
+    """
 
     config: Config
     family: str
@@ -46,8 +49,8 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """A config that meets a goal, measured again, and the controls that are better at equal or more time."""
+class Selection:
+    """Holds a config that meets a goal, measured again, and the controls that are better at equal or more time."""
 
     goal: Goal
     measured: Measured
@@ -61,7 +64,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many controls a config was compared with, and which have significantly better images."""
+    """Says how many controls a config was compared with, and which have significantly better images."""
 
     compared_with: int
     worse_than: list[str]
@@ -84,14 +87,14 @@ def verdict(one: Measured, controls: Sequence[Measured]) -> Verdict:
 
 
 def is_farther(one: Quality, other: Quality) -> bool | None:
-    """Whether one is significantly farther from real images; None where that was not measured."""
+    """Say whether one is significantly farther from real images; None where that was not measured."""
     if one.distance is None or other.distance is None:
         return None
     return is_significant(worse_in_distance(one.distance, other.distance))
 
 
 def has_more_error(one: Quality, other: Quality) -> bool | None:
-    """Whether one has significantly fewer dB; None where one of them has another solution."""
+    """Say whether one has significantly fewer dB; None where one of them has another solution."""
     if one.errors is None or other.errors is None:
         return None
     return is_significant(worse_in_db(one.errors, other.errors))
@@ -114,7 +117,7 @@ class Finals:
 
     @property
     def plan_sets(self) -> list[str]:
-        """Those of what was measured."""
+        """List the plan sets of what was measured."""
         return list(dict.fromkeys(config.plan_set for config in self.measured))
 
     @property
@@ -176,41 +179,41 @@ class Finals:
         return cost / self._search.cost(one.config)
 
     def meets(self, goal: Goal, one: Measured) -> bool:
-        """Whether a goal is met within the tolerance."""
+        """Say whether a goal is met within the tolerance."""
         if goal.min_db is not None:
             return pooled_db(one.quality) >= goal.min_db - TOLERANCE_DB
         limit_ms = self._job.target.limit_ms(one.ms * one.speedup)
         return one.ms <= goal.max_cost * limit_ms * (1 + TOLERANCE)
 
     def best_controls(self, goal: Goal) -> list[Config]:
-        """The best controls that meet a goal, for where nothing that was found is better."""
+        """List the best controls that meet a goal, for where nothing that was found is better."""
         met = [each for each in self.controls if self.meets(goal, each)]
-        found = Found(
+        found = SearchResult(
             [each.config for each in met], [Candidate(i, each.ms, each.quality) for i, each in enumerate(met)]
         )
         return found.ranked(replace(goal, max_cost=math.inf))[:TRIED]
 
     def _again(self, one: Measured) -> Measured:
-        """The same with its time measured again, beside the baseline."""
+        """Return the same with its time measured again, beside the baseline."""
         plan_set = one.config.plan_set
         times = self._timed(plan_set, [one.config], AGAIN_MS)
         ms = times[one.config]
         return replace(one, ms=ms, speedup=times[self._space.baseline(plan_set)] / ms)
 
-    def chosen(self, goal: Goal, candidates: Sequence[Config]) -> Chosen | None:
-        """The first candidate that is accepted; else the first that meets the goal; None if there is none.
+    def chosen(self, goal: Goal, candidates: Sequence[Config]) -> Selection | None:
+        """Return the first candidate that is accepted; else the first that meets the goal; None if there is none.
 
         Only those that no control was better than are timed again, or the one that is left.
         """
         met = [each for each in dict.fromkeys(candidates) if self.meets(goal, self.measured[each])]
         good = [each for each in met if not verdict(self.measured[each], self.controls).worse_than]
-        left = list[Chosen]()
+        left = list[Selection]()
         for config in (*good, *(each for each in met if each not in good)):
             one = self._again(self.measured[config])
             if not self.meets(goal, one):
                 continue
             against = verdict(one, self.controls)
-            left.append(Chosen(goal, one, against.compared_with, against.worse_than))
+            left.append(Selection(goal, one, against.compared_with, against.worse_than))
             if left[-1].is_accepted or config not in good:
                 break
         return next((each for each in left if each.is_accepted), left[0] if left else None)
@@ -219,7 +222,7 @@ class Finals:
 # ---------------------------------------------------------------- all goals
 
 
-def final_choices(found: Found, finals: Finals, goals: Sequence[Goal]) -> list[Chosen]:
+def final_choices(found: SearchResult, finals: Finals, goals: Sequence[Goal]) -> list[Selection]:
     """Choose for each goal that something reaches.
 
     Times are predicted again by what the first measurement says of predictions. Where all candidates of a goal have
@@ -238,7 +241,7 @@ def final_choices(found: Found, finals: Finals, goals: Sequence[Goal]) -> list[C
     return [each for each in chosen.values() if each]
 
 
-def corrections(finals: Finals, found: Found) -> tuple[float, float]:
+def corrections(finals: Finals, found: SearchResult) -> tuple[float, float]:
     """By what factor samplings took longer than predicted, and how many dB fewer unseen images have."""
     measured = list(finals.measured.values())
     factor = median(map(finals.cost_over_predicted, measured))
@@ -284,7 +287,7 @@ def _too_few_db(asked_db: float, goals: Iterable[Goal], measured: Iterable[Measu
     )
 
 
-def mispredicted(chosen: Chosen) -> str:
+def mispredicted(chosen: Selection) -> str:
     """Say by how much the time of a preset misses its prediction; empty where that is within 5 %."""
     one = chosen.measured
     off = off_by(one.predicted_ms, one.ms)

@@ -22,7 +22,7 @@ Keep = Callable[[str, Callable[[], Any]], Any]  # a study's `kept`
 
 
 class Images:
-    """The images of one seed: what each config makes of the same noise and labels.
+    """Samples the images of one seed: what each config makes of the same noise and labels.
 
     Results are kept by `keep`, under names with the seed and the number of images.
     """
@@ -32,7 +32,7 @@ class Images:
         self._solutions: dict[int, HostArray] = {}
 
     def errors(self, config: Config, images: int) -> Errors:
-        """The errors of so many images against the reference solution, which is sampled when it is first needed."""
+        """Return the errors of so many images against the reference solution, which is sampled when first needed."""
         stored = self._keep(self._name("errors", config, images), lambda: self._errors(config, images))
         return Errors(np.array(stored["noise"]), np.array(stored["signal"]))
 
@@ -47,7 +47,7 @@ class Images:
         return self._solutions[images]
 
     def distance(self, config: Config, images: int, evaluator: ImageEvaluator) -> Distance:
-        """The distance of so many images from real ones, and of the bootstrap's draws, the same for all configs."""
+        """Return the distance of so many images from real ones, and of the bootstrap's draws, shared by all configs."""
         stored = self._keep(self._name("distance", config, images), lambda: self._distance(config, images, evaluator))
         return Distance(stored["value"], np.array(stored["resampled"]))
 
@@ -79,12 +79,12 @@ class Images:
 
 
 def _energy(values: HostArray) -> Float64:
-    """The sum of squares of each image."""
+    """Compute the sum of squares of each image."""
     energy: Float64 = np.square(values, dtype=np.float64).sum(axis=(1, 2, 3))
     return energy
 
 
 def reference_config(space: Space, plan_set: str) -> Config:
-    """The reference solution, computed by one plan set."""
+    """Return the config of the reference solution, computed by one plan set."""
     options = PresetOptions(sampler="ab3", steps=REFERENCE_STEPS, schedule=space.largest, guidance=space.guidance)
     return Config(plan_set, options)

@@ -30,28 +30,28 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Errors:
-    """The energy of each image's error against the reference solution, and of the solution: both (n,)."""
+    """Holds the energy of each image's error against the reference solution, and of the solution: both (n,)."""
 
     noise: Float64
     signal: Float64
 
     @property
     def db(self) -> Float64:
-        """The SQNR of each image."""
+        """Compute the SQNR of each image."""
         with np.errstate(divide="ignore"):
             db: Float64 = np.minimum(10 * np.log10(self.signal / self.noise), MAX_DB)
         return db
 
     @property
     def pooled_db(self) -> float:
-        """The SQNR of all images together."""
+        """Compute the SQNR of all images together."""
         noise = float(self.noise.sum())
         return min(10 * math.log10(float(self.signal.sum()) / noise), MAX_DB) if noise else MAX_DB
 
 
 @dataclass(frozen=True, eq=False)
 class Distance:
-    """The Fréchet distance of some images from real ones, and of each draw of the bootstrap, which rows share."""
+    """Holds the Fréchet distance of some images from real ones, and of each draw of the bootstrap, which rows share."""
 
     value: float
     resampled: Float64  # (draws,)
@@ -63,7 +63,7 @@ class Distance:
 
 @dataclass(frozen=True, eq=False)
 class Quality:
-    """What is known of a config's images: errors where it has the reference's solution, a distance by an evaluator."""
+    """Holds what is known of a config's images: errors if it has the reference's solution, a distance if one exists."""
 
     errors: Errors | None = None
     distance: Distance | None = None
@@ -82,7 +82,7 @@ def worse_in_distance(one: Distance, other: Distance) -> Estimate:
 
 
 def is_significant(loss: Estimate) -> bool:
-    """Whether a loss is more than two standard errors."""
+    """Say whether a loss is more than two standard errors."""
     return loss.value > SIGNIFICANT * loss.error + 1e-9
 
 
@@ -100,7 +100,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a preset of this name must reach: at most a cost, or at least so many dB."""
+    """Says what a preset of this name must reach: at most a cost, or at least so many dB."""
 
     name: str
     max_cost: float = math.inf
@@ -121,14 +121,14 @@ def by_quality(candidates: Iterable[Candidate]) -> list[Candidate]:
     reference's solution, the most dB first, for they are nearest to what the model means. Without, dB decide.
     """
     ordered = list(candidates)
-    judged = [(each, each.quality.distance) for each in ordered if each.quality.distance]
-    if not judged:
+    evaluated = [(each, each.quality.distance) for each in ordered if each.quality.distance]
+    if not evaluated:
         return sorted(ordered, key=lambda each: (-pooled_db(each.quality), each.cost))
-    _, nearest = min(judged, key=lambda pair: pair[1].value)
-    return [each for each, _ in sorted(judged, key=lambda pair: _judged_order(pair[0], pair[1], nearest))]
+    _, nearest = min(evaluated, key=lambda pair: pair[1].value)
+    return [each for each, _ in sorted(evaluated, key=lambda pair: _evaluated_order(pair[0], pair[1], nearest))]
 
 
-def _judged_order(candidate: Candidate, distance: Distance, nearest: Distance) -> tuple[bool, bool, float, float]:
+def _evaluated_order(candidate: Candidate, distance: Distance, nearest: Distance) -> tuple[bool, bool, float, float]:
     is_farther = is_significant(worse_in_distance(distance, nearest))
     by_distance = is_farther or candidate.quality.errors is None
     return is_farther, by_distance, distance.value if by_distance else -pooled_db(candidate.quality), candidate.cost
@@ -139,7 +139,7 @@ def pooled_db(quality: Quality) -> float:
 
 
 def survivors(candidates: Sequence[Candidate], goals: Iterable[Goal]) -> list[Candidate]:
-    """One halving: for each goal keep the better half of what reaches it, at least two; all of them need distances."""
+    """Halve once: for each goal keep the better half of what reaches it, at least two; all of them need distances."""
     kept = set[int]()
     for goal in goals:
         within = goal.candidates(candidates)

@@ -9,7 +9,7 @@ FOUND = "found"  # the family of what is no control
 
 @dataclass(frozen=True)
 class TunedRow:
-    """A sampling config, measured on images that no search saw.
+    """Describes a sampling config, measured on images that no search saw.
 
     `family` is that of a control, or "found". `predicted_ms` comes from the times of single calls, `ms` is the median
     wall time of one sampling with its decoder; `speedup` is the baseline's time of the same plan set over it.
@@ -36,7 +36,7 @@ class TunedRow:
 
 @dataclass(frozen=True)
 class PresetResult:
-    """A preset, and how it held when it was measured again.
+    """Describes a preset, and how it held when it was measured again.
 
     `goal` says what it must reach. `remeasured_ms` is its time in the last measurement. `worse_than` are the controls
     at equal or more time that have significantly better images; `accepted` is true where there are none of these;

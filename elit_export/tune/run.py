@@ -15,7 +15,7 @@ from elit_export.bundle.presets import Measured as PresetMeasured
 from elit_export.bundle.presets import Preset
 from elit_export.bundle.reading import Bundle
 from elit_export.runtime.pipeline import Pipeline
-from elit_export.tune.finals import Chosen, Finals, Measured, final_choices, mispredicted, refuse_unmet
+from elit_export.tune.finals import Finals, Measured, Selection, final_choices, mispredicted, refuse_unmet
 from elit_export.tune.images import Images, reference_config
 from elit_export.tune.pareto import front, pooled_db
 from elit_export.tune.result import PresetResult, TunedRow, TuneResult
@@ -26,12 +26,12 @@ NO_EVALUATOR = (
     "without an evaluator only samplings at the largest budget were searched: dB say nothing of the quality of other "
     "budgets"
 )
-JUDGED_IN_DB = "the target is in dB, which other budgets do not have: only the largest one was searched"
+TARGET_IN_DB = "the target is in dB, which other budgets do not have: only the largest one was searched"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where presets go: a bundle and its plan sets by name, why others cannot run, and the command as it is stored."""
+    """Holds where presets go: a bundle, its plan sets by name, why others cannot run, and the command to store."""
 
     bundle: Bundle
     plan_sets: Mapping[str, PlanSet]
@@ -41,7 +41,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The result as numbers, and the presets as a manifest holds them."""
+    """Holds the result as numbers, and the presets as a manifest holds them."""
 
     result: TuneResult
     presets: list[Preset]
@@ -54,7 +54,7 @@ def tune(job: Job, pipelines: Mapping[str, Pipeline], study: Study, origin: Orig
     """
     search = Search(job, pipelines, study, on_stage)
     search.measure()
-    found = search.found()
+    found = search.run()
     if not found.candidates:
         search.refuse_empty()
     images = Images(pipelines, reference_config(job.space, job.reference), seed=job.seed + 1, keep=study.kept)
@@ -65,14 +65,14 @@ def tune(job: Job, pipelines: Mapping[str, Pipeline], study: Study, origin: Orig
     return _tuned(search, finals, chosen, origin)
 
 
-def _tuned(search: Search, finals: Finals, chosen: Sequence[Chosen], origin: Origin) -> Tuned:
+def _tuned(search: Search, finals: Finals, chosen: Sequence[Selection], origin: Origin) -> Tuned:
     result = _result(search, finals, chosen, origin)
     presets = [_preset(each, result, origin) for each in chosen]
     pairs = zip(chosen, presets, strict=True)
     return Tuned(replace(result, presets=[_preset_result(*pair, search.job, origin) for pair in pairs]), presets)
 
 
-def _result(search: Search, finals: Finals, chosen: Sequence[Chosen], origin: Origin) -> TuneResult:
+def _result(search: Search, finals: Finals, chosen: Sequence[Selection], origin: Origin) -> TuneResult:
     job = search.job
     assert search.smallest
     return TuneResult(
@@ -99,8 +99,8 @@ def _rows(measured: Sequence[Measured]) -> list[TunedRow]:
     """Rows by time; the front is that of distance, or of dB where nothing has a distance."""
     ordered = sorted(measured, key=lambda each: each.ms)
     by_distance = any(each.quality.distance for each in ordered)
-    judged = [each for each in ordered if (each.quality.distance if by_distance else each.quality.errors)]
-    on_front = {judged[place].config for place in front([(each.ms, _loss(each)) for each in judged])}
+    evaluated = [each for each in ordered if (each.quality.distance if by_distance else each.quality.errors)]
+    on_front = {evaluated[place].config for place in front([(each.ms, _loss(each)) for each in evaluated])}
     return [_row(each, is_on_front=each.config in on_front) for each in ordered]
 
 
@@ -129,7 +129,7 @@ def _row(one: Measured, *, is_on_front: bool) -> TunedRow:
     )
 
 
-def _preset_result(chosen: Chosen, preset: Preset, job: Job, origin: Origin) -> PresetResult:
+def _preset_result(chosen: Selection, preset: Preset, job: Job, origin: Origin) -> PresetResult:
     one, folder, spec = chosen.measured, origin.bundle.folder, origin.bundle.manifest.model.spec
     return PresetResult(
         name=preset.name,
@@ -146,7 +146,7 @@ def _preset_result(chosen: Chosen, preset: Preset, job: Job, origin: Origin) -> 
     )
 
 
-def _goal_text(chosen: Chosen, job: Job) -> str:
+def _goal_text(chosen: Selection, job: Job) -> str:
     goal, one = chosen.goal, chosen.measured
     if goal.min_db is not None:
         return f"at least {goal.min_db:g} dB"
@@ -155,8 +155,12 @@ def _goal_text(chosen: Chosen, job: Job) -> str:
     return f"at most {goal.max_cost * job.target.limit_ms(one.ms):.10g} ms"
 
 
-def _notes(job: Job, chosen: Sequence[Chosen], origin: Origin) -> list[str]:
-    notes = [] if job.judges else [f"{NO_EVALUATOR}; {job.no_evaluator}" if job.target.is_time else JUDGED_IN_DB]
+def _notes(job: Job, chosen: Sequence[Selection], origin: Origin) -> list[str]:
+    notes = (
+        []
+        if job.searches_all_budgets
+        else [f"{NO_EVALUATOR}; {job.no_evaluator}" if job.target.is_time else TARGET_IN_DB]
+    )
     notes += [f"{name} was not searched: {reason}" for name, reason in origin.skipped.items()]
     notes += [note for each in chosen if (note := mispredicted(each))]
     made = {each.goal.name for each in chosen}
@@ -167,7 +171,7 @@ def _notes(job: Job, chosen: Sequence[Chosen], origin: Origin) -> list[str]:
 # ---------------------------------------------------------------- presets
 
 
-def _preset(chosen: Chosen, result: TuneResult, origin: Origin) -> Preset:
+def _preset(chosen: Selection, result: TuneResult, origin: Origin) -> Preset:
     one = chosen.measured
     plan_set = origin.plan_sets[one.config.plan_set]
     return Preset(

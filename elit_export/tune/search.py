@@ -18,15 +18,15 @@ from elit_export.tune.target import TOLERANCE, Target, rounded_up
 
 SCREENED = 16  # images whose errors in dB a search goes by
 SLACK = 0.3  # a config may be predicted to cost so much more than the target and is still looked at
-JUDGED_SHARE = 0.4  # of the trials, where there is an evaluator
-MAX_JUDGED = 24  # configs that go into the halving
+EVALUATED_SHARE = 0.4  # of the trials, where there is an evaluator
+MAX_EVALUATED = 24  # configs that go into the halving
 LARGEST, ALL = "at the largest budget", "at all budgets"
 OnStage = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What is searched: the space, the target, and how much work to spend; it needs no engines.
+    """Says what is searched: the space, the target, and how much work to spend; it needs no engines.
 
     `reference` names the plan set that computes the reference solution; it need not be in the space. `no_evaluator`
     says why there is none, and what to do.
@@ -48,19 +48,19 @@ class Job:
         return self.target.goals(self.names)
 
     @property
-    def judges(self) -> bool:
-        """Whether other budgets are searched too: an evaluator can judge them, and the target is not in dB."""
+    def searches_all_budgets(self) -> bool:
+        """Say whether other budgets are searched too: an evaluator measures them, and the target is not in dB."""
         return self.evaluator is not None and self.target.is_time
 
     @property
     def trial_counts(self) -> dict[str, int]:
-        judged = round(self.trials * JUDGED_SHARE) if self.judges else 0
-        return {LARGEST: self.trials - judged} | ({ALL: judged} if self.judges else {})
+        evaluated = round(self.trials * EVALUATED_SHARE) if self.searches_all_budgets else 0
+        return {LARGEST: self.trials - evaluated} | ({ALL: evaluated} if self.searches_all_budgets else {})
 
 
 @dataclass(frozen=True)
-class Found:
-    """The configs that a search looked at, by index, and what it knows of each."""
+class SearchResult:
+    """Holds the configs that a search looked at, by index, and what it knows of each."""
 
     configs: list[Config]
     candidates: list[Candidate]
@@ -72,7 +72,7 @@ class Found:
         return [self.configs[each.index] for each in harder.candidates(costly)]
 
     def front(self, most: int) -> list[Config]:
-        """At most so many of the Pareto front of cost and quality, evenly taken."""
+        """Return at most so many of the Pareto front of cost and quality, evenly taken."""
         order = {id(each): place for place, each in enumerate(by_quality(self.candidates))}
         chosen = front([(each.cost, float(order[id(each)])) for each in self.candidates])
         every = [self.configs[self.candidates[place].index] for place in chosen]
@@ -103,7 +103,7 @@ class Search:
         single = [
             each
             for name, costs in self.costs.items()
-            for each in costs.runnable(self.space.cheapest(name, any_budget=self.job.judges))
+            for each in costs.runnable(self.space.cheapest(name, any_budget=self.job.searches_all_budgets))
         ]
         self.smallest = min(((self.predicted_ms(each), each) for each in single), key=lambda pair: pair[0])
         nearest = min(single, key=self.cost)
@@ -133,7 +133,7 @@ class Search:
         return self.costs[config.plan_set].predicted_ms(config)
 
     def cost(self, config: Config) -> float:
-        """The predicted time: relative to what the target allows, or in ms where the target is not of time."""
+        """Return the predicted time: relative to what the target allows, or in ms where the target is not of time."""
         predicted = self.predicted_ms(config)
         if not self.job.target.is_time:
             return predicted
@@ -141,15 +141,15 @@ class Search:
 
     # ---------------------------------------------------------------- trials
 
-    def found(self) -> Found:
+    def run(self) -> SearchResult:
         """Search, and return all that was looked at with the quality that it was compared by."""
         counts = self.job.trial_counts
         configs = self._searched(LARGEST, counts[LARGEST], self._loss_db, any_budget=False)
         found = self._candidates(configs, [Quality(errors=self._errors(config)) for config in configs])
-        if not self.job.judges:
+        if not self.job.searches_all_budgets:
             return found
-        judged = self._searched(ALL, counts[ALL], self._loss_distance, any_budget=True)
-        return self._halved(self._to_judge(found, judged))
+        evaluated = self._searched(ALL, counts[ALL], self._loss_distance, any_budget=True)
+        return self._halved(self._to_evaluate(found, evaluated))
 
     def refuse_empty(self) -> NoReturn:
         """Raise CalibrationError naming what comes nearest, where no trial is within the target."""
@@ -200,7 +200,7 @@ class Search:
 
     @property
     def rungs(self) -> list[int]:
-        """The numbers of images on which a shrinking number of configs is judged."""
+        """List the numbers of images on which a shrinking number of configs is evaluated."""
         assert self.job.evaluator
         rungs = list[int]()
         for images in (self.job.images // 4, self.job.images // 2):
@@ -211,30 +211,30 @@ class Search:
             rungs.append(images)
         return [*rungs, self.job.images]
 
-    def _to_judge(self, found: Found, judged: Sequence[Config]) -> list[Config]:
-        """The best at the largest budget for each goal, and of the others those nearest to real images."""
+    def _to_evaluate(self, found: SearchResult, evaluated: Sequence[Config]) -> list[Config]:
+        """Return the best at the largest budget for each goal, and of the others those nearest to real images."""
         best = [config for goal in self.job.goals for config in found.ranked(goal)[:3]]
-        nearest = sorted(judged, key=self._loss_distance)[:MAX_JUDGED]
+        nearest = sorted(evaluated, key=self._loss_distance)[:MAX_EVALUATED]
         return list(dict.fromkeys([*best, *nearest]))
 
-    def _halved(self, configs: Sequence[Config]) -> Found:
+    def _halved(self, configs: Sequence[Config]) -> SearchResult:
         remaining = list(configs)
-        found = self._judged(remaining, self.rungs[0])
+        found = self._evaluated(remaining, self.rungs[0])
         for images in self.rungs[1:]:
             remaining = [found.configs[each.index] for each in survivors(found.candidates, self.job.goals)]
-            found = self._judged(remaining, images)
+            found = self._evaluated(remaining, images)
         return found
 
-    def _judged(self, configs: Sequence[Config], images: int) -> Found:
+    def _evaluated(self, configs: Sequence[Config], images: int) -> SearchResult:
         assert self.job.evaluator
         qualities = list[Quality]()
         for place, config in enumerate(configs):
-            self._on_stage(f"judging {images} images of each", place, len(configs))
+            self._on_stage(f"evaluating {images} images of each", place, len(configs))
             errors = self._errors(config) if self.space.keeps_solution(config) else None
             qualities.append(Quality(errors, self._images.distance(config, images, self.job.evaluator)))
         return self._candidates(configs, qualities)
 
-    def _candidates(self, configs: Sequence[Config], qualities: Iterable[Quality]) -> Found:
+    def _candidates(self, configs: Sequence[Config], qualities: Iterable[Quality]) -> SearchResult:
         costs = map(self.cost, configs)
         candidates = [Candidate(*each) for each in zip(range(len(configs)), costs, qualities, strict=True)]
-        return Found(list(configs), candidates)
+        return SearchResult(list(configs), candidates)

@@ -39,7 +39,7 @@ class Config:
 
     @property
     def key(self) -> str:
-        """The config as text."""
+        """Write the config as text."""
         return json.dumps({"plan_set": self.plan_set, "options": self.options.model_dump(mode="json")})
 
     @classmethod
@@ -70,7 +70,7 @@ class Control:
 
 
 class Chooser(Protocol):
-    """What chooses: a trial of a study, or a test."""
+    """Protocol of what chooses: a trial of a study, or a test."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any], /) -> Any: ...
 
@@ -79,7 +79,7 @@ class Chooser(Protocol):
 
 @dataclass(frozen=True)
 class Space:
-    """The choices of one bundle with one guidance. `budgets` are names, the largest first.
+    """Holds the choices of one bundle with one guidance. `budgets` are names, the largest first.
 
     `tables` are solver tables for the guidance, by the names that samplers have; `budget_tables` those that name the
     budgets of their calls themselves.
@@ -100,7 +100,7 @@ class Space:
         return self.budgets[0]
 
     def config(self, plan_set: str, sampler: str, steps: int | None, **changes: Any) -> Config:
-        """A config at the largest budget with the guidance of the search, but for `changes`."""
+        """Return a config at the largest budget with the guidance of the search, but for `changes`."""
         options = {"schedule": self.largest, "guidance": self.guidance} | changes
         return Config(plan_set, PresetOptions(sampler=sampler, steps=steps, **options))
 
@@ -113,7 +113,7 @@ class Space:
             yield self.config(plan_set, "euler", 1, schedule=budget)
 
     def keeps_solution(self, config: Config) -> bool:
-        """Whether a config approximates the reference solution, so that its error in dB means something.
+        """Say whether a config approximates the reference solution, so that its error in dB means something.
 
         Budgets, weak budgets and intervals of guidance make another trajectory; samplers and caches do not.
         """
@@ -218,7 +218,7 @@ def schedule_text(first: str, last: str, share: str) -> str:
 
 
 def cache_text(choice: str, steps: int) -> str:
-    """A choice of a step cache as the policy of a sampling with so many steps; none where it would reuse nothing."""
+    """Return the policy of a step cache for a sampling with so many steps; none where it would reuse nothing."""
     if choice == NO_CACHE or steps < 3:
         return NO_CACHE
     if choice in CACHES[:2]:
@@ -235,7 +235,7 @@ def cache_text(choice: str, steps: int) -> str:
 
 
 def space_of(plan_sets: Mapping[str, Samplable], guidance: str) -> Space:
-    """The choices that all of some plan sets of a model allow; raises InputError for wrong guidance."""
+    """Return the choices that all of some plan sets of a model allow; raises InputError for wrong guidance."""
     first, *others = plan_sets.values()
     parsed = Guidance.parse(guidance, first.spec)
     budgets = tuple(name for name in measured_budgets(first) if all(name in measured_budgets(on) for on in others))
@@ -263,7 +263,7 @@ def solver_tables(on: Samplable, guidance: Guidance) -> dict[str, SolverFacts]:
 
 
 def samplers_of() -> tuple[str, ...]:
-    """The samplers that solve the ODE: what draws noise at every step has no error in dB."""
+    """List the samplers that solve the ODE: what draws noise at every step has no error in dB."""
     return tuple(name for name, sampler in SAMPLERS.items() if not sampler.uses_noise)
 
 
@@ -272,5 +272,5 @@ def usual_guidance(spec: ModelSpec) -> str:
 
 
 def sampling_options(options: PresetOptions, **more: Any) -> SamplingOptions:
-    """The options of a preset as those of a sampling; `more` are the seed and the like."""
+    """Return the options of a preset as those of a sampling; `more` are the seed and the like."""
     return SamplingOptions(**options.model_dump(), **more)

@@ -35,7 +35,7 @@ REFUSED, MADE = "refused", "made"  # attributes of trials
 
 
 class Outcome(NamedTuple):
-    """The two values of a trial, less is better, and by how much it misses a limit: more than zero if it does.
+    """Holds the two values of a trial, less is better, and by how much it misses a limit: more than zero if it does.
 
     `made` is what `search` returns of it.
     """
@@ -139,7 +139,7 @@ def _damaged(path: Path, line: int) -> CalibrationError:
 
 
 class Study:
-    """A search of two objectives whose trials and results are in a file. `of` says what they belong to."""
+    """Runs a search of two objectives whose trials and results are in a file. `of` says what they belong to."""
 
     def __init__(self, path: Path, of: Mapping[str, Any], *, seed: int) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -148,7 +148,7 @@ class Study:
         self._storage = JournalStorage(self._file)
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of this name: of an earlier run, or what `make` gives now, a value that JSON holds."""
+        """Return the result of this name: of an earlier run, or what `make` gives now, a value that JSON holds."""
         if name not in self._file.kept:
             self._file.keep(name, make())
         return self._file.kept[name]
@@ -208,7 +208,7 @@ class Study:
 
 
 def _finished(study: Trials) -> list[FrozenTrial]:
-    """The trials that count: those with values and those that were refused, not those that were interrupted."""
+    """List the trials that count: those with values and those that were refused, not those that were interrupted."""
     trials = study.get_trials(deepcopy=False)
     return [trial for trial in trials if trial.state is TrialState.COMPLETE or REFUSED in trial.user_attrs]
 

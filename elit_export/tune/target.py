@@ -20,7 +20,7 @@ UNITS_MS = {"ms": 1.0, "s": 1000.0, "": 1.0}
 
 @dataclass(frozen=True)
 class Target:
-    """One of: at most so many ms, at least so many times as fast as the baseline, at least so many dB."""
+    """Asks for at most so many ms, at least so many times as fast as the baseline, or at least so many dB."""
 
     latency_ms: float | None = None
     speedup: float | None = None
@@ -45,13 +45,13 @@ class Target:
         return self.min_sqnr_db is None
 
     def limit_ms(self, baseline_ms: float) -> float:
-        """The time that the target allows beside a baseline; infinite where it is not of time."""
+        """Return the time that the target allows beside a baseline; infinite where it is not of time."""
         if self.latency_ms is not None:
             return self.latency_ms
         return math.inf if self.speedup is None else baseline_ms / self.speedup
 
     def goals(self, names: Iterable[str]) -> list[Goal]:
-        """What each preset must reach. A name that is not one of PRESETS asks for the target itself."""
+        """List what each preset must reach. A name that is not one of PRESETS asks for the target itself."""
         if self.min_sqnr_db is None:
             return [Goal(name, max_cost=SHARES.get(name, 1.0)) for name in names]
         return [Goal(name, min_db=self.min_sqnr_db + MORE_DB.get(name, 0.0)) for name in names]

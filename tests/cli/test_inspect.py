@@ -261,7 +261,7 @@ def test_presets_are_listed_with_what_was_measured(tuned: Bundle) -> None:
     assert f"best: {origin}elit-export tune" in " ".join(said.split())
     best = facts["presets"][1]
     assert best["problem"] is None
-    assert best["command"] == f"elit-export tune {tuned.folder} --latency 40ms"
+    assert best["command"] == shlex.join(["elit-export", "tune", str(tuned.folder), "--latency", "40ms"])
     assert {name: best[name] for name in tuned.manifest.presets[1].model_dump(mode="json")} == (
         tuned.manifest.presets[1].model_dump(mode="json") | {"command": best["command"]}
     )

@@ -323,7 +323,7 @@ def stored(folder: Path, edit: Callable[[list[Any]], object]) -> None:
         (lambda presets: presets[0].update(command="curl http://x/y | sh"), "presets.0.command"),
         (lambda presets: presets[0].update(command="elit-export tune b; curl http://x/y"), "presets.0.command"),
         (lambda presets: presets[0].update(command="elit-export tune b --speedup 2 --trust"), "presets.0.command"),
-        (lambda presets: presets[0].update(command="elit-export tune b --plot x.png"), "is not made with --plot"),
+        (lambda presets: presets[0].update(command="elit-export tune b --plot x.png"), "presets.0.command"),
         (lambda presets: presets[0].update(command="elit-export sample b"), "presets.0.command"),
         (lambda presets: presets[0].update(name="best"), "presets: Value error, two presets have one name"),
     ],

@@ -86,14 +86,9 @@ def test_what_no_profile_takes_is_not_timed(tiny_bundle: Bundle, space: Space) -
     """Of a plan set whose profiles take one budget alone, the calls at that one are measured."""
     with Pipeline.load(tiny_bundle.folder) as pipeline:
         full = max(pipeline.coverage.budgets, key=lambda budget: budget.kept)
-        coverage = replace(
-            pipeline.coverage,
-            profiles=tuple(
-                replace(profile, latents=Range(full.kept, full.kept, full.kept))
-                for profile in pipeline.coverage.profiles
-            ),
-        )
-        pipeline.coverage = coverage
+        latents = Range(full.kept, full.kept, full.kept)
+        narrow = tuple(replace(profile, latents=latents) for profile in pipeline.coverage.profiles)
+        pipeline.coverage = replace(pipeline.coverage, profiles=narrow)
         costs = Costs(pipeline, 1)
         runnable = costs.runnable([*space.cheapest("cpu fp32", any_budget=True)])
         assert [each.options.schedule for each in runnable] == ["full"]

@@ -45,7 +45,7 @@ def test_the_space_is_that_of_the_model_and_the_guidance(space: Space, on: Unope
     assert space.weak == tuple(f"ccfg:2@{on.spec.budget(name).kept}" for name in space.budgets[1:])
     assert space.caches == CACHES
     assert "euler-maruyama" not in space.samplers
-    assert {"euler", "heun", "ab2", "ab3"} <= set(space.samplers)
+    assert {"euler", "heun", "ab2", "ab3", "abm3"} <= set(space.samplers)
     unguided = space_of({"cpu fp32": on}, "none")
     assert unguided.weak == ()
     without = replace(on, coverage=replace(on.coverage, graphs=frozenset()))
@@ -55,12 +55,15 @@ def test_the_space_is_that_of_the_model_and_the_guidance(space: Space, on: Unope
 @pytest.mark.parametrize("any_budget", [False, True])
 def test_every_choice_can_be_sampled_and_is_read_back(space: Space, on: Unopened, any_budget: bool) -> None:
     keeps = set()
+    intervals = set()
     for seed in range(60):
         config = space.choose(Random(seed), any_budget=any_budget)
         prepared(on, [0], sampling_options(config.options))
         assert Config.of_key(config.key) == config
         keeps.add(space.keeps_solution(config))
+        intervals.add(config.options.guidance_interval)
     assert (False in keeps) == any_budget
+    assert ({(0.0, 0.9), (0.0, 0.75), None} <= intervals) == any_budget
 
 
 def test_first_choices_are_choices(space: Space, on: Unopened) -> None:
@@ -82,11 +85,15 @@ def test_first_choices_are_choices(space: Space, on: Unopened) -> None:
 
 
 def test_controls_change_one_thing_alone(space: Space, on: Unopened) -> None:
+    assert {control.family for control in space.controls()} == {
+        *("euler", "ab3", "abm3"),
+        *("smaller budget alone", "cache alone"),
+    }
     for control in space.controls():
         prepared(on, [0], sampling_options(control.config.options))
         options = control.config.options
         changes = (options.schedule != "full", options.cache != "none", options.steps != 50)
-        assert sum(changes) <= 1 or options.sampler == "ab3"
+        assert sum(changes) <= 1 or options.sampler in ("ab3", "abm3")
 
 
 def test_texts_of_schedules_and_caches() -> None:

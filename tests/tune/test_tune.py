@@ -10,7 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import click
@@ -25,14 +27,15 @@ from elit_export.bundle.presets import MADE_WITH
 from elit_export.bundle.reading import MANIFEST, Bundle
 from elit_export.cli import main
 from elit_export.cli.tune import tune as tune_command
+from elit_export.errors import CalibrationError
 from elit_export.evaluate.protocol import Evaluator
-from elit_export.spec import Range, SolverTable
+from elit_export.spec import Precision, Range, SolverTable
 from elit_export.tune import finals, images, space, study
-from elit_export.tune.finals import Measured, verdict
+from elit_export.tune.finals import Measured, refuse_unmet, verdict
 from elit_export.tune.pareto import Quality
-from elit_export.tune.ready import belongings, checked_space
+from elit_export.tune.ready import belongings, checked_space, reference_plan_set, short_hash
 from elit_export.tune.run import Origin, Tuned, tune
-from elit_export.tune.search import ALL, LARGEST, Job
+from elit_export.tune.search import ALL, LARGEST, Job, Search
 from elit_export.tune.study import Study
 from elit_export.tune.target import Target
 from tests.evaluate.test_quality import FACTS
@@ -87,7 +90,10 @@ def test_a_target_becomes_presets_that_are_used(copied: Path) -> None:
     assert [preset["name"] for preset in facts["presets"]] == ["fast", "balanced", "best"]
     assert all(preset["remeasured_ms"] <= SLOW_MS * 1.05 for preset in facts["presets"])
     assert all(row["keeps_solution"] and row["options"]["schedule"] == "full" for row in facts["found"])
-    assert any("without an evaluator only samplings at the largest budget" in note for note in facts["notes"])
+    assert any(
+        re.search(r"without an evaluator only samplings at the largest budget.*; the samples are \(1, 8, 8\)", note)
+        for note in facts["notes"]
+    )
     rows = {(row["name"], row["plan_set"]): row for row in facts["found"]}
     assert {row["family"] for row in facts["found"]} >= {"euler", "ab3", "cache alone"}
     best = [row["sqnr_db"] for row in facts["found"] if row["on_front"]]
@@ -114,6 +120,8 @@ def test_decibels_are_reached_at_least_cost(copied: Path) -> None:
     row = next(row for row in facts["found"] if row["name"] == preset["row"])
     assert preset["name"] == "sharp"
     assert row["sqnr_db"] >= 25 - 0.45
+    assert any("the target is in dB" in note for note in facts["notes"])
+    assert not any("--classifier" in note for note in facts["notes"])
     assert row["ms"] <= max(each["ms"] for each in facts["found"])
 
 
@@ -212,6 +220,20 @@ def test_a_study_belongs_to_the_numbers_of_solver_tables(tiny_bundle: Bundle) ->
     one, same, other = stored((-0.5,), (0, -0.5)), stored((-0.5,), (0, -0.5)), stored((-0.5,), (0.1, -0.6))
     assert one == same
     assert [name for name in one if one[name] != other[name]] == ["solver tables"]
+    assert short_hash(one) != short_hash(other)  # so each has a file of its own
+
+
+def test_the_reference_is_computed_by_what_takes_it(tiny_bundle: Bundle) -> None:
+    """A plan set in fp32 without the largest budget of the space does not."""
+    (exact,) = tiny_bundle.manifest.plan_sets
+    other = exact.model_copy(update={"target": "other", "precision": Precision.FP16})
+    small = [facts.model_copy(update={"latents": Range(1, 1, 1)}) for facts in exact.profiles]
+    narrow = exact.model_copy(update={"profiles": tuple(small)})
+    for first, expected in ((exact, "cpu fp32"), (narrow, "other fp16")):
+        manifest = tiny_bundle.manifest.model_copy(update={"plan_sets": (first, other)})
+        bundle = Bundle(tiny_bundle.folder, manifest)
+        choices = checked_space(bundle, [other], "cfg:2", rows=1, images=32, seed=1000)
+        assert reference_plan_set(bundle, [other], choices, images=32).name == expected
 
 
 def test_stored_options_are_those_of_the_command() -> None:
@@ -333,3 +355,44 @@ def test_a_preset_is_held_against_controls_at_equal_or_more_time() -> None:
     in_db = row_of(11, Quality(errors(40, 41), None), steps=6)  # in dB the nearest of a family
     assert verdict(preset, [in_db, slow]).worse_than == [str(in_db.config)]
     assert verdict(preset, [near, in_db]).worse_than == []
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def remedy_of(target: Target, names: tuple[str, ...], *measured: Measured) -> str:
+    search: Any = SimpleNamespace(job=SimpleNamespace(target=target, goals=target.goals(names)))
+    final: Any = SimpleNamespace(measured={each.config: each for each in measured})
+    with pytest.raises(CalibrationError) as caught:
+        refuse_unmet(search, final)
+    return caught.value.remedy
+
+
+def test_a_target_that_is_advised_is_reached() -> None:
+    """Also by `fast` alone, which has 35 % of the time, and in dB by `best` alone, which has 6 more."""
+    one = row_of(1234.4, Quality(errors(30.2, 30.2)))
+    advised = re.fullmatch(r"give --latency (\S+)ms", remedy_of(Target(latency_ms=1300), ("fast",), one))
+    assert advised
+    assert 1234.4 <= 0.35 * float(advised[1]) <= 1234.4 * 1.06
+    quick = replace(row_of(2000, Quality(), steps=2), speedup=20.0)  # slower, but of a slower plan set
+    advised = re.fullmatch(r"give --speedup (\S+)", remedy_of(Target(speedup=90), ("fast", "balanced"), one, quick))
+    assert advised
+    assert float(advised[1]) == pytest.approx(20 * 0.6 * 0.95, rel=0.01)
+    assert remedy_of(Target(min_sqnr_db=40), ("fast", "best"), one) == "give --min-sqnr 30 or less, or more --trials"
+    assert remedy_of(Target(min_sqnr_db=40), ("best",), one) == "give --min-sqnr 24 or less, or more --trials"
+    assert remedy_of(Target(min_sqnr_db=40), ("best",), row_of(1, Quality(errors(5, 5)))) == "give more --trials"
+
+
+def test_where_no_trial_is_within_the_target_the_nearest_is_named() -> None:
+    near = space.Config("cpu fp32", space.PresetOptions(sampler="ab3", steps=3))
+    costs = {near.key: 1.4, space.Config("cpu fp32", space.PresetOptions(sampler="euler", steps=9)).key: 2.0}
+    keys = dict(zip((LARGEST, ALL), reversed(costs), strict=True))
+    search: Any = SimpleNamespace(
+        smallest=(1.0, near),
+        job=SimpleNamespace(trial_counts=keys, target=Target(latency_ms=40)),
+        _study=SimpleNamespace(nearest=keys.get),
+        cost=lambda config: costs[config.key],
+        predicted_ms=lambda config: costs[config.key] * 40,
+    )
+    with pytest.raises(CalibrationError, match=r"no trial .*; the nearest, ab3 3, is .* 56.0 ms; give more --trials"):
+        Search.refuse_empty(search)
