@@ -52,7 +52,7 @@ MAX_SEED = (1 << 64) - 2  # the next one is a seed too
 @click.command()
 @click.argument("bundle", type=FOLDER)
 @click.option("--latency", metavar="TIME", help="At most so long for one sampling with its decoder, e.g. 40ms.")
-@click.option("--speedup", type=float, help="At least so many times as fast as 50 Euler steps at full budget.")
+@click.option("--speedup", type=float, help="At least so many times as fast as 50 Euler steps at the largest budget.")
 @click.option("--min-sqnr", type=float, metavar="DB", help="At least so many dB to the reference solution.")
 @click.option("--rows", type=Count(limits.ROWS), default=1, show_default=True, help="Images of one sampling.")
 @click.option("--guidance", help="That of the reference.  [default: cfg:2, none for a model that takes text]")
