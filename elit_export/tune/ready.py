@@ -35,14 +35,14 @@ def checked_space(
         check_verified(plan_set, bundle.folder)
     space = space_of(on, guidance)
     for name, each in on.items():
-        check_unseen(_tables(each, space.guidance).values(), seed, seed + 1)
+        check_unseen(_tables(each, space).values(), seed, seed + 1)
         check_samples(each, space.baseline(name), rows)
         check_samples(each, space.baseline(name), images)
     return space
 
 
-def _tables(on: Samplable, guidance: str) -> dict[str, SolverFacts]:
-    return solver_tables(on, Guidance.parse(guidance, on.spec))
+def _tables(on: Samplable, space: Space) -> dict[str, SolverFacts]:
+    return solver_tables(on, Guidance.parse(space.guidance, on.spec), space.largest)
 
 
 def check_samples(on: Samplable, config: Config, images: int) -> None:
@@ -83,7 +83,7 @@ def belongings(bundle: Bundle, plan_sets: Sequence[PlanSet], job: Job) -> dict[s
         "target": str(job.target),
         "guidance": space.guidance,
         "samplers": space.samplers,
-        "solver tables": {each.name: _hashes(unopened(bundle, each), space.guidance) for each in plan_sets},
+        "solver tables": {each.name: _hashes(unopened(bundle, each), space) for each in plan_sets},
         "reference": job.reference,
         "evaluator": job.evaluator.sha256 if job.evaluator else None,
         "rows": job.rows,
@@ -92,8 +92,8 @@ def belongings(bundle: Bundle, plan_sets: Sequence[PlanSet], job: Job) -> dict[s
     }
 
 
-def _hashes(on: Samplable, guidance: str) -> dict[str, str]:
-    return {name: short_hash(asdict(facts.table)) for name, facts in _tables(on, guidance).items()}
+def _hashes(on: Samplable, space: Space) -> dict[str, str]:
+    return {name: short_hash(asdict(facts.table)) for name, facts in _tables(on, space).items()}
 
 
 def short_hash(values: Mapping[str, Any]) -> str:

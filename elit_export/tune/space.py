@@ -14,7 +14,7 @@ from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.runtime.options import SamplingOptions
 from elit_export.runtime.request import Samplable
 from elit_export.runtime.samplers import SAMPLERS, sampler_named
-from elit_export.runtime.samplers.calibrated import is_for, is_solver
+from elit_export.runtime.samplers.calibrated import Place, is_solver
 from elit_export.spec import REUSE, ModelSpec, SolverFacts
 
 MIN_CALLS, MAX_CALLS = 1, 50
@@ -136,15 +136,13 @@ class Space:
         return self.config(plan_set, name, steps, **changes, cache=cache_text(cache, steps or calls_of_table(name)))
 
     def _changes(self, chooser: Chooser, sampler: str) -> dict[str, Any]:
-        """Choose budgets, and guidance where the sampler is not a table: those are for the guidance of the search."""
-        if sampler in self.budget_tables:
+        """Choose budgets and guidance where the sampler is not a table: those are for one guidance and budget."""
+        if is_solver(sampler):
             return {}
         first = chooser.suggest_categorical("first budget", self.budgets)
         last = chooser.suggest_categorical("last budget", self.budgets)
         share = chooser.suggest_categorical("share of the first", SHARES)
         changes: dict[str, Any] = {"schedule": schedule_text(first, last, share)}
-        if is_solver(sampler):
-            return changes
         if self.weak:
             changes["guidance"] = chooser.suggest_categorical("guidance", (self.guidance, *self.weak))
         if self.guidance != "none":
@@ -180,8 +178,6 @@ class Space:
         for budget in self.budgets[1:]:
             yield usual | {"first budget": budget}
             yield usual | {"first budget": budget, "last budget": budget}
-            for name in self.tables:
-                yield usual | {"sampler": name, "first budget": budget}
 
     def _choice(self, plan_set: str, name: str, calls: int) -> dict[str, Any]:
         return {"plan set": plan_set, "sampler": name, "calls": calls, "cache": NO_CACHE}
@@ -240,7 +236,7 @@ def space_of(plan_sets: Mapping[str, Samplable], guidance: str) -> Space:
     parsed = Guidance.parse(guidance, first.spec)
     budgets = tuple(name for name in measured_budgets(first) if all(name in measured_budgets(on) for on in others))
     smaller = budgets[1:] if parsed.kind is Kind.CFG else ()
-    tables = solver_tables(first, parsed)
+    tables = solver_tables(first, parsed, budgets[0])
     return Space(
         plan_sets=tuple(plan_sets),
         samplers=samplers_of(),
@@ -253,11 +249,12 @@ def space_of(plan_sets: Mapping[str, Samplable], guidance: str) -> Space:
     )
 
 
-def solver_tables(on: Samplable, guidance: Guidance) -> dict[str, SolverFacts]:
-    """Return by name the solver tables for a guidance that samplings use: the first of each name."""
+def solver_tables(on: Samplable, guidance: Guidance, largest: str) -> dict[str, SolverFacts]:
+    """Return by name the tables that samplings with a guidance use at the largest budget: the first of each name."""
+    place = Place.of(guidance, largest, on.spec)
     tables = dict[str, SolverFacts]()
     for facts in on.coverage.solvers:
-        if is_for(facts, guidance):
+        if place.holds(facts, on.spec):
             tables.setdefault(facts.name, facts)
     return tables
 

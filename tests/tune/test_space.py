@@ -114,7 +114,8 @@ def solver_facts(calls: int, guidance: str, budgets: tuple[int, ...] | None = No
 
 
 def test_solver_tables_for_the_guidance_are_choices(on: Unopened) -> None:
-    solvers = (solver_facts(3, "cfg:2"), solver_facts(4, "none"), solver_facts(3, "cfg:2", (1, 2, 4)))
+    at_half = replace(solver_facts(5, "cfg:2"), schedule="half")
+    solvers = (solver_facts(3, "cfg:2"), solver_facts(4, "none"), solver_facts(3, "cfg:2", (1, 2, 4)), at_half)
     with_tables = replace(on, coverage=replace(on.coverage, solvers=solvers))
     found = space_of({"cpu fp32": with_tables}, "cfg:2")
     (plain, mixed) = (solvers[0].name, solvers[2].name)
@@ -122,7 +123,7 @@ def test_solver_tables_for_the_guidance_are_choices(on: Unopened) -> None:
     sampled = {found.choose(Random(seed), any_budget=True) for seed in range(150)}
     of_tables = [config for config in sampled if config.options.steps is None]
     assert {config.options.sampler for config in of_tables} == {plain, mixed}
-    for config in of_tables:  # none warns that the table is of other guidance
+    for config in of_tables:  # none warns that the table is of another guidance or budget
         prepared(with_tables, [0], sampling_options(config.options))
         assert (config.options.guidance, config.options.guidance_interval) == ("cfg:2", None)
     assert not any(found.keeps_solution(config) for config in of_tables if config.options.sampler == mixed)
