@@ -22,7 +22,7 @@ from tests.helpers import a_solver, preset_of
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
 
 
 def inspected(*arguments: str | Path) -> tuple[Any, str]:
