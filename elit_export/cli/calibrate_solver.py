@@ -219,5 +219,9 @@ def _next(bundle: Path, opened: Opened, stored: list[SolverFacts]) -> str:
 
     best = max(stored, key=lambda facts: facts.error.pooled_db)
     more = ["--sampler", best.name, "--guidance", best.guidance]
+    if best.guidance_interval:
+        more += ["--guidance-interval", *(f"{t:g}" for t in best.guidance_interval)]
+    if best.schedule != "full":
+        more += ["--schedule", best.schedule]
     advice = sample_command(bundle, opened.bundle.manifest, opened.plan_set, *more)
     return f"wrote {', '.join(facts.name for facts in stored)} into {bundle}; next: {advice}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -291,6 +292,18 @@ def test_tables_that_beat_ab3_are_stored_and_used(calibrated: tuple[Path, Result
     with Pipeline.load(folder) as pipeline:
         sample = pipeline.sample([0, 1], sampler=solvers[0].name)
     assert len(sample.records) == solvers[0].table.calls
+
+
+def test_the_next_line_samples(
+    calibrated: tuple[Path, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, said = calibrated
+    line = said.stdout.strip().splitlines()[-1].partition("next: ")[2]
+    monkeypatch.chdir(tmp_path)
+    program, *words = shlex.split(line)
+    assert (program, "--sampler" in words) == ("elit-export", True)
+    done = CliRunner().invoke(main, words, catch_exceptions=False)
+    assert (done.exit_code, (tmp_path / "samples.png").exists()) == (0, True), done.output
 
 
 def test_tables_are_replaced_by_those_of_the_same_place(calibrated: tuple[Path, Result]) -> None:

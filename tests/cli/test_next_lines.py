@@ -24,6 +24,7 @@ PLACES = {
     "cli/init.py": 1,
     "cli/build.py": 1,  # of a model with text: tests/test_text_to_image.py
     "cli/calibrate.py": 2,
+    "cli/calibrate_solver.py": 1,  # tests/calibrate/test_solver.py
     "cli/verify.py": 1,  # tests/verify/test_polygraphy.py
 }
 
