@@ -9,14 +9,13 @@ p is the number of parameters, n·(n + 1)/2 weights and n − 1 times.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from elit_export.arrays import Float32, Float64
 from elit_export.calibrate.flow import Flow, Method, Part, Rolled, image_errors, roll
-from elit_export.callbacks import noop
 from elit_export.errors import EngineError
 
 STEP = 1e-3  # of a finite difference, of a weight and of a time, both of which are parts of [0, 1]
@@ -77,9 +76,7 @@ class Normal:
         return np.asarray(-np.linalg.solve(matrix, self.gradient / scale) / scale, np.float64)
 
 
-def normal_equations(
-    flow: Flow, method: Method, expected: Float64, weights: Float64, on_part: Callable[[], None] = noop
-) -> Normal:
+def normal_equations(flow: Flow, method: Method, expected: Float64, weights: Float64) -> Normal:
     """Sum the equations over the parts, one of which is in memory; `weights` (images,) are those of the images."""
     count = len(parameters(method))
     matrix, gradient, done = np.zeros((count, count)), np.zeros(count), 0
@@ -92,7 +89,6 @@ def normal_equations(
         matrix += slopes @ slopes.T
         gradient += slopes @ error.ravel()
         done = own.stop
-        on_part()
     return Normal(matrix, gradient)
 
 
@@ -104,11 +100,11 @@ class Iterate:
     damping: float = FIRST_DAMPING
 
 
-def improved(flow: Flow, expected: Float64, now: Iterate, on_part: Callable[[], None] = noop) -> Iterate | None:
+def improved(flow: Flow, expected: Float64, now: Iterate) -> Iterate | None:
     """Do one iteration; None if no damping lowers the objective."""
     errors = image_errors(flow.samples(now.method), expected)
     floor = FLOOR * float(np.median(errors))
-    normal = normal_equations(flow, now.method, expected, 1 / (errors + floor), on_part)
+    normal = normal_equations(flow, now.method, expected, 1 / (errors + floor))
     best, lowest = None, objective(errors, floor)
     for factor in DAMPINGS:
         damping = factor * now.damping

@@ -133,11 +133,7 @@ class References:
         """Check that the engines can run it all; raises InputError. `on_stage` hears what is sampled."""
         self.pipeline, self.config, self._on_stage = pipeline, config, on_stage
         pipeline.spec.budget(config.budget)  # it is one
-        fitted_to = (config.images_of(iteration) for iteration in range(MOST_ITERATIONS))
-        for images in {START_IMAGES, *fitted_to, config.images}:
-            Flow(pipeline, replace(config.fitted, images=images), MIN_CALLS)
-        for trajectories in (config.stopping, config.held_out):
-            Flow(pipeline, trajectories, MIN_CALLS)
+        TableFit(self, MIN_CALLS).check()
 
     @cached_property
     def _resolved(self) -> tuple[int, Float64]:
@@ -209,6 +205,15 @@ class TableFit:
     def flow(self, trajectories: Trajectories) -> Flow:
         pipeline, budgets = self.references.pipeline, self.budgets
         return Flow(pipeline, trajectories, self.calls, budgets=budgets.strong, weak=budgets.weak)
+
+    def check(self) -> None:
+        """Raise InputError if the engines cannot run every set of images that a fit samples."""
+        config = self.references.config
+        fitted_to = (config.images_of(iteration) for iteration in range(MOST_ITERATIONS))
+        for images in {START_IMAGES, *fitted_to, config.images}:
+            self.flow(replace(config.fitted, images=images))
+        for trajectories in (config.stopping, config.held_out):
+            self.flow(trajectories)
 
     def start(self, shapes: Sequence[tuple[float, float]] = SHAPES) -> Progress:
         """Select the best start by least squares over a family of time grids."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from elit_export.calibrate.flow import Flow
-from elit_export.calibrate.solver import Budgets, Progress, References, TableFit
+from elit_export.calibrate.solver import Budgets, Progress, References, SolverConfig, TableFit
 from elit_export.errors import CalibrationError
 from elit_export.runtime.guidance import Guidance, Kind
 from elit_export.spec import Budget, ModelSpec
+from elit_export.spec.solver import MAX_CALLS
 
 CHEAP = ("half", "quarter", "sixteenth")
 PLACES = ("first", "last", "alternating")  # where the cheaper calls are
@@ -48,7 +49,11 @@ def patterns(full_calls: int, full: Budget, cheap: Mapping[str, Budget], cost: C
                 found += [_placed(name, budget, count, rest, full, place) for place in PLACES]
         if guided and (calls := int(time_of_all / cost[full, budget])) > full_calls:
             found.append(Pattern(f"weak at {name}", Budgets((full,) * calls, (budget,) * calls), calls, 0.0))
-    return [replace(pattern, share=_time(pattern, cost) / time_of_all) for pattern in dict.fromkeys(found)]
+    return [
+        replace(pattern, share=_time(pattern, cost) / time_of_all)
+        for pattern in dict.fromkeys(found)
+        if pattern.calls <= MAX_CALLS
+    ]
 
 
 def _placed(name: str, budget: Budget, count: int, rest: int, full: Budget, place: str) -> Pattern:
@@ -98,9 +103,17 @@ def cheap_budgets(references: References) -> dict[str, Budget]:
     return {name: named[name] for name in CHEAP if name in named and named[name] in covered}
 
 
-def check_guidance(guidance: str, spec: ModelSpec) -> Guidance:
-    """Return the guidance of which each branch may have a budget in each call; raises CalibrationError for others."""
-    parsed = Guidance.parse(guidance, spec)
+def check_searched(config: SolverConfig, spec: ModelSpec) -> Guidance:
+    """Return the guidance, each branch of which may have a budget in each call.
+
+    Raises CalibrationError for other guidance, and where the budget of all calls is given.
+    """
+    guidance, parsed = config.guidance, Guidance.parse(config.guidance, spec)
+    if spec.budget(config.budget) != spec.full:
+        raise CalibrationError(
+            f"budgets are searched beside the full one, not {config.budget}",
+            "leave out --schedule or --budgets auto",
+        )
     if parsed.kind not in (Kind.NONE, Kind.CFG):
         raise CalibrationError(
             f"guidance {guidance} names the budget of the weak branch itself",
@@ -110,10 +123,16 @@ def check_guidance(guidance: str, spec: ModelSpec) -> Guidance:
 
 
 def patterns_of(references: References, cost: Cost) -> dict[int, list[Pattern]]:
-    """Return the patterns in the time of each number of full calls that is calibrated; `cost` is `measured_cost`."""
-    cheap, spec = cheap_budgets(references), references.pipeline.spec
-    guided = check_guidance(references.config.guidance, spec).guides
-    return {calls: patterns(calls, spec.full, cheap, cost, guided=guided) for calls in references.config.calls}
+    """Return the patterns in the time of each number of full calls that is calibrated; `cost` is `measured_cost`.
+
+    Raises InputError if the engines cannot run one of them.
+    """
+    cheap, spec, config = cheap_budgets(references), references.pipeline.spec, references.config
+    guided = check_searched(config, spec).guides
+    found = {calls: patterns(calls, spec.full, cheap, cost, guided=guided) for calls in config.calls}
+    for pattern in (pattern for tried in found.values() for pattern in tried):
+        TableFit(references, pattern.calls, pattern.budgets).check()
+    return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ def solver(
     """Fit tables of few calls to the model, for `--sampler solver`, and store those that beat ab3."""
     from elit_export.bundle.store import check_recordable
     from elit_export.calibrate.solver import References, SolverConfig, beats_all, best_of_each_name, record
-    from elit_export.calibrate.solver_budgets import check_guidance
+    from elit_export.calibrate.solver_budgets import check_searched
     from elit_export.calibrate.solver_state import discard
     from elit_export.cli.tables.calibration import solver_facts, solvers_tables
 
@@ -96,13 +96,14 @@ def solver(
     with opened.pipeline as pipeline, progress_bar() as bar:
         config = replace(config, prompts=prompts_in(file, pipeline.spec))
         if budgets == "auto":
-            check_guidance(config.guidance, pipeline.spec)
+            check_searched(config, pipeline.spec)
         check_recordable(opened.bundle.folder)
         stage = bar.add_task("reference", total=None)
         references = References(pipeline, config, lambda what: bar.update(stage, description=what))
         state = _state(opened, config, sha256_of(file) if file else "", restart=restart)
+        patterns = _patterns(references, state) if budgets == "auto" else {}
         methods = [(fit, _calibrated(fit, state, bar)) for fit in _fits(references)]
-        mixed = _mixed(references, state, bar) if budgets == "auto" else Mixed()
+        mixed = _mixed(references, patterns, state, bar)
         compared = _compared(references, bar)
         solvers = _all_made(methods, mixed, compared, opened)
     stored = best_of_each_name([facts for facts in solvers if beats_all(facts)])
@@ -170,15 +171,19 @@ class Mixed:
     methods: dict[int, tuple[TableFit, Method]] = field(default_factory=dict)
 
 
-def _mixed(references: References, state: State, bar: Bar) -> Mixed:
-    """Screen patterns of budgets in the time of each number of full calls, and fit the best one."""
+def _patterns(references: References, state: State) -> dict[int, list[Pattern]]:
+    """The patterns of budgets to try in the time of each number of full calls; all of them can run."""
     from elit_export.calibrate.solver_budgets import measured_cost, patterns_of, used_pairs
 
+    return patterns_of(references, state.cost(lambda: measured_cost(references), used_pairs(references)))
+
+
+def _mixed(references: References, patterns: dict[int, list[Pattern]], state: State, bar: Bar) -> Mixed:
+    """Screen patterns of budgets in the time of each number of full calls, and fit the best one."""
     mixed = Mixed()
-    cost = state.cost(lambda: measured_cost(references), used_pairs(references))
-    for calls, patterns in patterns_of(references, cost).items():
-        tried = (_screened(references, pattern, state) for pattern in patterns)
-        found = list(bar.track(tried, total=len(patterns), description=f"budgets in the time of {calls} calls"))
+    for calls, each in patterns.items():
+        tried = (_screened(references, pattern, state) for pattern in each)
+        found = list(bar.track(tried, total=len(each), description=f"budgets in the time of {calls} calls"))
         mixed.screened[calls] = found
         if found:
             best = max(found, key=lambda each: each.progress.best_db)

@@ -35,6 +35,7 @@ from elit_export.cli import main
 from elit_export.errors import BundleError, CalibrationError, InputError
 from elit_export.runtime.bank import EngineBank, Slot
 from elit_export.spec import PIXELS, Precision, Range, default_profiles
+from elit_export.spec.solver import MAX_CALLS
 from tests.helpers import a_solver, tiny_spec
 from tests.runtime.test_samplers import mixture_velocity
 
@@ -325,6 +326,19 @@ def test_budgets_are_searched_for_guidance_without_one(copied: Path) -> None:
     shown = command(copied, "--budgets", "auto", "--guidance", "ccfg:2@1")
     said = CliRunner().invoke(main, shown)
     assert (said.exit_code, "leave out --budgets auto" in said.output) == (2, True)
+
+
+def test_budgets_are_searched_beside_the_full_one(copied: Path) -> None:
+    said = CliRunner().invoke(main, command(copied, "--budgets", "auto", "--schedule", "half"))
+    assert (said.exit_code, "leave out --schedule" in said.output) == (2, True)
+
+
+def test_no_pattern_has_more_calls_than_a_table() -> None:
+    full, low = SPEC.full, SPEC.budget("quarter")
+    cost = {(full, full): 10.0, (low, low): 1.0, (full, low): 5.0}
+    found = patterns(30, full, {"quarter": low}, cost, guided=True)
+    assert found
+    assert max(pattern.calls for pattern in found) <= MAX_CALLS
 
 
 def test_a_calibration_is_at_one_budget(copied: Path) -> None:
